@@ -1,0 +1,213 @@
+"""Run the model service on this machine: `python -m lab_model`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .catalogue import CatalogueError, Entry, load_catalogue, locate
+from .settings import Settings
+
+WRONG_SETTING = 2
+FAILED = 1
+
+
+def main() -> int:
+    try:
+        settings = Settings()
+        entries = load_catalogue(settings.catalogue_file)
+        for entry in entries:
+            locate(entry, fetch=True)
+        with contextlib.closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((settings.host, settings.port))
+    except ValidationError as error:
+        for fault in error.errors():
+            say(f"MODEL_{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}")
+        return WRONG_SETTING
+    except CatalogueError as error:
+        say(str(error))
+        return WRONG_SETTING
+    except OSError as error:
+        say(f"cannot listen on {settings.host}:{settings.port} (MODEL_HOST, MODEL_PORT): {error.strerror}")
+        return FAILED
+    ended = threading.Event()
+    stop_on_signals(ended)
+    # Sockets lie in Ray's folder and their paths may not exceed 107 bytes: never deep inside a repository.
+    folder = settings.ray_dir or Path(tempfile.mkdtemp(prefix="lab-ray-"))
+    prepare_environment()
+    try:
+        return run(settings, entries, folder, ended)
+    finally:
+        for _ in range(20 if settings.ray_dir is None else 0):  # Ray's last processes may still write for a moment
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
+
+
+def prepare_environment() -> None:
+    """What Ray, transformers and the replicas read from the environment; the raylet's children inherit it."""
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Whoever can reach Ray's ports could run code in it (CVE-2023-48022): a token that only our processes have.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Ray's own logs stay in its folder, and small.
+        "RAY_ROTATION_MAX_BYTES": "2000000",
+        "RAY_ROTATION_BACKUP_COUNT": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # What had to be fetched has been.
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading.Event) -> int:
+    # Only now, with the environment prepared.
+    import ray  # noqa: PLC0415
+    from ray import serve  # noqa: PLC0415
+    from ray.serve.config import HTTPOptions  # noqa: PLC0415
+    from ray.serve.schema import LoggingConfig  # noqa: PLC0415
+
+    from .serve import AppArgs, CatalogueArgs, build_app, build_catalogue  # noqa: PLC0415
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    started = time.monotonic()
+    say(f"starting Ray for {', '.join(entry.id for entry in entries)}")
+    ray.init(
+        address="local",
+        namespace="lab",
+        include_dashboard=False,
+        _temp_dir=str(folder),
+        _node_ip_address="127.0.0.1",
+        # Answers go through HTTP, not through the object store: its minimum is enough.
+        object_store_memory=80 * 1024 * 1024,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    stop_on_signals(ended)  # again: ray.init puts a handler of its own in their place
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+        if settings.device == "cuda" and not gpus:
+            say("MODEL_DEVICE is cuda, but no CUDA device is visible here; fix the driver or set MODEL_DEVICE=cpu")
+            return WRONG_SETTING
+        copies = sum(entry.replicas for entry in entries if (entry.device or settings.device) != "cpu")
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=settings.host, port=settings.port, keep_alive_timeout_s=75),
+            logging_config=quiet,
+        )
+        own = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
+        metrics = folder / "metrics"
+        shutil.rmtree(metrics, ignore_errors=True)  # counters of an earlier start
+        metrics.mkdir()
+        form = settings.log_format if settings.log_format != "auto" else "text" if sys.stderr.isatty() else "json"
+        shared = settings.model_dump(include=AppArgs.model_fields.keys() | CatalogueArgs.model_fields.keys())
+        shared |= {"log_format": form, "log_pipe": relay_log(folder / "log"), "metrics_dir": metrics}
+        catalogue = build_catalogue(CatalogueArgs(entries=entries, address=f"http://{own}:{settings.port}", **shared))
+        # The catalogue first: it tells who asks that the models are still loading.
+        serve.run_many([serve.RunTarget(catalogue, "catalogue", "/", quiet)])
+        serve.run_many(
+            [
+                serve.RunTarget(
+                    build_app(
+                        AppArgs(
+                            entry=entry,
+                            **shared,
+                            gpus=min(1, gpus / copies) if gpus and (entry.device or settings.device) != "cpu" else 0,
+                        )
+                    ),
+                    entry.id,
+                    f"/m/{entry.id}",
+                    quiet,
+                )
+                for entry in entries
+            ],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        return watch(settings, entries, started, ended)
+    finally:
+        say("stopping: running answers may end")
+        # Ray reports the controller's intended end as a failed task, in red.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+        say("stopped")
+
+
+def stop_on_signals(ended: threading.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+
+
+def relay_log(pipe: Path) -> Path:
+    """Copy the lines that replicas write into this named pipe to stderr, as long as the process lives."""
+    os.mkfifo(pipe, 0o600)
+    # Open for writing too: the pipe does not end when the last replica leaves.
+    lines = os.fdopen(os.open(pipe, os.O_RDWR), "rb")
+
+    output = sys.stderr
+
+    def copy() -> None:
+        for line in lines:
+            output.write(line.decode(errors="replace"))
+            output.flush()
+
+    threading.Thread(target=copy, name="log", daemon=True).start()
+    return pipe
+
+
+def watch(settings: Settings, entries: list[Entry], started: float, ended: threading.Event) -> int:
+    """Say what loads, then stay until a signal. A model that cannot load, or a dead Ray, ends the service."""
+    from ray import serve  # noqa: PLC0415
+
+    from .serve import reason  # noqa: PLC0415
+
+    waiting = {entry.id for entry in entries}
+    while not ended.wait(0.5 if waiting else 5):
+        try:
+            applications = serve.status().applications
+        except Exception as error:
+            say(f"Ray does not answer any more: {error}")
+            return FAILED
+        for name in sorted(waiting):
+            seconds = time.monotonic() - started
+            status = applications[name]
+            if status.status == "RUNNING":
+                waiting.discard(name)
+                say(
+                    f"{name} ready after {seconds:.0f} s"
+                    + ("" if waiting else f", at http://{settings.host}:{settings.port}")
+                )
+            elif status.status == "DEPLOY_FAILED":
+                say(f"{name} cannot be loaded: {reason(status)}")
+                return FAILED
+            elif seconds > settings.start_timeout_seconds:
+                say(
+                    f"{name} was not loaded within {settings.start_timeout_seconds:.0f} s (MODEL_START_TIMEOUT_SECONDS)"
+                )
+                return FAILED
+    return 0
+
+
+def say(line: str) -> None:
+    print(f"model: {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""What the environment may say to the model service. Nothing else in the package reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Every field is the variable `MODEL_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="MODEL_", env_ignore_empty=True, extra="ignore")
+
+    host: str = Field("127.0.0.1", description="Address the service listens on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port the service listens on.")
+    catalogue_file: Path | None = Field(
+        None, description="YAML list of the models to serve; left out: the two embedded models."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where models run. `cuda` without a CUDA device stops the start; `auto` takes one if there."
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="torch's threads in each replica; 0: one per core of the cgroup."
+    )
+    kv_tokens: int = Field(
+        16384, ge=256, description="KV cache of each chat model in tokens, shared by all its running requests."
+    )
+    max_running: int = Field(64, ge=1, le=1024, description="Requests that one chat model works on at once.")
+    max_queued: int = Field(256, ge=0, le=65536, description="Requests that wait for one chat model before a 429.")
+    default_max_tokens: int = Field(
+        1024, ge=1, description="Longest answer of a request that sets no `max_tokens` (the context may leave less)."
+    )
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; beyond it a 413.")
+    ray_dir: Path | None = Field(
+        None, description="Folder for Ray's session (short path: it holds sockets); left out: a temporary one."
+    )
+    start_timeout_seconds: float = Field(
+        600, gt=0, description="A model that is not loaded by then ends the service with an error."
+    )
+    drain_timeout_seconds: float = Field(30, ge=0, description="How long running requests may go on after SIGTERM.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Form of the log on stderr; `auto`: text on a terminal, else JSON."
+    )
