@@ -1,0 +1,205 @@
+"""Strict JSON in, canonical JSON and cache keys out.
+
+Two requests are the same when their canonical forms are. The form is RFC 8785's, except that integral numbers of any
+size are written as exact integers, so that 64-bit seeds stay apart. Knows nothing of models, routes or redis.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any, NoReturn
+
+import orjson
+
+from .errors import InvalidRequest
+
+CONTRACT = 1
+"""Version of key and entry. A change of either makes every older entry a miss."""
+
+MAX_DEPTH = 64
+MAX_DIGITS = 309  # of the largest double: a longer integer is no number that anyone could mean
+
+UNKEYED = frozenset({"stream", "stream_options", "user", "safety_identifier", "metadata", "store", "prompt_cache_key"})
+"""Fields that cannot change an answer. Every other field is in the key, unknown ones too."""
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """A JSON object, refused where parsers disagree about it.
+
+    Integral numbers (`1`, `1.0`, `1e0`) become `int`, exactly; all others `float`. Raises InvalidRequest for duplicate
+    keys, NaN and Infinity, numbers beyond a double, invalid UTF-8, lone surrogates, depth over 64, and no object.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _refused(f"invalid UTF-8 at byte {error.start}") from None
+    try:
+        value = _decoder.decode(text)
+    except RecursionError:
+        raise _refused(f"nested deeper than {MAX_DEPTH}") from None
+    except json.JSONDecodeError as error:
+        raise _refused(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+    if not isinstance(value, dict):
+        raise _refused("it is not an object")
+    if "\\u" in text:
+        _refuse_surrogates(value)
+    _refuse_depth(text, value)
+    return value
+
+
+def encode(value: Any) -> bytes:
+    """Canonical bytes of a parsed value: keys sorted by UTF-16 code units, no white space, ECMAScript's numbers."""
+    parts: list[str] = []
+    _write(value, parts.append)
+    return "".join(parts).encode()
+
+
+def dump(value: Any) -> bytes:
+    """Plain JSON in the caller's key order, which a chat template may print. Integers of any size."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # an integer beyond 64 bits
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes]) -> dict[str, Any]:
+    """What of a request body counts for the key: no field that cannot change the answer, none that is null or default.
+
+    `defaults` maps a field to the canonical bytes of its documented default.
+    """
+    kept = {}
+    for field, value in body.items():
+        if value is None or field in UNKEYED:
+            continue
+        default = defaults.get(field)
+        if default is None or encode(value) != default:
+            kept[field] = value
+    kept["model"] = model
+    return kept
+
+
+def key(
+    secret: bytes, *, tenant: str, upstream: str, model: str, revision: str | None, endpoint: str, body: Any
+) -> str:
+    """64 hex digits. Keyed, because a plain hash of a short prompt can be guessed."""
+    parts = [CONTRACT, tenant, upstream, model, revision, endpoint, body]
+    return hmac.digest(secret, encode(parts), "sha256").hex()
+
+
+# ---- reading
+
+
+def _refused(why: str) -> InvalidRequest:
+    return InvalidRequest(f"The request body is not acceptable JSON: {why}.", code="invalid_json")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _refused(f"{name} is not a JSON number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS + 1:
+        raise _refused("a number is out of range")
+    return int(text)
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if math.isinf(value):
+        raise _refused("a number is out of range")
+    if not value.is_integer():
+        return value
+    if value == 0 or len(text) > 400:
+        return int(value)
+    exact = Decimal(text)  # 9007199254740993.0 is no double, but an integer
+    return int(exact) if exact == exact.to_integral_value() else int(value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _refused(f"duplicate key {json.dumps(twice)}")
+    return made
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=_number, parse_int=_integer, parse_constant=_no_constant
+)
+
+
+def _refuse_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _refused("a lone surrogate in a string") from None
+
+
+def _refuse_depth(text: str, value: Any) -> None:
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return
+    level: Iterable[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise _refused(f"nested deeper than {MAX_DEPTH}")
+
+
+# ---- writing
+
+_escape = json.encoder.encode_basestring  # of the control characters, the quote and the backslash: RFC 8785's set
+
+
+def _utf16(pair: tuple[str, Any]) -> bytes:
+    return pair[0].encode("utf-16-be")
+
+
+def _write(value: Any, put: Any) -> None:
+    if isinstance(value, str):
+        put(_escape(value))
+    elif value is None:
+        put("null")
+    elif isinstance(value, bool):
+        put("true" if value else "false")
+    elif isinstance(value, int):
+        put(str(value))
+    elif isinstance(value, float):
+        put(str(int(value)) if value.is_integer() else _ecmascript(value))
+    elif isinstance(value, dict):
+        put("{")
+        for position, (name, inner) in enumerate(sorted(value.items(), key=_utf16)):
+            put(f"{',' if position else ''}{_escape(name)}:")
+            _write(inner, put)
+        put("}")
+    else:
+        put("[")
+        for position, inner in enumerate(value):
+            if position:
+                put(",")
+            _write(inner, put)
+        put("]")
+
+
+def _ecmascript(value: float) -> str:
+    """ECMA-262's Number::toString for a finite, non-integral double. Python's shortest digits are the same digits."""
+    mantissa, _, power = f"{Decimal(repr(value)).normalize():E}".partition("E")
+    text = mantissa.lstrip("-").replace(".", "")
+    point = int(power) + 1  # value = 0.text × 10^point
+    if point > 0:
+        shown = f"{text[:point]}.{text[point:]}"
+    elif point > -6:
+        shown = f"0.{'0' * -point}{text}"
+    else:
+        shown = f"{text[0]}{'.' if len(text) > 1 else ''}{text[1:]}e{point - 1}"
+    return f"-{shown}" if value < 0 else shown

@@ -1,0 +1,126 @@
+"""What can go wrong, as one tree, and its one way onto the wire: OpenAI's envelope.
+
+Knows status codes and messages. Does not know who raises them.
+"""
+
+# ruff: noqa: N818 - the names say what happened; a suffix would say nothing more
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+
+
+class ProxyError(Exception):
+    """A refusal or a failure that the caller is told about. Subclasses say the status and OpenAI's type."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.code
+        self.status = status or self.status
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """The JSON envelope."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error})
+
+
+class InvalidRequest(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class BodyTooLarge(InvalidRequest):
+    status = 413
+    code = "request_too_large"
+
+
+class BodyTooSlow(InvalidRequest):
+    status = 408
+    code = "request_timeout"
+
+
+class NotJson(InvalidRequest):
+    status = 415
+    code = "unsupported_media_type"
+
+
+class HostRefused(InvalidRequest):
+    status = 421
+    code = "host_not_allowed"
+
+
+class OriginRefused(InvalidRequest):
+    status = 403
+    code = "origin_not_allowed"
+
+
+class NoSuchPath(InvalidRequest):
+    status = 404
+    code = "not_found"
+
+
+class NoSuchMethod(InvalidRequest):
+    status = 405
+    code = "method_not_allowed"
+
+
+class NoSuchModel(InvalidRequest):
+    status = 404
+    code = "model_not_found"
+
+
+class NotCached(ProxyError):
+    """`only-if-cached` and nothing fresh in the cache."""
+
+    status = 504
+    code = "not_cached"
+
+
+class UpstreamDown(ProxyError):
+    status = 503
+    code = "upstream_unavailable"
+
+
+class UpstreamTimeout(ProxyError):
+    status = 504
+    code = "upstream_timeout"
+
+
+class UpstreamBroken(ProxyError):
+    """The upstream answered, but not what the API promises."""
+
+    status = 502
+    code = "upstream_error"
+
+
+class UpstreamLimited(ProxyError):
+    status = 429
+    type = "rate_limit_error"
+    code = "upstream_rate_limited"
+
+
+class UpstreamRefused(ProxyError):
+    """An error that the upstream itself put into OpenAI's envelope: passed on as it is."""
+
+    def __init__(self, status: int, envelope: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__("the upstream refused the request", status=status, headers=headers)
+        self.envelope = envelope
+
+    def body(self) -> bytes:
+        return self.envelope
