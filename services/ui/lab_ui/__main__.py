@@ -1,0 +1,94 @@
+"""`python -m lab_ui`: Streamlit with the lab's options, on UI_HOST:UI_PORT, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import streamlit
+from pydantic import ValidationError
+from starlette.middleware import Middleware
+
+from .settings import LOOPBACK, Settings
+
+# Nothing but this server, for everything a page could load or call: a model's answer with a remote image, a font or a
+# frame would tell its author who reads it. Streamlit's own pages need inline styles, one inline script and blobs.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+class Guard:
+    """ASGI middleware: the headers above on every HTTP answer."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *HEADERS]}
+            await send(message)
+
+        await self._app(scope, receive, guarded if scope["type"] == "http" else send)
+
+
+def options(settings: Settings) -> dict[str, Any]:
+    """Streamlit's options; given here they stand over its files and environment variables."""
+    hosts = {*LOOPBACK, "ui", settings.host, *settings.allowed_hosts}
+    fonts = "'Source Sans', 'Noto Sans KR', 'Noto Sans CJK KR', 'Apple SD Gothic Neo', 'Malgun Gothic', sans-serif"
+    return {
+        "server.address": settings.host,
+        "server.port": settings.port,
+        "server.headless": True,
+        "server.fileWatcherType": "none",
+        "server.runOnSave": False,
+        "server.enableCORS": True,
+        "server.enableXsrfProtection": True,
+        "server.allowedHosts": ["*"] if "*" in hosts else sorted(hosts - {"0.0.0.0", "::"}),  # noqa: S104
+        "server.maxUploadSize": 1,
+        "server.enableStaticServing": False,
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "viewer",
+        "client.showErrorDetails": "none",
+        "client.showErrorLinks": False,
+        "logger.hideWelcomeMessage": True,
+        "logger.level": "warning",
+        "theme.font": fonts,
+        "theme.baseRadius": "medium",
+        "theme.headingFontSizes": ["2rem", "1.5rem", "1.125rem"],
+        "theme.light.primaryColor": "#0f766e",
+        "theme.light.backgroundColor": "#ffffff",
+        "theme.light.secondaryBackgroundColor": "#f3f6f6",
+        "theme.light.textColor": "#1c2b2d",
+        "theme.dark.primaryColor": "#5eead4",
+        "theme.dark.backgroundColor": "#10181a",
+        "theme.dark.secondaryBackgroundColor": "#1a2528",
+        "theme.dark.textColor": "#e4eced",
+    }
+
+
+def main() -> int:
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "UI_" + "_".join(str(part) for part in problem["loc"]).upper()
+            print(f"{name}: {problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)  # noqa: T201
+        return 2
+    app = streamlit.App(Path(__file__).with_name("app.py"), middleware=[Middleware(Guard)])
+    app.run(config=options(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What the environment may say to the ui. Nothing else in the package reads it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class Settings(BaseSettings):
+    """Every field is the variable `UI_<NAME>`. Lists are separated by commas, times are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="UI_", env_ignore_empty=True, extra="ignore")
+
+    host: str = Field(default="127.0.0.1", description="Address the ui listens on.")
+    port: int = Field(default=8501, ge=1, le=65535, description="Port the ui listens on.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Host names browsers may use beside loopback's and `ui`; `*` for any. Guards against rebinding.",
+    )
+    proxy_url: str = Field(default="http://127.0.0.1:8080", description="Base URL of the proxy, as the ui reaches it.")
+    public_proxy_url: str | None = Field(
+        default=None,
+        description="Base URL of the proxy in “Show the code”, as the reader reaches it; left out: `UI_PROXY_URL`.",
+    )
+    language: Literal["auto", "en", "ko"] = Field(
+        default="auto",
+        description="First language of the pages; `auto`: the browser's. The switch in the sidebar stands over it.",
+    )
+    connect_timeout_seconds: float = Field(
+        default=2, gt=0, le=60, description="Longest wait for a connection to the proxy."
+    )
+    answer_timeout_seconds: float = Field(
+        default=150, gt=0, description="Longest silence of the proxy before or inside an answer."
+    )
+    status_timeout_seconds: float = Field(
+        default=2, gt=0, le=30, description="Longest wait for the proxy's status and list of models."
+    )
+    refresh_seconds: float = Field(default=5, ge=1, le=3600, description="How often the status page asks again.")
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return (
+            tuple(part.strip().lower() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("proxy_url", "public_proxy_url")
+    @classmethod
+    def _http_url(cls, value: str | None) -> str | None:
+        if value is not None and (not value.startswith(("http://", "https://")) or "@" in value or "?" in value):
+            raise ValueError("must be an http:// or https:// URL without a user and without a query")
+        return value and value.rstrip("/")
+
+    @property
+    def shown_proxy_url(self) -> str:
+        """What “Show the code” prints."""
+        return self.public_proxy_url or self.proxy_url
