@@ -1,0 +1,1 @@
+"""The lab as local processes: what compose.yaml is for containers."""

@@ -1,0 +1,232 @@
+"""`python -m lab COMMAND`: the lab's commands, run by `.venv`'s Python. The Makefile has a line for each."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lab.terminal import MEANING, Exit, LabError, complain, end_on_signals, say
+
+try:
+    import psutil
+
+    from lab import checks, doctor
+    from lab.install import one_at_a_time
+    from lab.logs import Follower
+    from lab.services import Service, environment, probe, services
+    from lab.supervise import Lab, NotRunningError
+except ImportError as error:
+    complain(f"lab: .venv is broken ({error}); make it anew: make clean, then the same command")
+    sys.exit(Exit.ENVIRONMENT)
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT = 300  # seconds until all are ready; loading the embedded models takes a tenth of it
+
+
+Choose = Callable[[Mapping[str, str], Path], list[Service]]  # environment and state folder -> what to run
+
+
+def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> int:
+    end_on_signals()
+    lab = Lab(root)
+    commands: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
+        "lab": ("start in the foreground; Ctrl-C stops all", lambda _: foreground(lab, choose)),
+        "start": ("start in the background; returns when all are ready", lambda _: background(lab, choose)),
+        "stop": ("stop all", lambda _: stop(lab)),
+        "status": ("what runs, where, with how much memory", lambda _: status(lab)),
+        "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
+        "doctor": ("what would keep the lab from starting", lambda options: examine(lab, choose, as_json=options.json)),
+        "test": ("run the tests", lambda options: checks.test(root, options.arguments)),
+        "check": ("lint, format, types", lambda _: checks.check(root)),
+        "constraints": ("write constraints.txt from .venv", lambda _: checks.constraints(root)),
+    }
+    parser = argparse.ArgumentParser(
+        prog="python -m lab",
+        description=__doc__,
+        epilog="exit codes:\n" + "\n".join(f"  {code:3} {meaning}" for code, meaning in MEANING.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (purpose, _) in commands.items():
+        sub = subparsers.add_parser(
+            name, help=purpose, description=purpose, epilog=parser.epilog, formatter_class=parser.formatter_class
+        )
+        if name == "logs":
+            sub.add_argument("service", nargs="?", default=os.environ.get("SERVICE") or None)
+        if name == "doctor":
+            sub.add_argument("--json", action="store_true", help="findings as a JSON list")
+        if name == "test":
+            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for pytest")
+    options = parser.parse_args(argv)
+    try:
+        return commands[options.command][1](options)
+    except LabError as trouble:
+        complain(f"lab: {trouble}")
+        return trouble.code
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+
+
+def foreground(lab: Lab, choose: Choose) -> int:
+    """Start, follow the logs, and stop all on Ctrl-C."""
+    try:
+        with _nothing_left(lab):
+            if not _start(lab, choose):
+                return Exit.FINE
+            say("lab: ready; Ctrl-C stops all. What the services log from here on:")
+            _follow(lab)
+    except KeyboardInterrupt:
+        return Exit.FINE if lab.was_ready else Exit.INTERRUPTED
+    return Exit.FINE
+
+
+def background(lab: Lab, choose: Choose) -> int:
+    """Start and return when all are ready. What fails to start leaves nothing running."""
+    with _nothing_left(lab):
+        if _start(lab, choose):
+            say("lab: ready, in the background; make status, make logs, make stop")
+    return Exit.FINE
+
+
+def _start(lab: Lab, choose: Choose) -> bool:
+    """Start and wait until all are ready; False where the lab runs already. Raises LabError."""
+    with one_at_a_time(lab.root):
+        if lab.running():
+            say("lab: already running; new settings are taken by make stop, make start")
+            _print_urls(lab.started())
+            return False
+        chosen = choose(os.environ, lab.state)
+        findings = doctor.examine(chosen, doctor.read_machine(lab.root))
+        for finding in findings:
+            if finding.stops:
+                complain(finding.line())
+        if any(finding.stops for finding in findings) and os.environ.get("LAB_FORCE") != "1":
+            raise LabError(findings[0].exit, "not started; each line above says why and what to do")
+        say(f"lab: starting {', '.join(service.name for service in chosen)}")
+        lab.start(chosen, environment(os.environ, chosen))
+        lab.wait(chosen, START_TIMEOUT)
+    _print_urls(chosen)
+    return True
+
+
+def _print_urls(chosen: Sequence[Service]) -> None:
+    for service in reversed(chosen):
+        say(f"    {service.name:6} {service.url}")
+
+
+@contextlib.contextmanager
+def _nothing_left(lab: Lab) -> Iterator[None]:
+    """Whatever ends the block by an exception, a Ctrl-C too, ends what this command started."""
+    try:
+        yield
+    except BaseException as error:
+        if lab.mine:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            say(f"{chr(10) if interrupted else ''}lab: stopping{' (Ctrl-C again kills)' if interrupted else ''}")
+            try:
+                lab.stop()
+            except KeyboardInterrupt:
+                lab.kill()
+            say("lab: stopped, nothing is left running")
+        raise
+
+
+def _follow(lab: Lab) -> None:
+    """Print what the services log and what becomes of them, until the lab is stopped."""
+    follower = Follower(lab.logs, [service.name for service in lab.started()])
+    pids: dict[str, int] = {}
+    while True:
+        for line in follower.new():
+            say(line)
+        try:
+            now = {state.name: state.pid for state in lab.states().values()}
+        except NotRunningError:
+            say("lab: stopped by another command")
+            return
+        for name, pid in now.items():
+            if pid != pids.get(name, pid):
+                say(f"lab: {name} is back (pid {pid})" if pid else f"lab: {name} died and is started again")
+        pids = now
+        time.sleep(0.5)
+
+
+def stop(lab: Lab) -> int:
+    if lab.running():
+        say("lab: stopping")
+    count = lab.stop()
+    say(f"lab: stopped, {count} processes ended" if count else "lab: nothing was running")
+    return Exit.FINE
+
+
+def status(lab: Lab) -> int:
+    try:
+        states = lab.states()
+    except NotRunningError:
+        say("lab: not running; make start")
+        return Exit.FINE
+    say(f"{'SERVICE':8} {'STATE':10} {'PID':>7} {'MEMORY':>9} {'UPTIME':>9}  URL")
+    for service in lab.started():
+        state = states[service.name]
+        ready, said = probe(service)
+        word = state.state.lower() if not state.pid else "ready" if ready else said or "starting"
+        up = int(time.time() - state.since) if state.since else 0
+        uptime = f"{up // 3600}:{up // 60 % 60:02}:{up % 60:02}"
+        megabytes = f"{memory(state.pid) / 2**20:.0f} MiB"
+        say(f"{service.name:8} {word:10} {state.pid:>7} {megabytes:>9} {uptime:>9}  {service.url}")
+    return Exit.FINE
+
+
+def logs(lab: Lab, service: str | None) -> int:
+    """The last lines, then new ones as long as the lab runs."""
+    names = [known.name for known in lab.started()]
+    if service and service not in names:
+        raise LabError(Exit.WRONG_SETTING, f"there is no service {service}; there are {', '.join(names) or 'none yet'}")
+    follower = Follower(lab.logs, [service] if service else names, lines=200 if service else 20)
+    try:
+        while True:
+            for line in follower.new():
+                say(line)
+            if not lab.running():
+                say("lab: not running; these were its last lines")
+                return Exit.FINE
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        return Exit.FINE
+
+
+def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:
+    running = lab.running()  # then its ports are its own, and its memory is spent
+    findings = doctor.examine([] if running else choose(os.environ, lab.state), doctor.read_machine(lab.root))
+    findings = [finding for finding in findings if not (running and finding.exit is Exit.MEMORY)]
+    if as_json:
+        say(json.dumps([asdict(finding) | {"class": finding.exit.name.lower()} for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            say(finding.line())
+        state = "the lab runs" if running else "nothing stops the lab from starting"
+        stopping = sum(finding.stops for finding in findings)
+        say(f"lab: {stopping} of these stop the lab from starting" if stopping else f"lab: {state}")
+    return findings[0].exit if findings and findings[0].stops else Exit.FINE
+
+
+def memory(pid: int) -> int:
+    """Bytes of a process and all below it; pages that they share count once where the system tells (Linux)."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                told = one.memory_full_info()
+                total += int(getattr(told, "pss", told.uss))
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

