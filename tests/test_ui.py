@@ -1,0 +1,465 @@
+"""The ui: both pages in both languages with everything up and down, what it sends and never loads, its start."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_ui import ALIAS, CHAT, PARIS, StandIn, stand_in
+from lab_ui import snippets, texts
+from lab_ui.answers import ABANDONED_AFTER, Answer, Answers, cache_state
+from lab_ui.chat import chat_models, plain
+from lab_ui.settings import Settings
+from processes import free_port, process, python
+from streamlit.testing.v1 import AppTest
+
+APP = Path(texts.__file__).with_name("app.py")
+LANGUAGES = list(texts.LANGUAGES)
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture
+def proxy() -> Iterator[StandIn]:
+    with stand_in() as server:
+        yield server
+
+
+@pytest.fixture
+def answers(proxy: StandIn) -> Iterator[Answers]:
+    made = Answers(Settings(proxy_url=proxy.url))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def app(proxy: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AppTest]]:
+    """Starts the app in a language, against the stand-in or, with `url`, against another address."""
+    import streamlit as st
+
+    def start(language: str = "en", url: str | None = None) -> AppTest:
+        monkeypatch.setenv("UI_LANGUAGE", language)
+        monkeypatch.setenv("UI_PROXY_URL", url or proxy.url)
+        monkeypatch.setenv("UI_PUBLIC_PROXY_URL", proxy.url)
+        return AppTest.from_file(APP, default_timeout=20).run()
+
+    yield start
+    st.cache_resource.clear()
+
+
+def shown(app: AppTest) -> str:
+    """All text on the page, sidebar included."""
+    kinds = ("title", "subheader", "markdown", "caption", "error", "warning", "success", "button", "text", "code")
+    return "\n".join(
+        f"{getattr(e, 'label', '')} {getattr(e, 'title', '')} {getattr(e, 'value', '')}"
+        for kind in kinds
+        for e in app.get(kind)
+    )
+
+
+def ask(app: AppTest, question: str = QUESTION) -> AppTest:
+    done = app.chat_input[0].set_value(question).run()
+    assert not done.exception
+    return done
+
+
+def until(condition: Callable[[], Any], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def words_of(language: str) -> dict[str, str]:
+    return texts.load(language)._words
+
+
+def test_both_languages_have_the_same_keys_and_placeholders() -> None:
+    fields = {
+        language: {
+            key: sorted(name for _, name, _, _ in string.Formatter().parse(text) if name)
+            for key, text in words_of(language).items()
+        }
+        for language in LANGUAGES
+    }
+    assert fields["en"] == fields["ko"]
+    assert all(text for language in LANGUAGES for text in words_of(language).values())
+
+
+def test_every_text_is_used() -> None:
+    """A key that no page names is dead. Parts of some keys come from data: kinds of faults, services, cache states."""
+    named = set(re.findall(r"""["']([a-z_.]+)["']""", "".join(path.read_text() for path in APP.parent.glob("*.py"))))
+    for key in words_of("en"):
+        group, second, last = key.split(".")[0], key.split(".")[1], key.split(".")[-1]
+        from_data = key.startswith(("cache.", "status.kinds."))
+        assert from_data or key in named or second in named or (group == "status" and last in named), key
+
+
+@pytest.mark.parametrize(
+    ("wanted", "browser", "first"),
+    [("auto", "ko-KR", "ko"), ("auto", "ko", "ko"), ("auto", "en-US", "en"), ("auto", "kok-IN", "en"),
+     ("auto", "de-DE", "en"), ("auto", None, "en"), ("ko", "en-US", "ko"), ("en", "ko-KR", "en")],
+)  # fmt: skip
+def test_the_first_language_is_the_settings_then_the_browsers(wanted: str, browser: str | None, first: str) -> None:
+    assert texts.first_language(wanted, browser) == first
+
+
+# ---- chat -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_question_is_answered_with_its_figures(app: Callable[..., AppTest], proxy: StandIn, language: str) -> None:
+    words = texts.load(language)
+    page = app(language)
+    assert not page.exception
+    assert words("chat.honest") in shown(page)
+    page = ask(page)
+    assert PARIS in shown(page)
+    assert proxy.requests[0] | {"stream": 0, "stream_options": 0} == {
+        "model": CHAT["id"], "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "stream": 0, "stream_options": 0,
+    }  # fmt: skip
+    quiet = next(caption.value for caption in page.caption if "TTFT" in caption.value)
+    assert words("cache.miss") in quiet
+    assert words("figures.tokens", prompt=37, completion=6) in quiet
+    assert page.session_state.turns[0].answer.request_id in quiet
+    # The same in a new conversation is a hit.
+    page.get("button")[0].click().run()
+    assert words("cache.hit") in shown(ask(page))
+    assert proxy.requests[0] == proxy.requests[1]
+
+
+def test_an_example_is_one_click(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    page = app()
+    next(button for button in page.button if button.label == QUESTION).click().run()
+    assert PARIS in shown(page)
+
+
+def test_the_conversation_and_the_settings_are_sent(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    page = ask(app())
+    page.sidebar.text_area[0].set_value("Be brief.")
+    page.sidebar.slider[0].set_value(0.7)
+    page.sidebar.slider[1].set_value(0.9)
+    page.sidebar.number_input[0].set_value(64)
+    page.sidebar.selectbox[0].set_value(ALIAS["id"])
+    ask(page, "And of Italy?")
+    sent = proxy.requests[1]
+    assert [message["role"] for message in sent["messages"]] == ["system", "user", "assistant", "user"]
+    assert sent["messages"][2]["content"] == PARIS
+    assert (sent["temperature"], sent["top_p"], sent["max_tokens"], sent["model"]) == (0.7, 0.9, 64, ALIAS["id"])
+
+
+def test_only_chat_models_can_be_chosen_and_an_alias_says_so(app: Callable[..., AppTest]) -> None:
+    page = app()
+    assert page.sidebar.selectbox[0].options == [CHAT["id"], f"{ALIAS['id']} → {CHAT['id']}"]
+    assert page.sidebar.number_input[0].max == CHAT["context"]
+    upstream = {"data": [{"id": "gpt-x", "object": "model"}]}
+    assert list(chat_models(upstream)) == ["gpt-x"]
+    assert chat_models({"data": [{"id": "a", "kind": "classifier"}, "nonsense", {}]}) == {}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("model-down", "model_down"), ("model-loading", "model_down"), ("error", "model_down"), ("busy", "busy"),
+     ("too-long", "too_long"), ("interrupted", "interrupted"), ("broken-off", "interrupted")],
+)  # fmt: skip
+def test_a_fault_stands_in_the_answers_place(
+    app: Callable[..., AppTest], proxy: StandIn, language: str, mode: Any, kind: str
+) -> None:
+    words = texts.load(language)
+    proxy.mode = mode
+    page = ask(app(language))
+    assert words(f"faults.{kind}.what") in shown(page)
+    seconds = "7" if mode == "busy" else "5"
+    assert words(f"faults.{kind}.do", seconds=seconds) in shown(page)
+    assert page.session_state.turns[0].answer.request_id in shown(page)
+    if kind == "interrupted":
+        assert "The capital of" in shown(page)
+    # Well again: one click asks again.
+    proxy.mode = "up"
+    next(button for button in page.button if button.label == words("chat.again")).click().run()
+    assert PARIS in shown(page)
+    assert len(page.session_state.turns) == 1
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_without_a_proxy_the_chat_says_what_to_do(app: Callable[..., AppTest], language: str) -> None:
+    started = time.monotonic()
+    page = app(language, f"http://127.0.0.1:{free_port()}")
+    assert time.monotonic() - started < 3
+    assert not page.exception
+    assert texts.load(language)("faults.proxy_down.do") in shown(page)
+    assert page.chat_input[0].disabled
+
+
+def test_a_proxy_that_hangs_does_not_hang_the_pages(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    proxy.mode = "hung"
+    started = time.monotonic()
+    page = app()
+    assert texts.load("en")("faults.timeout.what") in shown(page)
+    assert time.monotonic() - started < 3.5
+
+
+def test_something_else_on_the_proxys_port_is_named(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    assert texts.load("en")("faults.not_the_proxy.what") in shown(app(url=proxy.url + "/elsewhere"))
+
+
+# ---- stop -----------------------------------------------------------------------------------------------------------
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    return {"model": CHAT["id"], "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8} | changes
+
+
+@pytest.mark.parametrize("mode", ["silent", "slow"])
+def test_stop_closes_the_connection_within_500_ms(answers: Answers, proxy: StandIn, mode: Any) -> None:
+    """Before the first token as well as after it; what came stays."""
+    proxy.mode, proxy.words = mode, ["word"] * 1000
+    answer = answers.ask(request())
+    assert until(lambda: proxy.requests if mode == "silent" else answer.text, 5)
+    stopped = time.monotonic()
+    answer.stop()
+    assert not answer.running
+    assert until(lambda: proxy.left, 2)
+    assert proxy.left[0] - stopped < 0.5
+    assert answer.state == "stopped"
+    assert bool(answer.text) == (mode == "slow")
+
+
+def test_stop_comes_in_time_however_early(answers: Answers, proxy: StandIn) -> None:
+    for _ in range(20):
+        answer = answers.ask(request())
+        answer.stop()
+        assert not answer.running
+        assert answer.state == "stopped"
+
+
+def test_an_answer_nobody_looks_at_is_left(answers: Answers, proxy: StandIn) -> None:
+    """A closed or reloaded tab: its script ends, and with it the looks."""
+    proxy.mode, proxy.words = "slow", ["word"] * 1000
+    answer = answers.ask(request())
+    begun = time.monotonic()
+    while time.monotonic() - begun < ABANDONED_AFTER + 1:  # looked at, it goes on
+        assert not answer.wait(0.2)
+    assert until(lambda: proxy.left, ABANDONED_AFTER + 2)
+    assert answer.state == "stopped"
+
+
+def test_another_question_stops_the_running_answer(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    page = app()
+    proxy.mode, proxy.words = "slow", ["word"] * 1000
+    running = Answers(Settings(proxy_url=proxy.url))
+    try:
+        live = running.ask(request())
+        assert until(lambda: live.text, 5)
+        from lab_ui.chat import Turn
+
+        page.session_state.turns = [Turn("before", live)]
+        proxy.mode, proxy.words = "up", PARIS.split(" ")
+        page = ask(page)
+        assert until(lambda: proxy.left, 1)
+        assert live.state == "stopped"
+        assert texts.load("en")("chat.stopped") in shown(page)
+        assert live.text in shown(page)
+        assert PARIS in shown(page)
+    finally:
+        running.close()
+
+
+def test_a_growing_answer_is_drawn_at_most_ten_times_a_second(
+    app: Callable[..., AppTest], proxy: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    wait = Answer.wait
+    monkeypatch.setattr(Answer, "wait", lambda answer, seconds: waits.append(seconds) or wait(answer, seconds))
+    proxy.mode, proxy.words = "slow", ["a long word"] * 20
+    ask(app())
+    assert len(waits) > 3
+    assert min(waits) >= 0.1
+
+
+# ---- code -----------------------------------------------------------------------------------------------------------
+
+NASTY = "It's \"5 $HOME `id` \\n\\\\ ''' \"\"\" {x} %s 한국어 😀\n\ttab \u2028 !x #"
+
+
+def test_the_shown_code_sends_exactly_this_request(app: Callable[..., AppTest], proxy: StandIn, tmp_path: Path) -> None:
+    """Both are run as they are shown, with a question full of quotes."""
+    page = app()
+    page.sidebar.text_area[0].set_value(NASTY)
+    page = ask(page, NASTY)
+    code, command = (block.value for block in page.code)
+    assert f'base_url="{proxy.url}/v1"' in code
+    (tmp_path / "ask.py").write_text(code, encoding="utf-8")
+    ran = subprocess.run([sys.executable, tmp_path / "ask.py"], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == PARIS
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=True)
+    assert "[DONE]" in ran.stdout
+    from_page, from_python, from_curl = proxy.requests
+    del from_page["stream_options"]  # only the page shows the usage
+    assert from_page == from_python == from_curl
+
+
+def test_code_is_right_for_any_json() -> None:
+    body = request(messages=[{"role": "user", "content": NASTY}], stop=["'", '"'], user="\x00\x7f")
+    assert json.loads(snippets.curl(body, "http://h").split("--data-binary '")[1][:-2].replace("'\"'\"'", "'")) == (
+        body | {"stream": True}
+    )
+    compile(snippets.python(body, "http://h"), "shown", "exec")
+
+
+# ---- untrusted text -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "harmless"),
+    [
+        ("![x](http://h/x.png)", "!\\[x](http://h/x.png)"),
+        ("\\![x](y)", "\\![x](y)"),
+        ("a [link](http://h) stays", "a [link](http://h) stays"),
+        ("$5 and $6", "\\$5 and \\$6"),
+        ("\\$5", "\\$5"),
+        (":red[x] at 10:30", "\\:red[x] at 10:30"),
+        ("`$x ![y](z)` $", "`$x ![y](z)` \\$"),
+        ("``a ` $`` $", "``a ` $`` \\$"),
+        ("`open ![x](y)", "`open !\\[x](y)"),
+        ("```sh\necho $HOME ![x](y)\n```\n$", "```sh\necho $HOME ![x](y)\n```\n\\$"),
+        ("- ```\n\n![x](y)", "- ```  \n\n!\\[x](y)"),
+        ("1. a\n   ```\n![x](y)", "1. a  \n   ```  \n!\\[x](y)"),
+        ("a\nb\n\nc\n", "a  \nb  \n\nc"),
+        ("~~~\n```\n![x](y)\n~~~\n![x](y)", "~~~\n```\n![x](y)\n~~~\n!\\[x](y)"),
+    ],
+)
+def test_untrusted_markdown_loads_nothing(written: str, harmless: str) -> None:
+    assert plain(written) == harmless
+
+
+def test_a_fault_of_the_proxy_loads_nothing(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    proxy.mode = "error"
+    assert "![x](http" not in shown(ask(app()))
+
+
+@pytest.mark.parametrize(
+    ("header", "state"),
+    [(None, None), ('llm-lab; hit; ttl=41; key="a;b, fwd=miss"', "hit"), ("llm-lab; fwd=miss; stored", "miss"),
+     ("llm-lab; fwd=miss; collapsed", "collapsed"), ("llm-lab; fwd=bypass; detail=sampled", "bypass"),
+     ("llm-lab; fwd=request", "request"), ("llm-lab; fwd=stale; fwd-status=503", "stale")],
+)  # fmt: skip
+def test_cache_status_in_one_word(header: str | None, state: str | None) -> None:
+    assert cache_state(header) == state
+
+
+# ---- status ---------------------------------------------------------------------------------------------------------
+
+
+def status_page(app: AppTest) -> AppTest:
+    """`switch_page` knows pages that are files only."""
+    app._page_hash = next(page for page, info in app._registered_pages.items() if info["url_pathname"] == "status")
+    return app.run()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_status_shows_every_service(app: Callable[..., AppTest], language: str) -> None:
+    words = texts.load(language)
+    page = status_page(app(language))
+    assert not page.exception
+    text = shown(page)
+    assert words("status.all_up") in text
+    for fact in (
+        "ui",
+        "proxy",
+        "redis",
+        "model",
+        "8.0.3",
+        "1.5 MiB",
+        "cpu",
+        CHAT["id"],
+        "8,192",
+        "c0ffee5eedc0",
+        "2.13.0",
+    ):
+        assert fact in text, fact
+    assert [metric.value for metric in page.metric][:3] == ["5", "3", "62%"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("mode", "key"),
+    [("redis-down", "status.do.redis"), ("model-down", "status.do.model"), ("model-loading", "status.do.loading")],
+)
+def test_status_says_what_is_down_and_what_to_do(
+    app: Callable[..., AppTest], proxy: StandIn, language: str, mode: Any, key: str
+) -> None:
+    proxy.mode = mode
+    page = status_page(app(language))
+    assert not page.exception
+    assert texts.load(language)("status.some_down") in shown(page)
+    assert texts.load(language)(key) in shown(page)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_status_without_a_proxy(app: Callable[..., AppTest], language: str) -> None:
+    page = app(language, f"http://127.0.0.1:{free_port()}")
+    started = time.monotonic()
+    page = status_page(page)
+    assert time.monotonic() - started < 3
+    words = texts.load(language)
+    assert not page.exception
+    assert words("status.do.proxy") in shown(page)
+    assert shown(page).count(words("status.through_proxy")) == 2
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"proxy": 1, "model": {"state": "up", "models": [{}]}, "cache": {"enabled": False}}]
+)
+def test_status_bears_with_any_answer(
+    app: Callable[..., AppTest], monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("fixtures_ui.status", lambda mode: body)
+    assert not status_page(app()).exception
+
+
+# ---- start ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("UI_PORT", "http"), ("UI_PROXY_URL", "localhost:8080"), ("UI_LANGUAGE", "de")]
+)
+def test_a_wrong_setting_stops_the_start_with_its_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    ran = subprocess.run(python("lab_ui"), capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"{name}: ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_the_server_is_guarded_and_needs_no_home(tmp_path: Path) -> None:
+    """Healthy, with a policy against foreign content, its name checked, and nothing written to the home folder."""
+    import urllib.request
+
+    home = tmp_path / "home"
+    home.mkdir()
+    port = free_port()
+    env = {"UI_PORT": str(port), "HOME": str(home)}
+    with process("ui", python("lab_ui"), port=port, log_dir=tmp_path, env=env, ready="/_stcore/health") as ui:
+        with urllib.request.urlopen(ui.url, timeout=5) as response:
+            policy = response.headers["content-security-policy"]
+        assert "img-src 'self' data: blob:" in policy
+        assert "http:" not in policy
+        started = time.monotonic()
+        ui.stop(5)
+        assert time.monotonic() - started < 5
+    assert not list(home.iterdir())
