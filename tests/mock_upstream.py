@@ -3,7 +3,7 @@
 What stands after `mock-` in the model's name is how it behaves (`gpt-mock-reset` resets the stream in its middle): see
 MODES. It is a stand-in for a paid upstream at /v1/… and for the model service at /v1/models, /ready and /m/<id>/v1/….
 `GET /calls` tells what came in and how many callers left early; `POST /control` sets `revision`, `delay` (seconds
-before an answer) and the `state` of /ready; `POST /reset` forgets all.
+before an answer) and the `state` of /ready, the ids that are still `loading`; `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Mock:
         self.revision = "r1"
         self.delay = 0.0
         self.state = "ready"
+        self.loading: list[str] = []  # ids of the model service that are not served yet
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,13 +131,18 @@ class Mock:
         elif path == "/reset":
             self.forget()
         elif path == "/ready":
-            said = {"status": self.state, "device": "cpu", "models": [], "versions": {"lab_model": "mock"}}
+            models = [
+                {"id": name, "kind": kind, "state": "loading" if name in self.loading else "ready"}
+                for name, kind in LOCAL.items()
+            ]
+            said = {"status": self.state, "device": "cpu", "models": models, "versions": {"lab_model": "mock"}}
             return await whole(send, said, status=200 if self.state == "ready" else 503)
         elif path == "/v1/models":
             data = [
                 {"id": name, "object": "model", "created": 1, "owned_by": "llm-lab", "kind": kind,
                  "revision": self.revision, "context": 8192}
                 for name, kind in LOCAL.items()
+                if name not in self.loading
             ]  # fmt: skip
             return await whole(send, {"object": "list", "data": data})
         return await whole(send, {"status": "ok"})

@@ -74,6 +74,13 @@ def test_names_go_to_their_upstream(bench: Bench) -> None:
     assert "gpt-*" in error(unknown)["message"]
 
 
+def test_a_model_of_another_kind_is_refused(bench: Bench) -> None:
+    for answer in (bench.chat(model=EMBEDDING_MODEL), bench.embed("x", model=CHAT_MODEL)):
+        assert answer.status_code == 400
+        assert error(answer)["param"] == "model"
+    assert bench.calls(bench.model)["total"] == 0
+
+
 def test_aliases_stand_in_while_there_is_no_key(bench: Bench, tmp_path: Path) -> None:
     """`gpt-4o-mini` is the local model without a key: rewritten upstream, told in a header, listed; else it is not."""
     assert state(bench.chat(model="gpt-4o-mini")) == "miss stored"
@@ -97,6 +104,24 @@ def test_aliases_stand_in_while_there_is_no_key(bench: Bench, tmp_path: Path) ->
         refused = alone.chat(model="gpt-7")
         assert refused.status_code == 404
         assert "PROXY_OPENAI_API_KEY" in error(refused)["message"]
+
+
+def test_a_model_that_loads_is_not_unknown(bench: Bench, tmp_path: Path) -> None:
+    """503 with a time while it loads; served at once when it is there, and when /ready says so
+    the list holds it."""
+    port = free_port()
+    with mock(tmp_path, port) as model:
+        httpx2.post(f"{model.url}/control", json={"loading": [CHAT_MODEL], "state": "loading"})
+        with second(bench, tmp_path, model=model.url) as other:
+            refused = other.chat(model=CHAT_MODEL)
+            assert refused.status_code == 503
+            assert "loading" in error(refused)["message"]
+            assert refused.headers["retry-after"]
+            assert other.chat(model="nobody").status_code == 404
+            httpx2.post(f"{model.url}/control", json={"loading": [], "state": "ready"})
+            assert other.http.get("/ready").status_code == 200
+            assert CHAT_MODEL in {entry["id"] for entry in other.http.get("/v1/models").json()["data"]}
+            assert other.chat(model=CHAT_MODEL).status_code == 200
 
 
 def test_model_service_down(bench: Bench, tmp_path: Path) -> None:

@@ -357,9 +357,7 @@ class App:
         entry = self._listed().get(name)
         if entry is None:
             self._routes.resolve(name, self._local.entries)  # says why not, or that an upstream takes the name
-            raise errors.NoSuchModel(
-                f"`{name[:200]}` goes to an upstream, which is not asked for its list.", param="model"
-            )
+            raise errors.NoSuchModel(f"`{name[:200]}` goes to an upstream, which is not asked for its list.", name)
         await out.whole(orjson.dumps(entry), {})
 
     # ---- the record of a request

@@ -81,8 +81,14 @@ class NoSuchMethod(InvalidRequest):
 
 
 class NoSuchModel(InvalidRequest):
+    """`model` is the name after aliases."""
+
     status = 404
     code = "model_not_found"
+
+    def __init__(self, message: str, model: str) -> None:
+        super().__init__(message, param="model")
+        self.model = model
 
 
 class NotCached(ProxyError):

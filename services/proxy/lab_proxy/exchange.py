@@ -17,7 +17,7 @@ import orjson
 from . import canonical, entry
 from .cache import Wishes
 from .entry import COMPLETIONS, EMBEDDINGS, Entry
-from .errors import InvalidRequest, NotCached, ProxyError, UpstreamBroken, UpstreamTimeout
+from .errors import InvalidRequest, NoSuchModel, NotCached, ProxyError, UpstreamBroken, UpstreamTimeout
 from .routes import Routes, Target
 from .settings import Settings
 from .upstream import LocalModels, Reply, Upstream
@@ -132,7 +132,7 @@ class Exchange:
         try:
             try:
                 async with asyncio.timeout(self._total):
-                    way = self._decide(call)
+                    way = await self._way(call)
                     await (self._embed(way, out) if call.endpoint == EMBEDDINGS else self._generate(way, out))
             except TimeoutError:
                 raise UpstreamTimeout("The answer took too long: PROXY_TOTAL_TIMEOUT_SECONDS is the limit.") from None
@@ -143,6 +143,14 @@ class Exchange:
             async with asyncio.timeout(STALLED_CLIENT_SECONDS):
                 await out.piece(b"data: " + error.body() + b"\n\n")
                 await out.end()
+
+    async def _way(self, call: Call) -> _Way:
+        try:
+            return self._decide(call)
+        except NoSuchModel as unknown:
+            # Loaded since the last look, or still loading: only the service itself can tell.
+            await self._local.look_again(unknown.model)
+            return self._decide(call)
 
     def _decide(self, call: Call) -> _Way:
         body = call.body
@@ -158,6 +166,9 @@ class Exchange:
             raise InvalidRequest("`n` must be a whole number from 1.", param="n")
         target = self._routes.resolve(model, self._local.entries)
         call.account.model, call.account.upstream = target.model, target.upstream
+        kind = self._local.entries.get(target.model, {}).get("kind") if target.versioned else None
+        if kind and (kind == "embedding") != (call.endpoint == EMBEDDINGS):
+            raise InvalidRequest(f"`{model}` is of kind {kind}, which {call.endpoint} does not take.", param="model")
         bypass = None if self._cache.enabled else "disabled"
         if call.wishes.no_store:
             bypass = "no-store"

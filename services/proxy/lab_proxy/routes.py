@@ -137,7 +137,7 @@ class Routes:
                 param="model",
                 headers={"retry-after": "2"},
             )
-        raise NoSuchModel(f"The model `{asked}` does not exist here. {self._there_is(local)}", param="model")
+        raise NoSuchModel(f"The model `{asked}` does not exist here. {self._there_is(local)}", name)
 
     def aliases(self, local: Mapping[str, Any]) -> dict[str, str]:
         """The aliases that work now, with the model each stands for."""

@@ -195,7 +195,22 @@ class LocalModels:
         if not isinstance(said, dict):
             return {"state": "down", "detail": f"/ready answered {status} with something unknown"}
         state = "up" if status == 200 else "loading" if said.get("status") == "loading" else "down"
+        if any(each["state"] == "ready" and each["id"] not in self.entries for each in said.get("models", ())):
+            await self._read()  # whoever hears that it is up may ask at once
         return {"state": state, **said}
+
+    async def look_again(self, model: str) -> None:
+        """Read the ids now. Raises UpstreamDown where the service has `model` but does not serve it yet."""
+        await self._read()
+        if model in self.entries:
+            return
+        for each in (await self.ready()).get("models", ()):
+            if each.get("id") == model and each.get("state") != "ready":
+                raise UpstreamDown(
+                    f"`{model}` is {each.get('state')}: /status tells when it is up, `make logs` why it is not.",
+                    param="model",
+                    headers={"retry-after": "2"},
+                )
 
     async def _watch(self) -> None:
         while True:
