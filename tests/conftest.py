@@ -56,17 +56,21 @@ def redis(logs: Path) -> Iterator[Process]:
 
 
 @pytest.fixture(scope="session")
-def model_url(logs: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def model_process(logs: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
     """A real Ray Serve of its own, beside whatever else runs on this machine."""
-    if running := os.environ.get("LAB_TEST_MODEL_URL"):
-        yield running
-        return
+    if os.environ.get("LAB_TEST_MODEL_URL"):
+        pytest.skip("the model service runs elsewhere: its process and its log are not here")
     port = free_port()
     env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(request.getfixturevalue("catalogue"))}
     with process(
         "model", python("lab_model"), port=port, log_dir=logs, env=env, ready="/ready", timeout=MODEL_START_SECONDS
     ) as started:
-        yield started.url
+        yield started
+
+
+@pytest.fixture(scope="session")
+def model_url(request: pytest.FixtureRequest) -> str:
+    return os.environ.get("LAB_TEST_MODEL_URL") or str(request.getfixturevalue("model_process").url)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx2
 import openai
+import psutil
 import pytest
 import tiny
 from conftest import CHAT, EMBEDDING, TINY
@@ -23,7 +25,7 @@ from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, r
 from lab_model.engine import Engine
 from lab_model.replica import cores
 from lab_model.text import Text
-from processes import free_port, python
+from processes import Process, free_port, python
 
 
 def running(model_url: str, name: str = CHAT) -> float:
@@ -108,13 +110,11 @@ def test_two_hundred_at_once_are_all_answered(model_url: str) -> None:
     assert running(model_url, TINY) == 0
 
 
-def test_log_has_one_line_a_request_and_no_text(model_url: str, logs: Path) -> None:
-    if os.environ.get("LAB_TEST_MODEL_URL"):
-        pytest.skip("the log of a service that runs elsewhere is not here")
+def test_log_has_one_line_a_request_and_no_text(model_process: Process) -> None:
     secret = "the-secret-word"
     body = {"model": TINY, "messages": [{"role": "user", "content": secret}], "max_tokens": 2}
-    httpx2.post(f"{model_url}/v1/chat/completions", json=body, headers={"x-request-id": "logged-1"}, timeout=30)
-    log = logs / f"model-{model_url.rpartition(':')[2]}.log"
+    url, log = model_process.url, model_process.log
+    httpx2.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "logged-1"}, timeout=30)
     deadline = time.monotonic() + 5
     while "logged-1" not in log.read_text():
         assert time.monotonic() < deadline, "no log line"
@@ -124,6 +124,24 @@ def test_log_has_one_line_a_request_and_no_text(model_url: str, logs: Path) -> N
     assert lines[0] | {"model": TINY, "status": 200, "tokens": 2, "outcome": "done"} == lines[0]
     assert lines[0]["ttft_ms"] > 0
     assert secret not in log.read_text()
+
+
+def test_what_listens_beyond_loopback_wants_a_token(model_process: Process) -> None:
+    """Ray Serve's replicas take pickled calls on all interfaces: whoever has no token is turned away."""
+    service = psutil.Process(model_process.popen.pid)
+    open_ports = [
+        connection.laddr.port
+        for process in [service, *service.children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.endswith(("127.0.0.1", "::1"))
+    ]
+    assert open_ports, "Ray Serve has changed: nothing to turn away"
+    for open_port in open_ports:
+        with grpc.insecure_channel(f"127.0.0.1:{open_port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 # The application without Ray

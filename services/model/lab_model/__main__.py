@@ -64,6 +64,8 @@ def prepare_environment() -> None:
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Whoever can reach Ray's ports could run code in it (CVE-2023-48022): a token that only our processes have.
+        # Its ports listen on loopback only: the switch has its name from the systems where that is the default.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Ray's own logs stay in its folder, and small.
@@ -92,7 +94,6 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
         namespace="lab",
         include_dashboard=False,
         _temp_dir=str(folder),
-        _node_ip_address="127.0.0.1",
         # Answers go through HTTP, not through the object store: its minimum is enough.
         object_store_memory=80 * 1024 * 1024,
         logging_level=logging.ERROR,
@@ -142,12 +143,24 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
         )
         return watch(settings, entries, started, ended)
     finally:
-        say("stopping: running answers may end")
-        # Ray reports the controller's intended end as a failed task, in red.
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+        stop()
+
+
+def stop() -> None:
+    """Let running answers end, then end Ray. A model that is still loading has none, and would not hear of it."""
+    import ray  # noqa: PLC0415
+    from ray import serve  # noqa: PLC0415
+
+    # Ray reports the controller's intended end as a failed task, in red.
+    silence = io.StringIO()
+    out = sys.stderr
+    with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence), contextlib.suppress(Exception):
+        loading = any(status.status == "DEPLOYING" for status in serve.status().applications.values())
+        print(f"model: stopping{'' if loading else ', running answers may end'}", file=out, flush=True)
+        if not loading:
             serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
-        say("stopped")
+        ray.shutdown()
+    say("stopped")
 
 
 def stop_on_signals(ended: threading.Event) -> None:
