@@ -5,6 +5,7 @@ Knows nothing of services. Standard library only: the first of its users runs be
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -67,13 +68,14 @@ def say(line: str = "", end: str = "\n") -> None:
         sys.stdout.write(line + end)
         sys.stdout.flush()
     except OSError:
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - to the end of the command
         raise KeyboardInterrupt from None
 
 
 def complain(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class Progress:

@@ -96,6 +96,7 @@ def test_a_killed_service_comes_back(lab: Lab) -> None:
     service = small()
     lab.start([service], os.environ)
     lab.wait([service], timeout=20)
+    eventually(lambda: lab.states()["small"].state == "RUNNING")  # past the second in which any death is tried again
     first = lab.states()["small"].pid
     os.kill(first, signal.SIGKILL)
     eventually(lambda: lab.states()["small"].pid not in {0, first})
