@@ -223,6 +223,11 @@ async def test_a_fault_in_a_stream_is_an_error_event_without_done(small: InProce
     assert "[DONE]" not in answer.text
 
 
+async def test_more_prompts_than_ever_fit_is_a_400(small: InProcess) -> None:
+    answer = await small.client.post("/v1/completions", json={"model": TINY, "prompt": ["a"] * 3})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
 async def test_a_base_model_has_no_chat() -> None:
     base = InProcess("base")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -141,7 +141,11 @@ def generation_app(model: Generator, *, max_body_bytes: int) -> ASGIApp:
         http: HttpRequest, asked: wire.Generation, prompts: list[list[int]], source: str, *, chat: bool
     ) -> Response:
         record: Record = http.scope["record"]
-        context = model.engine.context
+        context, capacity = model.engine.context, model.engine.capacity
+        if len(prompts) > capacity:
+            raise wire.BadRequestError(
+                f"{len(prompts)} prompts in one request: this model holds {capacity} at most.", param=source
+            )
         requests = []
         for ids in prompts:
             limit = asked.limit or min(model.default_max_tokens, context - len(ids))
@@ -179,9 +183,10 @@ def generation_app(model: Generator, *, max_body_bytes: int) -> ASGIApp:
 
         async def collect() -> Response:
             texts, finishes = ["" for _ in requests], ["" for _ in requests]
-            async for index, text, finish in chain(first, pieces):
-                texts[index] += text
-                finishes[index] = finish or finishes[index]
+            async with contextlib.aclosing(chain(first, pieces)) as parts:
+                async for index, text, finish in parts:
+                    texts[index] += text
+                    finishes[index] = finish or finishes[index]
             counted = wire.usage(record.prompt_tokens, record.completion_tokens)
             return Json(frame.whole(texts, finishes, counted))
 
@@ -194,7 +199,7 @@ def generation_app(model: Generator, *, max_body_bytes: int) -> ASGIApp:
 
 async def progress(
     model: Generator, requests: list[Request], stops: list[str], record: Record
-) -> AsyncIterator[tuple[int, str, str | None]]:
+) -> AsyncGenerator[tuple[int, str, str | None]]:
     """(index, new text, finish reason or None) as it comes. Raises WireError when the engine gives up."""
     texts = [Growing(model.text.decode, stops) for _ in requests]
     done: set[int] = set()
@@ -232,29 +237,31 @@ async def progress(
         raise wire.UnavailableError(f"The model takes no request now: {error}.") from None
 
 
-async def chain(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
-    yield first
-    async for item in rest:
-        yield item
+async def chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
 
 
 async def events(
     frame: wire.Answer,
     first: tuple[int, str, str | None],
-    pieces: AsyncIterator[tuple[int, str, str | None]],
+    pieces: AsyncGenerator[tuple[int, str, str | None]],
     requests: list[Request],
     record: Record,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The answer as server-sent events, `[DONE]` only after a whole one."""
     try:
         for index in range(len(requests)):
             if opening := frame.opening(index):
                 yield sse(opening)
-        async for index, text, finish in chain(first, pieces):
-            if text:
-                yield sse(frame.piece(index, text))
-            if finish:
-                yield sse(frame.piece(index, "", finish))
+        async with contextlib.aclosing(chain(first, pieces)) as parts:
+            async for index, text, finish in parts:
+                if text:
+                    yield sse(frame.piece(index, text))
+                if finish:
+                    yield sse(frame.piece(index, "", finish))
         if closing := frame.closing(wire.usage(record.prompt_tokens, record.completion_tokens)):
             yield sse(closing)
         yield b"data: [DONE]\n\n"
@@ -284,6 +291,8 @@ def embedding_app(model: Embedder, text: Text, name: str, revision: str, *, max_
             for item in asked.inputs
         ]
         for index, row in enumerate(rows):
+            if not row:
+                raise wire.BadRequestError(f"Input {index} has no token.", param="input", code="invalid_value")
             if len(row) > model.context:
                 raise wire.BadRequestError(
                     f"This model's context is {model.context} tokens; input {index} has {len(row)}. Split it.",

@@ -222,6 +222,11 @@ class Engine:
             self._thread.join(timeout)
 
     @property
+    def capacity(self) -> int:
+        """The most requests that one `submit` can ever bring."""
+        return self._max_running + self._max_queued
+
+    @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
@@ -237,7 +242,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the model is shutting down")
-            room = self._max_running + self._max_queued - len(self._running) - len(self._waiting)
+            room = self.capacity - len(self._running) - len(self._waiting)
             if len(requests) > room:
                 raise QueueFullError(self._retry_after())
             self._waiting.extend(requests)

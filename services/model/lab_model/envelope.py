@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
@@ -239,7 +239,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncIterator[bytes], status: int = 200) -> None:
+    def __init__(self, source: AsyncGenerator[bytes], status: int = 200) -> None:
         self._source = source
         self.status_code, self.background = status, None
         # No buffering on the way: a token is worth nothing late.
@@ -248,8 +248,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for part in self._source:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+            # Closed by name: left to the collector, an abandoned answer would keep its place for a while.
+            async with contextlib.aclosing(self._source):
+                async for part in self._source:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
         await until_gone(receive, stream())

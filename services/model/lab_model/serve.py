@@ -11,6 +11,7 @@ import logging
 import platform
 import re
 import time
+from collections.abc import AsyncGenerator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -247,7 +248,7 @@ class Catalogue:
             raise wire.UnavailableError(f"{name} does not answer: {error}.") from None
         record.outcome = "forwarded"  # its own line is the model's
 
-        async def parts() -> Any:
+        async def parts() -> AsyncGenerator[bytes]:
             try:
                 async for part in answer.content.iter_any():
                     yield part
