@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from .catalogue import CatalogueError, Entry, load_catalogue, locate
-from .settings import Settings
+from .settings import AppArgs, CatalogueArgs, Settings
 
 WRONG_SETTING = 2
 FAILED = 1
@@ -84,7 +84,7 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
     from ray.serve.config import HTTPOptions  # noqa: PLC0415
     from ray.serve.schema import LoggingConfig  # noqa: PLC0415
 
-    from .serve import AppArgs, CatalogueArgs, build_app, build_catalogue  # noqa: PLC0415
+    from .serve import build_app, build_catalogue  # noqa: PLC0415
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started = time.monotonic()

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -22,10 +22,8 @@ from .catalogue import CatalogueError, Source, locate, revision
 from .embedding import Embedder
 from .engine import Engine, Event, Request
 from .envelope import start_logging
+from .settings import AppArgs
 from .text import Text
-
-if TYPE_CHECKING:
-    from .serve import AppArgs
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,12 @@ import time
 from collections.abc import AsyncGenerator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import orjson
 import prometheus_client
 from prometheus_client import CollectorRegistry, multiprocess
-from pydantic import BaseModel
 from ray import serve
 from ray.serve.schema import ApplicationStatusOverview
 from starlette.requests import Request as HttpRequest
@@ -28,7 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from . import __version__, wire
-from .catalogue import Entry
+from .settings import AppArgs, CatalogueArgs
 
 log = logging.getLogger(__name__)
 
@@ -38,41 +37,11 @@ FORWARD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=90
 HANDED_ON = ("content-type", "retry-after", "x-model-revision", "cache-control", "x-accel-buffering")
 
 
-class AppArgs(BaseModel):
-    """What one model's application is built from: its catalogue entry and the service's settings."""
-
-    entry: Entry
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    gpus: float = 0
-    threads: int = 0
-    kv_tokens: int = 16384
-    max_running: int = 64
-    max_queued: int = 256
-    default_max_tokens: int = 1024
-    max_body_bytes: int = 8 * 1024 * 1024
-    drain_timeout_seconds: float = 30
-    log_format: Literal["json", "text"] = "json"
-    log_pipe: Path
-    metrics_dir: Path
-
-
 def reason(status: ApplicationStatusOverview) -> str:
     """Why an application does not run, in one line: its deployment's exception without the trace."""
     lines = [line for deployment in status.deployments.values() for line in deployment.message.splitlines()]
     errors = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
     return (errors or [status.message.strip()])[-1].rpartition("CatalogueError: ")[2][:500]
-
-
-class CatalogueArgs(BaseModel):
-    """What the catalogue's application is built from. address: where Serve's HTTP proxy listens, http://127.0.0.1:8000."""
-
-    entries: list[Entry]
-    address: str
-    max_body_bytes: int = 8 * 1024 * 1024
-    drain_timeout_seconds: float = 30
-    log_format: Literal["json", "text"] = "json"
-    log_pipe: Path
-    metrics_dir: Path
 
 
 def environment(metrics_dir: Path) -> dict[str, dict[str, str]]:

@@ -1,12 +1,17 @@
-"""What the environment may say to the model service. Nothing else in the package reads it."""
+"""What the environment may say to the model service, and what each Serve application gets of it.
+
+Nothing else in the package reads the environment.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .catalogue import Entry
 
 
 class Settings(BaseSettings):
@@ -44,3 +49,33 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Form of the log on stderr; `auto`: text on a terminal, else JSON."
     )
+
+
+class AppArgs(BaseModel):
+    """What one model's application is built from: its catalogue entry and the service's settings."""
+
+    entry: Entry
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: float = 0
+    threads: int = 0
+    kv_tokens: int = 16384
+    max_running: int = 64
+    max_queued: int = 256
+    default_max_tokens: int = 1024
+    max_body_bytes: int = 8 * 1024 * 1024
+    drain_timeout_seconds: float = 30
+    log_format: Literal["json", "text"] = "json"
+    log_pipe: Path
+    metrics_dir: Path
+
+
+class CatalogueArgs(BaseModel):
+    """What the catalogue's application is built from. address: where Serve's HTTP proxy listens, http://127.0.0.1:8000."""
+
+    entries: list[Entry]
+    address: str
+    max_body_bytes: int = 8 * 1024 * 1024
+    drain_timeout_seconds: float = 30
+    log_format: Literal["json", "text"] = "json"
+    log_pipe: Path
+    metrics_dir: Path
