@@ -1,0 +1,81 @@
+"""What the environment may say to the load. Nothing else in the package reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Every field is the variable `LOAD_<NAME>`. Lists are separated by commas, times are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="LOAD_", env_ignore_empty=True, extra="ignore")
+
+    host: str = Field("http://127.0.0.1:8080", description="Base URL of what is put under load: the proxy, as a rule.")
+    api_key: SecretStr | None = Field(None, description="Key sent to it.")
+    model: str | None = Field(None, description="Model that answers; left out: the first chat model it lists.")
+    users: int = Field(8, ge=1, description="Users at once; each asks again when its answer is complete.")
+    spawn_rate: float = Field(8, gt=0, le=100, description="Users that start in each second.")
+    seconds: int = Field(30, ge=1, description="Length of a run.")
+    think_seconds: float = Field(0, ge=0, le=600, description="How long a user waits between two questions.")
+    max_users: int = Field(256, ge=1, description="More users are refused, in the web page too.")
+    max_seconds: int = Field(3600, ge=1, description="Longer runs are refused, in the web page too.")
+    answer_timeout_seconds: float = Field(120, gt=0, description="An answer that takes longer is a failure.")
+    drain_seconds: int = Field(30, ge=0, description="How long running answers may go on after the end of a run.")
+    prompt_words: int = Field(40, ge=1, le=10_000, description="Length of a question in words.")
+    max_tokens: int = Field(64, ge=1, le=100_000, description="Longest answer in tokens.")
+    prompts: int = Field(100, ge=1, le=1_000_000, description="Different questions of a `caching` run.")
+    zipf_exponent: float = Field(
+        1.0, ge=0, le=10, description="How unevenly they are asked: question k has weight k^-s; 0: all alike."
+    )
+    seed: int = Field(1, ge=0, description="Same seed, same questions in the same order.")
+    salt: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Word at the head of each question; left out: a new one each run, so that the cache starts cold.",
+    )
+    runs_dir: Path = Field(Path("runs"), description="Folder in which each run makes its own.")
+    web_host: str = Field("127.0.0.1", description="Address the web page listens on.")
+    port: int = Field(8089, ge=1, le=65535, description="Port the web page listens on.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host names browsers may use beside loopback's and `load`; `*` for any. Guards against rebinding.",
+    )
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return (
+            tuple(part.strip().lower() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("host")
+    @classmethod
+    def _http_url(cls, value: str) -> str:
+        if not value.startswith(("http://", "https://")) or "@" in value or "?" in value:
+            raise ValueError("must be an http:// or https:// URL without a user and without a query")
+        return value.rstrip("/").removesuffix("/v1")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Settings:
+        if self.users > self.max_users:
+            raise ValueError(f"LOAD_USERS={self.users} is over LOAD_MAX_USERS={self.max_users}")
+        if self.seconds > self.max_seconds:
+            raise ValueError(f"LOAD_SECONDS={self.seconds} is over LOAD_MAX_SECONDS={self.max_seconds}")
+        return self
+
+
+# What the web page offers beside Locust's own fields (users, spawn rate, host, run time).
+EDITABLE = ("model", "prompt_words", "max_tokens", "prompts", "zipf_exponent", "think_seconds", "seed", "salt")
+
+
+def complaint(error: ValidationError) -> str:
+    """The first fault in a line that names its variable."""
+    first = error.errors()[0]
+    variable = "".join(f"LOAD_{str(part).upper()}: " for part in first["loc"][:1])
+    return f"{variable}{first['msg'].removeprefix('Value error, ')}"

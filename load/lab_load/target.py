@@ -1,0 +1,69 @@
+"""What is put under load: whether it answers, which model, which versions. Asked once, before a run."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+from .settings import Settings
+
+SECONDS = 10  # for each question here
+
+
+class TargetError(Exception):
+    """Nothing there to put load on. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """`status` is the proxy's /status or else the model service's /ready: versions, models, device; empty elsewhere."""
+
+    host: str
+    model: str
+    server: str = ""
+    status: dict[str, Any] = field(default_factory=dict)
+
+
+def examine(settings: Settings) -> Target:
+    """Raises TargetError."""
+    try:
+        listed, server = _get(settings, "/v1/models")
+    except urllib.error.HTTPError as error:
+        raise TargetError(
+            f"{settings.host}/v1/models answers {error.code}: is it the proxy, and ready (make status)?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise TargetError(
+            f"nothing answers at {settings.host} ({getattr(error, 'reason', error)}): start the lab first (make lab, "
+            "or make start), or name another target: LOAD_HOST=http://…"
+        ) from None
+    models = listed.get("data") if isinstance(listed, dict) else None
+    # A model that is named need not be listed: the proxy lists its own, and serves those of paid upstreams too.
+    chat = [model["id"] for model in models or () if model.get("kind", "chat") == "chat" and not model.get("alias_of")]
+    if settings.model is None and not chat:
+        raise TargetError(
+            f"{settings.host} lists no chat model (it may still be loading): make status, or LOAD_MODEL=…"
+        )
+    return Target(settings.host, settings.model or chat[0], server, _status(settings))
+
+
+def _status(settings: Settings) -> dict[str, Any]:
+    for path in ("/status", "/ready"):
+        try:
+            told, _ = _get(settings, path)
+        except (OSError, ValueError):
+            continue
+        if isinstance(told, dict):
+            return told
+    return {}
+
+
+def _get(settings: Settings, path: str) -> tuple[Any, str]:
+    request = urllib.request.Request(settings.host + path)  # noqa: S310 Settings take http(s) only
+    if settings.api_key:
+        request.add_header("authorization", f"Bearer {settings.api_key.get_secret_value()}")
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310 as above
+        return json.load(answer), answer.headers.get("server", "")
