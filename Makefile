@@ -1,8 +1,8 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor test check constraints clean
+.PHONY: help lab start stop status logs doctor test check constraints clean up down test-stack load load-cache load-ui k8s-render k8s-check
 
 help: ## list these commands
-	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 lab: ## install what is missing, start everything, Ctrl-C stops it (other port: PROXY_PORT=8081 make lab)
 	@sh lab/run.sh lab
@@ -33,3 +33,41 @@ constraints: ## write the exact versions in .venv to constraints.txt
 
 clean: ## stop what runs and remove .venv, .state and caches; runs/ stays
 	@sh lab/run.sh clean
+
+up: ## the same in containers, healthy when it returns (on the GPU: GPU=1 make up)
+	@$(COMPOSE) up --build --wait --wait-timeout 900
+	@echo "lab: ui http://127.0.0.1:$${UI_PORT:-8501}, proxy http://127.0.0.1:$${PROXY_PORT:-8080}; make down ends it"
+
+down: ## stop and remove the containers; with what they stored: make down ARGS=-v
+	@docker compose --profile '*' down --remove-orphans $(ARGS)
+
+test-stack: ## the tests against containers of their own; needs a Docker engine
+	@ARGS="-m stack $(ARGS)" sh lab/run.sh test
+
+load: ## load on the running lab, new questions all the time (LOAD_USERS=4 LOAD_SECONDS=60 make load); leaves a folder in runs/
+	@sh lab/run.sh install && $(LOAD) throughput
+
+load-cache: ## the same with questions that come again, as people ask them: what the cache makes of it
+	@sh lab/run.sh install && $(LOAD) caching
+
+load-ui: ## Locust's web page for both, on port 8089
+	@sh lab/run.sh install && $(LOAD) web
+
+k8s-render: ## print the manifests of k8s/base
+	@command -v kubectl >/dev/null || { echo "lab: kubectl is not here; it renders k8s/base: https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }
+	@kubectl kustomize k8s/base
+
+k8s-check: ## the manifests against Kubernetes' schema, compose.yaml and the settings
+	@sh lab/run.sh test tests/test_k8s.py
+
+# Without GPU=1 the model's image is built for the CPU, which spares gigabytes. A key in secrets/ is taken.
+COMPOSE = docker compose $(if $(GPU),-f compose.yaml -f compose.gpu.yaml)
+ifndef GPU
+up: export MODEL_BASE_IMAGE ?= python:3.11-slim-bookworm
+up: export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+endif
+ifneq ($(wildcard secrets/openai_api_key),)
+up: export OPENAI_API_KEY_FILE ?= ./secrets/openai_api_key
+endif
+
+LOAD = LOAD_HOST=$${LOAD_HOST:-http://127.0.0.1:$${PROXY_PORT:-8080}} .venv/bin/python -m lab_load
