@@ -38,9 +38,8 @@ class Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self, timeout: float = 20) -> None:
-        """End the process and everything it started: it leads its own process group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, signal.SIGTERM)
+        """Ask the process alone to end, as supervisors do, then kill what is left of its group."""
+        self.popen.terminate()
         try:
             self.popen.wait(timeout)
         except subprocess.TimeoutExpired:

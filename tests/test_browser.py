@@ -23,7 +23,7 @@ ANSWER_MS = 60_000  # the real model on busy cores
 en, ko = texts.load("en"), texts.load("ko")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: Playwright keeps an event loop running in this thread
 def browser() -> Iterator[Browser]:
     """A Chromium on PATH, else Playwright's own."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
