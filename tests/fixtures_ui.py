@@ -71,6 +71,13 @@ class Handler(BaseHTTPRequestHandler):
             self._json(404, {})
 
     def do_POST(self) -> None:
+        try:
+            self._answer()
+        except ConnectionError:  # the client was gone when the next piece was written, or it reset
+            self.server.left.append(time.monotonic())
+            self.close_connection = True
+
+    def _answer(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append(body)
         mode = self.server.mode
