@@ -35,7 +35,7 @@ clean: ## stop what runs and remove .venv, .state and caches; runs/ stays
 	@sh lab/run.sh clean
 
 up: ## the same in containers, healthy when it returns (on the GPU: GPU=1 make up)
-	@$(COMPOSE) up --build --wait --wait-timeout 900
+	@$(COMPOSE) up --build --wait --wait-timeout 900 || { $(COMPOSE) logs --tail=20; exit 1; }
 	@echo "lab: ui http://127.0.0.1:$${UI_PORT:-8501}, proxy http://127.0.0.1:$${PROXY_PORT:-8080}; make down ends it"
 
 down: ## stop and remove the containers; with what they stored: make down ARGS=-v
