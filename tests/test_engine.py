@@ -259,6 +259,32 @@ def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) 
         bench.engine.close()
 
 
+def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
+    """One step prefills a one-token answer and then fails while it decodes: the first is whole, the second an error."""
+
+    class BreaksBeside(Poisoned):
+        def __call__(self, **kwargs: Any) -> Any:
+            if late.tokens[len(late.prompt) :] and kwargs["input_ids"].shape[1] == 1:
+                raise RuntimeError("made for this test")
+            return super().__call__(**kwargs)
+
+    early, late = Request([5] * 4, 900), Request([9] * 40, 1)
+    bench = Bench(BreaksBeside(llama))
+    try:
+        bench.engine.submit(early)
+        bench.started(early)
+        bench.engine.submit(late)
+        bench.wait([early, late], timeout=20)
+        assert bench.ended[late].finish == "length"
+        assert isinstance(bench.ended[early].error, EngineFaultError)
+    finally:
+        bench.engine.close()
+
+
+def test_a_negative_seed_is_another_seed() -> None:
+    assert Request([1], 1, seed=5).draw.random() != Request([1], 1, seed=-5).draw.random()
+
+
 def test_close_answers_everybody(llama: Any) -> None:
     bench = Bench(llama, max_running=2)
     asked = [Request(p, 1000) for p in prompts(*[10] * 4)]

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +21,9 @@ import psutil
 import pytest
 import tiny
 from conftest import CHAT, EMBEDDING, TINY
-from lab_model.api import Generator, generation_app
+from lab_model import wire
+from lab_model.__main__ import relay_log
+from lab_model.api import Generator, embedding_app, generation_app
 from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, revision
 from lab_model.engine import Engine
 from lab_model.replica import cores
@@ -74,7 +77,7 @@ def test_a_client_that_leaves_frees_its_place(model_url: str, path: str, stream:
     port = int(model_url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         client.sendall(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )
@@ -159,7 +162,7 @@ class InProcess:
         self.generator.attach(self.engine, frozenset({0}))
         self.engine.start()
         app = generation_app(self.generator, max_body_bytes=100_000)
-        self.client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test")
+        self.client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
 
     async def ask(self, **fields: Any) -> httpx2.Response:
         body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "temperature": 0} | fields
@@ -226,6 +229,101 @@ async def test_a_fault_in_a_stream_is_an_error_event_without_done(small: InProce
 async def test_more_prompts_than_ever_fit_is_a_400(small: InProcess) -> None:
     answer = await small.client.post("/v1/completions", json={"model": TINY, "prompt": ["a"] * 3})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+async def test_prompts_are_counted_before_they_are_tokenized(small: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small.generator.text, "encode", lambda *_, **__: pytest.fail("tokenized"))
+    answer = await small.client.post("/v1/completions", json={"model": TINY, "prompt": ["a"] * 3})
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"prompt": [{}] * 300_000}, {"prompt": [[]] * 300_000}, {"prompt": ["a"] * 300_000}, {"prompt": [1.5] * 300_000}],
+    ids=["objects", "lists", "texts", "fractions"],
+)
+def test_a_huge_wrong_body_is_refused_at_once(body: dict[str, Any]) -> None:
+    """No error object for each of its entries: a second at most, where it took ten and gigabytes."""
+    started = time.process_time()
+    with pytest.raises(wire.BadRequestError) as refused:
+        wire.parse(wire.CompletionRequest, {"model": TINY, **body})
+    assert time.process_time() - started < 1
+    assert (refused.value.param or "").startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        ({"a": 1}, "messages[0].content"),
+        ([{"type": "text"}], "messages[0].content[0].text"),
+        (5, "messages[0].content"),
+    ],
+)
+def test_the_param_of_an_error_is_a_path_of_the_body(content: Any, param: str) -> None:
+    with pytest.raises(wire.BadRequestError) as refused:
+        wire.parse(wire.ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
+    assert refused.value.param == param
+
+
+async def test_tokens_are_counted_to_the_stop_string(small: InProcess) -> None:
+    """The engine runs ahead while a stop string is found; its lead is not the caller's."""
+    whole = (await small.ask(max_tokens=60)).json()["choices"][0]["message"]["content"]
+    stop = whole[len(whole) // 2 :][:3]
+    counts = set()
+    for _ in range(4):
+        answer = (await small.ask(max_tokens=60, stop=stop)).json()
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        counts.add(answer["usage"]["completion_tokens"])
+    assert len(counts) == 1
+    assert counts.pop() < 60
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("evil.example", 421), ("localhost:8000", 200), ("127.0.0.1:1", 200), ("[::1]:1", 200), ("model:8000", 200)],
+)
+async def test_a_rebound_name_is_turned_away(small: InProcess, host: str, status: int) -> None:
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    answer = await small.client.post("/v1/chat/completions", json=body, headers={"host": host})
+    assert answer.status_code == status
+
+
+class SlowEmbedder:
+    """Takes until it is told that nobody waits any more."""
+
+    context, dimensions = 16, 2
+
+    def __init__(self) -> None:
+        self.running = threading.Event()
+        self.ended = threading.Event()
+
+    def embed(self, inputs: list[list[int]], left: threading.Event) -> list[list[float]]:
+        self.running.set()
+        left.wait(10)
+        self.ended.set()
+        return [[1.0, 0.0] for _ in inputs]
+
+
+async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> None:
+    model = SlowEmbedder()
+    app = embedding_app(model, Text(tiny.tokenizer()), "e", "r", max_body_bytes=10_000, max_queued=1)  # type: ignore[arg-type]
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
+        ask = [
+            asyncio.create_task(client.post("/v1/embeddings", json={"model": "e", "input": "cat"})) for _ in range(2)
+        ]
+        await asyncio.to_thread(model.running.wait, 5)
+        await asyncio.sleep(0.05)
+        refused = await client.post("/v1/embeddings", json={"model": "e", "input": "cat"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) >= 1
+        for task in ask:
+            task.cancel()
+        assert await asyncio.to_thread(model.ended.wait, 0.5), "it goes on for nobody"
+        await asyncio.gather(*ask, return_exceptions=True)
+
+
+def test_a_kept_folder_takes_a_second_start(tmp_path: Path) -> None:
+    assert relay_log(tmp_path / "log") == relay_log(tmp_path / "log")
 
 
 async def test_a_base_model_has_no_chat() -> None:

@@ -170,6 +170,7 @@ def stop_on_signals(ended: threading.Event) -> None:
 
 def relay_log(pipe: Path) -> Path:
     """Copy the lines that replicas write into this named pipe to stderr, as long as the process lives."""
+    pipe.unlink(missing_ok=True)  # of an earlier start in a folder that is kept
     os.mkfifo(pipe, 0o600)
     # Open for writing too: the pipe does not end when the last replica leaves.
     lines = os.fdopen(os.open(pipe, os.O_RDWR), "rb")

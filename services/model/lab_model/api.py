@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -107,7 +108,7 @@ class Generator:
 # Applications
 
 
-def generation_app(model: Generator, *, max_body_bytes: int) -> ASGIApp:
+def generation_app(model: Generator, *, max_body_bytes: int, hosts: Collection[str] = ()) -> ASGIApp:
     async def chat(http: HttpRequest) -> Response:
         if model.kind != "chat":
             raise wire.BadRequestError(
@@ -127,25 +128,19 @@ def generation_app(model: Generator, *, max_body_bytes: int) -> ASGIApp:
     async def complete(http: HttpRequest) -> Response:
         asked = wire.parse(wire.CompletionRequest, await read_json(http, max_body_bytes))
         check_model(http, asked.model, model.name)
-        prompts = [
-            check_ids(prompt, model.text.vocab_size, "prompt")
-            if isinstance(prompt, list)
-            else await tokenize(model.text.encode, prompt, len(prompt))
-            for prompt in asked.prompts
-        ]
-        if not all(prompts):
-            raise wire.BadRequestError("The prompt is empty: this model needs at least one token.", param="prompt")
+        if len(asked.prompts) > model.engine.capacity:
+            raise wire.BadRequestError(
+                f"{len(asked.prompts)} prompts in one request: this model holds {model.engine.capacity} at most.",
+                param="prompt",
+            )
+        prompts = await tokenize_all(model.text, asked.prompts, "prompt")
         return await answer(http, asked, prompts, "prompt", chat=False)
 
     async def answer(
         http: HttpRequest, asked: wire.Generation, prompts: list[list[int]], source: str, *, chat: bool
     ) -> Response:
         record: Record = http.scope["record"]
-        context, capacity = model.engine.context, model.engine.capacity
-        if len(prompts) > capacity:
-            raise wire.BadRequestError(
-                f"{len(prompts)} prompts in one request: this model holds {capacity} at most.", param=source
-            )
+        context = model.engine.context
         requests = []
         for ids in prompts:
             limit = asked.limit or min(model.default_max_tokens, context - len(ids))
@@ -192,9 +187,8 @@ def generation_app(model: Generator, *, max_body_bytes: int) -> ASGIApp:
 
         return await until_gone(http.receive, collect())
 
-    return Service(
-        {"/v1/chat/completions": chat, "/v1/completions": complete}, name=model.name, revision=model.revision
-    )
+    posts = {"/v1/chat/completions": chat, "/v1/completions": complete}
+    return Service(posts, name=model.name, revision=model.revision, hosts=hosts)
 
 
 async def progress(
@@ -212,6 +206,8 @@ async def progress(
                     record.ttft = time.monotonic() - record.started
                 if index in done:
                     continue
+                # Of what was delivered: the engine may be steps ahead when a stop string is found here.
+                record.completion_tokens += len(event.tokens) + (event.finish == "stop")
                 text = texts[index].push(event.tokens)
                 finish: str | None = event.finish
                 if texts[index].stopped:
@@ -221,7 +217,6 @@ async def progress(
                     text += texts[index].rest()
                     # The held-back rest may have completed a stop string.
                     finish = "stop" if texts[index].stopped else finish
-                record.completion_tokens = sum(request.generated for request in requests)
                 if text or finish:
                     yield index, text, finish
                 if finish:
@@ -270,9 +265,19 @@ async def events(
         yield sse(error.body())
 
 
-def embedding_app(model: Embedder, text: Text, name: str, revision: str, *, max_body_bytes: int) -> ASGIApp:
+def embedding_app(
+    model: Embedder,
+    text: Text,
+    name: str,
+    revision: str,
+    *,
+    max_body_bytes: int,
+    max_queued: int,
+    hosts: Collection[str] = (),
+) -> ASGIApp:
     # One forward at a time: torch already uses every core for it.
     worker = ThreadPoolExecutor(1, thread_name_prefix="embedding")
+    waiting, seconds = 0, 0.1  # requests here now; how long one takes, from asking to answer
 
     async def embed(http: HttpRequest) -> Response:
         asked = wire.parse(wire.EmbeddingRequest, await read_json(http, max_body_bytes))
@@ -284,15 +289,8 @@ def embedding_app(model: Embedder, text: Text, name: str, revision: str, *, max_
                 code="unsupported_parameter",
             )
         record: Record = http.scope["record"]
-        rows = [
-            check_ids(item, text.vocab_size, "input")
-            if isinstance(item, list)
-            else await tokenize(text.encode, item, len(item))
-            for item in asked.inputs
-        ]
+        rows = await tokenize_all(text, asked.inputs, "input")
         for index, row in enumerate(rows):
-            if not row:
-                raise wire.BadRequestError(f"Input {index} has no token.", param="input", code="invalid_value")
             if len(row) > model.context:
                 raise wire.BadRequestError(
                     f"This model's context is {model.context} tokens; input {index} has {len(row)}. Split it.",
@@ -300,16 +298,50 @@ def embedding_app(model: Embedder, text: Text, name: str, revision: str, *, max_
                     code="context_length_exceeded",
                 )
         record.prompt_tokens = sum(map(len, rows))
-        loop = asyncio.get_running_loop()
-        vectors = await until_gone(http.receive, loop.run_in_executor(worker, model.embed, rows))
+        nonlocal waiting, seconds
+        if waiting > max_queued:
+            raise wire.BusyError("The model is busy: its queue is full. Retry after the time in Retry-After.", seconds)
+        waiting += 1
+        left, started = threading.Event(), time.monotonic()
+        try:
+            work = asyncio.get_running_loop().run_in_executor(worker, model.embed, rows, left)
+            vectors = await until_gone(http.receive, work)
+        finally:
+            left.set()
+            waiting -= 1
+        seconds += 0.1 * (time.monotonic() - started - seconds)
         packed = asked.encoding_format == "base64"
         return Json(wire.embeddings(name, vectors, [len(row) for row in rows], packed=packed))
 
-    return Service({"/v1/embeddings": embed}, name=name, revision=revision)
+    return Service({"/v1/embeddings": embed}, name=name, revision=revision, hosts=hosts)
 
 
 async def tokenize(encode: Callable[[T], list[int]], given: T, length: int) -> list[int]:
     return await asyncio.to_thread(encode, given) if length > LONG_TEXT else encode(given)
+
+
+async def tokenize_all(text: Text, given: list[str | list[int]], param: str) -> list[list[int]]:
+    """Texts to token ids; token ids are checked. Raises BadRequestError for an empty one and for an unknown id."""
+
+    def work() -> list[list[int]]:
+        rows = [item if isinstance(item, list) else text.encode(item) for item in given]
+        for index, row in enumerate(rows):
+            if not row:
+                raise wire.BadRequestError(
+                    f"'{param}' {index} is empty: this model needs at least one token.",
+                    param=param,
+                    code="invalid_value",
+                )
+            if max(row) >= text.vocab_size:
+                raise wire.BadRequestError(
+                    f"Token id {max(row)} is not in the vocabulary: ids go up to {text.vocab_size - 1}.",
+                    param=param,
+                    code="invalid_value",
+                )
+        return rows
+
+    long = len(given) > 100 or sum(map(len, given)) > LONG_TEXT
+    return await asyncio.to_thread(work) if long else work()
 
 
 def check_model(http: HttpRequest, asked: str, name: str) -> None:
@@ -321,13 +353,3 @@ def check_model(http: HttpRequest, asked: str, name: str) -> None:
         )
     record: Record = http.scope["record"]
     record.model = name
-
-
-def check_ids(ids: list[int], vocab_size: int, param: str) -> list[int]:
-    if max(ids) >= vocab_size:
-        raise wire.BadRequestError(
-            f"Token id {max(ids)} is not in the vocabulary: ids go up to {vocab_size - 1}.",
-            param=param,
-            code="invalid_value",
-        )
-    return ids

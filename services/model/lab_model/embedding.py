@@ -6,13 +6,15 @@ Mean pooling over the tokens and normalisation, as sentence-transformers models 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-# Tokens, padding counted, of one forward: bounds the memory of activations.
-BATCH_TOKENS = 4096
+# Tokens, padding counted, of one forward: bounds the memory of activations, and the time until a client that left is
+# noticed (about 200 ms on 2 cores).
+BATCH_TOKENS = 1024
 
 
 class Embedder:
@@ -24,12 +26,15 @@ class Embedder:
         self.dimensions = int(model.config.hidden_size)
 
     @torch.inference_mode()
-    def embed(self, inputs: Sequence[Sequence[int]]) -> list[list[float]]:
-        """One vector of `dimensions` floats, length 1, for each list of token ids (1 to `context` of them)."""
+    def embed(self, inputs: Sequence[Sequence[int]], left: threading.Event) -> list[list[float]]:
+        """One vector of `dimensions` floats, length 1, for each list of token ids (1 to `context` of them).
+
+        Set `left` from another thread to end it after the forward under way; what it returns then is not whole.
+        """
         vectors: list[list[float]] = [[] for _ in inputs]
         # Of equal lengths together: less padding.
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
-        while order:
+        while order and not left.is_set():
             width = len(inputs[order[0]])
             part, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
             for i, vector in zip(part, self._forward([inputs[i] for i in part], width), strict=True):

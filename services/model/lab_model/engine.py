@@ -80,7 +80,8 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         # Not cryptographic: a seeded stream per request makes an answer repeatable whoever shares its batch.
-        self.draw = random.Random(self.seed)  # noqa: S311
+        # Unsigned, because Random takes the absolute value.
+        self.draw = random.Random(None if self.seed is None else self.seed % 2**64)  # noqa: S311
 
     @property
     def generated(self) -> int:
@@ -265,7 +266,7 @@ class Engine:
         self.submit(request)
         while self._waiting or self._running:
             self._admit()
-            events += self._step()
+            self._step(events)
 
     # The loop
 
@@ -283,12 +284,13 @@ class Engine:
                         break
                     self._admit()
                 started = time.monotonic()
+                events: list[Event] = []
                 try:
-                    events = self._step()
+                    self._step(events)
                 except Exception as error:
                     log.exception("a step failed; its requests end with an error, the loop goes on")
                     self._counts["faults"] += 1
-                    events = self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
+                    events += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
                 self._deliver(events)
         closed = EngineClosedError("the model is shutting down")
@@ -296,10 +298,12 @@ class Engine:
             waiting, self._waiting = list(self._waiting), deque()
         self._deliver(self._fail_running(closed) + [Event(request, [], error=closed) for request in waiting])
 
-    def _step(self) -> list[Event]:
-        """Advance: a bounded piece of prefill for the oldest that need it, one token for all who have theirs."""
+    def _step(self, events: list[Event]) -> None:
+        """Advance: a bounded piece of prefill for the oldest that need it, one token for all who have theirs.
+
+        What happened lies in `events` also when the step fails half way: who ended before the fault must hear of it.
+        """
         self._counts["steps"] += 1
-        events: list[Event] = []
         # 1. Prefill. Rows are padded to the longest, so the budget counts rows * width.
         rows: list[Request] = []
         width = 0
@@ -319,7 +323,6 @@ class Engine:
         decoding = [request for request in decoding if request.pages]
         if decoding:
             events += self._extend(decoding, self._forward(decoding, [1] * len(decoding)))
-        return events
 
     def _forward(self, rows: list[Request], counts: list[int]) -> torch.Tensor:
         """Run the next counts[i] uncached tokens of each row; logits of the last one: (rows, vocab), float32.

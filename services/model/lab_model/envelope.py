@@ -10,9 +10,10 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
@@ -27,6 +28,9 @@ from starlette.types import Message, Receive, Scope, Send
 from . import wire
 
 log = logging.getLogger(__name__)
+
+BODY_SECONDS = 30
+OWN_HOSTS = frozenset({"localhost", "model"})
 
 T = TypeVar("T")
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
@@ -107,12 +111,14 @@ class Service:
         posts: Mapping[str, Endpoint],
         gets: Mapping[str, Endpoint] | None = None,
         *,
+        hosts: Collection[str] = (),
         name: str | None = None,
         revision: str | None = None,
     ) -> None:
         self._endpoints = {("POST", path): endpoint for path, endpoint in posts.items()}
         self._endpoints |= {("GET", path): endpoint for path, endpoint in (gets or {}).items()}
         self._name = name
+        self._hosts = {*OWN_HOSTS, *hosts}
         self._revision = [(b"x-model-revision", revision.encode())] if revision else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,8 +158,20 @@ class Service:
                 record.outcome = "forwarded" if record.outcome == "forwarded" else "error" if failed else "done"
             account(scope["method"], record)
 
+    def _check_host(self, host: str) -> None:
+        """A web page that rebound its own name to this address still sends that name; an address is no such name."""
+        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0].lower()
+        if (
+            name not in self._hosts
+            and "*" not in self._hosts
+            and not re.fullmatch(r"[0-9.]+|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", name)
+        ):
+            raise wire.HostError("No such host here: use localhost, or name it in MODEL_ALLOWED_HOSTS.")
+
     async def _respond(self, http: HttpRequest, path: str) -> Response:
         try:
+            if path not in ("/health", "/ready"):
+                self._check_host(http.headers.get("host", ""))
             if endpoint := self._endpoints.get((http.method, path)):
                 return await endpoint(http)
             known = {method for method, there in self._endpoints if there == path}
@@ -266,12 +284,17 @@ async def read_json(http: HttpRequest, limit: int) -> Any:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise wire.MediaTypeError("Send the request as application/json.")
-    body = b""
-    async for part in http.stream():
-        body += part
-        if len(body) > limit:
-            raise wire.BodyTooLargeError(f"The body is larger than {limit} bytes.")
+    parts, size = [], 0
     try:
-        return orjson.loads(body)
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise wire.BodyTooLargeError(f"The body is larger than {limit} bytes.")
+    except TimeoutError:
+        raise wire.BodyTooSlowError(f"The body did not come within {BODY_SECONDS} s.") from None
+    try:
+        return orjson.loads(b"".join(parts))
     except orjson.JSONDecodeError as error:
         raise wire.BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,16 @@ def load(args: AppArgs) -> tuple[ASGIApp, dict[str, Any], Callable[[], bool]]:
 
     if entry.kind == "embedding":
         embedder = Embedder(weights, entry.context or 512)
-        embedder.embed([[0]])
-        app = embedding_app(embedder, text, entry.id, stamp, max_body_bytes=args.max_body_bytes)
+        embedder.embed([[0]], threading.Event())
+        app = embedding_app(
+            embedder,
+            text,
+            entry.id,
+            stamp,
+            max_body_bytes=args.max_body_bytes,
+            max_queued=args.max_queued,
+            hosts=args.allowed_hosts,
+        )
         info |= {"context": embedder.context, "dimensions": embedder.dimensions}
         alive: Callable[[], bool] = lambda: True  # noqa: E731
     else:
@@ -77,7 +86,7 @@ def load(args: AppArgs) -> tuple[ASGIApp, dict[str, Any], Callable[[], bool]]:
         )
         generator.attach(engine, text.stop_ids(weights.config))
         warm_up(engine)
-        app = generation_app(generator, max_body_bytes=args.max_body_bytes)
+        app = generation_app(generator, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
         info |= {"context": engine.context, "kv_tokens": args.kv_tokens, "kv_bytes": engine.cache.bytes}
         info |= {"max_running": args.max_running, "max_queued": args.max_queued}
         alive = lambda: engine.alive  # noqa: E731

@@ -109,7 +109,7 @@ class Catalogue:
 
         start_logging(args.log_format, args.log_pipe)
         self._entries = {entry.id: entry for entry in args.entries}
-        self._address, self._limit = args.address, args.max_body_bytes
+        self._address, self._limit, self._hosts = args.address, args.max_body_bytes, args.allowed_hosts
         self._started = int(time.time())
         self._session: aiohttp.ClientSession | None = None
         self._survey: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
@@ -130,7 +130,7 @@ class Catalogue:
             "/v1/models": self.models,
         }
         gets |= {f"/v1/models/{id_}": self.model for id_ in self._entries}
-        return Service(posts, gets)
+        return Service(posts, gets, hosts=self._hosts)
 
     async def survey(self) -> dict[str, dict[str, Any]]:
         """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. At most one look a second."""
@@ -184,7 +184,7 @@ class Catalogue:
 
     async def forward(self, http: HttpRequest) -> Response:
         """Hand the request to the model that its body names, and its answer back as it comes."""
-        from .envelope import EventStream, read_json, until_gone  # noqa: PLC0415
+        from .envelope import EventStream, read_json, sse, until_gone  # noqa: PLC0415
 
         body = await read_json(http, self._limit)
         name = body.get("model") if isinstance(body, dict) else None
@@ -221,6 +221,12 @@ class Catalogue:
             try:
                 async for part in answer.content.iter_any():
                     yield part
+            except aiohttp.ClientError as error:
+                record.outcome = "error"
+                log.warning("%s broke its answer off: %s", name, type(error).__name__)
+                if answer.content_type != "text/event-stream":
+                    raise
+                yield sse(wire.UnavailableError(f"{name} broke its answer off; it starts again by itself.").body())
             finally:
                 answer.close()
 

@@ -6,10 +6,10 @@ Nothing else in the package reads the environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .catalogue import Entry
 
@@ -38,6 +38,11 @@ class Settings(BaseSettings):
     default_max_tokens: int = Field(
         1024, ge=1, description="Longest answer of a request that sets no `max_tokens` (the context may leave less)."
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host names callers may use beside `localhost`, `model` and addresses; `*` for any. "
+        "Guards against rebinding.",
+    )
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; beyond it a 413.")
     ray_dir: Path | None = Field(
         None, description="Folder for Ray's session (short path: it holds sockets); left out: a temporary one."
@@ -49,6 +54,13 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Form of the log on stderr; `auto`: text on a terminal, else JSON."
     )
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip().lower() for part in value.split(",") if part.strip())
 
 
 class AppArgs(BaseModel):
@@ -62,6 +74,7 @@ class AppArgs(BaseModel):
     max_running: int = 64
     max_queued: int = 256
     default_max_tokens: int = 1024
+    allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30
     log_format: Literal["json", "text"] = "json"
@@ -74,6 +87,7 @@ class CatalogueArgs(BaseModel):
 
     entries: list[Entry]
     address: str
+    allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30
     log_format: Literal["json", "text"] = "json"

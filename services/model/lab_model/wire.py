@@ -53,6 +53,16 @@ class BodyTooLargeError(WireError):
     code = "request_too_large"
 
 
+class BodyTooSlowError(WireError):
+    status = 408
+    code = "request_timeout"
+
+
+class HostError(WireError):
+    status = 421
+    code = "host_not_allowed"
+
+
 class MediaTypeError(WireError):
     status = 415
     code = "unsupported_media_type"
@@ -72,6 +82,7 @@ class BusyError(WireError):
 class ServerError(WireError):
     status = 500
     type = "server_error"
+    code: str | None = "model_fault"
 
 
 class UnavailableError(ServerError):
@@ -90,7 +101,9 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
+# fail_fast: a wrong list of a million entries must not become a million error objects.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1, max_length=131_072)]
+MOST_INPUTS = 2048  # OpenAI's limit of embedding inputs
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 # Accepted whatever they say, because they cannot change an answer.
@@ -176,7 +189,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_INPUTS)]
 
     def plain(self) -> dict[str, str]:
         """For a chat template: `developer` is OpenAI's newer word for `system`."""
@@ -185,7 +198,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(Generation):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
 
     @property
@@ -198,7 +211,12 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+    )
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -212,8 +230,8 @@ class EmbeddingRequest(BaseModel):
     input: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Whole | None = None
@@ -260,11 +278,12 @@ def parse(shape: type[R], body: Any) -> R:
 
 def _refusal(error: ValidationError, body: Any) -> BadRequestError:
     # A union reports a fault for each of its members; the deepest is about what the caller most likely meant.
-    fault = max(error.errors(include_url=False, include_context=False), key=lambda fault: len(fault["loc"]))
+    faults = error.errors(include_url=False, include_context=False)
+    fault = max(faults, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
     name, value = "", body
     for part in fault["loc"]:
         # pydantic puts the names of a union's members between the parts of the path.
-        if isinstance(value, dict) and isinstance(part, str):
+        if isinstance(value, dict) and isinstance(part, str) and (part in value or fault["type"] == "missing"):
             name, value = f"{name}.{part}" if name else part, value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
             name, value = f"{name}[{part}]", value[part]
