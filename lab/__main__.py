@@ -20,15 +20,13 @@ try:
     from lab import checks, doctor
     from lab.install import one_at_a_time
     from lab.logs import Follower
-    from lab.services import Service, environment, probe, services
+    from lab.services import Service, environment, probe, services, start_timeout
     from lab.supervise import Lab, NotRunningError
 except ImportError as error:
     complain(f"lab: .venv is broken ({error}); make it anew: make clean, then the same command")
     sys.exit(Exit.ENVIRONMENT)
 
 ROOT = Path(__file__).resolve().parent.parent
-START_TIMEOUT = 300  # seconds until all are ready; loading the embedded models takes a tenth of it
-
 
 Choose = Callable[[Mapping[str, str], Path], list[Service]]  # environment and state folder -> what to run
 
@@ -102,7 +100,7 @@ def _start(lab: Lab, choose: Choose) -> bool:
             say("lab: already running; new settings are taken by make stop, make start")
             _print_urls(lab.started())
             return False
-        chosen = choose(os.environ, lab.state)
+        chosen, timeout = choose(os.environ, lab.state), start_timeout(os.environ)
         findings = doctor.examine(chosen, doctor.read_machine(lab.root))
         for finding in findings:
             if finding.stops:
@@ -111,7 +109,7 @@ def _start(lab: Lab, choose: Choose) -> bool:
             raise LabError(findings[0].exit, "not started; each line above says why and what to do")
         say(f"lab: starting {', '.join(service.name for service in chosen)}")
         lab.start(chosen, environment(os.environ, chosen))
-        lab.wait(chosen, START_TIMEOUT)
+        lab.wait(chosen, timeout)
     _print_urls(chosen)
     return True
 

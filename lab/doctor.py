@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -24,6 +26,8 @@ from lab.terminal import Exit
 MEMORY_NEEDED = 3 * 2**30  # bytes: what the four processes hold with the embedded models, and room to load them
 DISK_NEEDED = 2**30  # bytes: logs, redis's file, Ray's session
 PACKAGES = ("supervisor", "lab_model", "lab_proxy", "lab_ui", "torch", "transformers", "ray", "streamlit")
+RAY_FOLDERS = "lab-ray-*"  # in the temporary folder: the model service makes one a run and removes it at its end
+RAY_STARTS = 120  # seconds from such a folder to processes that name it, generously
 EARLIEST = 1_760_000_000  # unix time: no clock that is right shows an earlier one
 
 
@@ -71,6 +75,7 @@ def examine(services: Sequence[Service], readings: Readings, packages: Sequence[
         *_disk(readings),
         *_redis(),
         *_ray(),
+        *_ray_folders(Path(tempfile.gettempdir())),
         *_clock(readings),
         *_browser(),
     ]
@@ -173,6 +178,30 @@ def _ray() -> Iterator[Finding]:
             f"Ray processes without a parent: {pids}",
             "left by a killed run, they hold memory",
             f"if they are not a cluster you started: kill {pids}",
+            stops=False,
+        )
+
+
+def _ray_folders(temporary: Path) -> Iterator[Finding]:
+    """Folders of Ray's sessions that no process has in its command line."""
+    old = []
+    for folder in temporary.glob(RAY_FOLDERS):
+        try:
+            told = folder.lstat()
+        except OSError:
+            continue  # just removed
+        if stat.S_ISDIR(told.st_mode) and told.st_uid == os.getuid() and time.time() - told.st_mtime > RAY_STARTS:
+            old.append(folder)
+    if not old:
+        return
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    left = sorted(str(folder) for folder in old if not any(folder.name in command for command in commands))
+    if left:
+        yield Finding(
+            Exit.RAY,
+            f"{len(left)} folders of Ray without a process",
+            "left by killed runs, they take disk",
+            f"remove them: rm -r {shlex.join(left)}",
             stops=False,
         )
 

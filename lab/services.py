@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import ipaddress
 import json
+import math
 import shutil
 import socket
 import sys
@@ -41,7 +43,7 @@ class Service:
 
 
 def services(environ: Mapping[str, str], state: Path) -> list[Service]:
-    """In the order they start; they stop in the reverse. Raises LabError over a port that is none, or without redis."""
+    """In the order they start; they stop in the reverse. Raises LabError over a wrong setting, or without redis."""
 
     def url(name: str, default: int) -> str:
         variable = f"{name}_PORT"
@@ -49,13 +51,18 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         if not text.isdecimal() or not 0 < int(text) < 65536:
             raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is no port: give a number from 1 to 65535")
         host = environ.get(f"{name}_HOST") or "127.0.0.1"
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - where it is reached from here
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - where it is reached from here
+        if ":" in host:
+            try:
+                host = f"[{ipaddress.IPv6Address(host)}]"
+            except ValueError:
+                wrong = f"{name}_HOST={host} is no address: give it without a port and without brackets"
+                raise LabError(Exit.WRONG_SETTING, wrong) from None
         return f"http://{host}:{text}"
 
     def drain(name: str) -> int:
         """Seconds for running answers to end, and some for the rest of the stop."""
-        text = environ.get(f"{name}_DRAIN_TIMEOUT_SECONDS", "")
-        return (int(text) if text.isdecimal() else 30) + 15
+        return math.ceil(_seconds(environ, f"{name}_DRAIN_TIMEOUT_SECONDS", 30)) + 15
 
     model, proxy, ui = url("MODEL", 8000), url("PROXY", 8080), url("UI", 8501)
     # Nobody types redis's address: where a system's own redis has the usual port, ours takes the next.
@@ -67,6 +74,22 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         Service("proxy", (python, "-m", "lab_proxy"), proxy, f"{proxy}/ready", "PROXY_PORT", drain("PROXY")),
         Service("ui", (python, "-m", "lab_ui"), ui, f"{ui}/_stcore/health", "UI_PORT"),
     ]
+
+
+def start_timeout(environ: Mapping[str, str]) -> float:
+    """Seconds until all are ready: the model service gives up first and says why. Raises LabError."""
+    return _seconds(environ, "MODEL_START_TIMEOUT_SECONDS", 600) + 60
+
+
+def _seconds(environ: Mapping[str, str], variable: str, default: float) -> float:
+    text = environ.get(variable) or str(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is no time: give seconds, as 30 or 90.5")
+    return seconds
 
 
 def environment(environ: Mapping[str, str], chosen: list[Service]) -> dict[str, str]:
@@ -97,12 +120,12 @@ def redis_binary() -> str | None:
 def refuses(host: str, port: int) -> int | None:
     """The errno with which a server there would fail to listen, or None."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is no obstacle
-        try:
+    try:
+        with socket.socket(family) as trial:  # a system without IPv6 refuses here
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is no obstacle
             trial.bind((host, port))
-        except OSError as error:
-            return error.errno or errno.EADDRNOTAVAIL
+    except OSError as error:
+        return error.errno or errno.EADDRNOTAVAIL
     with socket.socket(family) as caller:  # macOS lets us bind beside a server that listens on all addresses
         caller.settimeout(0.5)
         return errno.EADDRINUSE if caller.connect_ex((host, port)) == 0 else None

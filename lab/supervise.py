@@ -79,12 +79,19 @@ class Lab:
         return {service.name: told[service.name] for service in self.started() if service.name in told}
 
     def started(self) -> list[Service]:
-        """The services as they were started last: their addresses do not follow a changed environment."""
+        """The services as they were started last: their addresses do not follow a changed environment.
+
+        Without rows that another version of the lab wrote in a form of its own: stop finds their processes by MARK.
+        """
         try:
-            rows = json.loads((self.state / "lab.json").read_text())
-        except (OSError, ValueError):
+            rows = list(json.loads((self.state / "lab.json").read_text()))
+        except (OSError, ValueError, TypeError):
             return []
-        return [Service(**row | {"argv": tuple(row["argv"])}) for row in rows]
+        known = []
+        for row in rows:
+            with contextlib.suppress(TypeError, KeyError):
+                known.append(Service(**row | {"argv": tuple(row["argv"])}))
+        return known
 
     def tail(self, name: str, lines: int = 20) -> str:
         """The last lines of a service's log; of those since its start where this object started it."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +21,9 @@ import pytest
 from processes import free_port
 
 from lab import doctor, install
+from lab.__main__ import background
 from lab.logs import Follower
-from lab.services import Service, environment, redis_binary, services
+from lab.services import Service, environment, redis_binary, refuses, services, start_timeout
 from lab.supervise import MARK, Lab
 from lab.terminal import Exit, LabError
 
@@ -139,6 +143,19 @@ def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(lab: Lab) -> 
     lab.wait([service], timeout=20)
     assert lab.states()["small"].pid != left
     assert left not in {process.pid for process in belonging(lab.state)}
+
+
+def test_what_another_version_started_is_stopped(lab: Lab) -> None:
+    """After an upgrade lab.json may hold fields that a Service no longer has, or lack some."""
+    service = small()
+    lab.start([service], os.environ)
+    lab.wait([service], timeout=20)
+    (row,) = json.loads((lab.state / "lab.json").read_text())
+    (lab.state / "lab.json").write_text(json.dumps([row | {"colour": "red"}, {"name": "small"}, 7, row]))
+    assert lab.started() == [service]
+    (lab.state / "lab.json").write_text(json.dumps([row | {"colour": "red"}]))
+    assert lab.started() == []
+    assert lab.stop() == 3
 
 
 def test_a_deep_folder_gets_its_socket_elsewhere(tmp_path: Path) -> None:
@@ -279,6 +296,14 @@ def test_a_host_that_is_none_of_ours_is_told_apart_from_a_taken_port() -> None:
     assert "SMALL_HOST" in finding.remedy
 
 
+def test_a_system_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_ipv6(*_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr("lab.services.socket.socket", no_ipv6)
+    assert refuses("::1", 8000) == errno.EAFNOSUPPORT
+
+
 @pytest.mark.parametrize(
     ("exit_", "readings"),
     [
@@ -295,6 +320,27 @@ def test_a_small_machine_is_told_so(exit_: Exit, readings: doctor.Readings) -> N
     assert "\n" not in finding.line()
     assert finding.line().count(";") >= 1
     assert found(exit_) is None
+
+
+def test_folders_of_ray_without_a_process_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of killed runs; not one that a process has in its command line, nor one just made, nor a link."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, held, new = (tmp_path / f"lab-ray-{name}" for name in ("left", "held", "new"))
+    for folder in (left, held, new):
+        folder.mkdir()
+    (tmp_path / "lab-ray-link").symlink_to(left)
+    for folder in (left, held):
+        os.utime(folder, (0, 0))
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()", f"--socket={held}/raylet"], stdin=subprocess.PIPE
+    ) as holder:
+        lines = [finding.line() for finding in doctor.examine((), WELL, ()) if "folders of Ray" in finding.what]
+        holder.kill()
+    assert len(lines) == 1
+    assert lines[0].endswith(f"rm -r {left}")
+    left.rmdir()
+    held.rmdir()
+    assert not any("folders of Ray" in finding.what for finding in doctor.examine((), WELL, ()))
 
 
 def test_missing_packages_are_named() -> None:
@@ -361,6 +407,47 @@ def test_a_wrong_port_is_named(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(LabError, match=f"UI_PORT={wrong} is no port") as caught:
         services({"UI_PORT": wrong}, tmp_path)
     assert caught.value.code is Exit.WRONG_SETTING
+
+
+@pytest.mark.parametrize(("host", "there"), [("::1", "::1"), ("::", "::1"), ("0.0.0.0", "127.0.0.1")])
+def test_an_address_of_any_family_is_reached(tmp_path: Path, host: str, there: str) -> None:
+    chosen = services({f"{name}_HOST": host for name in ("MODEL", "PROXY", "UI")}, tmp_path)
+    assert [service.address for service in chosen[1:]] == [(there, 8000), (there, 8080), (there, 8501)]
+    assert chosen[2].ready == f"http://{f'[{there}]' if ':' in there else there}:8080/ready"
+
+
+@pytest.mark.parametrize("wrong", ["localhost:8080", "[::1]"])
+def test_a_host_with_a_colon_that_is_no_address_is_named(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(LabError, match=rf"PROXY_HOST={re.escape(wrong)} is no address") as caught:
+        services({"PROXY_HOST": wrong}, tmp_path)
+    assert caught.value.code is Exit.WRONG_SETTING
+
+
+def test_waits_follow_the_services_settings(tmp_path: Path) -> None:
+    """The lab gives up after the model service does, and kills after its drain; decimals are times too."""
+    assert start_timeout({}) == 660
+    assert start_timeout({"MODEL_START_TIMEOUT_SECONDS": "1800.5"}) == 1860.5
+    environ = {"MODEL_DRAIN_TIMEOUT_SECONDS": "90.5", "PROXY_DRAIN_TIMEOUT_SECONDS": ""}
+    assert [service.stop_seconds for service in services(environ, tmp_path)[1:3]] == [106, 45]
+
+
+def test_a_start_waits_as_long_as_the_model_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setenv("MODEL_START_TIMEOUT_SECONDS", "1800")
+    monkeypatch.setenv("LAB_FORCE", "1")
+    monkeypatch.setattr(Lab, "start", lambda *_: None)
+    monkeypatch.setattr(Lab, "wait", lambda _lab, _chosen, timeout: waits.append(timeout))
+    background(Lab(tmp_path), lambda _environ, _state: [])
+    assert waits == [1860]
+
+
+@pytest.mark.parametrize("wrong", ["soon", "-1", "nan", "inf"])
+def test_a_wrong_time_is_named(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(LabError, match=f"PROXY_DRAIN_TIMEOUT_SECONDS={wrong} is no time") as caught:
+        services({"PROXY_DRAIN_TIMEOUT_SECONDS": wrong}, tmp_path)
+    assert caught.value.code is Exit.WRONG_SETTING
+    with pytest.raises(LabError, match=f"MODEL_START_TIMEOUT_SECONDS={wrong} is no time"):
+        start_timeout({"MODEL_START_TIMEOUT_SECONDS": wrong})
 
 
 def test_redis_keeps_to_loopback_and_to_its_memory(tmp_path: Path) -> None:

@@ -446,6 +446,18 @@ def test_a_wrong_setting_stops_the_start_with_its_name(name: str, value: str, mo
     assert len(ran.stderr.splitlines()) == 1
 
 
+def test_an_open_ui_must_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches the ui spends the proxy's key: beyond loopback only where a setting says so."""
+    monkeypatch.setenv("UI_HOST", "0.0.0.0")
+    ran = subprocess.run(python("lab_ui"), capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("UI_HOST=0.0.0.0 ")
+    assert "UI_ALLOW_ANONYMOUS=true" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    monkeypatch.setenv("UI_ALLOW_ANONYMOUS", "true")
+    assert Settings().host == "0.0.0.0"
+
+
 def test_the_server_is_guarded_and_needs_no_home(tmp_path: Path) -> None:
     """Healthy, with a policy against foreign content, its name checked, and nothing written to the home folder."""
     import urllib.request

@@ -82,8 +82,8 @@ def main() -> int:
         settings = Settings()
     except ValidationError as error:
         for problem in error.errors():
-            name = "UI_" + "_".join(str(part) for part in problem["loc"]).upper()
-            print(f"{name}: {problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)  # noqa: T201
+            variable = "".join(f"UI_{str(part).upper()}: " for part in problem["loc"][:1])  # none where two disagree
+            print(f"{variable}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)  # noqa: T201
         return 2
     app = streamlit.App(Path(__file__).with_name("app.py"), middleware=[Middleware(Guard)])
     app.run(config=options(settings))

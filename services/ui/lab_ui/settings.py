@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -17,6 +17,10 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address the ui listens on.")
     port: int = Field(default=8501, ge=1, le=65535, description="Port the ui listens on.")
+    allow_anonymous: bool = Field(
+        default=False,
+        description="Listen on other than loopback although readers need no password. Without it such a start fails.",
+    )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Host names browsers may use beside loopback's and `ui`; `*` for any. Guards against rebinding.",
@@ -56,6 +60,15 @@ class Settings(BaseSettings):
         if value is not None and (not value.startswith(("http://", "https://")) or "@" in value or "?" in value):
             raise ValueError("must be an http:// or https:// URL without a user and without a query")
         return value and value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.host not in LOOPBACK and not self.allow_anonymous:
+            raise ValueError(
+                f"UI_HOST={self.host} lets others use the proxy without a password, on your key: listen on 127.0.0.1, "
+                "or set UI_ALLOW_ANONYMOUS=true where something else guards the port"
+            )
+        return self
 
     @property
     def shown_proxy_url(self) -> str:
