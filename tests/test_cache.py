@@ -5,6 +5,7 @@ K1 to K4's forms are in test_canonical.py; here is what they mean over HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import stat
@@ -19,6 +20,8 @@ import pytest
 import redis
 from fixtures_proxy import CHAT_MODEL, Bench, bench_on, events, eventually, new, redis_url, second, state
 from lab_proxy import entry
+from lab_proxy.cache import BATCH, Cache
+from lab_proxy.canonical import CONTRACT
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from processes import free_port, redis_server
 
@@ -90,7 +93,8 @@ def test_cache_k2_unknown_fields_are_in_the_key(bench: Bench) -> None:
     assert state(bench.chat(text)) == "miss stored"
     assert state(bench.chat(text, a_new_field=1)) == "miss stored"
     assert bench.calls()["last"]["body"]["a_new_field"] == 1
-    same = {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y", "store": False}
+    same: dict[str, Any] = {"prompt_cache_retention": "24h"}
+    same |= {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "y", "store": False}
     for name, value in same.items():
         assert state(bench.chat(text, **{name: value})) == "hit", name
     assert state(bench.chat(text, stream=True)) == "hit"
@@ -430,6 +434,19 @@ def test_cache_r4_cache_status(bench: Bench) -> None:
     assert bench.chat(new(), model="gpt-mock-cut").headers["cache-status"] == "llm-lab; fwd=miss; detail=finish-reason"
 
 
+def test_cache_r5_unknown_stream_options_are_the_upstreams_affair(bench: Bench) -> None:
+    """An entry must not hide that the upstream refuses them: neither read nor stored, and they arrive as they came."""
+    text = new()
+    bench.chat(text)
+    odd: list[dict[str, Any]] = [{"bogus": 1}, {"include_usage": True, "bogus": 1}, {"include_usage": 0}]
+    for options in odd:
+        answer = bench.chat(text, stream=True, stream_options=options)
+        assert state(answer) == "bypass stream-options"
+        assert bench.calls()["last"]["body"]["stream_options"].items() >= options.items()
+    assert bench.calls()["total"] == 4
+    assert state(bench.chat(text, stream=True, stream_options={"include_usage": False})) == "hit"
+
+
 # ---- D: freshness; the rest is about other settings, so other processes
 
 
@@ -516,6 +533,34 @@ def test_cache_x1_redis_paused(bench: Bench, tmp_path: Path) -> None:
         eventually(lambda: state(other.chat(text)) == "hit", 5)
 
 
+class SlowRedis:
+    """Each command takes 40 ms."""
+
+    async def mget(self, names: list[str]) -> list[None]:
+        await asyncio.sleep(0.04)
+        return [None] * len(names)
+
+    def pipeline(self, transaction: bool) -> SlowRedis:
+        return self
+
+    def set(self, name: str, raw: bytes, ex: int) -> None: ...
+
+    async def execute(self) -> None:
+        await asyncio.sleep(0.04)
+
+
+async def test_cache_x1_many_keys_have_one_deadline() -> None:
+    """Of all batches of a read or a write together; a redis that answered some of them is not taken for dead."""
+    cache = Cache("redis://127.0.0.1:1", b"s" * 32, timeout=0.1, max_entry_bytes=1000)
+    cache._redis = SlowRedis()
+    names = [str(number) for number in range(10 * BATCH)]
+    started = time.perf_counter()
+    assert await cache.read(names) is None
+    assert await cache.write({name: entry.Entry(b"{}", 9, time.time()) for name in names}) == "redis"
+    assert time.perf_counter() - started < 0.35
+    assert cache.up
+
+
 @pytest.fixture
 def raw(bench: Bench) -> Iterator[redis.Redis]:
     with redis.Redis(port=bench.redis.port) as client:
@@ -534,7 +579,7 @@ def test_cache_x1_garbage_at_a_key(bench: Bench, raw: redis.Redis) -> None:
         b"",
         b"{}\n{}",
         good[:-5],
-        good.replace(b'"v":1', b'"v":9'),
+        good.replace(b'"v":%d' % CONTRACT, b'"v":99'),
         b"\n" + good,
         b"[]\n[]",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,10 @@ def key(**changed: object) -> str:
         ('{"x": [0.1, 0.10, 1e-1, 123.456]}', '{"x":[0.1,0.1,0.1,123.456]}'),
         ('{"x": [0.000001, 1e-7, 1.5e-10, -2.5e-8]}', '{"x":[0.000001,1e-7,1.5e-10,-2.5e-8]}'),
         ('{"x": [5e-324, 4.35, 1e21]}', '{"x":[5e-324,4.35,1000000000000000000000]}'),
+        ('{"x": [1e39, 1e40, 1.5e308]}', '{"x":[1' + "0" * 39 + ",1e+40,1.5e+308]}"),
+        ('{"x": 1' + "0" * 41 + "}", '{"x":1e+41}'),
+        ('{"x": [-1e41, -1' + "0" * 41 + ".0]}", '{"x":[-1e+41,-1e+41]}'),
+        ('{"x": ' + "9" * 40 + "}", '{"x":' + "9" * 40 + "}"),
         ('{"x": "\\u00e9\\/\\u0041"}', '{"x":"é/A"}'),
         ('{"x": "\\u0000\\u001b\\n\\u007f\\u2028"}', '{"x":"\\u0000\\u001b\\n\x7f\u2028"}'),
         ('{"x": "\\ud83d\\ude00"}', '{"x":"😀"}'),
@@ -43,8 +48,14 @@ def key(**changed: object) -> str:
     ],
 )
 def test_cache_k1_canonical_form(text: str, expected: str) -> None:
-    """Order, white space, escapes and the spelling of a number do not matter; integers stay exact at any size."""
+    """Order, white space, escapes and the spelling of a number do not matter; integers stay exact up to 40 digits."""
     assert form(text) == expected.encode()
+
+
+def test_cache_k1_numbers_do_not_amplify() -> None:
+    """A short spelling of a large number is no way to make the proxy write and hash fifty times what was sent."""
+    sent = '{"x": [' + ",".join(["1e308"] * 1000) + "]}"
+    assert len(form(sent)) < 2 * len(sent)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +86,20 @@ def test_cache_k1_every_part_of_the_key_counts() -> None:
     assert len(plain) == 64
 
 
+def test_cache_k1_keys_of_inputs() -> None:
+    """One key an input: another input, another rest and another secret make another; none is a whole request's."""
+    inputs = [b'"a"', b'"b"', b"[1]"]
+    keys = canonical.input_keys(b"s" * 32, key(), inputs)
+    assert keys == canonical.input_keys(b"s" * 32, key(), inputs[:1]) + keys[1:]
+    others = canonical.input_keys(b"s" * 32, key(model="z"), inputs) + canonical.input_keys(b"z" * 32, key(), inputs)
+    assert len({key(), *keys, *others}) == 10
+    assert all(len(each) == 64 for each in keys)
+
+
 def test_cache_k2_every_field_is_in_the_key_but_those_that_cannot_change_the_answer() -> None:
     plain = canonical.comparable({"model": "alias", "messages": []}, "m", {})
     assert plain == {"model": "m", "messages": []}
+    assert "prompt_cache_retention" in canonical.UNKEYED
     for name in canonical.UNKEYED:
         assert canonical.comparable({"model": "alias", "messages": [], name: {"a": 1}}, "m", {}) == plain
     for name in ("seed", "tools", "a_field_nobody_knows", "logit_bias"):
@@ -138,6 +160,14 @@ def test_cache_k4_ambiguous_json_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidRequest) as refused:
         canonical.parse(raw)
     assert refused.value.status == 400
+
+
+def test_cache_k4_a_late_duplicate_is_found_in_linear_time() -> None:
+    raw = b"{" + b",".join(b'"k%d":1' % i for i in range(20_000)) + b',"k19999":1}'
+    started = time.process_time()
+    with pytest.raises(InvalidRequest, match="duplicate key"):
+        canonical.parse(raw)
+    assert time.process_time() - started < 0.5
 
 
 def test_cache_k4_depth_64_is_accepted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -30,7 +31,13 @@ from fixtures_proxy import (
     second,
     state,
 )
+from lab_proxy import app as application
+from lab_proxy import exchange
 from lab_proxy.__main__ import main
+from lab_proxy.app import MOST_MODELS, App, Metrics, Response
+from lab_proxy.errors import UpstreamTimeout
+from lab_proxy.exchange import Account, Exchange
+from lab_proxy.upstream import passed_on
 from processes import free_port, python
 
 NO_STORE = {"cache-control": "no-store"}
@@ -248,7 +255,53 @@ def test_total_time_is_bounded(bench: Bench) -> None:
     assert len(got) > 10
 
 
+async def never(*_: object) -> None:
+    """A client that does not read."""
+    await asyncio.sleep(3600)
+
+
+async def test_a_caller_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the time is up and the error event cannot be sent either, nothing more is tried."""
+    monkeypatch.setattr(exchange, "STALLED_CLIENT_SECONDS", 0.05)
+
+    async def late(*_: object) -> None:
+        raise UpstreamTimeout("late")
+
+    out = Response(never, {})
+    out.started = True
+    answering = object.__new__(Exchange)
+    monkeypatch.setattr(Exchange, "_way", late)
+    answering._total = 1
+    call = exchange.Call("t", "/v1/chat/completions", b"", {}, "r", exchange.Wishes(), False, 0.0)
+    async with asyncio.timeout(2):
+        await answering.answer(call, out)
+    assert call.account.error == "client_stalled"
+    assert not out.ended
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_fault_is_told_within_a_bound(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    monkeypatch.setattr(application, "STALLED_CLIENT_SECONDS", 0.05)
+    told: list[Account] = []
+
+    async def broken(*given: Any) -> None:
+        given[-1].started = begun
+        raise RuntimeError
+
+    monkeypatch.setattr(App, "_dispatch", broken)
+    monkeypatch.setattr(App, "_tell", lambda *given: told.append(given[3]))
+    async with asyncio.timeout(2):
+        await object.__new__(App)._request({"headers": [], "path": "/", "method": "GET"}, never, never)  # type: ignore[arg-type]
+    assert [account.error for account in told] == ["RuntimeError"]
+
+
 # ---- who may come in
+
+
+def test_upstream_headers_that_tell_whose_key_it_is_stay_here() -> None:
+    sent = {"OpenAI-Organization": "acme", "openai-project": "p", "openai-version": "1", "openai-processing-ms": "5"}
+    sent |= {"x-ratelimit-limit-requests": "9", "Set-Cookie": "a=b"}
+    assert set(passed_on(sent)) == {"openai-version", "openai-processing-ms", "x-ratelimit-limit-requests"}
 
 
 def test_headers_are_clean_both_ways(bench: Bench) -> None:
@@ -360,7 +413,47 @@ def test_bodies_are_bounded_in_size_and_time(bench: Bench) -> None:
         assert slow.recv(12) == b"HTTP/1.1 408"
 
 
+def test_embedding_inputs_are_bounded_and_cheap(bench: Bench) -> None:
+    """2048 at once and no more; as many in one request as OpenAI takes cost little, whatever else the body holds."""
+    refused = bench.embed(["x"] * 2049)
+    assert refused.status_code == 400
+    assert error(refused)["param"] == "input"
+    assert bench.calls(bench.model)["total"] == 0
+    given = [f"{number}" for number in range(2048)]
+    started = time.perf_counter()
+    again = bench.embed(given, pad=[0.5] * 15_000)
+    assert time.perf_counter() - started < 2
+    assert len(again.json()["data"]) == 2048
+    ordered = bench.embed(["b", "a", "b", "c", "a"]).json()["data"]
+    assert [row["embedding"][0] for row in ordered] == [ord(letter) / 1000 for letter in "babca"]
+
+
+def test_a_caller_who_leaves_its_body_is_no_bad_request(bench: Bench) -> None:
+    with socket.create_connection(("127.0.0.1", bench.proxy.port), timeout=5) as caller:
+        caller.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n")
+        caller.sendall(b"x-request-id: left-early\r\ncontent-length: 100\r\n\r\n{")
+        time.sleep(0.1)
+    eventually(lambda: "left-early" in bench.proxy.log.read_text(), 2)
+    line = next(json.loads(line) for line in bench.proxy.log.read_text().splitlines() if "left-early" in line)
+    assert (line["status"], line["error"]) == (499, "client_gone")
+
+
 # ---- operation
+
+
+def test_invented_models_do_not_grow_the_metrics(bench: Bench) -> None:
+    """A name is told apart once it is a model's or an upstream answered to it, and only so many names are."""
+    refused = f"gpt-{new().split()[1]}-mock-500"
+    bench.chat(model=refused)
+    page = bench.http.get("/metrics").text
+    assert refused not in page
+    assert 'model="other"' in page
+    metrics = Metrics()
+    for number in range(MOST_MODELS + 50):
+        metrics.record("/v1/embeddings", Account(model=f"m{number}", known=True), 200, 0.1)
+    labels = {sample.labels["model"] for family in metrics.requests.collect() for sample in family.samples}
+    assert len(labels) == MOST_MODELS + 1
+    assert "other" in labels
 
 
 def test_pages_log_and_metrics(bench: Bench) -> None:

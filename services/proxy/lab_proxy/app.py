@@ -13,7 +13,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any, Protocol
 
 import orjson
@@ -23,7 +23,7 @@ from . import __version__, canonical, errors
 from .cache import Wishes
 from .entry import CHAT, COMPLETIONS, EMBEDDINGS
 from .errors import ProxyError
-from .exchange import JSON, SSE, Account, Call, Exchange, Store
+from .exchange import JSON, SSE, STALLED_CLIENT_SECONDS, Account, Call, Exchange, Store
 from .routes import Routes
 from .settings import LOOPBACK, Settings
 from .upstream import LocalModels, Upstream
@@ -39,6 +39,7 @@ ENDPOINTS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
 UNCHECKED = frozenset({"/health", "/ready"})  # probes call by address; these pages tell a stranger nothing
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged only when they fail
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+MOST_MODELS = 200  # names that /metrics tells apart: a caller may invent any number of them
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -85,17 +86,23 @@ class Metrics:
         )
         self.hits = 0
         self.misses = 0
+        self._models = {""}
 
     def record(self, route: str, account: Account, status: int, seconds: float) -> None:
-        labels = (route, account.model, account.cache)
+        model = account.model
+        if account.known and len(self._models) <= MOST_MODELS:
+            self._models.add(model)
+        if model not in self._models:
+            model = "other"
+        labels = (route, model, account.cache)
         self.requests.labels(*labels, str(status)).inc()
         self.seconds.labels(*labels).observe(seconds)
         if account.ttft is not None:
             self.ttft.labels(*labels).observe(account.ttft)
         if account.prompt_tokens or account.completion_tokens:
             source = "cache" if account.cache == "hit" else "upstream"
-            self.tokens.labels(account.model, source, "prompt").inc(account.prompt_tokens)
-            self.tokens.labels(account.model, source, "completion").inc(account.completion_tokens)
+            self.tokens.labels(model, source, "prompt").inc(account.prompt_tokens)
+            self.tokens.labels(model, source, "completion").inc(account.completion_tokens)
         self.hits += account.cache == "hit"
         self.misses += account.cache in {"miss", "request", "partial"}
 
@@ -204,11 +211,13 @@ class App:
             where = "".join(traceback.format_tb(error.__traceback__))  # not the message: it may hold what was asked
             log.error("fault in the proxy: %s\n%s", account.error, where)  # noqa: TRY400
             fault = ProxyError(f"A fault in the proxy: its log names {request_id}.", code="proxy_fault")
-            if not out.started:
-                await out.whole(fault.body(), {}, status=500)
-            elif not out.ended:
-                await out.piece(b"data: " + fault.body() + b"\n\n")
-                await out.end()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STALLED_CLIENT_SECONDS):
+                    if not out.started:
+                        await out.whole(fault.body(), {}, status=500)
+                    elif not out.ended:
+                        await out.piece(b"data: " + fault.body() + b"\n\n")
+                        await out.end()
         finally:
             self._tell(path, request_id, account, status, time.perf_counter() - out.began)
 
@@ -290,7 +299,7 @@ class App:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise errors.InvalidRequest("The caller left before the body was whole.", status=400)
+                        raise errors.CallerGone("The caller left before the body was whole.")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:

@@ -27,7 +27,7 @@ from .entry import Entry
 log = logging.getLogger("lab_proxy.cache")
 
 PREFIX = "lab:entry:"
-BATCH = 64  # keys in one command: the largest vectors of so many fit well into one timeout
+BATCH = 64  # keys in one command: redis serves others in between
 PROBE_SECONDS = (0.2, 0.5, 1.0)  # between looks at a redis that failed; the last one repeats
 PROBE_TIMEOUT = 1.0
 
@@ -100,7 +100,7 @@ class Cache:
         max_entry_bytes: int,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`timeout`: seconds that one request waits for redis at most. `on_error` hears of each failed operation."""
+        """`timeout`: seconds that one read or one write takes at most. `on_error` hears of each failed operation."""
         self.secret = secret
         self._timeout = timeout
         self._max_entry_bytes = max_entry_bytes
@@ -140,22 +140,22 @@ class Cache:
 
     async def read(self, keys: Sequence[str]) -> list[Entry | None] | None:
         """An entry or None for each key; None for all when redis cannot be asked. What is no entry counts as none."""
-        found: list[Entry | None] = []
-        for start in range(0, len(keys), BATCH):
-            names = [PREFIX + key for key in keys[start : start + BATCH]]
-            raws: list[Any] | None = None
-            if self._up:
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        raws = [await self._redis.get(names[0])] if len(names) == 1 else await self._redis.mget(names)
-                except ResponseError:  # a foreign type at our key: a miss, and the next write replaces it
-                    self._on_error("read")
-                    raws = [None] * len(names)
-                except (RedisError, OSError, TimeoutError) as error:
-                    self._fail("read", error)
-            if raws is None:
-                return None
-            found += [Entry.unpack(raw) for raw in raws]
+        if not self._up:
+            return None
+        raws: list[Any] = []
+        try:
+            async with asyncio.timeout(self._timeout):  # for all batches together
+                for start in range(0, len(keys), BATCH):
+                    names = [PREFIX + key for key in keys[start : start + BATCH]]
+                    try:
+                        raws += [await self._redis.get(names[0])] if len(names) == 1 else await self._redis.mget(names)
+                    except ResponseError:  # a foreign type at our key: a miss, and the next write replaces it
+                        self._on_error("read")
+                        raws += [None] * len(names)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._fail("read", error, answers=bool(raws))
+            return None
+        found = [Entry.unpack(raw) for raw in raws]
         now = time.time()
         return [entry if entry and entry.age(now) < entry.ttl else None for entry in found]
 
@@ -163,22 +163,23 @@ class Cache:
         """Store entries under their keys; a word for `detail=` where one could not be, else None."""
         packed = [(PREFIX + key, entry.pack(), entry.ttl) for key, entry in entries.items()]
         fit = [item for item in packed if len(item[1]) <= self._max_entry_bytes]
-        for start in range(0, len(fit), BATCH):
-            if not self._up:
-                return "redis"
-            try:
-                async with asyncio.timeout(self._timeout):
+        if fit and not self._up:
+            return "redis"
+        start = 0
+        try:
+            async with asyncio.timeout(self._timeout):  # for all batches together
+                for start in range(0, len(fit), BATCH):
                     pipe = self._redis.pipeline(transaction=False)
                     for name, raw, ttl in fit[start : start + BATCH]:
                         pipe.set(name, raw, ex=ttl)
                     await pipe.execute()
-            except ResponseError as error:  # full or read-only: it still reads
-                self._on_error("write")
-                log.warning("redis refused an entry: %s", type(error).__name__)
-                return "redis"
-            except (RedisError, OSError, TimeoutError) as error:
-                self._fail("write", error)
-                return "redis"
+        except ResponseError as error:  # full or read-only: it still reads
+            self._on_error("write")
+            log.warning("redis refused an entry: %s", type(error).__name__)
+            return "redis"
+        except (RedisError, OSError, TimeoutError) as error:
+            self._fail("write", error, answers=start > 0)
+            return "redis"
         return "size" if len(fit) < len(packed) else None
 
     async def report(self) -> dict[str, Any]:
@@ -205,9 +206,10 @@ class Cache:
             "entries": entries,
         }
 
-    def _fail(self, operation: str, error: BaseException) -> None:
+    def _fail(self, operation: str, error: BaseException, *, answers: bool = False) -> None:
+        """`answers`: it did in this operation, so that a lack of time says that much was asked, not that it is down."""
         self._on_error(operation)
-        if not self._up:
+        if not self._up or (answers and isinstance(error, TimeoutError)):
             return
         self._up = False
         kind = "no answer in time" if isinstance(error, (TimeoutError, redis.TimeoutError)) else "no connection"

@@ -1,7 +1,7 @@
 """Strict JSON in, canonical JSON and cache keys out.
 
-Two requests are the same when their canonical forms are. The form is RFC 8785's, except that integral numbers of any
-size are written as exact integers, so that 64-bit seeds stay apart. Knows nothing of models, routes or redis.
+Two requests are the same when their canonical forms are. The form is RFC 8785's, except that integral numbers of up to
+40 digits are written as exact integers, so that 64-bit seeds stay apart. Knows nothing of models, routes or redis.
 """
 
 from __future__ import annotations
@@ -17,21 +17,26 @@ import orjson
 
 from .errors import InvalidRequest
 
-CONTRACT = 1
+CONTRACT = 2
 """Version of key and entry. A change of either makes every older entry a miss."""
 
 MAX_DEPTH = 64
 MAX_DIGITS = 309  # of the largest double: a longer integer is no number that anyone could mean
+EXACT = 10**40  # integers below are kept exactly; from here on the double counts, or five bytes (`1e308`) become 309
 
-UNKEYED = frozenset({"stream", "stream_options", "user", "safety_identifier", "metadata", "store", "prompt_cache_key"})
+UNKEYED = frozenset({
+    "stream", "stream_options", "user", "safety_identifier", "metadata", "store", "prompt_cache_key",
+    "prompt_cache_retention",
+})  # fmt: skip
 """Fields that cannot change an answer. Every other field is in the key, unknown ones too."""
 
 
 def parse(raw: bytes) -> dict[str, Any]:
     """A JSON object, refused where parsers disagree about it.
 
-    Integral numbers (`1`, `1.0`, `1e0`) become `int`, exactly; all others `float`. Raises InvalidRequest for duplicate
-    keys, NaN and Infinity, numbers beyond a double, invalid UTF-8, lone surrogates, depth over 64, and no object.
+    Integral numbers (`1`, `1.0`, `1e0`) below EXACT become `int`, exactly; all others `float`. Raises InvalidRequest
+    for duplicate keys, NaN and Infinity, numbers beyond a double, invalid UTF-8, lone surrogates, depth over 64, and
+    no object.
     """
     try:
         text = raw.decode("utf-8")
@@ -90,6 +95,21 @@ def key(
     return hmac.digest(secret, encode(parts), "sha256").hex()
 
 
+def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:
+    """One key for each canonical input of a request whose `key` without its inputs is `rest`.
+
+    The HMAC of `rest` (64 hex digits, where `key` has a bracket: the two never meet) and the input's bytes, so that
+    the request's other fields are encoded once and not once per input.
+    """
+    keyed = hmac.new(secret, rest.encode(), "sha256")
+    keys = []
+    for given in inputs:
+        one = keyed.copy()
+        one.update(given)
+        keys.append(one.hexdigest())
+    return keys
+
+
 # ---- reading
 
 
@@ -101,30 +121,35 @@ def _no_constant(name: str) -> NoReturn:
     raise _refused(f"{name} is not a JSON number")
 
 
-def _integer(text: str) -> int:
+def _integer(text: str) -> int | float:
     if len(text) > MAX_DIGITS + 1:
         raise _refused("a number is out of range")
-    return int(text)
+    value = int(text)
+    return value if abs(value) < EXACT else _number(text)
 
 
 def _number(text: str) -> int | float:
     value = float(text)
     if math.isinf(value):
         raise _refused("a number is out of range")
-    if not value.is_integer():
+    if not value.is_integer() or abs(value) > EXACT:
         return value
     if value == 0 or len(text) > 400:
         return int(value)
     exact = Decimal(text)  # 9007199254740993.0 is no double, but an integer
+    if abs(exact) >= EXACT:
+        return value
     return int(exact) if exact == exact.to_integral_value() else int(value)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _refused(f"duplicate key {json.dumps(twice)}")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _refused(f"duplicate key {json.dumps(name[:200])}")
+            seen.add(name)
     return made
 
 
@@ -175,7 +200,7 @@ def _write(value: Any, put: Any) -> None:
     elif isinstance(value, int):
         put(str(value))
     elif isinstance(value, float):
-        put(str(int(value)) if value.is_integer() else _ecmascript(value))
+        put(str(int(value)) if value.is_integer() and abs(value) < EXACT else _ecmascript(value))
     elif isinstance(value, dict):
         put("{")
         for position, (name, inner) in enumerate(sorted(value.items(), key=_utf16)):
@@ -192,14 +217,17 @@ def _write(value: Any, put: Any) -> None:
 
 
 def _ecmascript(value: float) -> str:
-    """ECMA-262's Number::toString for a finite, non-integral double. Python's shortest digits are the same digits."""
+    """ECMA-262's Number::toString for a finite double that is no integer below EXACT.
+
+    Python's shortest digits are the same digits.
+    """
     mantissa, _, power = f"{Decimal(repr(value)).normalize():E}".partition("E")
     text = mantissa.lstrip("-").replace(".", "")
     point = int(power) + 1  # value = 0.text × 10^point
-    if point > 0:
+    if 0 < point <= 21:
         shown = f"{text[:point]}.{text[point:]}"
-    elif point > -6:
+    elif -6 < point <= 0:
         shown = f"0.{'0' * -point}{text}"
     else:
-        shown = f"{text[0]}{'.' if len(text) > 1 else ''}{text[1:]}e{point - 1}"
+        shown = f"{text[0]}{'.' if len(text) > 1 else ''}{text[1:]}e{'+' if point > 0 else ''}{point - 1}"
     return f"-{shown}" if value < 0 else shown

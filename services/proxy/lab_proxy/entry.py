@@ -6,6 +6,7 @@ Works on parsed answers and bytes. Knows nothing of redis, HTTP or who asks.
 from __future__ import annotations
 
 import re
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ def why_bypass(endpoint: str, body: Mapping[str, Any], default_temperature: Any,
         return "background"
     if body.get("previous_response_id") is not None:
         return "previous-response"
+    options = body.get("stream_options")
+    if options and not (set(options) == {"include_usage"} and isinstance(options["include_usage"], bool)):
+        return "stream-options"  # the upstream may refuse them: an entry must not answer in its place
     if endpoint == EMBEDDINGS:
         return None if inputs(body.get("input")) else "input"
     temperature = body.get("temperature")
@@ -128,6 +132,11 @@ def of_answer(answer: Mapping[str, Any], ttl: int, now: float) -> Entry:
     return Entry(orjson.dumps(kept), ttl, now, {"usage": answer.get("usage")})
 
 
+def new_id(endpoint: str) -> str:
+    """An answer's `id`, of the kind that OpenAI gives out at this endpoint."""
+    return ("cmpl-" if endpoint == COMPLETIONS else "chatcmpl-") + secrets.token_hex(14)
+
+
 def renewed(body: bytes, identity: str, created: int) -> bytes:
     """A stored body with an `id` and `created` of its own, spliced in without parsing."""
     return b'{"id":"%s","created":%d,' % (identity.encode(), created) + body[1:]
@@ -161,6 +170,15 @@ def event_data(event: bytes) -> bytes | None:
         return event[6:-2]
     lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None
+
+
+def asked_for(event: bytes, chunk: dict[str, Any], usage: bool) -> bytes:
+    """An event as this caller asked for it: verbatim, or without the usage that only the proxy wanted."""
+    if usage or "usage" not in chunk:
+        return event
+    if chunk.pop("usage") and not chunk.get("choices"):
+        return b""
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 class Gathered:

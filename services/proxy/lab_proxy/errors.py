@@ -50,6 +50,13 @@ class BodyTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class CallerGone(InvalidRequest):
+    """Nobody hears this answer: it is for the log."""
+
+    status = 499
+    type = "client_gone"
+
+
 class BodyTooSlow(InvalidRequest):
     status = 408
     code = "request_timeout"

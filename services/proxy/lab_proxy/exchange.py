@@ -6,9 +6,8 @@ Owns the order of these steps and what the answer says of them. Knows HTTP only 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ import orjson
 
 from . import canonical, entry
 from .cache import Wishes
-from .entry import COMPLETIONS, EMBEDDINGS, Entry
+from .entry import EMBEDDINGS, Entry
 from .errors import InvalidRequest, NoSuchModel, NotCached, ProxyError, UpstreamBroken, UpstreamTimeout
 from .routes import Routes, Target
 from .settings import Settings
@@ -25,6 +24,7 @@ from .upstream import LocalModels, Reply, Upstream
 JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"
 STALLED_CLIENT_SECONDS = 5.0  # to take the last event of a stream whose time is up
+MOST_INPUTS = 2048  # OpenAI's limit of embedding inputs
 
 
 class Store(Protocol):
@@ -58,6 +58,7 @@ class Account:
     """What the log line and the metrics tell of one request. Never a prompt, an answer or a key."""
 
     model: str = ""
+    known: bool = False  # `model` is one of the model service's, or an upstream answered to the name
     upstream: str = ""
     cache: str = ""
     error: str = ""
@@ -140,9 +141,12 @@ class Exchange:
             call.account.error = error.code or error.type
             if not out.started:
                 raise
-            async with asyncio.timeout(STALLED_CLIENT_SECONDS):
-                await out.piece(b"data: " + error.body() + b"\n\n")
-                await out.end()
+            try:
+                async with asyncio.timeout(STALLED_CLIENT_SECONDS):
+                    await out.piece(b"data: " + error.body() + b"\n\n")
+                    await out.end()
+            except TimeoutError:  # it does not read: whatever is sent more would wait too
+                call.account.error = "client_stalled"
 
     async def _way(self, call: Call) -> _Way:
         try:
@@ -166,6 +170,7 @@ class Exchange:
             raise InvalidRequest("`n` must be a whole number from 1.", param="n")
         target = self._routes.resolve(model, self._local.entries)
         call.account.model, call.account.upstream = target.model, target.upstream
+        call.account.known = target.versioned
         kind = self._local.entries.get(target.model, {}).get("kind") if target.versioned else None
         if kind and (kind == "embedding") != (call.endpoint == EMBEDDINGS):
             raise InvalidRequest(f"`{model}` is of kind {kind}, which {call.endpoint} does not take.", param="model")
@@ -178,9 +183,10 @@ class Exchange:
         forward = "request" if call.wishes.no_cache else "miss"
         return _Way(call, target, bool(stream), bool((options or {}).get("include_usage")), bypass, forward)
 
-    def _key(self, way: _Way, revision: str | None, **replaced: Any) -> str:
+    def _key(self, way: _Way, revision: str | None, *, without: str = "") -> str:
+        """The key of the whole request, or of what is left `without` a field."""
         call, target = way.call, way.target
-        body = canonical.comparable(call.body, target.model, target.defaults.get(call.endpoint, {})) | replaced
+        body = {name: value for name, value in call.body.items() if name != without} if without else call.body
         return canonical.key(
             self._cache.secret,
             tenant=call.tenant,
@@ -188,8 +194,12 @@ class Exchange:
             model=target.model,
             revision=revision,
             endpoint=call.endpoint,
-            body=body,
+            body=canonical.comparable(body, target.model, target.defaults.get(call.endpoint, {})),
         )
+
+    def _keys(self, way: _Way, revision: str | None, inputs: Iterable[bytes]) -> list[str]:
+        """One key for each canonical input."""
+        return canonical.input_keys(self._cache.secret, self._key(way, revision, without="input"), inputs)
 
     async def _lookup(self, way: _Way, keys: Sequence[str]) -> list[Entry | None]:
         """What is stored under `keys` and fresh enough for this caller."""
@@ -232,13 +242,15 @@ class Exchange:
         body = call.raw
         upstream = self._upstreams[target.upstream]
         options = call.body.get("stream_options") or {}
-        count = way.stream and upstream.access.stream_usage and not way.usage
+        asked = isinstance(options.get("include_usage", False), bool)  # else the upstream says what is wrong with it
+        count = way.stream and upstream.access.stream_usage and asked and not way.usage
         if count or target.alias:
             changed = call.body | {"model": target.model}
             body = canonical.dump(
                 changed | {"stream_options": {**options, "include_usage": True}} if count else changed
             )
         async with upstream.post(call.endpoint, target.model, body, call.request_id, way.stream) as reply:
+            call.account.known = True
             # 3. The answer, whole or as it comes; stored before its end is passed on, so that who asks again finds it.
             if way.stream and reply.streams:
                 return await self._stream(way, reply, out)
@@ -257,17 +269,17 @@ class Exchange:
 
     async def _hit(self, way: _Way, found: Entry, key: str, out: Out) -> None:
         account = way.call.account
-        account.cache = "hit"
+        account.cache, account.known = "hit", True
         account.count(found.about.get("usage"))
         headers = way.found(found.ttl, found.age(time.time()), key)
         if way.stream:
             return await self._replay(way, orjson.loads(found.body), headers, out)
-        identity = _identity(way.call.endpoint)
+        identity = entry.new_id(way.call.endpoint)
         return await out.whole(entry.renewed(found.body, identity, int(time.time())), headers)
 
     async def _replay(self, way: _Way, answer: Mapping[str, Any], headers: Mapping[str, str], out: Out) -> None:
         endpoint = way.call.endpoint
-        events = entry.replay(endpoint, answer, _identity(endpoint), int(time.time()), way.usage)
+        events = entry.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), way.usage)
         way.call.account.ttft = time.perf_counter() - way.call.started
         await out.whole(b"".join(events), headers, SSE)
 
@@ -312,6 +324,8 @@ class Exchange:
     async def _embed(self, way: _Way, out: Out) -> None:
         call, account = way.call, way.call.account
         units = entry.inputs(call.body.get("input"))
+        if units and len(units) > MOST_INPUTS:
+            raise InvalidRequest(f"`input` holds {len(units)} inputs: at most {MOST_INPUTS} at once.", param="input")
         if way.bypass or units is None:
             await self._lookup(way, [""])
             raw, answer, reply = await self._vectors(way, None)
@@ -319,15 +333,16 @@ class Exchange:
                 account.count(answer.get("usage"))
             return await out.whole(raw, reply.headers | way.said())
         # 1. Each different input once, in the order of its first appearance.
-        places: dict[bytes, int] = {}
-        order = [places.setdefault(canonical.encode(unit), len(places)) for unit in units]
-        unique = [units[order.index(place)] for place in range(len(places))]
-        keys = [self._key(way, way.target.revision, input=unit) for unit in unique]
+        given = [canonical.encode(unit) for unit in units]
+        first = dict(zip(given, units, strict=True))
+        places = {text: place for place, text in enumerate(first)}
+        order, texts, unique = [places[text] for text in given], list(first), list(first.values())
+        keys = self._keys(way, way.target.revision, texts)
         found = await self._lookup(way, keys)
         missing = [place for place, kept in enumerate(found) if kept is None]
         now = time.time()
         if not missing:
-            account.cache = "hit"
+            account.cache, account.known = "hit", True
             kept = [e for e in found if e]
             oldest = min(kept, key=lambda e: e.ttl - e.age(now))
             headers = way.found(oldest.ttl, oldest.age(now), keys[0] if len(keys) == 1 else None)
@@ -352,7 +367,7 @@ class Exchange:
         for place, made in zip(missing, fresh, strict=True):
             found[place] = made
         # 3. Stored under the revision that the answer carries.
-        written = {self._key(way, revision, input=unique[p]): made for p, made in zip(missing, fresh, strict=True)}
+        written = dict(zip(self._keys(way, revision, [texts[p] for p in missing]), fresh, strict=True))
         outcome = (None if way.bypass else await self._cache.write(written) or "stored") if known else "revision"
         body, usage = entry.to_vectors([e for e in found if e], order)
         account.count(usage)
@@ -366,6 +381,7 @@ class Exchange:
             body = canonical.dump(call.body | {"model": target.model} | ({} if units is None else {"input": units}))
         upstream = self._upstreams[target.upstream]
         async with upstream.post(call.endpoint, target.model, body, call.request_id, stream=False) as reply:
+            call.account.known = True
             raw, answer = await reply.json()
             return raw, answer, reply
 
@@ -374,10 +390,6 @@ class Exchange:
             return entry.of_vectors(answer, units, way.target.ttl, time.time())
         except ValueError:
             raise UpstreamBroken(f"The upstream `{way.target.upstream}` did not answer one vector per input.") from None
-
-
-def _identity(endpoint: str) -> str:
-    return ("cmpl-" if endpoint == COMPLETIONS else "chatcmpl-") + secrets.token_hex(14)
 
 
 def _sift(way: _Way, reply: Reply, events: list[bytes], gathered: entry.Gathered) -> tuple[bytes, str]:
@@ -394,14 +406,5 @@ def _sift(way: _Way, reply: Reply, events: list[bytes], gathered: entry.Gathered
         if chunk.get("error") is not None:
             return b"".join([*passed, reply.redacted(event)]), "error"
         gathered.feed(chunk)
-        passed.append(_asked_for(event, chunk, way.usage))
+        passed.append(entry.asked_for(event, chunk, way.usage))
     return b"".join(passed), ""
-
-
-def _asked_for(event: bytes, chunk: dict[str, Any], usage: bool) -> bytes:
-    """An event as this caller asked for it: verbatim, or without the usage that only the proxy wanted."""
-    if usage or "usage" not in chunk:
-        return event
-    if chunk.pop("usage") and not chunk.get("choices"):
-        return b""
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"

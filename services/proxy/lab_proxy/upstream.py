@@ -25,8 +25,10 @@ log = logging.getLogger("lab_proxy.upstream")
 
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close: a reused connection is not a closed one
-_PASSED = ("openai-", "x-ratelimit-")
-_PASSED_NAMES = frozenset({"retry-after", "x-model-revision", "x-should-retry"})
+_PASSED = "x-ratelimit-"
+_PASSED_NAMES = frozenset({
+    "retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version",
+})  # fmt: skip
 
 
 class Reply:
@@ -227,7 +229,7 @@ class LocalModels:
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
-    """The few headers of an upstream that concern the caller: no cookie, no hop-by-hop header, no date of then."""
+    """The few headers of an upstream that concern the caller: no cookie, no hop-by-hop header, no owner of the key."""
     kept = {}
     for name, value in headers.items():
         lower = name.lower()
