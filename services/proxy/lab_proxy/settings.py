@@ -47,7 +47,7 @@ class Settings(BaseSettings):
         60,
         ge=1,
         le=10_000,
-        description="Longest wait for redis in one request; then the cache is left out for a while.",
+        description="Longest wait for redis in one read or write; then the cache is left out for a while.",
     )
     cache_enabled: bool = Field(True, description="Cache answers at all.")
     cache_ttl_seconds: int = Field(
