@@ -197,13 +197,18 @@ def test_base64_is_little_endian_float32(target: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),
+        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"audio": {"voice": "a", "format": "wav"}}, "audio", "unsupported_parameter"),
         ({"store": True}, "store", "unsupported_parameter"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", None),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"response_format": {"type": "poem"}}, "response_format.type", "invalid_value"),
         ({"wibble": 1}, "wibble", "unknown_parameter"),
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
@@ -235,14 +240,140 @@ def test_what_is_not_supported_is_refused_by_name(
     assert param.rpartition(".")[2] in error.message
 
 
+FORECAST: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Seoul"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "forecast", "parameters": FORECAST}}
+FRESH: dict[str, Any] = {"extra_headers": {"cache-control": "no-store"}}
+
+
+def test_several_choices(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": TINY, "messages": PARIS, "n": 3, "seed": 1, "max_tokens": 8}
+    whole = client.chat.completions.create(**asked, **FRESH)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    said = dict.fromkeys(range(3), "")
+    for chunk in client.chat.completions.create(**asked, **FRESH, stream=True):
+        said[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert list(said.values()) == [choice.message.content for choice in whole.choices]
+
+
+def test_logprobs_in_both_shapes(client: openai.OpenAI) -> None:
+    """Chat's entries with bytes and alternatives, completions' lists; a token's bytes add up to the text."""
+    chat = client.chat.completions.create(
+        model=CHAT, messages=PARIS, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2
+    )
+    assert chat.choices[0].logprobs is not None
+    shown = chat.choices[0].logprobs.content or []
+    assert b"".join(bytes(one.bytes or ()) for one in shown).decode() == chat.choices[0].message.content
+    assert all(one.logprob <= 0 and len(one.top_logprobs) == 2 for one in shown)
+    plain = client.completions.create(model=CHAT, prompt="Once upon a", temperature=0, max_tokens=6, logprobs=2)
+    lists = plain.choices[0].logprobs
+    assert lists is not None
+    assert "".join(lists.tokens or ()) == plain.choices[0].text
+    assert len(lists.token_logprobs or ()) == len(lists.top_logprobs or ()) == len(lists.text_offset or ()) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_follows_its_schema(client: openai.OpenAI, stream: bool) -> None:
+    asked: dict[str, Any] = {
+        "model": TINY, "messages": PARIS, "temperature": 0, "max_tokens": 60,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": FORECAST, "strict": True}},
+    }  # fmt: skip
+    if stream:
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        text = client.chat.completions.create(**asked).choices[0].message.content or ""
+    said = json.loads(text)
+    assert set(said) == {"city", "days"}
+    assert " " not in text
+
+
+def test_a_schema_that_cannot_be_enforced_is_a_400(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "f", "schema": {"not": {"type": "string"}}}}
+    error = refused(client, response_format=form)
+    assert (error.status_code, error.param) == (400, "response_format.json_schema.schema")
+    assert "not" in error.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_called_and_answered(client: openai.OpenAI, stream: bool) -> None:
+    """The whole turn with the official client: asked to call, the call, its result, the answer."""
+    messages: list[Any] = [{"role": "user", "content": "Will it rain in Seoul?"}]
+    asked: dict[str, Any] = {"model": CHAT, "tools": [TOOL], "temperature": 0, "max_tokens": 80}
+    forced = {"type": "function", "function": {"name": "forecast"}}
+    call: dict[str, Any]
+    if stream:
+        call = {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+        finish = None
+        for chunk in client.chat.completions.create(**asked, messages=messages, tool_choice=forced, stream=True):  # type: ignore[call-overload]
+            for part in chunk.choices[0].delta.tool_calls or ():
+                call["id"] += part.id or ""
+                call["function"]["name"] += part.function.name or ""
+                call["function"]["arguments"] += part.function.arguments or ""
+            finish = chunk.choices[0].finish_reason or finish
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    else:
+        choice = client.chat.completions.create(**asked, messages=messages, tool_choice=forced).choices[0]
+        finish = choice.finish_reason
+        assert choice.message.content is None
+        assert choice.message.tool_calls
+        call = choice.message.tool_calls[0].model_dump()
+        messages.append(choice.message)
+    assert finish == "tool_calls"
+    assert call["function"]["name"] == "forecast"
+    assert set(json.loads(call["function"]["arguments"])) == {"city", "days"}
+    messages.append({"role": "tool", "tool_call_id": call["id"], "content": "sunny"})
+    answer = client.chat.completions.create(model=CHAT, messages=messages, tools=[TOOL], temperature=0, max_tokens=8)
+    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_penalties_and_biases_change_an_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": TINY, "messages": PARIS, "temperature": 0, "max_tokens": 40}
+    plain = client.chat.completions.create(**asked).choices[0].message.content
+    for fields in (
+        {"logit_bias": {"80": 100}}, {"extra_body": {"repetition_penalty": 2.0}}, {"presence_penalty": 2, "seed": 1},
+    ):  # fmt: skip
+        answer = client.chat.completions.create(**asked, **fields)  # type: ignore[call-overload]
+        if "presence_penalty" not in fields:
+            assert answer.choices[0].message.content != plain
+    hot = {**asked, "temperature": 1, "seed": 3}
+    for extra in ({"top_k": 1}, {"min_p": 1.0}):
+        assert client.chat.completions.create(**hot, extra_body=extra).choices[0].message.content == plain
+
+
+def test_what_was_not_computed_again_is_told(target: str) -> None:
+    """`usage.prompt_tokens_details.cached_tokens`, the second time the model reads the same long prompt."""
+    body = {"model": TINY, "messages": [{"role": "user", "content": "the cat sat on the mat " * 60}], "max_tokens": 2}
+    usages = [
+        post(target, "/v1/chat/completions", body, **{"cache-control": "no-store"}).json()["usage"] for _ in range(2)
+    ]
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert usages[1]["prompt_tokens"] == usages[0]["prompt_tokens"]
+
+
+def test_nobody_waits_beyond_a_deadline(model_url: str) -> None:
+    """The header is the model's; the proxy has its own, of what is left of its total time."""
+    body = {"model": CHAT, "messages": PARIS, "max_tokens": 2000, "logit_bias": {"2": -100}, "seed": 1}
+    for path in ("/v1/chat/completions", f"/m/{CHAT}/v1/chat/completions"):
+        answer = post(model_url, path, body, **{"x-request-timeout-ms": "300"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
 def test_defaults_and_what_cannot_change_an_answer_pass(client: openai.OpenAI) -> None:
     """Said or left out, a default is the same; null is left out."""
     answer = client.post(
         "/chat/completions",
         body={
             "model": TINY, "messages": PARIS, "temperature": 0.0, "max_tokens": 3.0, "n": 1, "presence_penalty": 0,
-            "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False, "top_logprobs": None, "tools": [],
-            "tool_choice": None, "response_format": {"type": "text"}, "store": False, "service_tier": "auto",
+            "frequency_penalty": 0.0, "repetition_penalty": 1, "top_k": 0, "min_p": 0, "logit_bias": {},
+            "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": None, "parallel_tool_calls": True,
+            "response_format": {"type": "text"}, "store": False, "service_tier": "auto",
             "user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k", "stop": None,
             "stream": False, "seed": None,
         },

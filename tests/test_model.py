@@ -21,13 +21,14 @@ import psutil
 import pytest
 import tiny
 from conftest import CHAT, EMBEDDING, TINY
+from inprocess import InProcess, events, says
 from lab_model import wire
 from lab_model.__main__ import relay_log
-from lab_model.api import Generator, embedding_app, generation_app
+from lab_model.api import embedding_app
 from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, revision
-from lab_model.engine import Engine
-from lab_model.replica import cores
-from lab_model.text import Text
+from lab_model.chat import ChatRequest
+from lab_model.host import cores, memory_left
+from lab_model.text import Growing, Text
 from processes import Process, free_port, python
 
 
@@ -150,31 +151,11 @@ def test_what_listens_beyond_loopback_wants_a_token(model_process: Process) -> N
 # The application without Ray
 
 
-class InProcess:
-    """The ASGI application over a tiny engine whose limits the test chooses."""
-
-    def __init__(self, kind: str = "chat", **limits: int) -> None:
-        self.model = tiny.model()
-        self.generator = Generator(
-            name=TINY, kind=kind, revision="r", text=Text(tiny.tokenizer()), default_max_tokens=1000
-        )
-        self.engine = Engine(self.model, self.generator.deliver, **limits)
-        self.generator.attach(self.engine, frozenset({0}))
-        self.engine.start()
-        app = generation_app(self.generator, max_body_bytes=100_000)
-        self.client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost")
-
-    async def ask(self, **fields: Any) -> httpx2.Response:
-        body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "temperature": 0} | fields
-        return await self.client.post("/v1/chat/completions", json=body)
-
-
 @pytest.fixture
 async def small() -> AsyncIterator[InProcess]:
     made = InProcess(max_running=1, max_queued=1)
     yield made
-    made.engine.close()
-    await made.client.aclose()
+    await made.close()
 
 
 async def test_full_queue_is_a_429_with_a_time(small: InProcess) -> None:
@@ -261,7 +242,7 @@ def test_a_huge_wrong_body_is_refused_at_once(body: dict[str, Any]) -> None:
 )
 def test_the_param_of_an_error_is_a_path_of_the_body(content: Any, param: str) -> None:
     with pytest.raises(wire.BadRequestError) as refused:
-        wire.parse(wire.ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
+        wire.parse(ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
     assert refused.value.param == param
 
 
@@ -269,14 +250,14 @@ async def test_tokens_are_counted_to_the_stop_string(small: InProcess, monkeypat
     """The engine runs ahead while a stop string is looked for; its lead is not the caller's."""
     whole = (await small.ask(max_tokens=60)).json()["choices"][0]["message"]["content"]
     stop = whole[len(whole) // 2 :][:3]
-    decode = small.generator.text.decode
+    push = Growing.push
 
-    def slowly(ids: list[int]) -> str:
+    def slowly(self: Growing, ids: list[int]) -> str:
         time.sleep(0.02)  # several steps of the engine
-        return decode(ids)
+        return push(self, ids)
 
     quick = (await small.ask(max_tokens=60, stop=stop)).json()
-    monkeypatch.setattr(small.generator.text, "decode", slowly)
+    monkeypatch.setattr(Growing, "push", slowly)
     slow = (await small.ask(max_tokens=60, stop=stop)).json()
     assert slow["choices"] == quick["choices"]
     assert slow["choices"][0]["finish_reason"] == "stop"
@@ -292,6 +273,303 @@ async def test_a_rebound_name_is_turned_away(small: InProcess, host: str, status
     body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
     answer = await small.client.post("/v1/chat/completions", json=body, headers={"host": host})
     assert answer.status_code == status
+
+
+# Every parameter of a request
+
+
+@pytest.fixture
+async def app() -> AsyncIterator[InProcess]:
+    made = InProcess()
+    yield made
+    await made.close()
+
+
+async def test_n_choices_of_one_prompt(app: InProcess) -> None:
+    """Each with a random stream of its own, the first that of `n` 1; the prompt is counted once."""
+    asked = {"temperature": 1, "seed": 7, "max_tokens": 12}
+    alone = (await app.ask(**asked)).json()
+    three = (await app.ask(**asked, n=3)).json()
+    assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    said = [choice["message"]["content"] for choice in three["choices"]]
+    assert said[0] == alone["choices"][0]["message"]["content"]
+    assert len(set(said)) == 3
+    assert three["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
+    assert three["usage"]["completion_tokens"] == 36
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in await app.chunks(**asked, n=3):
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"].get("content", "")
+    assert list(texts.values()) == said
+    both = (await app.complete(prompt=["the cat", "the dog"], n=2, temperature=1, seed=1)).json()
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+
+
+async def test_more_choices_than_ever_fit_is_a_400(small: InProcess) -> None:
+    answer = await small.ask(n=3)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+
+
+async def test_logprobs_of_a_chat(app: InProcess) -> None:
+    """One entry a token: name, bytes, logprob and the best alternatives, best first; whole or streamed the same."""
+    asked = {"logprobs": True, "top_logprobs": 3, "max_tokens": 12}
+    answer = (await app.ask(**asked)).json()
+    shown = answer["choices"][0]["logprobs"]["content"]
+    assert len(shown) == 12
+    assert answer["choices"][0]["logprobs"]["refusal"] is None
+    for one in shown:
+        assert set(one) == {"token", "logprob", "bytes", "top_logprobs"}
+        top = one["top_logprobs"]
+        assert [other["logprob"] for other in top] == sorted((other["logprob"] for other in top), reverse=True)
+        assert len(top) == 3
+        assert top[0]["token"] == one["token"], "greedy takes the best"
+        assert top[0]["logprob"] == pytest.approx(one["logprob"])
+        assert one["logprob"] <= 0
+    text = b"".join(bytes(one["bytes"] or ()) for one in shown).decode(errors="replace")
+    assert text == answer["choices"][0]["message"]["content"]
+    streamed = [
+        one
+        for chunk in await app.chunks(**asked)
+        for one in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    assert streamed == shown
+    bare = (await app.ask(logprobs=True, max_tokens=2)).json()["choices"][0]["logprobs"]["content"]
+    assert [one["top_logprobs"] for one in bare] == [[], []]
+    assert (await app.ask(max_tokens=2)).json()["choices"][0]["logprobs"] is None
+
+
+async def test_logprobs_of_a_completion(app: InProcess) -> None:
+    """OpenAI's older shape: lists beside each other; the chosen token is always among the best."""
+    answer = (await app.complete(logprobs=2, temperature=1, seed=4)).json()["choices"][0]
+    shown = answer["logprobs"]
+    assert {len(part) for part in shown.values()} == {20}
+    assert set(shown) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    for token, logprob, top in zip(shown["tokens"], shown["token_logprobs"], shown["top_logprobs"], strict=True):
+        assert 1 <= len(top) <= 3
+        assert top[token] == pytest.approx(logprob)
+    assert shown["text_offset"] == sorted(shown["text_offset"])
+    assert shown["text_offset"][0] == 0
+    text = answer["text"]
+    for token, start in zip(shown["tokens"], shown["text_offset"], strict=True):
+        # A byte that turns out to be no character is certain only with the token after it.
+        assert token.startswith("bytes:") or text.startswith(token, start) or text[start] == "\N{REPLACEMENT CHARACTER}"
+    assert (await app.complete(logprobs=0)).json()["choices"][0]["logprobs"]["top_logprobs"][0].keys()
+    streamed = events(await app.complete(logprobs=2, temperature=1, seed=4, stream=True))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in streamed if chunk["choices"][0]["logprobs"]]
+    assert {name: [one for part in parts for one in part[name]] for name in shown} == shown
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", ["at s", "cat", " sat on", "안녕", "t"])
+async def test_logprobs_end_where_the_text_ends(
+    app: InProcess, monkeypatch: pytest.MonkeyPatch, stop: str, stream: bool
+) -> None:
+    """A stop string cuts text and logprobs alike: every token shown begins in the text, and together they hold it."""
+    says(monkeypatch, app, "the cat sat on 안녕하세요")
+    if stream:
+        chunks = [chunk["choices"][0] for chunk in await app.chunks(stop=stop, logprobs=True, max_tokens=60)]
+        text = "".join(chunk["delta"].get("content", "") for chunk in chunks)
+        shown = [one for chunk in chunks for one in (chunk["logprobs"] or {"content": []})["content"]]
+    else:
+        choice = await app.choice(stop=stop, logprobs=True, max_tokens=60)
+        text, shown = choice["message"]["content"], choice["logprobs"]["content"]
+    assert text == "the cat sat on 안녕하세요".partition(stop)[0]
+    spoken = [bytes(one["bytes"]) for one in shown]
+    assert b"".join(spoken).startswith(text.encode())
+    assert not spoken or len(b"".join(spoken[:-1])) < len(text.encode())
+
+
+@pytest.mark.parametrize("bias", [100, -100])
+async def test_a_bias_on_everything_changes_nothing(app: InProcess, bias: int) -> None:
+    plain = await app.choice(max_tokens=10)
+    everything = {str(token): bias for token in range(app.generator.text.vocab_size)}
+    if app.generator.text.vocab_size == tiny.VOCABULARY:
+        assert await app.choice(max_tokens=10, logit_bias=everything) == plain
+    else:
+        assert (await app.ask(max_tokens=10, logit_bias=everything)).status_code == 200
+
+
+async def test_bias_and_penalties_act(app: InProcess) -> None:
+    text = app.generator.text
+    cat = text.encode(" cat")[0]
+    assert (await app.choice(max_tokens=3, logit_bias={str(cat): 100}))["message"]["content"] == " cat" * 3
+    for name in ("presence_penalty", "frequency_penalty"):
+        # Forced by a bias that a penalty of 2 outweighs only together with what was said before.
+        often = await app.choice(max_tokens=40, logit_bias={str(cat): 12})
+        seldom = await app.choice(max_tokens=40, logit_bias={str(cat): 12}, **{name: 2})
+        assert seldom["message"]["content"].count("cat") <= often["message"]["content"].count("cat")
+    varied = await app.choice(max_tokens=60, repetition_penalty=2)
+    assert varied != await app.choice(max_tokens=60)
+    first = await app.choice(max_tokens=20)
+    for fields in ({"top_k": 1}, {"top_p": 0}, {"top_p": 1e-9}, {"min_p": 1}):
+        assert await app.choice(max_tokens=20, temperature=1, **fields) == first, fields
+    assert await app.choice(max_tokens=20, temperature=1e-9) == first
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"1": True}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stop": ["x"] * 10_000}, "stop"),
+        ({"stop": ["x" * 257]}, "stop[0]"),
+        ({"stop": "x" * 300}, "stop"),
+        ({"best_of": 2}, "best_of"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_is_out_of_range_is_refused_by_name(app: InProcess, fields: dict[str, Any], param: str) -> None:
+    answer = await app.ask(**fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_completions_do_not_do_is_refused_by_name(
+    app: InProcess, fields: dict[str, Any], param: str
+) -> None:
+    answer = await app.complete(**fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+async def test_best_of_that_chooses_nothing_passes(app: InProcess) -> None:
+    for fields in ({"best_of": 1}, {"best_of": 2, "n": 2}, {"best_of": 1, "n": 2}):
+        assert (await app.complete(**fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [0], "<|im_start|><|im_end|>", "<|endoftext|>", [255, 3, 4], "\ufffd", "\u0000"]
+)
+async def test_every_prompt_has_an_answer_or_a_reason(app: InProcess, prompt: Any) -> None:
+    answer = await app.complete(prompt=prompt)
+    assert answer.status_code == (400 if prompt == "" else 200)
+    if prompt == "":
+        assert answer.json()["error"]["param"] == "prompt"
+
+
+async def test_usage_tells_what_was_not_computed_again(app: InProcess) -> None:
+    """The second request finds the first's prompt; JSON, stream, chat and completions say so alike."""
+    long = "the cat sat on the mat and the dog ate the hat " * 40
+    messages = [{"role": "user", "content": long}]
+    first = (await app.ask(messages=messages, max_tokens=3)).json()["usage"]
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    second = (await app.ask(messages=messages, max_tokens=3)).json()["usage"]
+    assert 0 < second["prompt_tokens_details"]["cached_tokens"] < second["prompt_tokens"]
+    streamed = await app.chunks(messages=messages, max_tokens=3, stream_options={"include_usage": True})
+    assert streamed[-1]["usage"] == second
+    twice = (await app.ask(messages=messages, max_tokens=3, n=2)).json()["usage"]
+    assert twice["prompt_tokens_details"] == second["prompt_tokens_details"], "the prompt is counted once"
+    await app.complete(prompt=long)
+    again = (await app.complete(prompt=long)).json()["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+# Time
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-5", "1.5", "9" * 30, "86400001", "٣"])
+async def test_a_deadline_that_is_none_is_refused(app: InProcess, given: str) -> None:
+    answer = await app.ask(headers={"x-request-timeout-ms": given.encode()}, max_tokens=1)  # type: ignore[dict-item]
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "x-request-timeout-ms")
+
+
+async def test_an_answer_in_time_is_an_answer(app: InProcess) -> None:
+    assert (await app.ask(headers={"x-request-timeout-ms": "60000"}, max_tokens=2)).status_code == 200
+
+
+async def test_a_deadline_ends_a_request_that_runs_or_waits(small: InProcess) -> None:
+    """504, and its place is free."""
+    running = asyncio.create_task(small.ask(headers={"x-request-timeout-ms": "150"}, max_tokens=900))
+    waiting = asyncio.create_task(small.ask(headers={"x-request-timeout-ms": "100"}, max_tokens=900))
+    for answer in await asyncio.gather(running, waiting):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert answer.json()["error"]["type"] == "server_error"
+    assert (await small.ask(max_tokens=1)).status_code == 200
+
+
+async def test_a_deadline_in_a_stream_is_an_error_event(small: InProcess) -> None:
+    answer = await small.ask(headers={"x-request-timeout-ms": "200"}, max_tokens=900, stream=True)
+    last = [line for line in answer.text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+
+
+async def test_a_deadline_counts_from_receipt(app: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was spent before the engine heard of it is spent."""
+    chat = app.generator.text.chat
+    monkeypatch.setattr(app.generator.text, "chat", lambda *a: (time.sleep(0.03), chat(*a))[1])
+    answer = await app.ask(headers={"x-request-timeout-ms": "10"}, max_tokens=1)
+    assert answer.status_code == 504
+    assert app.engine.stats().steps == 0
+
+
+async def test_two_hundred_abandoned_streams_leave_no_trace(app: InProcess) -> None:
+    """Clients that leave in the queue or mid-stream: within 500 ms every place is free, the next is answered."""
+    before = (await app.ask(max_tokens=20)).json()["choices"]
+
+    async def leave(number: int) -> None:
+        """Ask as a server would, and disconnect at the first piece, or at once."""
+        body = json.dumps(
+            {"model": TINY, "messages": [{"role": "user", "content": str(number)}], "max_tokens": 900, "stream": True}
+        ).encode()
+        gone = asyncio.Event()
+        asked = False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal asked
+            if not asked:
+                asked = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                gone.set()
+
+        if number % 3 == 0:
+            asyncio.get_running_loop().call_later(0.05, gone.set)
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": "",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        }  # fmt: skip
+        await app.app(scope, receive, send)
+
+    await asyncio.gather(*(leave(number) for number in range(200)))
+    left = time.monotonic()
+    while True:
+        stats = app.engine.stats()
+        if (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0):
+            break
+        assert time.monotonic() - left < 0.5, stats
+        await asyncio.sleep(0.01)
+    assert (await app.ask(max_tokens=20)).json()["choices"] == before
 
 
 class SlowEmbedder:
@@ -312,7 +590,7 @@ class SlowEmbedder:
 
 async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> None:
     model = SlowEmbedder()
-    app = embedding_app(model, Text(tiny.tokenizer()), "e", "r", max_body_bytes=10_000, max_queued=1)  # type: ignore[arg-type]
+    app = embedding_app(model, Text.of(tiny.tokenizer()), "e", "r", max_body_bytes=10_000, max_queued=1)  # type: ignore[arg-type]
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         ask = [
             asyncio.create_task(client.post("/v1/embeddings", json={"model": "e", "input": "cat"})) for _ in range(2)
@@ -339,8 +617,7 @@ async def test_a_base_model_has_no_chat() -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
         assert "/v1/completions" in answer.json()["error"]["message"]
     finally:
-        base.engine.close()
-        await base.client.aclose()
+        await base.close()
 
 
 async def test_a_closed_engine_is_a_503(small: InProcess) -> None:
@@ -394,9 +671,28 @@ def test_revision_changes_with_the_weights_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_cores_respect_the_cgroup(tmp_path: Path) -> None:
-    assert cores(write(tmp_path / "cpu.max", "50000 100000\n")) == 1
-    assert cores(write(tmp_path / "cpu.max", "max 100000\n")) >= 1
+    """Version 2 and version 1."""
+    write(tmp_path / "cpu.max", "50000 100000\n")
+    assert cores(tmp_path) == 1
+    write(tmp_path / "cpu.max", "max 100000\n")
+    assert cores(tmp_path) >= 1
+    old = tmp_path / "old"
+    (old / "cpu").mkdir(parents=True)
+    write(old / "cpu/cpu.cfs_quota_us", "100000\n")
+    write(old / "cpu/cpu.cfs_period_us", "100000\n")
+    assert cores(old) == 1
     assert cores(tmp_path / "none") >= 1
+
+
+def test_memory_respects_the_cgroup(tmp_path: Path) -> None:
+    """What the limit leaves, with the page cache that goes first."""
+    write(tmp_path / "memory.max", "1000\n")
+    write(tmp_path / "memory.current", "900\n")
+    assert memory_left(tmp_path) == 100
+    write(tmp_path / "memory.stat", "anon 1\ninactive_file 50\n")
+    assert memory_left(tmp_path) == 150
+    write(tmp_path / "memory.max", "max\n")
+    assert memory_left(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
 # Starts that must fail

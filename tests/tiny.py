@@ -14,13 +14,15 @@ CONTEXT = 1024
 
 
 def config(architecture: str) -> Any:
-    """A two-layer configuration of `llama`, `qwen3` or `gpt2`."""
+    """A two-layer configuration of `llama`, `qwen2`, `qwen3` or `gpt2`."""
     import transformers
 
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCABULARY}
     if architecture == "llama":
         return transformers.LlamaConfig(**shape, **ends, num_key_value_heads=2, max_position_embeddings=CONTEXT)
+    if architecture == "qwen2":
+        return transformers.Qwen2Config(**shape, **ends, num_key_value_heads=2, max_position_embeddings=CONTEXT)
     if architecture == "qwen3":
         return transformers.Qwen3Config(
             **shape, **ends, num_key_value_heads=2, head_dim=16, max_position_embeddings=CONTEXT
@@ -40,6 +42,9 @@ def model(architecture: str = "llama", seed: int = 0) -> Any:
         for parameter in made.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
+            else:
+                # Biases of 0 and norms of 1 would not be missed.
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
     return made
 
 

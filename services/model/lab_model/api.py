@@ -9,227 +9,239 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from prometheus_client import Gauge
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from . import wire
+from .answer import Answer, Piece, embeddings, usage
+from .chat import ChatRequest, ChosenFunction
+from .choice import Choice
 from .embedding import Embedder
-from .engine import Engine, EngineError, Event, QueueFullError, Request
-from .envelope import EventStream, Json, Record, Service, read_json, sse, until_gone
-from .text import Growing, TemplateError, Text
+from .engine import Request
+from .envelope import Endpoint, EventStream, Json, Record, Service, read_json, sse, until_gone
+from .generator import Generator, late, progress
+from .grammar import ANY_OBJECT, GrammarError, Grammars, Schema, TokenGrammar, answer_source
+from .sampling import Sampling
+from .text import TemplateError, Text
+from .tools import Calls, ForcedCalls, FreeCalls, told
 
 T = TypeVar("T")
 
 # A text this long takes milliseconds to tokenize: not on the event loop.
 LONG_TEXT = 20_000
-# The gauges are at most this old.
-MEASURE_SECONDS = 0.5
-
-# `sum` over the replicas of a model, each a process.
-RUNNING = Gauge("model_running", "Requests in the batch.", ["model"], multiprocess_mode="livesum")
-WAITING = Gauge("model_waiting", "Requests in the queue.", ["model"], multiprocess_mode="livesum")
-KV_USED = Gauge("model_kv_used_ratio", "Part of the KV pages in use.", ["model"], multiprocess_mode="livemax")
-FAULTS = Gauge("model_engine_faults", "Steps that failed since the start.", ["model"], multiprocess_mode="livesum")
-PREEMPTED = Gauge(
-    "model_preempted", "Requests sent back to the queue for their pages.", ["model"], multiprocess_mode="livesum"
-)
-
-
-class Generator:
-    """One chat or base model: tokenizer, engine, and the way between the engine's thread and the event loop."""
-
-    def __init__(self, *, name: str, kind: str, revision: str, text: Text, default_max_tokens: int) -> None:
-        self.name, self.kind, self.revision, self.text = name, kind, revision, text
-        self.default_max_tokens = default_max_tokens
-        self._measured = 0.0
-        self.stop_ids: frozenset[int] = frozenset()
-        self._engine: Engine | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._inboxes: dict[Request, tuple[asyncio.Queue[tuple[int, Event]], int]] = {}
-
-    @property
-    def engine(self) -> Engine:
-        assert self._engine is not None, "attach the engine first"  # noqa: S101
-        return self._engine
-
-    def attach(self, engine: Engine, stop_ids: frozenset[int]) -> None:
-        self._engine, self.stop_ids = engine, stop_ids
-
-    def deliver(self, events: list[Event]) -> None:
-        """The engine's `deliver`: one hop into the event loop a step, however many requests it served."""
-        if not events or time.monotonic() - self._measured > MEASURE_SECONDS:
-            self._measure()
-        if events and self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._sort, events)
-
-    def _sort(self, events: list[Event]) -> None:
-        for event in events:
-            if found := self._inboxes.get(event.request):
-                found[0].put_nowait((found[1], event))
-
-    async def run(self, requests: list[Request]) -> AsyncGenerator[tuple[int, Event]]:
-        """Submit all and yield what comes, with the request's index, until all have ended.
-
-        However the caller leaves, the places of the unfinished are freed before the engine's next step.
-        """
-        self._loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._inboxes |= {request: (inbox, index) for index, request in enumerate(requests)}
-        open_ = set(requests)
-        try:
-            self.engine.submit(*requests)
-            while open_:
-                index, event = await inbox.get()
-                if event.finish or event.error:
-                    open_.discard(event.request)
-                yield index, event
-        finally:
-            for request in requests:
-                self._inboxes.pop(request, None)
-            if open_:
-                self.engine.cancel(*open_)
-
-    def _measure(self) -> None:
-        self._measured = time.monotonic()
-        stats = self.engine.stats()
-        RUNNING.labels(self.name).set(stats.running)
-        WAITING.labels(self.name).set(stats.waiting)
-        KV_USED.labels(self.name).set(stats.pages_used / stats.pages_total)
-        FAULTS.labels(self.name).set(stats.faults)
-        PREEMPTED.labels(self.name).set(stats.preempted)
-
-
+LONGEST_TIMEOUT_MS = 24 * 3600 * 1000
 # Applications
 
 
 def generation_app(model: Generator, *, max_body_bytes: int, hosts: Collection[str] = ()) -> ASGIApp:
-    async def chat(http: HttpRequest) -> Response:
-        if model.kind != "chat":
-            raise wire.BadRequestError(
-                f"{model.name} is a base model without a chat template; use /v1/completions.", param="model"
-            )
-        asked = wire.parse(wire.ChatRequest, await read_json(http, max_body_bytes))
-        check_model(http, asked.model, model.name)
-        messages = [message.plain() for message in asked.messages]
-        try:
-            ids = await tokenize(model.text.chat, messages, sum(len(message["content"]) for message in messages))
-        except TemplateError as error:
-            raise wire.BadRequestError(
-                f"The model's chat template does not take these messages: {error}", param="messages"
-            ) from None
-        return await answer(http, asked, [ids], "messages", chat=True)
+    def reading(answer: Callable[[Generator, HttpRequest, Any], Awaitable[Response]]) -> Endpoint:
+        async def endpoint(http: HttpRequest) -> Response:
+            return await answer(model, http, await read_json(http, max_body_bytes))
 
-    async def complete(http: HttpRequest) -> Response:
-        asked = wire.parse(wire.CompletionRequest, await read_json(http, max_body_bytes))
-        check_model(http, asked.model, model.name)
-        if len(asked.prompts) > model.engine.capacity:
-            raise wire.BadRequestError(
-                f"{len(asked.prompts)} prompts in one request: this model holds {model.engine.capacity} at most.",
-                param="prompt",
-            )
-        prompts = await tokenize_all(model.text, asked.prompts, "prompt")
-        return await answer(http, asked, prompts, "prompt", chat=False)
+        return endpoint
 
-    async def answer(
-        http: HttpRequest, asked: wire.Generation, prompts: list[list[int]], source: str, *, chat: bool
-    ) -> Response:
-        record: Record = http.scope["record"]
-        context = model.engine.context
-        requests = []
-        for ids in prompts:
-            limit = asked.limit or min(model.default_max_tokens, context - len(ids))
-            if limit < 1 or len(ids) + limit > context:
-                wanted = f" + {asked.limit} for {asked.limit_name}" if asked.limit else ""
-                raise wire.BadRequestError(
-                    f"This model's context is {context} tokens. Your request asks for {len(ids)} in {source}{wanted}. "
-                    f"Shorten the prompt or lower {asked.limit_name}.",
-                    param=source,
-                    code="context_length_exceeded",
-                )
-            requests.append(
-                Request(
-                    ids,
-                    limit,
-                    model.stop_ids,
-                    temperature=1.0 if asked.temperature is None else asked.temperature,
-                    top_p=1.0 if asked.top_p is None else asked.top_p,
-                    seed=asked.seed,
-                )
-            )
-        record.prompt_tokens = sum(map(len, prompts))
-        frame = wire.Answer(
-            chat=chat,
-            model=model.name,
-            revision=model.revision,
-            stream=bool(asked.stream),
-            wants_usage=asked.wants_usage,
-        )
-        pieces = progress(model, requests, asked.stops, record)
-        # The first event decides between an error's status and 200: after it only the stream itself can tell.
-        first = await until_gone(http.receive, anext(pieces))
-        if asked.stream:
-            return EventStream(events(frame, first, pieces, requests, record))
-
-        async def collect() -> Response:
-            texts, finishes = ["" for _ in requests], ["" for _ in requests]
-            async with contextlib.aclosing(chain(first, pieces)) as parts:
-                async for index, text, finish in parts:
-                    texts[index] += text
-                    finishes[index] = finish or finishes[index]
-            counted = wire.usage(record.prompt_tokens, record.completion_tokens)
-            return Json(frame.whole(texts, finishes, counted))
-
-        return await until_gone(http.receive, collect())
-
-    posts = {"/v1/chat/completions": chat, "/v1/completions": complete}
+    posts = {"/v1/chat/completions": reading(converse), "/v1/completions": reading(complete)}
     return Service(posts, name=model.name, revision=model.revision, hosts=hosts)
 
 
-async def progress(
-    model: Generator, requests: list[Request], stops: list[str], record: Record
-) -> AsyncGenerator[tuple[int, str, str | None]]:
-    """(index, new text, finish reason or None) as it comes. Raises WireError when the engine gives up."""
-    texts = [Growing(model.text.decode, stops) for _ in requests]
-    done: set[int] = set()
+async def converse(model: Generator, http: HttpRequest, body: Any) -> Response:
+    if model.kind != "chat":
+        raise wire.BadRequestError(
+            f"{model.name} is a base model without a chat template; use /v1/completions.", param="model"
+        )
+    asked = wire.parse(ChatRequest, body)
+    check_model(http, asked.model, model.name)
+    messages = [message.plain() for message in asked.messages]
+    chosen = asked.tool_choice or "auto"
+    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or () if chosen != "none"]
+    if not model.text.takes_tools:
+        messages, shown = told(messages, tools), []
+    else:
+        shown = tools
+    size = sum(len(message["content"]) for message in messages) + len(shown) * LONG_TEXT
     try:
-        async with contextlib.aclosing(model.run(requests)) as run:
-            async for index, event in run:
-                if event.error:
-                    raise wire.ServerError(f"The model could not finish this answer: {event.error}.")
-                if record.ttft is None:
-                    record.ttft = time.monotonic() - record.started
-                if index in done:
-                    continue
-                # Of what was delivered: the engine may be steps ahead when a stop string is found here.
-                record.completion_tokens += len(event.tokens) + (event.finish == "stop")
-                text = texts[index].push(event.tokens)
-                finish: str | None = event.finish
-                if texts[index].stopped:
-                    finish = "stop"
-                    model.engine.cancel(requests[index])
-                elif finish:
-                    text += texts[index].rest()
-                    # The held-back rest may have completed a stop string.
-                    finish = "stop" if texts[index].stopped else finish
-                if text or finish:
-                    yield index, text, finish
-                if finish:
-                    done.add(index)
-                    if len(done) == len(requests):
-                        return
-    except QueueFullError as error:
-        raise wire.BusyError(
-            "The model is busy: every place and the queue are taken. Retry after the time in Retry-After.",
-            error.retry_after,
+        ids = await tokenize(lambda said: model.text.chat(said, shown), messages, size)
+    except TemplateError as error:
+        raise wire.BadRequestError(
+            f"The model's chat template does not take these messages: {error}", param="messages"
         ) from None
-    except EngineError as error:
-        raise wire.UnavailableError(f"The model takes no request now: {error}.") from None
+    grammar = await grammar_of(model, asked)
+
+    def calls() -> Calls | None:
+        if not tools:
+            return None
+        most = 1 if asked.parallel_tool_calls is False else None
+        return FreeCalls([tool["function"]["name"] for tool in tools], most) if chosen == "auto" else ForcedCalls()
+
+    return await answer(model, http, asked, [ids], "messages", chat=True, grammar=grammar, calls=calls)
+
+
+async def complete(model: Generator, http: HttpRequest, body: Any) -> Response:
+    asked = wire.parse(wire.CompletionRequest, body)
+    check_model(http, asked.model, model.name)
+    check_capacity(model, len(asked.prompts), "prompt")
+    prompts = await tokenize_all(model.text, asked.prompts, "prompt")
+    return await answer(model, http, asked, prompts, "prompt", chat=False)
+
+
+def check_capacity(model: Generator, count: int, param: str) -> None:
+    if count > model.engine.capacity:
+        raise wire.BadRequestError(
+            f"{count} answers in one request: this model holds {model.engine.capacity} at most.", param=param
+        )
+
+
+async def answer(
+    model: Generator,
+    http: HttpRequest,
+    asked: wire.Generation,
+    prompts: list[list[int]],
+    source: str,
+    *,
+    chat: bool,
+    grammar: TokenGrammar | None = None,
+    calls: Callable[[], Calls | None] = lambda: None,
+) -> Response:
+    record: Record = http.scope["record"]
+    context, each = model.engine.context, asked.n or 1
+    check_capacity(model, len(prompts) * each, "n")
+    unknown = max(asked.logit_bias or (0,))
+    if unknown >= model.text.vocab_size:
+        raise wire.BadRequestError(
+            f"Token id {unknown} is not in the vocabulary: ids go up to {model.text.vocab_size - 1}.",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    deadline = deadline_of(http)
+    requests = []
+    for ids in prompts:
+        limit = asked.limit or min(model.default_max_tokens, context - len(ids))
+        if limit < 1 or len(ids) + limit > context:
+            wanted = f" + {asked.limit} for {asked.limit_name}" if asked.limit else ""
+            raise wire.BadRequestError(
+                f"This model's context is {context} tokens. Your request asks for {len(ids)} in {source}{wanted}. "
+                f"Shorten the prompt or lower {asked.limit_name}.",
+                param=source,
+                code="context_length_exceeded",
+            )
+        for choice in range(each):
+            own = grammar.again() if grammar else None
+            sampling = sampling_of(asked, choice)
+            requests.append(Request(ids, limit, model.stop_ids, sampling, grammar=own, deadline=deadline))
+    record.prompt_tokens = sum(map(len, prompts))
+    frame = Answer(
+        chat=chat,
+        model=model.name,
+        revision=model.revision,
+        stream=bool(asked.stream),
+        wants_usage=asked.wants_usage,
+    )
+
+    def counted() -> dict[str, Any]:
+        # The choices of one prompt share it: what the first found in the cache was not computed for this answer.
+        reused = sum(request.reused for request in requests[::each])
+        return usage(record.prompt_tokens, record.completion_tokens, reused)
+
+    shown = asked.shown is not None
+    choices = [Choice(index, model.text, asked.stops, logprobs=shown, calls=calls()) for index in range(len(requests))]
+    pieces = progress(model, requests, choices, record)
+    # The first event decides between an error's status and 200: after it only the stream itself can tell.
+    first = await until_gone(http.receive, anext(pieces))
+    if asked.stream:
+        return EventStream(events(frame, first, pieces, len(choices), counted=counted, record=record))
+
+    async def collect() -> Response:
+        gathered: list[list[Piece]] = [[] for _ in choices]
+        async with contextlib.aclosing(chain(first, pieces)) as parts:
+            async for part in parts:
+                for piece in part:
+                    gathered[piece.index].append(piece)
+        return Json(frame.whole(gathered, counted()))
+
+    return await until_gone(http.receive, collect())
+
+
+def sampling_of(asked: wire.Generation, choice: int) -> Sampling:
+    """The parameters of one of `n` choices: seeded, each has a random stream of its own."""
+    return Sampling(
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_k=max(asked.top_k or 0, 0),
+        min_p=asked.min_p or 0.0,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        repetition_penalty=asked.repetition_penalty or 1.0,
+        logit_bias=asked.logit_bias or {},
+        logprobs=asked.shown,
+        seed=None if asked.seed is None else asked.seed + choice,
+    )
+
+
+def deadline_of(http: HttpRequest) -> float | None:
+    """When the caller gives up, of `time.monotonic`; None: never. Raises BadRequestError, DeadlineExceededError."""
+    given = http.headers.get("x-request-timeout-ms")
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and 0 < int(given) <= LONGEST_TIMEOUT_MS):
+        raise wire.BadRequestError(
+            f"The header x-request-timeout-ms is whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}.",
+            param="x-request-timeout-ms",
+            code="invalid_value",
+        )
+    record: Record = http.scope["record"]
+    deadline = record.started + int(given) / 1000
+    if time.monotonic() >= deadline:
+        raise late()
+    return deadline
+
+
+async def grammar_of(model: Generator, asked: ChatRequest) -> TokenGrammar | None:
+    """What the answer is bound to, None: any text. Raises BadRequestError that names the schema at fault."""
+    schema = asked.response_format.schema_ if asked.response_format else None
+    chosen = asked.tool_choice or "auto"
+    named = chosen.function.name if isinstance(chosen, ChosenFunction) else None
+    must_call = chosen != "auto"
+    tools = [] if chosen == "none" else asked.tools or []
+    if chosen == "none" or not (must_call or schema or any(tool.function.strict for tool in tools)):
+        tools = []
+    functions = {
+        tool.function.name: tool.function.schema_ if must_call or tool.function.strict else ANY_OBJECT
+        for tool in tools
+        if named in (None, tool.function.name)
+    }
+    if schema is None and not functions:
+        return None
+
+    def build(grammars: Grammars) -> TokenGrammar:
+        try:
+            several = named is None and asked.parallel_tool_calls is not False
+            source = answer_source(schema, functions, must_call=must_call and bool(functions), several=several)
+            return grammars.make(source)
+        except GrammarError as error:
+            for index, tool in enumerate(tools):
+                if tool.function.name in functions:
+                    check_schema(grammars, functions[tool.function.name], f"tools[{index}].function.parameters")
+            if schema is not None:
+                check_schema(grammars, schema, "response_format.json_schema.schema")
+            raise unenforceable(error, "tools" if functions else "response_format") from None
+
+    return await model.grammar(build)
+
+
+def check_schema(grammars: Grammars, schema: Schema, param: str) -> None:
+    try:
+        grammars.make(answer_source(schema))
+    except GrammarError as error:
+        raise unenforceable(error, param) from None
+
+
+def unenforceable(error: GrammarError, param: str) -> wire.BadRequestError:
+    return wire.BadRequestError(f"'{param}' cannot be enforced: {error}", param=param, code="invalid_value")
 
 
 async def chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
@@ -240,24 +252,22 @@ async def chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
 
 
 async def events(
-    frame: wire.Answer,
-    first: tuple[int, str, str | None],
-    pieces: AsyncGenerator[tuple[int, str, str | None]],
-    requests: list[Request],
+    frame: Answer,
+    first: list[Piece],
+    pieces: AsyncGenerator[list[Piece]],
+    choices: int,
+    *,
+    counted: Callable[[], dict[str, Any]],
     record: Record,
 ) -> AsyncGenerator[bytes]:
     """The answer as server-sent events, `[DONE]` only after a whole one."""
     try:
-        for index in range(len(requests)):
-            if opening := frame.opening(index):
-                yield sse(opening)
+        if openings := [opening for index in range(choices) if (opening := frame.opening(index))]:
+            yield b"".join(map(sse, openings))
         async with contextlib.aclosing(chain(first, pieces)) as parts:
-            async for index, text, finish in parts:
-                if text:
-                    yield sse(frame.piece(index, text))
-                if finish:
-                    yield sse(frame.piece(index, "", finish))
-        if closing := frame.closing(wire.usage(record.prompt_tokens, record.completion_tokens)):
+            async for part in parts:
+                yield b"".join([sse(chunk) for piece in part for chunk in frame.chunks(piece)])
+        if closing := frame.closing(counted()):
             yield sse(closing)
         yield b"data: [DONE]\n\n"
     except wire.WireError as error:
@@ -311,7 +321,7 @@ def embedding_app(
             waiting -= 1
         seconds += 0.1 * (time.monotonic() - started - seconds)
         packed = asked.encoding_format == "base64"
-        return Json(wire.embeddings(name, vectors, [len(row) for row in rows], packed=packed))
+        return Json(embeddings(name, vectors, [len(row) for row in rows], packed=packed))
 
     return Service({"/v1/embeddings": embed}, name=name, revision=revision, hosts=hosts)
 

@@ -1,34 +1,36 @@
-"""Continuous batching over a Hugging Face causal LM. Token ids in, token ids out.
+"""Continuous batching over a causal LM. Token ids in, token ids out.
 
-Requests join and leave the batch between steps; their keys and values lie in pages of one pool. Knows nothing of HTTP,
-Ray, text or tokenization. One thread runs the loop; `submit` and `cancel` may be called from any other.
-
-The model itself runs unmodified: `PagedCache` passes for transformers' cache and the mask is given whole (4-D), which
-every attention implementation takes as it is.
+Requests join and leave the batch between steps; their keys and values lie in pages of one pool, and the beginning of a
+prompt that was computed before is not computed again. Knows nothing of HTTP, Ray, text or tokenization. One thread runs
+the loop; `submit` and `cancel` may be called from any other.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
+from .pages import PAGE_TOKENS, ROOT, Pages
+from .sampling import Draw, Grammar, Logprob, SampleError, Sampling, sample
+
 log = logging.getLogger(__name__)
 
-PAGE_TOKENS = 16
-# Tokens (padding counted) that one step may prefill before the running answers get their next token: on 2 cores about
-# 400 ms for a 135M model, so a long prompt slows its neighbours but does not stop them.
+# Tokens that one step may prefill; while answers run, as many as take about this long at the pace of the last ones.
 PREFILL_TOKENS = 512
-# Below this temperature the softmax is a one-hot vector in float32 anyway.
-GREEDY_BELOW = 1e-4
+PREFILL_SECONDS_BESIDE = 0.08
+# Where results depend on how many tokens are computed together, prompts are computed in pieces that begin at multiples
+# of this many, so that a piece comes out alike with the pieces before it taken from the cache or not.
+PIECE_TOKENS = 256
+# After as many faults in a row the engine calls itself dead: a step that always fails is not one request's fault.
+MOST_FAULTS = 3
 
 Finish = Literal["stop", "length"]
 
@@ -49,127 +51,126 @@ class RequestTooLongError(EngineError):
     """Prompt and answer together do not fit the context."""
 
 
+class DeadlineError(EngineError):
+    """The request's deadline passed before its answer was whole."""
+
+
 class EngineFaultError(EngineError):
-    """The step that held this request failed, or its logits were not finite."""
+    """The step that held this request failed, or no token could be chosen for it."""
 
 
 class EngineClosedError(EngineError):
     """The engine is shutting down."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, stop) of one request in a prefill. pages: those that hold [0, stop)."""
+
+    start: int
+    stop: int
+    pages: Sequence[int]
+
+
+class Runner(Protocol):
+    """A model with its pool of pages. Logits are (rows, vocab), float32.
+
+    exact: what is computed for a token does not depend on how many others are computed with it.
+    """
+
+    exact: bool
+    context: int
+
+    def allocate(self, pages: int) -> None:
+        """Make the pool; page 0 is for padding."""
+        ...
+
+    def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+        """Compute the spans' tokens, `ids` one after the other; logits of each span's last token."""
+        ...
+
+    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+        """A prefill of one text that gives the logits of each of its tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One more token for each row. positions: their places in the rows' texts."""
+        ...
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        """Zero these pages: a masked NaN still spoils attention, because 0 * NaN is NaN."""
+        ...
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence to continue, and its state while the engine works on it.
 
-    `prompt` holds at least one token id. Fields below `seed` belong to the engine.
+    `prompt` holds at least one token id. deadline: time.monotonic() after which nobody wants the answer any more.
+    Fields below it belong to the engine; `reused` says how many prompt tokens were taken from the prefix cache.
     """
 
     prompt: Sequence[int]
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    grammar: Grammar | None = None
+    deadline: float | None = None
 
     tokens: list[int] = field(init=False)  # prompt and answer so far
-    cached: int = field(init=False, default=0)  # how many of them have keys and values in the pool
+    draw: Draw = field(init=False)
     pages: list[int] = field(init=False, default_factory=list)
-    draw: random.Random = field(init=False)
+    cached: int = field(init=False, default=0)  # how many of `tokens` have keys and values in the pool
+    target: int = field(init=False, default=0)  # how many of them are prefilled; what comes after is decoded
+    published: int = field(init=False, default=0)  # pages at the beginning that others may find
+    node: int = field(init=False, default=ROOT)  # the last published page's
+    reused: int = field(init=False, default=0)
     cancelled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
-        # Not cryptographic: a seeded stream per request makes an answer repeatable whoever shares its batch.
-        # Unsigned, because Random takes the absolute value.
-        self.draw = random.Random(None if self.seed is None else self.seed % 2**64)  # noqa: S311
+        self.draw = Draw(self.sampling, self.prompt, self.grammar)
 
     @property
     def generated(self) -> int:
         """Tokens generated so far, a final stop token included."""
         return len(self.tokens) - len(self.prompt)
 
+    @property
+    def prefilling(self) -> bool:
+        return self.cached < self.target
+
 
 @dataclass(slots=True)
 class Event:
-    """What one step brought one request. `tokens` never holds the stop token; `error` and `finish` end the request."""
+    """What one step brought one request. `tokens` never holds the stop token; `error` and `finish` end the request.
+
+    logprobs: one for each of `tokens` where the request asked for them, else empty.
+    """
 
     request: Request
     tokens: list[int]
     finish: Finish | None = None
     error: EngineError | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot. The last six count since the start."""
+    """A snapshot. pages_kept: held by nobody, but a prompt's beginning. The last seven count since the start."""
 
     running: int
     waiting: int
     pages_used: int
+    pages_kept: int
     pages_total: int
     prompt_tokens: int
+    reused_tokens: int
     generated_tokens: int
     finished: int
     preempted: int
     faults: int
     steps: int
-
-
-class CausalLM(Protocol):
-    """What the engine needs of a model: transformers' `PreTrainedModel` with a language head."""
-
-    config: Any
-    device: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, **kwargs: Any) -> Any: ...
-
-
-class PagedCache:
-    """Keys and values of all running requests: one pool of pages a layer, page 0 for what padding writes.
-
-    Passes for a transformers cache of one forward: `aim` says where the step writes and what it reads.
-    """
-
-    def __init__(self, config: Any, pages: int, device: torch.device, dtype: torch.dtype) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, pages * PAGE_TOKENS, heads, dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._write = self._read = torch.empty(0, dtype=torch.long)
-        self._rows = 0
-
-    @property
-    def bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
-    def aim(self, write: torch.Tensor, read: torch.Tensor) -> None:
-        """Before a forward. write: (rows, new) places in the pool; read: (rows, blocks) page numbers."""
-        self._write, self._read, self._rows = write.flatten(), read.flatten(), read.shape[0]
-
-    def wipe(self, pages: list[int]) -> None:
-        """Zero these pages: a masked NaN still spoils attention, because 0 * NaN is NaN."""
-        for page in [0, *pages]:
-            part = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
-            self.keys[:, part].zero_()
-            self.values[:, part].zero_()
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store (rows, heads, new, dim); return each row's (rows, heads, blocks * page, dim), called by the model."""
-        return self._exchange(self.keys[layer_idx], keys), self._exchange(self.values[layer_idx], values)
-
-    def _exchange(self, pool: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        _, heads, _, dim = new.shape
-        pool.index_copy_(0, self._write, new.transpose(1, 2).reshape(-1, heads, dim))
-        pages = pool.view(-1, PAGE_TOKENS, heads, dim).index_select(0, self._read)
-        return pages.view(self._rows, -1, heads, dim).transpose(1, 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Asked by some models although positions are given; its value is not used then."""
-        return 0
 
 
 class Engine:
@@ -181,7 +182,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        runner: Runner,
         deliver: Callable[[list[Event]], None],
         *,
         kv_tokens: int = 16384,
@@ -189,25 +190,23 @@ class Engine:
         max_queued: int = 256,
         context: int | None = None,
     ) -> None:
-        self._model = model
+        self._runner = runner
         self._deliver = deliver
         self._max_running, self._max_queued = max_running, max_queued
-        pages = math.ceil(kv_tokens / PAGE_TOKENS)
-        limits = [pages * PAGE_TOKENS, getattr(model.config, "max_position_embeddings", None), context]
-        # A window narrower than the context would need its own masks; within the window it changes nothing.
-        limits.append(getattr(model.config, "sliding_window", None))
-        self.context = min(limit for limit in limits if limit)
-        self.cache = PagedCache(model.config, pages + 1, model.device, model.dtype)
-        self._free = list(range(pages, 0, -1))
-        self._pages_total = pages
+        total = math.ceil(kv_tokens / PAGE_TOKENS)
+        self.context = min(total * PAGE_TOKENS, runner.context, context or runner.context)
+        self._pages = Pages(total)
+        runner.allocate(total + 1)
         self._running: list[Request] = []  # oldest first
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self._faults_in_a_row = 0
         self._finished_at: deque[float] = deque(maxlen=32)
         self._step_seconds = 0.1
+        self._prefill_pace = 1000.0  # tokens a second
         self._counts = dict.fromkeys(
-            ("prompt_tokens", "generated_tokens", "finished", "preempted", "faults", "steps"), 0
+            ("prompt_tokens", "reused_tokens", "generated_tokens", "finished", "preempted", "faults", "steps"), 0
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -229,7 +228,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and not self._closing and self._faults_in_a_row < MOST_FAULTS
 
     def submit(self, *requests: Request) -> None:
         """Queue all of them or none. Raises RequestTooLongError, QueueFullError or EngineClosedError."""
@@ -258,8 +257,9 @@ class Engine:
 
     def stats(self) -> Stats:
         with self._changed:
-            used = self._pages_total - len(self._free)
-            return Stats(len(self._running), len(self._waiting), used, self._pages_total, **self._counts)
+            total, kept = self._pages.total, self._pages.kept
+            used = total - self._pages.available
+            return Stats(len(self._running), len(self._waiting), used, kept, total, **self._counts)
 
     def run_alone(self, request: Request, events: list[Event]) -> None:
         """Run one request to its end in the caller's thread, before `start`: faults are raised, not delivered."""
@@ -268,28 +268,38 @@ class Engine:
             self._admit()
             self._step(events)
 
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Those after each of `ids`, (ids, vocab), float32; while nothing runs. What perplexity needs."""
+        pages = [self._pages.take() for _ in range(-(-len(ids) // PAGE_TOKENS))]
+        with torch.inference_mode():
+            found = self._runner.every(ids, pages)
+        self._pages.release(pages)
+        return found
+
     # The loop
 
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
+                events: list[Event] = []
                 with self._changed:
-                    self._drop_cancelled()
-                    if not (self._running or self._waiting or self._closing):
+                    self._drop(events)
+                    if not (self._running or self._waiting or self._closing or events):
                         self._deliver([])  # who keeps gauges learns that nothing runs
-                    while not (self._running or self._waiting or self._closing):
+                    while not (self._running or self._waiting or self._closing or events):
                         self._changed.wait()
-                        self._drop_cancelled()
+                        self._drop(events)
                     if self._closing:
                         break
                     self._admit()
                 started = time.monotonic()
-                events: list[Event] = []
                 try:
                     self._step(events)
+                    self._faults_in_a_row = 0
                 except Exception as error:
                     log.exception("a step failed; its requests end with an error, the loop goes on")
                     self._counts["faults"] += 1
+                    self._faults_in_a_row += 1
                     events += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
                 self._deliver(events)
@@ -304,85 +314,88 @@ class Engine:
         What happened lies in `events` also when the step fails half way: who ended before the fault must hear of it.
         """
         self._counts["steps"] += 1
-        # 1. Prefill. Rows are padded to the longest, so the budget counts rows * width.
-        rows: list[Request] = []
-        width = 0
-        for request in self._running:
-            wanted = max(width, min(len(request.tokens) - request.cached, PREFILL_TOKENS))
-            if wanted > 1 and len(request.tokens) - request.cached > 1 and wanted * (len(rows) + 1) <= PREFILL_TOKENS:
-                rows.append(request)
-                width = wanted
-        decoding = [request for request in self._running if len(request.tokens) - request.cached == 1]
+        decoding = [request for request in self._running if not request.prefilling]
+        # 1. Prefill.
+        beside = min(PREFILL_TOKENS, int(self._prefill_pace * PREFILL_SECONDS_BESIDE))
+        rows, spans = self._pieces(beside if decoding else PREFILL_TOKENS)
         if rows:
-            counts = [min(len(request.tokens) - request.cached, width) for request in rows]
-            logits = self._forward(rows, counts)
-            whole = [i for i, request in enumerate(rows) if request.cached == len(request.tokens)]
+            ids = [token for row, span in zip(rows, spans, strict=True) for token in row.tokens[span.start : span.stop]]
+            started = time.monotonic()
+            logits = self._runner.prefill(ids, spans)
+            pace = len(ids) / max(time.monotonic() - started, 1e-6)
+            self._prefill_pace += 0.5 * (pace - self._prefill_pace)
+            for row, span in zip(rows, spans, strict=True):
+                row.cached = span.stop
+                if self._runner.exact or len(rows) == 1:
+                    self._publish(row)
+            whole = [i for i, row in enumerate(rows) if not row.prefilling]
             events += self._extend([rows[i] for i in whole], logits[whole])
         # 2. Decode. Taking a page may send a younger request back to the queue.
         decoding = [request for request in decoding if self._hold(request, request.cached + 1)]
         decoding = [request for request in decoding if request.pages]
         if decoding:
-            events += self._extend(decoding, self._forward(decoding, [1] * len(decoding)))
+            logits = self._runner.decode(
+                [row.tokens[-1] for row in decoding], [row.cached for row in decoding], [row.pages for row in decoding]
+            )
+            for row in decoding:
+                row.cached += 1
+            events += self._extend(decoding, logits)
 
-    def _forward(self, rows: list[Request], counts: list[int]) -> torch.Tensor:
-        """Run the next counts[i] uncached tokens of each row; logits of the last one: (rows, vocab), float32.
+    def _pieces(self, budget: int) -> tuple[list[Request], list[Span]]:
+        """What of which prompt this step computes. A piece that is not a prompt's last ends with a page."""
+        grain = PAGE_TOKENS if self._runner.exact else PIECE_TOKENS
+        rows: list[Request] = []
+        spans: list[Span] = []
+        for request in self._running:
+            if not request.prefilling:
+                continue
+            stop = request.target
+            if not self._runner.exact:
+                stop = min(stop, (request.cached // grain + 1) * grain)
+            if stop - request.cached > budget:
+                stop = (request.cached + budget) // grain * grain
+                # One piece is always computed: a budget below it would stop the loop.
+                if stop <= request.cached and not rows:
+                    stop = min(request.target, (request.cached // grain + 1) * grain)
+            if stop <= request.cached:
+                break
+            rows.append(request)
+            spans.append(Span(request.cached, stop, request.pages[: -(-stop // PAGE_TOKENS)]))
+            budget -= stop - request.cached
+        return rows, spans
 
-        Shorter rows are padded on the left, so that the last column is every row's newest token. Padding writes to
-        page 0 and attends its own row's first key; nobody reads either.
-        """
-        width = max(counts)
-        ids, positions, write = [], [], []
-        for request, count in zip(rows, counts, strict=True):
-            span = range(request.cached, request.cached + count)
-            padding = [0] * (width - count)
-            ids.append(padding + request.tokens[span.start : span.stop])
-            positions.append([*padding, *span])
-            write.append(padding + [request.pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in span])
-        blocks = max(
-            math.ceil((request.cached + count) / PAGE_TOKENS) for request, count in zip(rows, counts, strict=True)
-        )
-        read = [(request.pages[:blocks] + [0] * blocks)[:blocks] for request in rows]
-
-        device = self._model.device
-        where = torch.tensor(positions, device=device)  # (rows, width)
-        self.cache.aim(torch.tensor(write, device=device), torch.tensor(read, device=device))
-        visible = torch.arange(blocks * PAGE_TOKENS, device=device) <= where[:, None, :, None]  # (rows, 1, width, keys)
-        output = self._model(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=where,
-            attention_mask=visible,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        for request, count in zip(rows, counts, strict=True):
-            request.cached += count
-        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+    def _publish(self, row: Request) -> None:
+        """Let others find the pages that the prompt has filled so far."""
+        for index in range(row.published, row.cached // PAGE_TOKENS):
+            content = row.tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]
+            row.node = self._pages.publish(row.pages[index], row.node, content)
+            row.published = index + 1
 
     def _extend(self, rows: list[Request], logits: torch.Tensor) -> list[Event]:
         """Give each row its next token; end those that are done."""
         if not rows:
             return []
         events, ended = [], []
-        for request, token in zip(rows, sample(logits, rows), strict=True):
-            if token is None:
-                self.cache.wipe(request.pages)
-                fault = EngineFaultError("the model's logits were not finite")
-                events.append(Event(request, [], error=fault))
+        for request, choice in zip(rows, sample(logits, [row.draw for row in rows]), strict=True):
+            if isinstance(choice, SampleError):
+                self._distrust([request])
+                events.append(Event(request, [], error=EngineFaultError(str(choice))))
                 ended.append(request)
                 continue
+            token, logprobs = choice.token, [choice.logprob] if choice.logprob else []
             request.tokens.append(token)
             self._counts["generated_tokens"] += 1
             if token in request.stop_ids:
                 events.append(Event(request, [], "stop"))
             elif request.generated >= request.max_tokens:
-                events.append(Event(request, [token], "length"))
+                events.append(Event(request, [token], "length", logprobs=logprobs))
             else:
-                events.append(Event(request, [token]))
+                events.append(Event(request, [token], logprobs=logprobs))
                 continue
             ended.append(request)
             self._counts["finished"] += 1
             self._counts["prompt_tokens"] += len(request.prompt)
+            self._counts["reused_tokens"] += request.reused
             self._finished_at.append(time.monotonic())
         if ended:
             with self._changed:
@@ -391,30 +404,48 @@ class Engine:
                     self._release(request)
         return [event for event in events if not event.request.cancelled]
 
-    # Places and pages. `_admit` and `_drop_cancelled` are called with the lock held.
+    # Places and pages. `_admit` and `_drop` are called with the lock held.
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_running:
-            needed = math.ceil((len(self._waiting[0].tokens) + 1) / PAGE_TOKENS)
-            if needed > len(self._free):
+            request = self._waiting[0]
+            # At least one token is computed: its logits are what the answer begins with.
+            grain = PAGE_TOKENS if self._runner.exact else PIECE_TOKENS
+            most = (len(request.tokens) - 1) // grain * grain // PAGE_TOKENS
+            found, node = self._pages.match(request.tokens, most)
+            if len(found) * PAGE_TOKENS % grain:
+                found = found[: len(found) * PAGE_TOKENS // grain * grain // PAGE_TOKENS]
+                _, node = self._pages.match(request.tokens, len(found))
+            self._pages.share(found)
+            needed = math.ceil((len(request.tokens) + 1) / PAGE_TOKENS) - len(found)
+            if needed > self._pages.available:
+                self._pages.release(found)
                 break
-            request = self._waiting.popleft()
-            request.pages = [self._free.pop() for _ in range(needed)]
+            self._waiting.popleft()
+            request.pages = found + [self._pages.take() for _ in range(needed)]
+            request.target, request.cached = len(request.tokens), len(found) * PAGE_TOKENS
+            request.published, request.node = len(found), node
+            if not request.generated:
+                request.reused = request.cached
             self._running.append(request)
 
-    def _drop_cancelled(self) -> None:
-        for request in [request for request in self._running if request.cancelled]:
-            self._running.remove(request)
-            self._release(request)
-        if any(request.cancelled for request in self._waiting):
-            self._waiting = deque(request for request in self._waiting if not request.cancelled)
+    def _drop(self, events: list[Event]) -> None:
+        """Let go of who was cancelled or came too late."""
+        now = time.monotonic()
+        late = DeadlineError("the deadline passed before the answer was whole")
+        for queue in (self._running, self._waiting):
+            for request in [r for r in queue if r.cancelled or (r.deadline is not None and r.deadline <= now)]:
+                queue.remove(request)
+                self._release(request)
+                if not request.cancelled:
+                    events.append(Event(request, [], error=late))
 
     def _hold(self, request: Request, tokens: int) -> bool:
         """Have pages for `tokens` tokens, taken from the youngest if need be; False when `request` had to go itself."""
         if not request.pages:
             return False
         while len(request.pages) * PAGE_TOKENS < tokens:
-            if not self._free:
+            if not self._pages.available:
                 with self._changed:
                     youngest = self._running.pop()
                     self._release(youngest)
@@ -423,18 +454,24 @@ class Engine:
                 if youngest is request:
                     return False
                 continue
-            request.pages.append(self._free.pop())
+            request.pages.append(self._pages.take())
         return True
 
     def _release(self, request: Request) -> None:
-        self._free.extend(request.pages)
-        request.pages, request.cached = [], 0
+        self._pages.release(request.pages)
+        request.pages, request.cached, request.target = [], 0, 0
+
+    def _distrust(self, requests: Sequence[Request]) -> None:
+        """What these computed may hold NaN: nobody shall share it, nor inherit it with the page."""
+        for request in requests:
+            self._pages.forget(request.pages)
+            self._runner.wipe([0, *self._pages.own(request.pages)])
 
     def _fail_running(self, error: EngineError) -> list[Event]:
         with self._changed:
             failed, self._running = self._running, []
+            self._distrust(failed)
             for request in failed:
-                self.cache.wipe(request.pages)
                 self._release(request)
         return [Event(request, [], error=error) for request in failed if not request.cancelled]
 
@@ -446,37 +483,3 @@ class Engine:
             return longest
         rate = (len(self._finished_at) - 1) / max(time.monotonic() - self._finished_at[0], 1e-3)
         return min(longest, 1 / rate)
-
-
-def sample(logits: torch.Tensor, rows: Sequence[Request]) -> list[int | None]:
-    """The next token of each row; None where the logits hold no finite maximum. logits: (rows, vocab), float32.
-
-    A row's token depends on its own logits, parameters and random stream alone, never on its neighbours.
-    """
-    top, best = logits.max(dim=-1)  # (rows,)
-    chosen: list[int | None] = [
-        int(token) if finite else None for token, finite in zip(best.tolist(), top.isfinite().tolist(), strict=True)
-    ]
-    warm = [i for i, row in enumerate(rows) if row.temperature > GREEDY_BELOW and chosen[i] is not None]
-    for nucleus in (False, True):
-        part = [i for i in warm if (rows[i].top_p < 1) is nucleus]
-        if not part:
-            continue
-        heat = torch.tensor([[rows[i].temperature] for i in part], device=logits.device)
-        # float64: 49,152 terms of a float32 sum lose the tail.
-        weights = ((logits[part] - top[part, None]) / heat).softmax(-1).double()  # (part, vocab)
-        order = None
-        if nucleus:
-            weights, order = weights.sort(dim=-1, descending=True, stable=True)
-            limit = torch.tensor([[rows[i].top_p] for i in part], device=logits.device, dtype=torch.double)
-            outside = weights.cumsum(-1) - weights >= limit
-            outside[:, 0] = False  # top_p 0 still has the most likely token
-            weights = weights.masked_fill(outside, 0)
-        heaped = weights.cumsum(-1)
-        draws = torch.tensor([[rows[i].draw.random()] for i in part], device=logits.device, dtype=torch.double)
-        picks = torch.searchsorted(heaped, draws * heaped[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-        if order is not None:
-            picks = order.gather(-1, picks)
-        for i, token in zip(part, picks[:, 0].tolist(), strict=True):
-            chosen[i] = int(token)
-    return chosen

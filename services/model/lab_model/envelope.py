@@ -26,6 +26,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from . import wire
+from .answer import new_id
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Service:
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         # Ray Serve gives a request without an id one, and puts the id on the answer.
-        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:128] or wire.new_id("req")
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:128] or new_id("req")
         record = Record(request_id, path.removeprefix("/v1/"), time.monotonic(), self._name)
         scope["record"] = record
         started = whole = False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,15 +16,25 @@ from starlette.types import ASGIApp
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
-from .api import Generator, embedding_app, generation_app
-from .catalogue import CatalogueError, Source, locate, revision
+from . import gguf, weights
+from .api import embedding_app, generation_app
+from .catalogue import CatalogueError, Entry, Source, locate, revision
 from .embedding import Embedder
 from .engine import Engine, Event, Request
 from .envelope import start_logging
+from .generator import Generator
+from .host import cores, memory_left
+from .llama import Llama
+from .pages import PAGE_TOKENS
+from .plain import Plain
 from .settings import AppArgs
 from .text import Text
 
 log = logging.getLogger(__name__)
+
+# Of the memory that is left once the weights are there; the rest is for activations and what else grows.
+KV_SHARE = 0.7
+LEAST_KV_TOKENS = 512
 
 
 def load(args: AppArgs) -> tuple[ASGIApp, dict[str, Any], Callable[[], bool]]:
@@ -38,83 +46,154 @@ def load(args: AppArgs) -> tuple[ASGIApp, dict[str, Any], Callable[[], bool]]:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     entry = args.entry
-    started = time.monotonic()
+    started, before = time.monotonic(), psutil.Process().memory_info().rss
     torch.set_num_threads(args.threads or cores())
     device = pick_device(entry.device or args.device)
-    dtype = torch.bfloat16 if entry.dtype == "auto" else getattr(torch, entry.dtype)
+    info: dict[str, Any] = {"id": entry.id, "kind": entry.kind, "device": str(device)}
     source = locate(entry)
     try:
-        text = Text.load(source)
         if entry.kind == "embedding":
-            weights = AutoModel.from_pretrained(source.folder, dtype=dtype, **source.arguments())
+            app, alive, more = embedding(args, source, device)
         else:
-            weights = load_causal(source, dtype)
+            app, alive, more = generation(args, source, device)
     except OSError as error:
         raise CatalogueError(f"{entry.id}: files are missing ({entry.source}): {str(error).splitlines()[0]}") from None
-    weights = weights.to(device).eval()
-    stamp = revision(entry, source, str(dtype), text.template or "", torch.__version__, transformers.__version__)
-    info: dict[str, Any] = {"id": entry.id, "kind": entry.kind, "revision": stamp, "device": str(device)}
-    info |= {"dtype": str(dtype).removeprefix("torch."), "weights_bytes": weight_bytes(weights)}
-
-    if entry.kind == "embedding":
-        embedder = Embedder(weights, entry.context or 512)
-        embedder.embed([[0]], threading.Event())
-        app = embedding_app(
-            embedder,
-            text,
-            entry.id,
-            stamp,
-            max_body_bytes=args.max_body_bytes,
-            max_queued=args.max_queued,
-            hosts=args.allowed_hosts,
-        )
-        info |= {"context": embedder.context, "dimensions": embedder.dimensions}
-        alive: Callable[[], bool] = lambda: True  # noqa: E731
-    else:
-        if entry.kind == "chat" and text.template is None:
-            raise CatalogueError(f"{entry.id} has no chat template: list it as kind: base")
-        generator = Generator(
-            name=entry.id, kind=entry.kind, revision=stamp, text=text, default_max_tokens=args.default_max_tokens
-        )
-        engine = Engine(
-            weights,
-            generator.deliver,
-            kv_tokens=args.kv_tokens,
-            max_running=args.max_running,
-            max_queued=args.max_queued,
-            context=entry.context,
-        )
-        generator.attach(engine, text.stop_ids(weights.config))
-        warm_up(engine)
-        app = generation_app(generator, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
-        info |= {"context": engine.context, "kv_tokens": args.kv_tokens, "kv_bytes": engine.cache.bytes}
-        info |= {"max_running": args.max_running, "max_queued": args.max_queued}
-        alive = lambda: engine.alive  # noqa: E731
+    except gguf.GGUFError as error:
+        raise CatalogueError(f"{entry.id}: {error}") from None
     rss = psutil.Process().memory_info().rss
-    log.info("loaded", extra={"fields": {**info, "rss_bytes": rss, "seconds": round(time.monotonic() - started, 1)}})
+    info |= more
+    grown = {"rss_bytes": rss, "rss_before_bytes": before, "seconds": round(time.monotonic() - started, 1)}
+    log.info("loaded", extra={"fields": info | grown})
     return app, info, alive
 
 
-def load_causal(source: Source, dtype: torch.dtype) -> Any:
-    """A causal LM with plain dense weights; those of a GGUF file are dequantized.
+Loaded = tuple[ASGIApp, Callable[[], bool], dict[str, Any]]
 
-    Raises CatalogueError for architectures whose attention the engine's pages cannot hold.
+
+def embedding(args: AppArgs, source: Source, device: torch.device) -> Loaded:
+    entry = args.entry
+    dtype = torch.bfloat16 if entry.dtype == "auto" else getattr(torch, entry.dtype)
+    text = Text.load(source)
+    model = AutoModel.from_pretrained(source.folder, dtype=dtype, **source.arguments()).to(device).eval()
+    stamp = stamped(entry, source, str(dtype), text)
+    embedder = Embedder(model, entry.context or 512)
+    embedder.embed([[0]], threading.Event())
+    app = embedding_app(
+        embedder,
+        text,
+        entry.id,
+        stamp,
+        max_body_bytes=args.max_body_bytes,
+        max_queued=args.max_queued,
+        hosts=args.allowed_hosts,
+    )
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    info = {"revision": stamp, "weights": str(dtype).removeprefix("torch."), "weights_bytes": size}
+    return app, lambda: True, info | {"context": embedder.context, "dimensions": embedder.dimensions}
+
+
+def generation(args: AppArgs, source: Source, device: torch.device) -> Loaded:
+    entry = args.entry
+    runner, text, config = load_causal(entry, source, device)
+    if entry.kind == "chat" and text.template is None:
+        raise CatalogueError(f"{entry.id} has no chat template: list it as kind: base")
+    stamp = stamped(entry, source, runner.kind, text)
+    generator = Generator(
+        name=entry.id, kind=entry.kind, revision=stamp, text=text, default_max_tokens=args.default_max_tokens
+    )
+    tokens = affordable(entry.id, args.kv_tokens, runner.token_bytes, device)
+    engine = Engine(
+        runner,
+        generator.deliver,
+        kv_tokens=tokens,
+        max_running=args.max_running,
+        max_queued=args.max_queued,
+        context=entry.context,
+    )
+    generator.attach(engine, text.stop_ids(getattr(config, "eos_token_id", None)))
+    warm_up(engine)
+    app = generation_app(generator, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
+    info = {
+        "revision": stamp,
+        "weights": runner.kind,
+        "weights_bytes": runner.bytes,
+        "context": engine.context,
+        "kv_tokens": tokens,
+        "kv_bytes": tokens * runner.token_bytes,
+        "max_running": args.max_running,
+        "max_queued": args.max_queued,
+        # What the process will have grown by when every page is in use.
+        "predicted_bytes": runner.bytes + tokens * runner.token_bytes,
+    }
+    return app, lambda: engine.alive, info
+
+
+def load_engine(entry: Entry, deliver: Callable[[list[Event]], None], *, device: str = "auto") -> Engine:
+    """The engine alone, not started, with the service's defaults: for measurements."""
+    runner, _, _ = load_causal(entry, locate(entry), pick_device(device))
+    return Engine(runner, deliver)
+
+
+def stamped(entry: Entry, source: Source, weights: str, text: Text) -> str:
+    """The model's revision."""
+    return revision(entry, source, weights, text.template or "", torch.__version__, transformers.__version__)
+
+
+def affordable(name: str, asked: int, token_bytes: int, device: torch.device) -> int:
+    """Tokens of KV cache: as many as asked, or what memory leaves. Raises CatalogueError when that is too little."""
+    left = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_left()
+    tokens = min(asked, int(left * KV_SHARE) // token_bytes // PAGE_TOKENS * PAGE_TOKENS)
+    if tokens < min(asked, LEAST_KV_TOKENS):
+        raise CatalogueError(
+            f"{name}: {left >> 20} MiB of memory are left, too little for {LEAST_KV_TOKENS} tokens of KV cache "
+            f"({token_bytes} bytes each): raise the memory limit, or serve a smaller model"
+        )
+    if tokens < asked:
+        log.warning("%s: memory leaves room for %s of %s tokens of KV cache", name, tokens, asked)
+    return tokens
+
+
+def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Llama | Plain, Text, Any]:
+    """Runner, text and transformers' configuration, if there is one, of a chat or base model.
+
+    A GGUF file of the llama architecture stays quantized on the CPU unless the entry asks for a dtype. Raises OSError
+    for missing files, CatalogueError for architectures whose attention the engine's pages cannot hold.
     """
+    dtype = torch.bfloat16 if entry.dtype == "auto" else getattr(torch, entry.dtype)
     arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
     if source.gguf_file:
+        file = gguf.File(Path(source.folder) / source.gguf_file)
+        text = read_text(file) or Text.load(source)
+        if entry.dtype == "auto" and device.type == "cpu" and weights.reads(file):
+            return Llama(weights.from_file(file), device, dtype), text, None
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
+    else:
+        text = Text.load(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
+    model = model.to(device).eval()
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise CatalogueError(f"{source.folder}: layers of type {', '.join(sorted(kinds))} are not supported")
-    return model
+    runner = Llama(weights.from_model(model), device, dtype) if weights.fits(model) else Plain(model)
+    return runner, text, model.config
+
+
+def read_text(file: gguf.File) -> Text | None:
+    """The tokenizer and template of a GGUF file; None where transformers has to read them."""
+    tokenizer = gguf.tokenizer(file)
+    if tokenizer is None:
+        return None
+    said, tokens = file.metadata, file.metadata["tokenizer.ggml.tokens"]
+    ids = {name: said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    names = {f"{name}_token": tokens[token] for name, token in ids.items() if token is not None}
+    return Text(tokenizer, said.get("tokenizer.chat_template"), names)
 
 
 def warm_up(engine: Engine) -> None:
     """One short answer before the first user's: torch picks its kernels now, and a model that cannot run fails here."""
     with torch.inference_mode():
-        trial = Request([0] * 4, 2)
+        trial = Request([0] * 4, 8)
         ended: list[Event] = []
         engine.run_alone(trial, ended)
     if any(event.error for event in ended):
@@ -127,17 +206,3 @@ def pick_device(asked: str) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise CatalogueError("MODEL_DEVICE is cuda, but torch sees no CUDA device here")
     return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """CPU cores this process may use: its affinity, bounded by the cgroup's quota (version 2)."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = quota_file.read_text().split()
-        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return allowed

@@ -206,11 +206,14 @@ class Catalogue:
         record = http.scope["record"]
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
-        ask = self._session.post(
-            f"{self._address}/m/{name}{path}",
-            data=orjson.dumps(body),
-            headers={"content-type": "application/json", "x-request-id": record.request_id},
-        )
+        headers = {"content-type": "application/json", "x-request-id": record.request_id}
+        if (timeout := http.headers.get("x-request-timeout-ms")) is not None:
+            headers["x-request-timeout-ms"] = timeout
+        try:
+            data = orjson.dumps(body)
+        except orjson.JSONEncodeError:  # it reads 1,024 levels, and writes 254
+            raise wire.BadRequestError("The body is nested too deeply.", code="invalid_value") from None
+        ask = self._session.post(f"{self._address}/m/{name}{path}", data=data, headers=headers)
         try:
             answer = await until_gone(http.receive, ask)
         except aiohttp.ClientError as error:

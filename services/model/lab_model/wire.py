@@ -1,15 +1,10 @@
-"""OpenAI's wire format: what is accepted, what is refused by name, what an answer looks like.
+"""OpenAI's wire format of requests: what is accepted, what is refused by name, and every error.
 
 Knows JSON and status codes; knows nothing of HTTP servers, tokens or models.
 """
 
 from __future__ import annotations
 
-import base64
-import secrets
-import struct
-import time
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -85,6 +80,11 @@ class ServerError(WireError):
     code: str | None = "model_fault"
 
 
+class DeadlineExceededError(ServerError):
+    status = 504
+    code = "deadline_exceeded"
+
+
 class UnavailableError(ServerError):
     status = 503
     code = "model_unavailable"
@@ -104,21 +104,19 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 # fail_fast: a wrong list of a million entries must not become a million error objects.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1, max_length=131_072)]
 MOST_INPUTS = 2048  # OpenAI's limit of embedding inputs
+MOST_CHOICES = 128  # OpenAI's limit of `n`
+MOST_LOGPROBS = 20
 Text = Annotated[str, StringConstraints(min_length=1)]
+# A stop string is looked for in every token's text: both numbers bound that.
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Object = dict[str, Any]
 
 # Accepted whatever they say, because they cannot change an answer.
 WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-# Known to the API and not supported here: only the value that changes nothing passes.
+# Known to the API and not supported here: only the value that changes nothing passes. An endpoint's own fields are not
+# looked up here: `response_format` is one of chat's, and refused at completions.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
@@ -139,6 +137,20 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _biases(value: Any) -> Any:
+    # By hand: a wrong map of a million entries must not become a million error objects.
+    if not isinstance(value, dict):
+        return value
+    biases: dict[int, float] = {}
+    for name, bias in value.items():
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            raise ValueError(f"{name[:20]!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of {name} is not a number from -100 to 100")
+        biases[int(name)] = float(bias)
+    return biases
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -153,10 +165,17 @@ class Generation(BaseModel):
 
     model: Text
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] | None = None
     seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -169,6 +188,14 @@ class Generation(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    def shown(self) -> int | None:
+        """How many alternatives `logprobs` shows beside each token; None: no logprobs."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """What no single field can tell. Raises BadRequestError."""
+
+    @property
     def limit(self) -> int | None:
         """The caller's bound on the answer, in tokens."""
         return self.max_tokens
@@ -178,38 +205,6 @@ class Generation(BaseModel):
         return "max_tokens"
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_INPUTS)]
-
-    def plain(self) -> dict[str, str]:
-        """For a chat template: `developer` is OpenAI's newer word for `system`."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class ChatRequest(Generation):
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def limit_name(self) -> str:
-        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
-
-
 class CompletionRequest(Generation):
     prompt: (
         str
@@ -217,10 +212,25 @@ class CompletionRequest(Generation):
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     )
+    logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    best_of: Whole | None = None
+
+    @property
+    def shown(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
         return _several(self.prompt)
+
+    def check(self) -> None:
+        # `n` of `n` is no choice at all, and 1 is the default.
+        if self.best_of not in (None, 1, self.n or 1):
+            raise BadRequestError(
+                "Unsupported parameter: 'best_of' is not supported with this model, unless it equals 'n'.",
+                param="best_of",
+                code="unsupported_parameter",
+            )
 
 
 class EmbeddingRequest(BaseModel):
@@ -252,7 +262,7 @@ def parse(shape: type[R], body: Any) -> R:
         raise BadRequestError("The body must be a JSON object.")
     # `null` is the same as leaving a field out.
     given = {name: value for name, value in body.items() if value is not None and name not in WITHOUT_EFFECT}
-    for name in [name for name in given if name in NOT_SUPPORTED]:
+    for name in [name for name in given if name in NOT_SUPPORTED and name not in shape.model_fields]:
         value = given.pop(name)
         # 0 == False in Python, not in JSON.
         if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in NOT_SUPPORTED[name]):
@@ -271,8 +281,10 @@ def parse(shape: type[R], body: Any) -> R:
         request = shape.model_validate(given)
     except ValidationError as error:
         raise _refusal(error, given) from None
-    if isinstance(request, Generation) and request.stream_options and not request.stream:
-        raise BadRequestError("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    if isinstance(request, Generation):
+        if request.stream_options and not request.stream:
+            raise BadRequestError("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+        request.check()
     return request
 
 
@@ -292,72 +304,3 @@ def _refusal(error: ValidationError, body: Any) -> BadRequestError:
     if fault["type"] == "missing":
         return BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
     return BadRequestError(f"Invalid value for '{name}': {fault['msg']}.", param=name, code="invalid_value")
-
-
-# Answers
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-class Answer:
-    """The frame of one answer: what all its chunks, or its JSON, have in common."""
-
-    def __init__(self, *, chat: bool, model: str, revision: str, stream: bool, wants_usage: bool) -> None:
-        self._chat, self._stream, self._wants_usage = chat, stream, wants_usage
-        kind = "chat.completion" if chat else "text_completion"
-        self._frame: dict[str, Any] = {
-            "id": new_id("chatcmpl" if chat else "cmpl"),
-            "object": f"{kind}.chunk" if chat and stream else kind,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": revision,
-        }
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """A chat stream's first chunk says who speaks."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None) if self._chat else None
-
-    def piece(self, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
-        return self._chunk(index, {"content": text} if text else {}, finish, text)
-
-    def closing(self, counted: dict[str, int]) -> dict[str, Any] | None:
-        """The last chunk of a stream whose caller asked for usage."""
-        return {**self._frame, "choices": [], "usage": counted} if self._wants_usage else None
-
-    def whole(self, texts: Sequence[str], finishes: Sequence[str], counted: dict[str, int]) -> dict[str, Any]:
-        choices = []
-        for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
-            said: dict[str, Any] = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-            )
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish})
-        return {**self._frame, "choices": choices, "usage": counted}
-
-    def _chunk(self, index: int, delta: Mapping[str, Any], finish: str | None, text: str = "") -> dict[str, Any]:
-        said: dict[str, Any] = {"delta": delta} if self._chat else {"text": text}
-        chunk = {**self._frame, "choices": [{"index": index, **said, "logprobs": None, "finish_reason": finish}]}
-        return {**chunk, "usage": None} if self._wants_usage else chunk
-
-
-def embeddings(model: str, vectors: Sequence[Sequence[float]], counts: list[int], *, packed: bool) -> dict[str, Any]:
-    """OpenAI's embedding list. `packed`: base64 of little-endian float32, which the official client asks for.
-
-    `usage.per_input_tokens` is ours: a cache that keeps single inputs needs it to add up another batch's usage.
-    """
-    data = [
-        {"object": "embedding", "index": index, "embedding": pack(vector) if packed else vector}
-        for index, vector in enumerate(vectors)
-    ]
-    total = sum(counts)
-    counted = {"prompt_tokens": total, "total_tokens": total, "per_input_tokens": counts}
-    return {"object": "list", "data": data, "model": model, "usage": counted}
-
-
-def pack(vector: Sequence[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,530 @@
+"""The engine against a plain model of it: any order of submits, cancels, ends, deadlines and faults.
+
+The runner is a stand-in that remembers which token lies in which page and answers from what it reads there: a page that
+was shared wrongly, written twice or not computed again changes an answer.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import event as count
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from lab_model import weights
+from lab_model.engine import (
+    MOST_FAULTS,
+    DeadlineError,
+    Engine,
+    EngineFaultError,
+    Event,
+    QueueFullError,
+    Request,
+    Span,
+)
+from lab_model.llama import Llama
+from lab_model.pages import PAGE_TOKENS
+from lab_model.plain import Plain
+from lab_model.sampling import Choice, Draw, Sampling, sample
+
+VOCABULARY = 64
+POISON = 7  # a text that holds it has logits of NaN; no text that does not can come to it
+
+
+def scores(text: Sequence[int]) -> torch.Tensor:
+    """The stand-in's logits: a function of the whole text and nothing else."""
+    if POISON in text:
+        return torch.full((VOCABULARY,), float("nan"))
+    noise = torch.Generator().manual_seed(zlib.crc32(bytes(text)))
+    made = torch.randn(VOCABULARY, generator=noise) * 3
+    made[POISON] = -float("inf")
+    return made
+
+
+class Memory:
+    """A runner whose pool holds the token ids themselves, and nothing where nobody wrote."""
+
+    def __init__(self, exact: bool, context: int) -> None:
+        self.exact, self.context = exact, context
+        self.broken = False
+
+    def allocate(self, pages: int) -> None:
+        self.pool: list[list[int | None]] = [[None] * PAGE_TOKENS for _ in range(pages)]
+
+    def read(self, pages: Sequence[int], stop: int) -> list[int | None]:
+        return [token for page in pages for token in self.pool[page]][:stop]
+
+    def _write(self, pages: Sequence[int], place: int, token: int) -> None:
+        page = pages[place // PAGE_TOKENS]
+        assert page, "page 0 is for padding"
+        self.pool[page][place % PAGE_TOKENS] = token
+
+    def _scores(self, pages: Sequence[int], stop: int) -> torch.Tensor:
+        text = self.read(pages, stop)
+        assert None not in text, "a token that nobody computed"
+        return scores([token for token in text if token is not None])
+
+    def _fail(self) -> None:
+        if self.broken:
+            self.broken = False
+            raise RuntimeError("made for this test")
+
+    def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+        left = list(ids)
+        for span in spans:
+            assert span.stop <= len(span.pages) * PAGE_TOKENS
+            for place in range(span.start, span.stop):
+                self._write(span.pages, place, left.pop(0))
+        assert not left
+        self._fail()
+        return torch.stack([self._scores(span.pages, span.stop) for span in spans])
+
+    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+        return torch.stack([scores(ids[: stop + 1]) for stop in range(len(ids))])
+
+    def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
+        for token, place, row in zip(ids, positions, pages, strict=True):
+            self._write(row, place, token)
+        self._fail()
+        return torch.stack([self._scores(row, place + 1) for row, place in zip(pages, positions, strict=True)])
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.pool[page] = [None] * PAGE_TOKENS
+
+
+def expected(request: Request) -> tuple[list[int], str]:
+    """What this request gets when it is alone in the world: its tokens, and how it ends."""
+    draw = Draw(request.sampling, request.prompt)
+    tokens: list[int] = []
+    while True:
+        (choice,) = sample(scores([*request.prompt, *tokens])[None], [draw])
+        if not isinstance(choice, Choice):
+            return tokens, "fault"
+        if choice.token in request.stop_ids:
+            return tokens, "stop"
+        tokens.append(choice.token)
+        if len(tokens) == request.max_tokens:
+            return tokens, "length"
+
+
+SHARED = [[(i * step) % 50 + 10 for i in range(300)] for step in (1, 3)]  # beginnings that prompts have in common
+PROMPTS = st.builds(
+    lambda start, length, tail: SHARED[start][:length] + tail,
+    st.integers(0, 1),
+    st.sampled_from([0, 5, 31, 32, 33, 64, 65, 100, 256, 290]),
+    st.lists(st.integers(8, 60), min_size=1, max_size=20),
+)
+SAMPLINGS = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 1.0]),
+    top_p=st.sampled_from([0.7, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    seed=st.integers(0, 5),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """The engine, stepped by hand as its thread would, beside what a reader of its documentation expects."""
+
+    exact = True
+
+    @initialize(pages=st.integers(12, 18), places=st.integers(2, 6), queue=st.integers(0, 6))
+    def begin(self, pages: int, places: int, queue: int) -> None:
+        self.runner = Memory(self.exact, 12 * PAGE_TOKENS)
+        self.engine = Engine(
+            self.runner, lambda _: None, kv_tokens=pages * PAGE_TOKENS, max_running=places, max_queued=queue
+        )
+        self.number: dict[Request, int] = {}  # in the order of their submission
+        self.heard: dict[Request, list[int]] = {}
+        self.ended: dict[Request, Event] = {}
+        self.gone: set[Request] = set()  # cancelled
+        self.late: set[Request] = set()
+        self.faults = 0
+
+    @property
+    def live(self) -> list[Request]:
+        return [r for r in self.number if r not in self.ended and r not in self.gone]
+
+    def hear(self, events: list[Event]) -> None:
+        for event in events:
+            assert event.request not in self.ended, "an event after the end"
+            assert event.request not in self.gone, "an event after the cancellation"
+            self.heard[event.request] += event.tokens
+            if event.finish or event.error:
+                self.ended[event.request] = event
+
+    def turn(self) -> bool:
+        """One turn of the loop; whether there was anything to do."""
+        events: list[Event] = []
+        with self.engine._changed:
+            self.engine._drop(events)
+            self.engine._admit()
+        busy = bool(self.engine._running)
+        assert busy or not self.engine._waiting, "somebody waits and nobody runs"
+        failing = self.runner.broken
+        try:
+            self.engine._step(events)
+        except RuntimeError:
+            assert failing
+            self.faults += 1
+            events += self.engine._fail_running(EngineFaultError("made for this test"))
+        self.hear(events)
+        return busy
+
+    @rule(
+        prompts=st.lists(PROMPTS, min_size=1, max_size=4),
+        tokens=st.sampled_from([1, 2, 33, 64]),
+        sampling=SAMPLINGS,
+        stops=st.frozensets(st.integers(8, 60), max_size=3),
+        poisoned=st.integers(0, 15),
+    )
+    def submit(
+        self, prompts: list[list[int]], tokens: int, sampling: Sampling, stops: frozenset[int], poisoned: int
+    ) -> None:
+        if not poisoned:
+            prompts[0].append(POISON)
+        asked = [Request(prompt, tokens, stops, sampling) for prompt in prompts]
+        room = self.engine.capacity - len(self.engine._running) - len(self.engine._waiting)
+        if len(asked) > room:
+            with pytest.raises(QueueFullError) as full:
+                self.engine.submit(*asked)
+            assert full.value.retry_after >= 0
+            return
+        self.engine.submit(*asked)
+        for request in asked:
+            self.number[request] = len(self.number)
+            self.heard[request] = []
+
+    @rule(start=st.sampled_from([0, 31, 40, 255]), count=st.integers(3, 6), turns=st.integers(30, 70))
+    def crowd(self, start: int, count: int, turns: int) -> None:
+        """Several at once that begin alike and grow together: until the pages run out and some are sent back."""
+        for number in range(count):
+            room = self.engine.capacity - len(self.engine._running) - len(self.engine._waiting)
+            if room:
+                request = Request([*SHARED[0][:start], 10 + number], 64, sampling=Sampling(1.0, seed=number))
+                self.engine.submit(request)
+                self.number[request] = len(self.number)
+                self.heard[request] = []
+        self.steps(turns)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.live))
+        self.engine.cancel(request)
+        self.gone.add(request)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def deadline_passes(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.live))
+        request.deadline = time.monotonic() - 1
+        self.late.add(request)
+
+    @precondition(lambda self: self.live)
+    @rule(turns=st.sampled_from([1, 3, 40]))
+    def go_on(self, turns: int) -> None:
+        self.steps(turns)
+
+    def steps(self, turns: int) -> None:
+        for _ in range(turns):
+            if not self.turn():
+                break
+            self.whole()
+
+    @precondition(lambda self: self.engine._running)
+    @rule()
+    def a_step_fails(self) -> None:
+        self.runner.broken = True
+        held = [r for r in self.engine._running if not r.cancelled and r not in self.late]
+        self.turn()
+        if not self.runner.broken:
+            for request in held:
+                assert request in self.ended, "a request in flight did not hear of the fault"
+        self.runner.broken = False
+
+    @invariant()
+    def whole(self) -> None:
+        """Slots, pages and order."""
+        engine, pages = self.engine, self.engine._pages
+        queue = [*engine._running, *engine._waiting]
+        # Order: who came first is served first; who was sent back is before those that never ran.
+        assert [self.number[r] for r in queue] == sorted(self.number[r] for r in queue)
+        assert len(engine._running) <= engine._max_running
+        assert len(queue) <= engine.capacity
+        assert set(self.live) == {r for r in queue if r not in self.gone}
+        # Pages: each is free, kept or held by as many as it says.
+        holders = Counter(page for request in engine._running for page in request.pages)
+        assert not [r for r in engine._waiting if r.pages or r.cached]
+        assert all(len(set(r.pages)) == len(r.pages) for r in engine._running)
+        assert [holders.get(page, 0) for page in range(pages.total + 1)] == pages._holders
+        free, idle = set(pages._free), set(pages._idle)
+        assert len(pages._free) == len(free)
+        assert not free & idle
+        assert free | idle == {page for page in range(1, pages.total + 1) if not holders[page]}
+        assert idle == {page for page in pages._keys if not holders[page]}
+        assert {key: page for page, key in pages._keys.items()} == {k: page for k, (page, _) in pages._pages.items()}
+        stats = engine.stats()
+        assert (stats.running, stats.waiting) == (len(engine._running), len(engine._waiting))
+        assert stats.pages_used == len(holders)
+        assert stats.pages_kept == len(idle)
+        # What lies in them is what their owners computed, and what others will find is what they look for.
+        for request in engine._running:
+            assert self.runner.read(request.pages, request.cached) == request.tokens[: request.cached]
+        for page, (_, tokens) in pages._keys.items():
+            assert self.runner.pool[page] == list(tokens)
+
+    def teardown(self) -> None:
+        """Everybody who stayed gets the answer that is due alone; then every page is free or kept."""
+        if not hasattr(self, "engine"):
+            return
+        while self.turn():
+            self.whole()
+        assert not self.live
+        assert self.engine._pages.available == self.engine._pages.total
+        stats = self.engine.stats()
+        count(f"sent back: {min(stats.preempted, 3)}")
+        count(f"began in the cache: {stats.reused_tokens > 0}")
+        for request, heard in self.heard.items():
+            tokens, end = expected(request)
+            assert heard == tokens[: len(heard)]
+            if request in self.gone:
+                continue
+            event = self.ended[request]
+            if event.finish:
+                assert (heard, event.finish) == (tokens, end)
+            elif isinstance(event.error, DeadlineError):
+                assert request in self.late
+            else:
+                assert isinstance(event.error, EngineFaultError)
+                assert end == "fault" or self.faults
+
+
+class InexactMachine(EngineMachine):
+    """Prompts in fixed pieces, as for models whose results depend on how many tokens are computed together."""
+
+    exact = False
+
+
+MANY = settings(max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+TestExact = EngineMachine.TestCase
+TestExact.settings = MANY
+TestInexact = InexactMachine.TestCase
+TestInexact.settings = MANY
+
+
+# ---- in its own thread
+
+
+class Heard:
+    """An engine with its thread, and what it delivered."""
+
+    def __init__(self, runner: Any, **limits: int) -> None:
+        self.tokens: dict[Request, list[int]] = {}
+        self.ended: dict[Request, Event] = {}
+        self.when: dict[Request, float] = {}
+        self.engine = Engine(runner, self._deliver, **limits)
+        self.engine.start()
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            self.tokens.setdefault(event.request, []).extend(event.tokens)
+            if event.finish or event.error:
+                self.ended[event.request] = event
+                self.when[event.request] = time.monotonic()
+
+    def wait(self, requests: Sequence[Request], seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while not all(request in self.ended for request in requests):
+            assert time.monotonic() < until, "not finished"
+            time.sleep(0.002)
+
+
+def test_after_a_fault_the_loop_is_back_within_a_second_and_counts_it() -> None:
+    """Those in flight get EngineFaultError, those in the queue their answer; the engine stays alive."""
+    runner = Memory(True, 256)
+    heard = Heard(runner, max_running=2)
+    try:
+        running = [Request([10, 11, 12], 200), Request([13, 14], 200)]
+        queued = Request([20, 21], 20)
+        runner.broken = True
+        heard.engine.submit(*running, queued)
+        heard.wait([*running, queued])
+        assert {type(heard.ended[r].error) for r in running} == {EngineFaultError}
+        assert heard.tokens[queued] == expected(queued)[0]
+        assert heard.when[queued] - heard.when[running[0]] < 1
+        assert heard.engine.stats().faults == 1
+        assert heard.engine.alive
+    finally:
+        heard.engine.close()
+
+
+def test_an_engine_that_only_fails_says_so() -> None:
+    """After MOST_FAULTS faults in a row readiness is lost; a step that works brings it back."""
+
+    class Failing(Memory):
+        def _fail(self) -> None:
+            if self.broken:
+                raise RuntimeError("made for this test")
+
+    runner = Failing(True, 256)
+    heard = Heard(runner)
+    try:
+        runner.broken = True
+        for _ in range(MOST_FAULTS):
+            assert heard.engine.alive
+            request = Request([10, 11], 5)
+            heard.engine.submit(request)
+            heard.wait([request])
+        until = time.monotonic() + 5
+        while heard.engine.alive:
+            assert time.monotonic() < until
+        runner.broken = False
+        request = Request([10, 11], 5)
+        heard.engine.submit(request)
+        heard.wait([request])
+        assert heard.tokens[request] == expected(request)[0]
+        assert heard.engine.alive
+        assert heard.engine.stats().faults == MOST_FAULTS
+    finally:
+        heard.engine.close()
+
+
+# ---- 31 neighbours, and one who means harm
+
+
+class Allow:
+    """A grammar of the same ids always; `fails` raises where it says."""
+
+    def __init__(self, ids: Sequence[int] = (), fails: str = "") -> None:
+        self.ids, self.fails = ids, fails
+
+    def fill(self, row: torch.Tensor) -> bool:
+        if self.fails == "fill":
+            raise MemoryError("a schema that explodes")
+        row.zero_()
+        for token in self.ids:
+            row[token // 32] |= -(2**31) if token % 32 == 31 else 1 << token % 32
+        return True
+
+    def accept(self, token: int) -> None:
+        if self.fails == "accept":
+            raise RecursionError("a schema that explodes")
+
+
+class Poisoned:
+    """A runner whose logits are NaN after every prompt that holds this token."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.exact, self.context = runner.exact, runner.context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+        logits: torch.Tensor = self._runner.prefill(ids, spans)
+        at = 0
+        for row, span in enumerate(spans):
+            if POISON in ids[at : at + span.stop - span.start]:
+                logits[row] = float("nan")
+            at += span.stop - span.start
+        return logits
+
+
+EVERY = range(tiny.VOCABULARY)
+HOSTILE: dict[str, Request] = {
+    "NaN logits": Request([5, POISON, 5], 10),
+    "temperature 0": Request([5], 10, sampling=Sampling(temperature=0.0, top_p=0.5, top_k=3)),
+    "temperature 1e-9": Request([5], 10, sampling=Sampling(temperature=1e-9)),
+    "top_p 0": Request([5], 10, sampling=Sampling(temperature=1.0, top_p=0.0)),
+    "top_p 1e-9": Request([5], 10, sampling=Sampling(temperature=1.0, top_p=1e-9)),
+    "bias +100 on all": Request([5], 10, sampling=Sampling(temperature=1.0, logit_bias=dict.fromkeys(EVERY, 100.0))),
+    "bias -100 on all": Request([5], 10, sampling=Sampling(temperature=1.0, logit_bias=dict.fromkeys(EVERY, -100.0))),
+    "bias beyond the vocabulary": Request([5], 10, sampling=Sampling(logit_bias={10**9: 1.0})),
+    "only special tokens": Request([0, 1, 2] * 10, 10),
+    "invalid UTF-8": Request([*range(130, 200)], 10),
+    "10,000 stop tokens": Request([5], 10, stop_ids=frozenset(range(1000, 11000))),
+    "a schema that explodes": Request([5], 10, grammar=Allow(fails="fill")),
+    "a schema that explodes later": Request([5], 10, grammar=Allow([9], fails="accept")),
+    "a schema that allows nothing": Request([5], 10, grammar=Allow()),
+    "the longest prompt": Request([9] * 1000, 24, sampling=Sampling(temperature=1.0, top_p=0.99, seed=1)),
+    "already too late": Request([5], 10, deadline=0.0),
+}
+FAULTS = {name for name in HOSTILE if "schema" in name or name in {"NaN logits", "bias beyond the vocabulary"}}
+
+
+def runner(kind: str) -> Any:
+    model = tiny.model("llama")
+    return Llama(weights.from_model(model), model.device, model.dtype) if kind == "llama" else Plain(model)
+
+
+def neighbours() -> list[Request]:
+    torch.manual_seed(3)
+    sorts: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 10, "repetition_penalty": 1.2},
+    ]
+    return [
+        Request(
+            torch.randint(8, tiny.VOCABULARY, (3 + 7 * i % 60,)).tolist(), 24, sampling=Sampling(seed=i, **sorts[i % 4])
+        )
+        for i in range(31)
+    ]
+
+
+@cache
+def undisturbed(kind: str) -> list[list[int]]:
+    """What the 31 get without a thirty-second."""
+    heard = Heard(runner(kind))
+    try:
+        asked = neighbours()
+        heard.engine.submit(*asked)
+        heard.wait(asked)
+        return [heard.tokens[request] for request in asked]
+    finally:
+        heard.engine.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "plain"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_thirty_one_neighbours_are_unchanged(name: str, kind: str) -> None:
+    """Beside each hostile request 31 others get, in float32, the tokens that they get without it; it fails alone."""
+    given = HOSTILE[name]
+    ill = Request(given.prompt, given.max_tokens, given.stop_ids, given.sampling, given.grammar, given.deadline)
+    heard = Heard(Poisoned(runner(kind)))
+    try:
+        asked = neighbours()
+        heard.engine.submit(*asked[:16], ill, *asked[16:])
+        heard.wait([*asked, ill])
+        assert [heard.tokens[request] for request in asked] == undisturbed(kind)
+        assert not [request for request in asked if heard.ended[request].error]
+        error = heard.ended[ill].error
+        if name == "already too late":
+            assert isinstance(error, DeadlineError)
+        else:
+            assert isinstance(error, EngineFaultError) == (name in FAULTS), error
+    finally:
+        heard.engine.close()
+
+
+def test_an_empty_prompt_is_refused_before_any_work() -> None:
+    heard = Heard(Memory(True, 256))
+    try:
+        with pytest.raises(ValueError, match="at least one prompt token"):
+            heard.engine.submit(Request([], 5))
+        assert heard.engine.stats().steps == 0
+    finally:
+        heard.engine.close()
