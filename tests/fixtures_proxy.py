@@ -86,6 +86,7 @@ def proxy(log_dir: Path, *, redis: str, model: str, paid: str | None = None, **s
         "PROXY_MODEL_URL": model,
         "PROXY_REDIS_URL": redis,
         "PROXY_CACHE_SECRET_FILE": str(log_dir / "cache-secret"),
+        "PROXY_FILES_DIR": str(log_dir / "files"),
         "PROXY_MODEL_POLL_SECONDS": "0.1",
     }
     if paid:

@@ -3,7 +3,9 @@
 What stands after `mock-` in the model's name is how it behaves (`gpt-mock-reset` resets the stream in its middle): see
 MODES. It is a stand-in for a paid upstream at /v1/… and for the model service at /v1/models, /ready and /m/<id>/v1/….
 `GET /calls` tells what came in and how many callers left early; `POST /control` sets `revision`, `delay` (seconds
-before an answer) and the `state` of /ready, the ids that are still `loading`; `POST /reset` forgets all.
+before an answer) and the `state` of /ready, the ids that are still `loading`; `script`, what becomes of the next calls,
+one after the other (a status, `drop`, `hang`, `ok`), with the headers `sent`; `closed`: a gate before which all answers
+wait until it is opened (false); `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ MODES = {
     "tools": "two tool calls",
     "reasoning": "reasoning_content before the content",
     "refusal": "a refusal instead of content",
+    "pretty": "JSON over many lines, as OpenAI sends it",
 }
 
 LOCAL = {"smollm2-135m-instruct": "chat", "all-minilm-l6-v2": "embedding"}
@@ -67,6 +70,11 @@ class Mock:
         self.delay = 0.0
         self.state = "ready"
         self.loading: list[str] = []  # ids of the model service that are not served yet
+        self.script: list[int | str] = []
+        self.sent: dict[str, str] = {}
+        self.closed = False
+        self.at: list[float] = []  # when calls came, time.time()
+        self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of answers that were sent whole
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,31 +108,61 @@ class Mock:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         body = orjson.loads(raw)
         self.last = {"headers": headers, "body": body, "path": path, "raw": raw.decode()}
+        self.at.append(time.time())
         extra = {"x-request-id": headers.get("x-request-id", "up-1"), "set-cookie": "s=1", "openai-processing-ms": "5"}
         if local:
             extra |= {"x-model-revision": self.revision}
         if self.delay:
             await asyncio.sleep(self.delay)
+        if await self.scripted(send, extra):
+            return None
         mode = body["model"].partition("mock-")[2]
         key = headers.get("authorization", "").removeprefix("Bearer ")
         if await refuse(mode, key, send, extra):
             return None
-        if kind == "embeddings":
-            return await whole(send, vectors(body, local, self.revision), extra)
-        if kind not in {"chat/completions", "completions"}:
+        if kind not in {"chat/completions", "completions", "embeddings", "responses"}:
             return await whole(send, failure("nothing here", "invalid_request_error"), extra, status=404)
-        made = completion(body, mode, kind == "chat/completions", self.revision if local else "fp_mock")
+        try:
+            if kind == "embeddings":
+                made = vectors(body, local, self.revision)
+                await whole(send, made, extra)
+                return self.count(made["usage"])
+            if kind == "responses":
+                return await respond(send, body, mode, extra)
+            made = completion(body, mode, kind == "chat/completions", self.revision if local else "fp_mock")
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+            return await whole(send, failure("this makes no sense", "invalid_request_error"), extra, status=400)
         if not body.get("stream") or mode == "json":
             if mode == "reset":
                 return await broken(send, extra, orjson.dumps(made)[:50])
-            return await whole(send, made, extra)
+            shown = orjson.dumps(made, option=orjson.OPT_INDENT_2) if mode == "pretty" else made
+            await whole(send, shown, extra)
+            return self.count(made["usage"])
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return await stream(send, made, mode, usage=usage, key=key, extra=extra)
+        await stream(send, made, mode, usage=usage, key=key, extra=extra)
+        return self.count(made["usage"])
+
+    def count(self, usage: dict[str, Any]) -> None:
+        for name in self.tokens:
+            self.tokens[name] += usage.get(name, 0)
+
+    async def scripted(self, send: Send, extra: dict[str, str]) -> bool:
+        """The gate, and what the script says of this call. True when it has been dealt with."""
+        while self.closed:  # noqa: ASYNC110 - it is opened by an assignment
+            await asyncio.sleep(0.01)
+        turn = self.script.pop(0) if self.script else "ok"
+        if turn == "drop":
+            send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's own, before any head
+        elif turn == "hang":
+            await asyncio.sleep(3600)
+        elif isinstance(turn, int):
+            await whole(send, failure(f"status {turn}", "server_error"), extra | self.sent, status=turn)
+        return turn != "ok"
 
     async def page(self, path: str, raw: bytes, send: Send) -> None:
         if path == "/calls":
             return await whole(send, {"calls": self.calls, "total": sum(self.calls.values()), "left": self.left,
-                                      "last": self.last})  # fmt: skip
+                                      "last": self.last, "at": self.at, "tokens": self.tokens})  # fmt: skip
         if path == "/control":
             for name, value in orjson.loads(raw).items():
                 setattr(self, name, value)
@@ -224,6 +262,8 @@ def pieces(text: str) -> list[str]:
 def completion(body: dict[str, Any], mode: str, chat: bool, fingerprint: str) -> dict[str, Any]:
     """The whole JSON answer; a stream is cut from it."""
     choices: list[dict[str, Any]] = []
+    if (body.get("n") or 1) > 128:
+        raise ValueError("n")
     for index in range(body.get("n") or 1):
         text, finish = text_for(body, index)
         finish = {"filter": "content_filter", "cut": "length"}.get(mode, finish)
@@ -327,6 +367,44 @@ async def stream(send: Send, made: dict[str, Any], mode: str, *, usage: bool, ke
         await put(orjson.dumps({**top, "choices": [], "usage": made["usage"]}).decode())
     if mode not in {"error-event", "no-done"}:
         await put("[DONE]")
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def respond(send: Send, body: dict[str, Any], mode: str, extra: dict[str, str]) -> None:
+    """The Responses API: one message, as JSON or as events. Mode `reset`: the stream breaks off."""
+    given = body["input"]
+    text = f"You said: {given if isinstance(given, str) else given[-1]['content']}"
+    words = len(text.split())
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    usage = {"input_tokens": words - 2, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": words,
+             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 2 * words - 2}  # fmt: skip
+    message = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [part]}
+    made = {"id": f"resp_{time.monotonic_ns()}", "object": "response", "created_at": 1, "status": "completed",
+            "model": body["model"], "output": [message], "usage": usage, "error": None, "incomplete_details": None,
+            "instructions": None, "metadata": {}, "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0,
+            "tool_choice": "auto", "tools": []}  # fmt: skip
+    if not body.get("stream"):
+        await whole(send, made, extra)
+        return
+    begun = made | {"status": "in_progress", "output": [], "usage": None}
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": begun}]
+    item = message | {"status": "in_progress", "content": []}
+    events += [{"type": "response.output_item.added", "output_index": 0, "item": item}]
+    events += [{"type": "response.content_part.added", **place, "part": part | {"text": ""}}]
+    events += [{"type": "response.output_text.delta", **place, "delta": each, "logprobs": []} for each in pieces(text)]
+    events += [{"type": "response.output_text.done", **place, "text": text, "logprobs": []}]
+    events += [{"type": "response.output_item.done", "output_index": 0, "item": message}]
+    events += [{"type": "response.completed", "response": made}]
+    headers = {"content-type": "text/event-stream", **extra}
+    await send({"type": "http.response.start", "status": 200,
+                "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})  # fmt: skip
+    for number, event in enumerate(events):
+        if mode == "reset" and number == 3:
+            await asyncio.sleep(0.05)
+            raise ConnectionResetError("as asked")
+        said = f"event: {event['type']}\ndata: ".encode() + orjson.dumps(event | {"sequence_number": number}) + b"\n\n"
+        await send({"type": "http.response.body", "body": said, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 
 

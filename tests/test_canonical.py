@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import math
 import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -207,3 +211,50 @@ def test_cache_k4_no_body_is_a_fault(raw: bytes) -> None:
     """Any bytes give an object or a 400, nothing else."""
     with contextlib.suppress(InvalidRequest):
         assert isinstance(canonical.parse(raw), dict)
+
+
+# ---- K6: the vectors, and a second implementation that knows the contract only
+
+VECTORS = json.loads((Path(__file__).parent / "vectors/cache_keys.json").read_text("utf-8"))
+
+
+def second_form(value: object) -> str:
+    """Canonical JSON by other means: of dictionaries, lists, strings, Decimals, booleans and None."""
+    if isinstance(value, dict):
+        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
+        return "{" + ",".join(f"{second_form(name)}:{second_form(value[name])}" for name in names) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(second_form, value)) + "]"
+    if not isinstance(value, Decimal):
+        return json.dumps(value, ensure_ascii=False)
+    if value == value.to_integral_value() and abs(value) < 10**40:
+        return str(int(value))
+    shown = repr(float(value))  # ECMAScript's, but for where the exponent begins and how it is written
+    digits, _, power = shown.partition("e")
+    if power or not 1e-6 <= abs(value) < 1e21:
+        digits, power = f"{Decimal(shown).normalize():e}".split("e")
+        return f"{digits}e{int(power):+d}" if not -7 < int(power) < 21 else f"{Decimal(shown):f}"
+    return digits
+
+
+def second_key(secret: str, unkeyed: list[str], vector: dict[str, Any]) -> tuple[str, str]:
+    body = json.loads(vector["request"], parse_float=Decimal, parse_int=Decimal)
+    defaults = json.loads(json.dumps(vector["defaults"]), parse_float=Decimal, parse_int=Decimal)
+    body = {name: value for name, value in body.items() if name not in unkeyed and value is not None}
+    body = {name: value for name, value in body.items() if second_form(value) != second_form(defaults.get(name))}
+    parts = [Decimal(3), *(vector[name] for name in ("tenant", "upstream", "model", "revision", "endpoint"))]
+    form = second_form([*parts, body | {"model": vector["model"]}])
+    return form, hmac.new(secret.encode(), form.encode(), "sha256").hexdigest()
+
+
+@pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["title"])
+def test_cache_k6_vectors(vector: dict[str, Any]) -> None:
+    """Every vector's form and key, by this package and by a second implementation of the contract."""
+    assert VECTORS["version"] == canonical.CONTRACT
+    assert VECTORS["unkeyed"] == sorted(canonical.UNKEYED)
+    parts = {name: vector[name] for name in ("tenant", "upstream", "model", "revision", "endpoint")}
+    defaults = {name: canonical.encode(value) for name, value in vector["defaults"].items()}
+    body = canonical.comparable(canonical.parse(vector["request"].encode()), vector["model"], defaults)
+    form = canonical.form(**parts, body=body)
+    assert (form.decode(), canonical.key_of(VECTORS["secret"].encode(), form)) == (vector["canonical"], vector["key"])
+    assert second_key(VECTORS["secret"], VECTORS["unkeyed"], vector) == (vector["canonical"], vector["key"])

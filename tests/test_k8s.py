@@ -128,19 +128,19 @@ def test_variables_are_those_of_compose_and_settings(name: str) -> None:
     composed: dict[str, Any] = COMPOSE["services"][name]["environment"]
     fixed = {key: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for key, value in composed.items() if value}
     # The catalogue is the image's own; a key comes from a Secret, which may be missing, where a file may not.
-    elsewhere = {"MODEL_CATALOGUE_FILE", "PROXY_OPENAI_API_KEY_FILE"}
+    elsewhere = {"MODEL_CATALOGUE_FILE", "PROXY_OPENAI_API_KEY_FILE", "PROXY_ADMIN_KEY_FILE"}
     assert {key: given.get(key) for key in fixed if key not in elsewhere} == {
         key: value for key, value in fixed.items() if key not in elsewhere
     }
-    assert set(given) - set(composed) <= {"PROXY_OPENAI_API_KEY"}
+    assert set(given) - set(composed) <= {"PROXY_OPENAI_API_KEY", "PROXY_ADMIN_KEY"}
     SETTINGS[name](**{key.removeprefix(f"{name.upper()}_").lower(): value for key, value in given.items() if value})
 
 
-def test_the_key_is_optional() -> None:
-    (key,) = container("proxy")["env"]
-    source = key["valueFrom"]["secretKeyRef"]
-    assert source["optional"] is True
-    assert source["key"] in COMPOSE["services"]["proxy"]["secrets"]
+def test_the_keys_are_optional() -> None:
+    for key in container("proxy")["env"]:
+        source = key["valueFrom"]["secretKeyRef"]
+        assert source["optional"] is True
+        assert source["key"] in COMPOSE["services"]["proxy"]["secrets"]
 
 
 def test_images_are_those_that_compose_builds() -> None:

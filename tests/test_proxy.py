@@ -34,9 +34,10 @@ from fixtures_proxy import (
 from lab_proxy import app as application
 from lab_proxy import exchange
 from lab_proxy.__main__ import main
-from lab_proxy.app import MOST_MODELS, App, Metrics, Response
+from lab_proxy.app import App, Response
 from lab_proxy.errors import UpstreamTimeout
 from lab_proxy.exchange import Account, Exchange
+from lab_proxy.metrics import MOST_MODELS, Metrics
 from lab_proxy.upstream import passed_on
 from processes import free_port, python
 
@@ -271,7 +272,7 @@ async def test_a_caller_who_does_not_read_is_given_up(monkeypatch: pytest.Monkey
     out.started = True
     answering = object.__new__(Exchange)
     monkeypatch.setattr(Exchange, "_way", late)
-    answering._total = 1
+    answering._total, answering._ledger = 1, None
     call = exchange.Call("t", "/v1/chat/completions", b"", {}, "r", exchange.Wishes(), False, 0.0)
     async with asyncio.timeout(2):
         await answering.answer(call, out)
@@ -289,7 +290,7 @@ async def test_a_fault_is_told_within_a_bound(monkeypatch: pytest.MonkeyPatch, b
         raise RuntimeError
 
     monkeypatch.setattr(App, "_dispatch", broken)
-    monkeypatch.setattr(App, "_tell", lambda *given: told.append(given[3]))
+    monkeypatch.setattr(App, "tell", lambda *given: told.append(given[3]))
     async with asyncio.timeout(2):
         await object.__new__(App)._request({"headers": [], "path": "/", "method": "GET"}, never, never)  # type: ignore[arg-type]
     assert [account.error for account in told] == ["RuntimeError"]
@@ -368,7 +369,9 @@ def test_preflight_is_answered_to_allowed_origins_only(bench: Bench) -> None:
         ("DELETE", "/v1/embeddings", 405),
         ("POST", "/v1/models", 405),
         ("TRACE", "/health", 405),
-        ("POST", "/v1/responses", 404),
+        ("GET", "/v1/responses", 405),
+        ("POST", "/v1/responses", 415),
+        ("GET", "/v1/responses/resp_1", 404),
         ("GET", "/", 404),
         ("GET", "/v1/models/nobody", 404),
         ("GET", "/%00%ff/../..//etc", 404),
@@ -451,7 +454,7 @@ def test_invented_models_do_not_grow_the_metrics(bench: Bench) -> None:
     metrics = Metrics()
     for number in range(MOST_MODELS + 50):
         metrics.record("/v1/embeddings", Account(model=f"m{number}", known=True), 200, 0.1)
-    labels = {sample.labels["model"] for family in metrics.requests.collect() for sample in family.samples}
+    labels = {sample.labels["model"] for family in metrics.collect() for sample in family.samples if sample.labels}
     assert len(labels) == MOST_MODELS + 1
     assert "other" in labels
 
@@ -537,8 +540,10 @@ def test_sigterm_lets_streams_end(bench: Bench, tmp_path: Path) -> None:
         assert bench.calls()["last"]["headers"]["authorization"] == f"Bearer {UPSTREAM_KEY}"
         os.killpg(other.proxy.popen.pid, signal.SIGTERM)
         time.sleep(0.3)
-        with pytest.raises(httpx2.ConnectError):
-            httpx2.get(f"{other.proxy.url}/health")
+        refused = httpx2.post(f"{other.proxy.url}/v1/chat/completions", json={})
+        assert (refused.status_code, error(refused)["code"]) == (503, "draining")
+        assert refused.headers["connection"] == "close"
+        assert httpx2.get(f"{other.proxy.url}/ready").json()["status"] == "draining"
         asking.join(10)
         assert events(got[0])[-1] == "[DONE]"
         assert other.proxy.popen.wait(5) == 0

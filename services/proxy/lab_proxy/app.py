@@ -9,24 +9,33 @@ import asyncio
 import logging
 import platform
 import re
-import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from random import getrandbits  # an id is no secret
 from typing import Any, Protocol
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from . import __version__, canonical, errors
+from .batches import Batches
 from .cache import Wishes
 from .entry import CHAT, COMPLETIONS, EMBEDDINGS
 from .errors import ProxyError
-from .exchange import JSON, SSE, STALLED_CLIENT_SECONDS, Account, Call, Exchange, Store
+from .exchange import JSON, SSE, STALLED_CLIENT_SECONDS, Account, Call, Exchange, Limiter, Recorder
+from .explain import FLUSH, Explain, Shelves
+from .flight import Flights
+from .journal import Journal
+from .keys import LOCAL, Identity, NoKeys
+from .local import LocalModels
+from .metrics import Metrics
+from .responses import RESPONSES
 from .routes import Routes
 from .settings import LOOPBACK, Settings
-from .upstream import LocalModels, Upstream
+from .upstream import Upstreams
 
 log = logging.getLogger("lab_proxy.request")
 
@@ -34,13 +43,15 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-TENANT = "local"  # without virtual keys there is one tenant
-ENDPOINTS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
+ENDPOINTS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES})
+KEYED = ("/v1/", "/usage", "/cache/")  # where a virtual key is asked for, if there are any
+OPERATOR = "/admin/"  # no web page's affair, wherever it comes from
 UNCHECKED = frozenset({"/health", "/ready"})  # probes call by address; these pages tell a stranger nothing
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged only when they fail
+OTHERS = frozenset({"/status", "/v1/models", "/v1/files", "/v1/batches"})  # routes that metrics tell apart
+WATCHED = QUIET | {"/status"}  # answered to the last
+MOST_HOSTS = 100
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-MOST_MODELS = 200  # names that /metrics tells apart: a caller may invent any number of them
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Part(Protocol):
@@ -51,7 +62,16 @@ class Part(Protocol):
     async def stop(self) -> None: ...
 
 
-class StoreService(Store, Part, Protocol):
+class Doorkeeper(Part, Protocol):
+    """keys.Keys as the application sees it."""
+
+    async def identify(self, headers: Mapping[str, str]) -> Identity:
+        """Who asks. Raises KeyRefused and KeysUnavailable."""
+
+    def is_admin(self, headers: Mapping[str, str]) -> bool: ...
+
+
+class StoreService(Shelves, Part, Protocol):
     """The cache with what its life and the status page need."""
 
     @property
@@ -60,57 +80,10 @@ class StoreService(Store, Part, Protocol):
     async def report(self) -> dict[str, Any]: ...
 
 
-class Metrics:
-    """What /metrics tells. One instance for one application, with a registry of its own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        by = ("route", "model", "cache")
-        self.requests = Counter("lab_proxy_requests", "Requests answered.", (*by, "status"), registry=self.registry)
-        self.seconds = Histogram(
-            "lab_proxy_request_seconds", "Time to the end of the answer.", by, registry=self.registry, buckets=_BUCKETS
-        )
-        self.ttft = Histogram(
-            "lab_proxy_ttft_seconds",
-            "Time to the first token of a stream.",
-            by,
-            registry=self.registry,
-            buckets=_BUCKETS,
-        )
-        self.tokens = Counter(
-            "lab_proxy_tokens", "Tokens of answers, by where they came from.", ("model", "source", "kind"),
-            registry=self.registry,
-        )  # fmt: skip
-        self.redis_errors = Counter(
-            "lab_proxy_redis_errors", "Operations that redis failed.", ("operation",), registry=self.registry
-        )
-        self.hits = 0
-        self.misses = 0
-        self._models = {""}
-
-    def record(self, route: str, account: Account, status: int, seconds: float) -> None:
-        model = account.model
-        if account.known and len(self._models) <= MOST_MODELS:
-            self._models.add(model)
-        if model not in self._models:
-            model = "other"
-        labels = (route, model, account.cache)
-        self.requests.labels(*labels, str(status)).inc()
-        self.seconds.labels(*labels).observe(seconds)
-        if account.ttft is not None:
-            self.ttft.labels(*labels).observe(account.ttft)
-        if account.prompt_tokens or account.completion_tokens:
-            source = "cache" if account.cache == "hit" else "upstream"
-            self.tokens.labels(model, source, "prompt").inc(account.prompt_tokens)
-            self.tokens.labels(model, source, "completion").inc(account.completion_tokens)
-        self.hits += account.cache == "hit"
-        self.misses += account.cache in {"miss", "request", "partial"}
-
-
 class Response:
     """One answer on its way out; the exchange's `Out`."""
 
-    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
         """`headers`: those of every answer to this request, `x-request-id` among them."""
         self._send = send
         self.headers = headers
@@ -125,6 +98,13 @@ class Response:
         self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
+    async def ready(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started, self.status = True, 200
+        own = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers + own})
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": body})
+
     async def head(self, headers: Mapping[str, str]) -> None:
         # x-accel-buffering: a reverse proxy in front must not hold events back.
         await self._start(200, {"content-type": SSE, "cache-control": "no-store", "x-accel-buffering": "no", **headers})
@@ -136,29 +116,90 @@ class Response:
         self.ended = True
         await self._send({"type": "http.response.body", "body": b""})
 
+    async def parts(self, headers: Mapping[str, str], content_type: str, parts: AsyncIterator[bytes]) -> None:
+        """A body that is not held in memory; `headers` say its length."""
+        await self._start(200, {"content-type": content_type, **headers})
+        async for part in parts:
+            await self.piece(part)
+        await self.end()
+
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.started, self.status = True, status
         raw = [(k.encode("latin-1"), v.encode("latin-1", "replace")) for k, v in {**headers, **self.headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
 
+@dataclass(slots=True)
+class Visit:
+    """One request to a page: what lies outside of the exchange."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Mapping[str, str]
+    identity: Identity
+    read: Callable[[], Awaitable[bytes]]  # the body, within its limits of size and time
+    receive: Receive  # the body as it comes, for who bounds it otherwise
+
+
+Page = Callable[[Visit, "Response"], Awaitable[None]]
+Trace = Callable[[str, Account, int, float, str], None]  # route, account, status, seconds, request id
+
+
 class App:
     """Parts are handed in and started by the server's lifespan."""
+
+    draining = False  # the server says so: new work is refused, what runs goes on
 
     def __init__(
         self,
         settings: Settings,
         cache: StoreService,
-        upstreams: Mapping[str, Upstream],
+        upstreams: Upstreams,
         routes: Routes,
         *,
         local: LocalModels,
         metrics: Metrics,
+        keys: Doorkeeper | None = None,
+        limits: Limiter | None = None,
+        ledger: Recorder | None = None,
+        flights: Flights | None = None,
+        parts: Sequence[Part] = (),
+        reports: Mapping[str, Callable[[], Any]] | None = None,
+        trace: Trace | None = None,
+        pages: Mapping[tuple[str, str], Page] | None = None,
+        batches: Batches | None = None,
     ) -> None:
         self._settings = settings
+        self._keys = keys or NoKeys()
         self._cache, self._upstreams, self._routes, self._local = cache, upstreams, routes, local
         self._metrics = metrics
-        self._exchange = Exchange(settings, cache, upstreams, routes, local)
+        self._journal = Journal()
+        self._reports = dict(reports or {})
+        self._trace = trace
+        metrics.watch(self._gauges)
+        self._exchange = Exchange(
+            settings, cache, upstreams, routes, local, limits=limits, ledger=ledger, flights=flights
+        )
+        self._parts: list[Part] = [upstreams, cache, local, self._keys, *parts, *([flights] if flights else [])]
+        self._pages: dict[tuple[str, str], Page] = {
+            ("GET", "/health"): self._health,
+            ("GET", "/ready"): self._ready,
+            ("GET", "/status"): self._status,
+            ("GET", "/metrics"): self._metrics_page,
+            ("GET", "/v1/models"): self._models,
+        }
+        self._folders: dict[tuple[str, str], Page] = {("GET", "/v1/models/"): self._model}  # and all below
+        self._pages |= Explain(self._exchange, cache, self._keys).pages()
+        for (method, place), page in (pages or {}).items():
+            (self._folders if place.endswith("/") else self._pages)[method, place] = page
+        self.begun = self.ended = 0  # requests to the exchange: batches stand behind them
+        if batches is not None:
+            pages, folders = batches.serve(self._exchange, self)
+            self._pages |= pages
+            self._folders |= folders
+            self._parts.append(batches)
+        self._welcome: set[str] = set()  # `host` headers that were found good
         self._hosts = LOOPBACK | {"proxy"} | set(settings.allowed_hosts)
         self._started = time.time()
 
@@ -172,12 +213,12 @@ class App:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         async with AsyncExitStack() as stack:
             await receive()
-            parts: list[Part] = [*self._upstreams.values(), self._cache, self._local]
-            for part in parts:
+            for part in self._parts:
                 stack.push_async_callback(part.stop)
                 await part.start()
             await send({"type": "lifespan.startup.complete"})
             await receive()
+        self._journal.flush()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -188,17 +229,22 @@ class App:
             headers[key] = f"{headers[key]},{said}" if key in headers else said
         request_id = headers.get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(request_id):
-            request_id = f"req_{secrets.token_hex(12)}"
+            request_id = f"req_{getrandbits(96):024x}"
         origin = headers.get("origin")
         always = {"x-request-id": request_id}
-        if origin and {origin.lower(), "*"} & set(self._settings.allowed_origins):
+        foreign = origin and not scope["path"].startswith(OPERATOR)
+        if origin and foreign and {origin.lower(), "*"} & set(self._settings.allowed_origins):
             always |= {"access-control-allow-origin": origin, "access-control-expose-headers": "*", "vary": "origin"}
+        if self.draining:
+            always["connection"] = "close"
         out = Response(send, always)
         account = out.account
         path: str = scope["path"]
         status = 0
         try:
-            await self._dispatch(scope["method"], path, headers, receive, out)
+            if self.draining and path not in WATCHED:
+                raise errors.Draining
+            await self._dispatch(scope, headers, receive, out)
             status = out.status or 499
         except ProxyError as error:
             status, account.error = error.status, error.code or error.type
@@ -219,46 +265,51 @@ class App:
                         await out.piece(b"data: " + fault.body() + b"\n\n")
                         await out.end()
         finally:
-            self._tell(path, request_id, account, status, time.perf_counter() - out.began)
+            self.tell(path, request_id, account, status, time.perf_counter() - out.began)
 
-    async def _dispatch(
-        self, method: str, path: str, headers: Mapping[str, str], receive: Receive, out: Response
-    ) -> None:
+    async def _dispatch(self, scope: Message, headers: Mapping[str, str], receive: Receive, out: Response) -> None:
+        method, path = scope["method"], scope["path"]
         # 1. Who may come in: a web page must not spend the user's key.
         if path not in UNCHECKED:
             self._check_caller(headers)
-        if method == "OPTIONS" and headers.get("origin"):
+        if method == "OPTIONS" and headers.get("origin") and not path.startswith(OPERATOR):
             allow = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
             allow["access-control-allow-headers"] = headers.get("access-control-request-headers", "content-type")
             return await out.whole(b"", allow)
-        # 2. What lies here.
-        if path not in ENDPOINTS:
-            page = self._page(path)
-            if page is None:
-                raise errors.NoSuchPath(
-                    f"There is nothing at {path[:200]}: see /v1/models, /v1/chat/completions, /status."
-                )
-            if method not in {"GET", "HEAD"}:
-                raise errors.NoSuchMethod(f"{path[:200]} takes GET.", headers={"allow": "GET"})
-            return await page(out)
+        # 2. What lies here, and whose request it is.
+        page = None if path in ENDPOINTS else self._page(method, path)
+        keyed = path.startswith(KEYED) and not (path == FLUSH and self._keys.is_admin(headers))
+        identity = await self._keys.identify(headers) if keyed else LOCAL
+        if page is not None:
+            visit = Visit(
+                method, path, scope["query_string"], headers, identity, lambda: self._body(headers, receive), receive
+            )
+            return await page(visit, out)
         if method != "POST":
             raise errors.NoSuchMethod(f"{path} takes POST.", headers={"allow": "POST"})
         if headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise errors.NotJson("The body must be application/json, and the header `content-type` must say so.")
         # 3. What is asked.
         raw = await self._body(headers, receive)
+        plain = "cache-control" not in headers and "x-cache-sampled" not in headers
+        known = self._exchange.recall(identity.tenant, path, raw) if plain else None
         call = Call(
-            tenant=TENANT,
+            identity=identity,
             endpoint=path,
             raw=raw,
-            body=canonical.parse(raw),
+            body=canonical.parse(raw) if known is None else known.body,
             request_id=out.headers["x-request-id"],
             wishes=Wishes.read(headers.get("cache-control", "")),
             store_sampled=headers.get("x-cache-sampled", "").lower() == "true",
             started=out.began,
             account=out.account,
+            known=known,
+            plain=plain,
         )
+        if await self._exchange.near(call, out):
+            return None
         # 4. Answer it, unless the caller leaves first.
+        self.begun += 1
         work = asyncio.ensure_future(self._exchange.answer(call, out))
         gone = asyncio.ensure_future(_gone(receive))
         try:
@@ -270,16 +321,20 @@ class App:
             else:
                 await work
         finally:
+            self.ended += 1
             gone.cancel()
             work.cancel()
 
     def _check_caller(self, headers: Mapping[str, str]) -> None:
-        host = headers.get("host", "").lower()
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        if origin is None and host in self._welcome:
+            return
         name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts and "*" not in self._hosts:
             raise errors.HostRefused("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
-        origin = headers.get("origin")
         if origin is None:
+            if len(self._welcome) < MOST_HOSTS:
+                self._welcome.add(host)
             return
         allowed = self._settings.allowed_origins
         if origin.lower() not in allowed and "*" not in allowed and origin.lower().partition("://")[2] != host:
@@ -289,61 +344,60 @@ class App:
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         limit = self._settings.max_body_bytes
-        refusal = errors.BodyTooLarge(f"The body is larger than {limit} bytes (PROXY_MAX_BODY_BYTES).")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > limit:
-            raise refusal
-        parts, size = [], 0
+            raise _too_large(limit)
+        reading = _read(receive, limit)
+        try:
+            waiting = reading.send(None)  # mostly it is all there: then no timer is needed
+        except StopIteration as read:
+            whole: bytes = read.value
+            return whole
         try:
             async with asyncio.timeout(self._settings.body_timeout_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise errors.CallerGone("The caller left before the body was whole.")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
-                        raise refusal
-                    if not message.get("more_body"):
-                        return b"".join(parts)
+                return await _resumed(reading, waiting)
         except TimeoutError:
             raise errors.BodyTooSlow("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
 
     # ---- pages
 
-    def _page(self, path: str) -> Callable[[Response], Awaitable[None]] | None:
-        pages = {
-            "/health": self._health,
-            "/ready": self._ready,
-            "/status": self._status,
-            "/metrics": self._metrics_page,
-            "/v1/models": self._models,
-        }
-        if path.startswith("/v1/models/"):
-            return lambda out: self._model(path.removeprefix("/v1/models/"), out)
-        return pages.get(path)
+    def _page(self, method: str, path: str) -> Page:
+        """Raises NoSuchPath and NoSuchMethod."""
+        method = "GET" if method == "HEAD" else method
+        pages = {verb: page for (verb, place), page in self._pages.items() if place == path}
+        pages = pages or {verb: page for (verb, place), page in self._folders.items() if path.startswith(place)}
+        if method in pages:
+            return pages[method]
+        takes = sorted(pages)
+        if not takes:
+            raise errors.NoSuchPath(f"There is nothing at {path[:200]}: see /v1/models, /v1/chat/completions, /status.")
+        raise errors.NoSuchMethod(f"{path[:200]} takes {', '.join(takes)}.", headers={"allow": ", ".join(takes)})
 
-    async def _health(self, out: Response) -> None:
+    async def _health(self, _: Visit, out: Response) -> None:
         await out.whole(b'{"status":"ok"}', {})
 
-    async def _ready(self, out: Response) -> None:
+    async def _ready(self, _: Visit, out: Response) -> None:
         model = await self._local.ready()
         ready = model["state"] == "up"
+        if self.draining:
+            ready, model = False, model | {"state": "draining"}
         word = ("ready" if self._cache.up or not self._cache.enabled else "degraded") if ready else model["state"]
         said = {"status": word, "model": model["state"], "redis": "up" if self._cache.up else "down"}
         await out.whole(orjson.dumps(said), {}, status=200 if ready else 503)
 
-    async def _status(self, out: Response) -> None:
+    async def _status(self, _: Visit, out: Response) -> None:
         model, redis = await asyncio.gather(self._local.ready(), self._cache.report())
         entries = redis.pop("entries", None)
-        upstreams = [{"name": name, "configured": each.access.configured} for name, each in self._upstreams.items()]
-        cache = {"enabled": self._cache.enabled, "hits": self._metrics.hits, "misses": self._metrics.misses}
+        hits, misses = self._metrics.totals()
+        cache = {"enabled": self._cache.enabled, "hits": hits, "misses": misses}
         said = {
             "proxy": {
                 "version": __version__,
                 "python": platform.python_version(),
                 "started": int(self._started),
-                "upstreams": upstreams,
+                "upstreams": self._upstreams.report(),
+                "draining": self.draining,
+                **{name: report() for name, report in self._reports.items()},
             },
             "redis": redis,
             "model": model,
@@ -351,54 +405,125 @@ class App:
         }
         await out.whole(orjson.dumps(said), {})
 
-    async def _metrics_page(self, out: Response) -> None:
-        await out.whole(generate_latest(self._metrics.registry), {}, "text/plain; version=0.0.4; charset=utf-8")
+    async def _metrics_page(self, visit: Visit, out: Response) -> None:
+        page, form = self._metrics.page(visit.headers.get("accept", ""))
+        await out.whole(page, {}, form)
 
-    def _listed(self) -> dict[str, dict[str, Any]]:
+    def _listed(self, who: Identity) -> dict[str, dict[str, Any]]:
+        """The names that `who` may use."""
         local = self._local.entries
         aliases = self._routes.aliases(local)
-        return {**local, **{name: {**local[model], "id": name, "alias_of": model} for name, model in aliases.items()}}
+        every = {**local, **{name: {**local[model], "id": name, "alias_of": model} for name, model in aliases.items()}}
+        if who.models is None:
+            return every
+        return {name: each for name, each in every.items() if who.allows(name, each.get("alias_of", name))}
 
-    async def _models(self, out: Response) -> None:
-        await out.whole(orjson.dumps({"object": "list", "data": list(self._listed().values())}), {})
+    async def _models(self, visit: Visit, out: Response) -> None:
+        await out.whole(orjson.dumps({"object": "list", "data": list(self._listed(visit.identity).values())}), {})
 
-    async def _model(self, name: str, out: Response) -> None:
-        entry = self._listed().get(name)
+    async def _model(self, visit: Visit, out: Response) -> None:
+        name = visit.path.removeprefix("/v1/models/")
+        entry = self._listed(visit.identity).get(name)
+        if entry is None and not visit.identity.allows(name):
+            raise errors.ModelNotAllowed(f"This key is not for the model `{name[:200]}`.", param="model")
         if entry is None:
             self._routes.resolve(name, self._local.entries)  # says why not, or that an upstream takes the name
             raise errors.NoSuchModel(f"`{name[:200]}` goes to an upstream, which is not asked for its list.", name)
         await out.whole(orjson.dumps(entry), {})
 
+    def _gauges(self) -> dict[str, dict[tuple[str, ...], float]]:
+        return {
+            "in_flight": {(): float(self.begun - self.ended)},
+            "draining": {(): float(self.draining)},
+            "redis_up": {(): float(self._cache.up)} if self._cache.enabled else {},
+            "breaker_open": {(name,): float(is_open) for name, is_open in self._upstreams.breakers().items()},
+        }
+
     # ---- the record of a request
 
-    def _tell(self, path: str, request_id: str, account: Account, status: int, seconds: float) -> None:
-        route = path if path in ENDPOINTS or path in QUIET or path in {"/status", "/v1/models"} else "other"
-        self._metrics.record(route, account, status, seconds)
+    def tell(self, path: str, request_id: str, account: Account, status: int, seconds: float) -> None:
+        route = path if path in ENDPOINTS or path in QUIET or path in OTHERS else "other"
+        self._metrics.record(route, account, status, seconds, request_id)
+        if self._trace is not None and path in ENDPOINTS:
+            self._trace(route, account, status, seconds, request_id)
         if route in QUIET and status < 400:
             return
-        said = {
-            "request_id": request_id,
-            "route": route,
-            "model": account.model,
-            "upstream": account.upstream,
-            "cache": account.cache,
-            "status": status,
-            "ttft_ms": None if account.ttft is None else round(account.ttft * 1000, 1),
-            "tokens": account.prompt_tokens + account.completion_tokens,
-            "seconds": round(seconds, 4),
-        }
-        said |= {"error": account.error} if account.error else {}
-        log.log(logging.WARNING if status >= 500 else logging.INFO, "request", extra={"said": said})
+        self._journal.tell(route, request_id, account, status, seconds)
 
 
 def create_app(
-    settings: Settings, cache: StoreService, upstreams: Mapping[str, Upstream], routes: Routes, metrics: Metrics
+    settings: Settings,
+    cache: StoreService,
+    upstreams: Upstreams,
+    routes: Routes,
+    metrics: Metrics,
+    *,
+    keys: Doorkeeper | None = None,
+    limits: Limiter | None = None,
+    ledger: Recorder | None = None,
+    flights: Flights | None = None,
+    parts: Sequence[Part] = (),
+    reports: Mapping[str, Callable[[], Any]] | None = None,
+    trace: Trace | None = None,
+    pages: Mapping[tuple[str, str], Page] | None = None,
+    batches: Batches | None = None,
 ) -> App:
-    """The application from its parts. `upstreams` holds one of kind `model`, whose ids are read in the background."""
-    model = next(upstream for upstream in upstreams.values() if upstream.access.kind == "model")
+    """The application from its parts. `upstreams` holds one of kind `model`, whose ids are read in the background.
+
+    `parts`: further ones with a life of their own; `pages`: further ones, by method and path. Left out: open to
+    everybody, and no limits. `reports`: what the status page asks beside its own. `trace` hears of each request's end.
+    """
     return App(
-        settings, cache, upstreams, routes, local=LocalModels(model, settings.model_poll_seconds), metrics=metrics
+        settings,
+        cache,
+        upstreams,
+        routes,
+        local=LocalModels(upstreams, settings.model_poll_seconds),
+        metrics=metrics,
+        keys=keys,
+        limits=limits,
+        ledger=ledger,
+        flights=flights,
+        parts=parts,
+        reports=reports,
+        trace=trace,
+        pages=pages,
+        batches=batches,
     )
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise errors.CallerGone("The caller left before the body was whole.")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+@types.coroutine
+def _resumed(begun: Coroutine[Any, Any, bytes], waiting: Any) -> Generator[Any, Any, bytes]:
+    """Await a coroutine whose first step is made: `waiting` is what it waits for."""
+    while True:
+        try:
+            try:
+                said = yield waiting
+            except BaseException as error:  # the coroutine's to handle
+                waiting = begun.throw(error)
+            else:
+                waiting = begun.send(said)
+        except StopIteration as done:
+            whole: bytes = done.value
+            return whole
+
+
+def _too_large(limit: int) -> errors.BodyTooLarge:
+    return errors.BodyTooLarge(f"The body is larger than {limit} bytes (PROXY_MAX_BODY_BYTES).")
 
 
 async def _gone(receive: Receive) -> None:

@@ -17,7 +17,7 @@ import orjson
 
 from .errors import InvalidRequest
 
-CONTRACT = 2
+CONTRACT = 3
 """Version of key and entry. A change of either makes every older entry a miss."""
 
 MAX_DEPTH = 64
@@ -87,12 +87,24 @@ def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes
     return kept
 
 
-def key(
-    secret: bytes, *, tenant: str, upstream: str, model: str, revision: str | None, endpoint: str, body: Any
-) -> str:
-    """64 hex digits. Keyed, because a plain hash of a short prompt can be guessed."""
-    parts = [CONTRACT, tenant, upstream, model, revision, endpoint, body]
-    return hmac.digest(secret, encode(parts), "sha256").hex()
+def form(*, tenant: str, upstream: str, model: str, revision: str | None, endpoint: str, body: Any) -> bytes:
+    """The canonical form of a request: all that counts, and nothing else."""
+    return encode([CONTRACT, tenant, upstream, model, revision, endpoint, body])
+
+
+def with_input(form: bytes, text: bytes) -> bytes:
+    """The canonical form of an embeddings request without its inputs, with one or more of them at its end."""
+    return form[:-1] + b"," + text + b"]"
+
+
+def key_of(secret: bytes, of: bytes) -> str:
+    """The key of a canonical form, 64 hex digits. Keyed, because a plain hash of a short prompt can be guessed."""
+    return hmac.digest(secret, of, "sha256").hex()
+
+
+def key(secret: bytes, **parts: Any) -> str:
+    """The key of `form(**parts)`."""
+    return key_of(secret, form(**parts))
 
 
 def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:

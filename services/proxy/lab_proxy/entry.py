@@ -6,23 +6,25 @@ Works on parsed answers and bytes. Knows nothing of redis, HTTP or who asks.
 from __future__ import annotations
 
 import re
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from random import getrandbits  # an id is no secret
 from typing import Any
 
 import orjson
 
-from .canonical import CONTRACT
+from .canonical import CONTRACT, dump
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
+OBJECT_BYTES = 1500  # of an entry and its place in a table, measured, beside its body
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 _EVENT_END = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r")
 _PIECE = re.compile(r"\S+\s*|\s+")  # what a replayed stream sends at once: about a token, never half a character
 _TEXTS = ("reasoning", "reasoning_content", "content", "refusal")
+_SAID = (*_TEXTS, "tool_calls")
 _OWN = frozenset({"id", "created", "object", "choices", "usage", "obfuscation"})
 
 
@@ -103,22 +105,38 @@ class Entry:
     ttl: int
     at: float
     about: dict[str, Any] = field(default_factory=dict)
+    stamp: str = ""  # the epoch it belongs to: a flush is a new epoch
+    grace: int = 0  # seconds after the TTL in which a stale answer may still be of use
+    form: bytes = b""  # canonical, of the request: canonical JSON has no line break
+    weight: int = field(init=False)  # bytes that it takes in this process, about
+    replays: dict[bool, list[bytes]] = field(init=False, default_factory=dict)  # by include_usage: see replay_pieces
+
+    def __post_init__(self) -> None:
+        self.weight = len(self.body) + len(self.form) + OBJECT_BYTES
+
+    def hold(self, form: bytes, grace: int) -> None:
+        """Keep the request's canonical form with it, and be of use for `grace` seconds after the TTL."""
+        self.form, self.grace = form, grace
+        self.weight += len(form)
 
     def pack(self) -> bytes:
-        head = {"v": CONTRACT, "at": self.at, "ttl": self.ttl, "crc": zlib.crc32(self.body), "about": self.about}
-        return orjson.dumps(head) + b"\n" + self.body
+        head = {"v": CONTRACT, "at": self.at, "ttl": self.ttl, "grace": self.grace, "stamp": self.stamp}
+        rest = self.form + b"\n" + self.body
+        return orjson.dumps(head | {"crc": zlib.crc32(rest), "about": self.about}) + b"\n" + rest
 
     @classmethod
     def unpack(cls, raw: Any) -> Entry | None:
         """The entry in `raw`, or None for garbage, half an entry and an entry of another version."""
         if not isinstance(raw, bytes):
             return None
-        head, found, body = raw.partition(b"\n")
+        head, found, rest = raw.partition(b"\n")
         try:
             said = orjson.loads(head)
-            if not found or said["v"] != CONTRACT or said["crc"] != zlib.crc32(body):
+            if not found or said["v"] != CONTRACT or said["crc"] != zlib.crc32(rest):
                 return None
-            return cls(body, int(said["ttl"]), float(said["at"]), dict(said["about"]))
+            form, _, body = rest.partition(b"\n")
+            about, stamp, grace = dict(said["about"]), str(said["stamp"]), int(said["grace"])
+            return cls(body, int(said["ttl"]), float(said["at"]), about, stamp, grace, form)
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
             return None
 
@@ -126,15 +144,15 @@ class Entry:
         return max(0, int(now - self.at))
 
 
-def of_answer(answer: Mapping[str, Any], ttl: int, now: float) -> Entry:
+def of_answer(answer: Mapping[str, Any], ttl: int, now: float, stamp: str) -> Entry:
     """A chat or text answer as an entry: without the `id` and `created` of then."""
     kept = {name: value for name, value in answer.items() if name not in {"id", "created"}}
-    return Entry(orjson.dumps(kept), ttl, now, {"usage": answer.get("usage")})
+    return Entry(orjson.dumps(kept), ttl, now, {"usage": answer.get("usage")}, stamp)
 
 
 def new_id(endpoint: str) -> str:
     """An answer's `id`, of the kind that OpenAI gives out at this endpoint."""
-    return ("cmpl-" if endpoint == COMPLETIONS else "chatcmpl-") + secrets.token_hex(14)
+    return f"{'cmpl' if endpoint == COMPLETIONS else 'chatcmpl'}-{getrandbits(112):028x}"
 
 
 def renewed(body: bytes, identity: str, created: int) -> bytes:
@@ -181,6 +199,57 @@ def asked_for(event: bytes, chunk: dict[str, Any], usage: bool) -> bytes:
     return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
+def tells(chunk: Mapping[str, Any]) -> bool:
+    """Whether a chunk holds some of the answer itself, as against its frame."""
+    for part in chunk.get("choices") or ():
+        delta = part.get("delta")
+        if delta and any(delta.get(said) for said in _SAID):
+            return True
+        if part.get("text"):
+            return True
+    return False
+
+
+class Verbatim:
+    """Events of a live stream as they came, but for usage that this caller did not ask for."""
+
+    pieces, told = 0, None  # whoever asked the upstream counts for itself
+
+    def __init__(self, usage: bool) -> None:
+        self._usage = usage
+
+    def passed(self, event: bytes) -> bytes:
+        if self._usage or b'"usage"' not in event:
+            return event
+        data = event_data(event)
+        return event if data is None or data == b"[DONE]" else asked_for(event, orjson.loads(data), usage=False)
+
+
+class Renewed:
+    """Events of a stream that somebody else asked for: with an `id` and `created` of this caller's own, and the usage
+    only where it asked for it. `pieces`: events that told of the answer; `told`: its usage."""
+
+    def __init__(self, endpoint: str, usage: bool, created: int) -> None:
+        self._usage = usage
+        self._own = {"id": new_id(endpoint), "created": created}
+        self.pieces = 0
+        self.told: Any = None
+
+    def passed(self, event: bytes) -> bytes:
+        data = event_data(event)
+        if data is None or data == b"[DONE]":
+            return event
+        chunk = orjson.loads(data)
+        if chunk.get("error") is not None:
+            return event
+        self.pieces += tells(chunk)
+        self.told = chunk.get("usage") or self.told
+        for name, value in self._own.items():
+            if name in chunk:
+                chunk[name] = value
+        return asked_for(b"data: " + dump(chunk) + b"\n\n", chunk, self._usage)
+
+
 class Gathered:
     """Chunks of a stream added up to the JSON answer that the same request would have had without `stream`."""
 
@@ -189,7 +258,7 @@ class Gathered:
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self.usage: dict[str, Any] | None = None
-        self.told = False  # whether anything of the answer itself has come
+        self.pieces = 0  # chunks with something of the answer itself; counted by who feeds it
 
     def feed(self, chunk: Mapping[str, Any]) -> None:
         """Add one chunk. Raises TypeError, ValueError or AttributeError for nonsense."""
@@ -204,10 +273,8 @@ class Gathered:
                 if name == "delta":
                     delta = value or {}
                     _add(choice.setdefault("message", {}), delta)
-                    self.told = self.told or any(delta.get(said) for said in (*_TEXTS, "tool_calls"))
                 elif name == "text":
                     choice["text"] = choice.get("text", "") + value
-                    self.told = self.told or bool(value)
                 elif name == "logprobs" and value and choice.get("logprobs"):
                     _add(choice["logprobs"], value)
                 elif name != "index" and (value is not None or name not in choice):
@@ -272,6 +339,13 @@ def replay(endpoint: str, answer: Mapping[str, Any], identity: str, created: int
     if usage and answer.get("usage"):
         yield head + b'],"usage":' + orjson.dumps(answer["usage"]) + b"}\n\n"
     yield b"data: [DONE]\n\n"
+
+
+def replay_pieces(endpoint: str, body: bytes, usage: bool) -> list[bytes]:
+    """The replay of an entry's body, made once for many: joined by `"id":…,"created":…,` it is the whole stream."""
+    identity = new_id(endpoint)  # random: nothing in the answer looks like it
+    events = b"".join(replay(endpoint, orjson.loads(body), identity, 0, usage))
+    return events.split(b'"id":"%s","created":0,' % identity.encode())
 
 
 def _frame(choice: Mapping[str, Any], own: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -349,7 +423,7 @@ def shares(total: int, weights: list[int]) -> list[int]:
     return split
 
 
-def of_vectors(answer: Any, units: list[Any], ttl: int, now: float) -> list[Entry]:
+def of_vectors(answer: Any, units: list[Any], ttl: int, now: float, stamp: str) -> list[Entry]:
     """One entry for each of `units`. Raises ValueError where the answer does not hold one vector for each.
 
     An input's tokens are what `usage.per_input_tokens` says, else its share of the total by length.
@@ -368,7 +442,7 @@ def of_vectors(answer: Any, units: list[Any], ttl: int, now: float) -> list[Entr
         raise ValueError("not an answer with vectors") from error
     frame = {name: value for name, value in answer.items() if name not in {"data", "usage", "id", "created"}}
     return [
-        Entry(orjson.dumps(vector), ttl, now, {"tokens": count, "exact": exact, "frame": frame})
+        Entry(orjson.dumps(vector), ttl, now, {"tokens": count, "exact": exact, "frame": frame}, stamp)
         for vector, count in zip(vectors, tokens, strict=True)
     ]
 

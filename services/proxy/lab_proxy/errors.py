@@ -62,6 +62,13 @@ class BodyTooSlow(InvalidRequest):
     code = "request_timeout"
 
 
+class TooSlow(InvalidRequest):
+    """Others who share the answer were further ahead than the proxy keeps of it."""
+
+    status = 408
+    code = "read_too_slowly"
+
+
 class NotJson(InvalidRequest):
     status = 415
     code = "unsupported_media_type"
@@ -98,6 +105,76 @@ class NoSuchModel(InvalidRequest):
         self.model = model
 
 
+class KeyRefused(InvalidRequest):
+    """No key, an unknown, a revoked or an expired one. Never says anything of the key but what its holder knows."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"www-authenticate": "Bearer"})
+
+
+class ModelNotAllowed(InvalidRequest):
+    """The key is good, but not for this model."""
+
+    status = 403
+    code = "model_not_allowed"
+
+
+class KeysUnavailable(ProxyError):
+    """Redis is down, and this key was not seen in the last minutes."""
+
+    status = 503
+    code = "keys_unavailable"
+
+
+class LimitsUnavailable(ProxyError):
+    """Redis is down, and PROXY_LIMITS_WHEN_REDIS_IS_DOWN says `closed`."""
+
+    status = 503
+    code = "limits_unavailable"
+
+
+class LimitReached(ProxyError):
+    """RPM, TPM or concurrency of a key. OpenAI's `type` says which: `requests` or `tokens`."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, kind: str, headers: Mapping[str, str]) -> None:
+        super().__init__(message, headers=headers)
+        self.type = kind
+
+
+class BudgetSpent(ProxyError):
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+
+class NoSuchKey(InvalidRequest):
+    status = 404
+    code = "key_not_found"
+
+
+class NoSuchFile(InvalidRequest):
+    status = 404
+    code = "file_not_found"
+
+
+class NoSuchBatch(InvalidRequest):
+    status = 404
+    code = "batch_not_found"
+
+
+class StorageFull(InvalidRequest):
+    """An owner's files take all the room there is for one."""
+
+    status = 413
+    code = "file_storage_full"
+
+
 class NotCached(ProxyError):
     """`only-if-cached` and nothing fresh in the cache."""
 
@@ -105,9 +182,39 @@ class NotCached(ProxyError):
     code = "not_cached"
 
 
+class FlushRefused(InvalidRequest):
+    """Somebody else's answers."""
+
+    status = 403
+    code = "flush_not_allowed"
+
+
+class CacheUnavailable(ProxyError):
+    """Redis is down or refuses what must not be lost, a flush."""
+
+    status = 503
+    code = "cache_unavailable"
+
+
 class UpstreamDown(ProxyError):
     status = 503
     code = "upstream_unavailable"
+
+
+class CircuitOpen(UpstreamDown):
+    """The upstream failed so often that nobody asks it for now."""
+
+    code = "upstream_circuit_open"
+
+
+class Draining(ProxyError):
+    """The proxy ends, and takes no new work."""
+
+    status = 503
+    code = "draining"
+
+    def __init__(self) -> None:
+        super().__init__("The proxy is ending and takes no new work: ask again.", headers={"retry-after": "1"})
 
 
 class UpstreamTimeout(ProxyError):

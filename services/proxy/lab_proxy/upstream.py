@@ -1,15 +1,19 @@
-"""The HTTP client: one upstream's answers, whole or in pieces, with a bound on every wait; and the model service's ids.
+"""The HTTP client: one upstream's answers, whole or in pieces, with a bound on every wait.
 
-Turns every fault of network and upstream into the errors of this package. Knows nothing of the cache or the caller.
+Who fails before its first byte is asked again, then another in its place, then nobody for a while. Turns every fault
+of network and upstream into the errors of this package. Knows nothing of the cache or the caller.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import aiohttp
@@ -17,52 +21,105 @@ import orjson
 from yarl import URL
 
 from . import __version__
-from .errors import ProxyError, UpstreamBroken, UpstreamDown, UpstreamLimited, UpstreamRefused, UpstreamTimeout
-from .routes import Access
+from .breaker import Breaker
+from .entry import EMBEDDINGS
+from .errors import (
+    CircuitOpen,
+    ProxyError,
+    UpstreamBroken,
+    UpstreamDown,
+    UpstreamLimited,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
+from .metrics import Metrics
+from .routes import Access, Routes, Target
 from .settings import Settings
-
-log = logging.getLogger("lab_proxy.upstream")
 
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close: a reused connection is not a closed one
+LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is the caller's to wait for
+BACKOFF_SECONDS = 0.1  # before the first retry, doubled before each further one; half of it is jitter
+PASSING = frozenset({502, 503, 504})  # said by who stands before an engine: nothing was made, so it may be asked again
 _PASSED = "x-ratelimit-"
 _PASSED_NAMES = frozenset({
     "retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version",
 })  # fmt: skip
 
 
+@dataclass(slots=True)
+class RealCall:
+    """One call that an upstream really got: what is billed, counted and traced. Times are seconds."""
+
+    upstream: str
+    model: str
+    began: float  # time.time()
+    seconds: float = 0.0  # waited for the upstream, to the answer's end
+    status: int = 0  # 0: there was no answer
+    outcome: str = ""  # ok, refused (4xx), failed (5xx, no answer), broken (after its first byte), cancelled
+    answered: bool = False  # a 2xx: what came of it is the caller's answer
+
+
+@dataclass(slots=True)
+class Question:
+    """One request as upstreams are asked it."""
+
+    endpoint: str
+    request_id: str
+    stream: bool
+    deadline: float  # time.perf_counter() at which the whole answer is due
+    body: Callable[[Target], bytes]
+    on_call: Callable[[RealCall], None] = lambda _: None  # hears of each real call when it is over
+
+
+class _Fault(Exception):  # noqa: N818 - it never leaves this module
+    """Why there is no answer. `again`: seconds after which the same upstream may be asked; None: it may not."""
+
+    def __init__(self, error: ProxyError, *, again: float | None, elsewhere: bool, failed: bool) -> None:
+        """`elsewhere`: another upstream may do better. `failed`: it tells against the upstream, not the request."""
+        super().__init__()
+        self.error, self.again, self.elsewhere, self.failed = error, again, elsewhere, failed
+
+
 class Reply:
     """A 2xx answer whose body has not been read."""
 
-    def __init__(self, response: aiohttp.ClientResponse, name: str, settings: Settings, redact: bytes) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, target: Target, call: RealCall, settings: Settings, redact: bytes
+    ) -> None:
         self._response = response
-        self._name = name
         self._settings = settings
         self._redact = redact
+        self.call = call
+        self.target = target  # who answered: what is kept of the answer belongs to it, not to who was asked first
         self.headers = passed_on(response.headers)
         self.revision = response.headers.get("x-model-revision")
         self.streams = response.content_type == "text/event-stream"
+        self.ended = False
+        self.on_close: Callable[[Reply], None] = _nobody
 
     async def json(self) -> tuple[bytes, Any]:
         """The body, as it came and parsed. Raises UpstreamBroken when it is not JSON."""
-        with _faults(self._name):
+        with self._reading():
             raw = await _whole(self._response)
+        self.ended = True
         try:
             return raw, orjson.loads(raw)
         except orjson.JSONDecodeError:
             raise UpstreamBroken(
-                f"The upstream `{self._name}` answered {self._response.status} with {self._response.content_type} "
-                "instead of JSON: check its base URL."
+                f"The upstream `{self.target.upstream}` answered {self._response.status} with "
+                f"{self._response.content_type} instead of JSON: check its base URL."
             ) from None
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises UpstreamTimeout after too long a silence, UpstreamBroken for a broken end."""
         limit = self._settings.first_byte_timeout_seconds
         while True:
-            with _faults(self._name):
+            with self._reading():
                 async with asyncio.timeout(limit):
                     piece = await self._response.content.readany()
             if not piece:
+                self.ended = True
                 return
             yield piece
             limit = self._settings.idle_timeout_seconds
@@ -73,159 +130,336 @@ class Reply:
             async with asyncio.timeout(1):
                 async for _ in self.pieces():
                     pass
+        self.ended = True
+        self.call.outcome = ""
 
     def redacted(self, data: bytes) -> bytes:
         """`data` without the upstream's key, should an error message repeat it."""
         return data.replace(self._redact, b"[redacted]") if self._redact else data
 
+    def close(self) -> None:
+        """The end, for good or ill: told once."""
+        self._response.close()
+        done, self.on_close = self.on_close, _nobody
+        done(self)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The time of one wait for the body, and what its failure says of the call."""
+        began = time.perf_counter()
+        try:
+            yield
+        except (aiohttp.ClientError, OSError) as error:
+            self.call.outcome = "broken"
+            raise _told(self.target.upstream, error) from None
+        finally:
+            self.call.seconds += time.perf_counter() - began
+
 
 class Upstream:
-    """One OpenAI-compatible API. Start it before use; its connections are kept and reused."""
+    """One OpenAI-compatible API. Made where an event loop runs; its connections are kept and reused."""
 
-    def __init__(self, access: Access, settings: Settings) -> None:
+    def __init__(self, access: Access, settings: Settings, metrics: Metrics) -> None:
         self.access = access
         self._settings = settings
-        self._session: aiohttp.ClientSession  # from start on: it belongs to the running event loop
+        self._metrics = metrics
         self._key = (access.key or "").encode()
-
-    async def start(self) -> None:
+        self._urls: dict[tuple[str, str], URL] = {}
+        self.breakers: dict[str, Breaker] = {}
         headers = {"user-agent": f"llm-lab-proxy/{__version__}", "accept-encoding": "identity"}
-        if self.access.key:
-            headers["authorization"] = f"Bearer {self.access.key}"
+        if access.key:
+            headers["authorization"] = f"Bearer {access.key}"
         self._session = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._settings.connect_timeout_seconds),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_seconds),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def stop(self) -> None:
         await self._session.close()
 
-    @contextlib.asynccontextmanager
-    async def post(self, endpoint: str, model: str, body: bytes, request_id: str, stream: bool) -> AsyncIterator[Reply]:
-        """Ask. Leaving the block early closes the connection, which is how an upstream learns to stop.
+    async def ask(self, question: Question, target: Target) -> Reply:
+        """The answer's head, asked for again where that may help. Who gets it closes it.
 
-        Raises UpstreamDown, UpstreamTimeout, UpstreamBroken, UpstreamLimited, or UpstreamRefused with its own envelope.
+        Raises _Fault. Every real call is told to `question.on_call` when it is over.
         """
-        base = self.access.base_url
-        url = f"{base}/m/{quote(model, safe='')}{endpoint}" if self.access.kind == "model" else base + endpoint[3:]
-        headers = {
-            "content-type": "application/json",
-            "accept": "text/event-stream" if stream else "application/json",
-            "x-request-id": request_id,
-        }
-        settings = self._settings
-        limit = settings.first_byte_timeout_seconds if stream else settings.total_timeout_seconds
-        with _faults(self.access.name):
-            async with asyncio.timeout(limit):
-                response = await self._session.post(
-                    URL(url, encoded=True), data=body, headers=headers, allow_redirects=False
-                )
-        try:
-            if response.status >= 300:
-                with _faults(self.access.name):
-                    async with asyncio.timeout(settings.idle_timeout_seconds):
-                        raise self._refusal(response, await _whole(response))
-            reply = Reply(response, self.access.name, settings, self._key)
-            if reply.headers.get("x-upstream-request-id") == request_id:
-                del reply.headers["x-upstream-request-id"]
-            yield reply
-        finally:
-            response.close()
+        breaker = self._breaker(target.model)
+        body = question.body(target)
+        last: _Fault | None = None
+        turn = 0
+        while True:
+            if wait := breaker.wait():
+                raise last or _closed_to(self.access.name, wait)
+            if last:
+                self._metrics.count("upstream_retries", self.access.name)
+            call, began = RealCall(self.access.name, target.model, time.time()), breaker.began()
+            try:
+                reply = await self._once(question, target, body, call)
+            except _Fault as fault:
+                call.outcome = "failed" if fault.failed else "refused"
+                (breaker.failed if fault.failed else breaker.succeeded)(began)
+                pause = BACKOFF_SECONDS * 2**turn
+                pause = max(fault.again or 0.0, random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+                turn += 1
+                late = time.perf_counter() + pause >= question.deadline
+                if fault.again is None or turn > self._settings.upstream_retries or late:
+                    raise
+                last = fault
+            else:
+                breaker.succeeded(began)
+                reply.on_close = partial(self._over, question, breaker, began)
+                return reply
+            finally:
+                if not call.answered:
+                    call.outcome = call.outcome or "cancelled"  # the caller left: it tells nothing of the upstream
+                    self._tell(question, call)
+            await asyncio.sleep(pause)
+
+    def _over(self, question: Question, breaker: Breaker, began: int, reply: Reply) -> None:
+        """An answer was read, or let go of."""
+        call = reply.call
+        if call.outcome == "broken":
+            breaker.failed(began, answered=True)
+        call.outcome = call.outcome or ("ok" if reply.ended else "cancelled")
+        self._tell(question, call)
 
     async def get(self, path: str, limit: float) -> tuple[int, Any]:
-        """Status and parsed body of a GET at the upstream's root. Raises like post."""
-        with _faults(self.access.name):
+        """Status and parsed body of a GET at the upstream's root, within `limit` seconds.
+
+        Raises UpstreamDown, UpstreamTimeout or UpstreamBroken.
+        """
+        try:
             async with asyncio.timeout(limit), self._session.get(self.access.base_url + path) as response:
                 raw = await _whole(response)
+        except (aiohttp.ClientError, OSError) as error:
+            raise _told(self.access.name, error) from None
         try:
             return response.status, orjson.loads(raw)
         except orjson.JSONDecodeError:
             raise UpstreamBroken(f"`{self.access.name}` answers {path} with something that is not JSON.") from None
 
-    def _refusal(self, response: aiohttp.ClientResponse, raw: bytes) -> ProxyError:
+    async def _once(self, question: Question, target: Target, body: bytes, call: RealCall) -> Reply:
+        access, settings = self.access, self._settings
+        since = time.perf_counter()
+        left = max(0.0, question.deadline - since)
+        headers = {
+            "content-type": "application/json",
+            "accept": "text/event-stream" if question.stream else "application/json",
+            "x-request-id": question.request_id,
+        }
+        if access.kind == "model":
+            headers["x-request-timeout-ms"] = str(max(1, int(left * 1000)))
+        # JSON has its first byte when it is whole: the total bounds it.
+        limit = min(left, settings.first_byte_timeout_seconds) if question.stream else left
+        try:
+            async with asyncio.timeout(limit):
+                response = await self._session.post(
+                    self._url(question.endpoint, target.model), data=body, headers=headers, allow_redirects=False
+                )
+                call.status = response.status
+                if response.status >= 300:
+                    try:
+                        self._refuse(response, await _whole(response))
+                    finally:
+                        response.close()
+        except (aiohttp.ClientError, OSError) as error:
+            unheard = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+            silent = isinstance(error, TimeoutError) and not unheard  # its time is spent, and it may still be at work
+            told = _told(access.name, error)
+            raise _Fault(told, again=None if silent else 0.0, elsewhere=True, failed=True) from None
+        finally:
+            call.seconds += time.perf_counter() - since
+        call.answered = True
+        reply = Reply(response, target, call, settings, self._key)
+        if reply.headers.get("x-upstream-request-id") == question.request_id:
+            del reply.headers["x-upstream-request-id"]
+        return reply
+
+    def _url(self, endpoint: str, model: str) -> URL:
+        """Parsed once: that takes longer than all of the request's other headers."""
+        local = self.access.kind == "model"
+        place = (endpoint, model if local else "")
+        found = self._urls.get(place)
+        if found is None:
+            way = f"/m/{quote(model, safe='')}{endpoint}" if local else endpoint[3:]
+            found = self._urls[place] = URL(self.access.base_url + way, encoded=True)
+        return found
+
+    def _refuse(self, response: aiohttp.ClientResponse, raw: bytes) -> NoReturn:
+        """Raise what a status from 300 says."""
         name, status = self.access.name, response.status
         headers = passed_on(response.headers)
+        envelope: dict[str, Any] | None = None
+        with contextlib.suppress(orjson.JSONDecodeError):
+            said = orjson.loads(raw)
+            if status >= 400 and isinstance(said, dict) and isinstance(said.get("error"), dict):
+                envelope = said["error"]
+        # 1. What the caller hears.
+        error: ProxyError
         if status == 401:
-            return UpstreamBroken(
+            error = UpstreamBroken(
                 f"The upstream `{name}` does not accept the proxy's key: check PROXY_OPENAI_API_KEY "
                 "or the key file in the routes file.",
                 code="upstream_key_refused",
             )
-        with contextlib.suppress(orjson.JSONDecodeError):
-            said = orjson.loads(raw)
-            if status >= 400 and isinstance(said, dict) and isinstance(said.get("error"), dict):
-                return UpstreamRefused(status, raw.replace(self._key, b"[redacted]") if self._key else raw, headers)
-        if status == 429:
-            return UpstreamLimited(f"The upstream `{name}` takes no more requests for now.", headers=headers)
-        return UpstreamBroken(
-            f"The upstream `{name}` answered {status} with something that is not OpenAI's error: check its base URL."
-        )
+        elif envelope is not None:
+            error = UpstreamRefused(status, raw.replace(self._key, b"[redacted]") if self._key else raw, headers)
+        elif status == 429:
+            error = UpstreamLimited(f"The upstream `{name}` takes no more requests for now.", headers=headers)
+        else:
+            error = UpstreamBroken(
+                f"The upstream `{name}` answered {status} with something that is not OpenAI's error: "
+                "check its base URL.",
+                headers={"retry-after": headers["retry-after"]} if "retry-after" in headers else {},
+            )
+        # 2. Whether it may be asked again. A 500 was at work when it fell: only where it says itself that it may.
+        late = envelope is not None and envelope.get("code") == "deadline_exceeded"  # the caller's time, not its fault
+        wish = headers.get("x-should-retry", "").lower()
+        may = status >= 500 and not late and (wish == "true" or (status in PASSING and wish != "false"))
+        wait = _seconds(headers.get("retry-after"))
+        again = wait if may and wait <= LONGEST_WAIT_SECONDS else None
+        failed = status >= 500 and not late
+        raise _Fault(error, again=again, elsewhere=failed or status == 429, failed=failed)
+
+    def _breaker(self, model: str) -> Breaker:
+        """The model service's models are applications of their own, each of which may be down; others have one."""
+        name = f"{self.access.name}/{model}" if self.access.kind == "model" else self.access.name
+        found = self.breakers.get(name)
+        if found is None:
+            found = self.breakers[name] = Breaker(lambda: self._metrics.count("breaker_opened", name))
+        return found
+
+    def _tell(self, question: Question, call: RealCall) -> None:
+        self._metrics.count("upstream_calls", call.upstream, call.outcome)
+        question.on_call(call)
 
 
-class LocalModels:
-    """The model service's entries by id, read in the background: a redeploy is known within the poll's interval."""
+class Asking:
+    """One question to upstreams, and its answer's life."""
 
-    def __init__(self, upstream: Upstream, interval: float) -> None:
-        self._upstream = upstream
-        self._interval = interval
-        self._task: asyncio.Task[None] | None = None
-        self.entries: dict[str, dict[str, Any]] = {}
+    __slots__ = ("_question", "_reply", "_targets", "_upstreams")
 
-    async def start(self) -> None:
-        await self._read()
-        self._task = asyncio.get_running_loop().create_task(self._watch(), name="local-models")
+    def __init__(self, upstreams: Upstreams, targets: Sequence[Target], question: Question) -> None:
+        self._upstreams, self._targets, self._question = upstreams, targets, question
+        self._reply: Reply | None = None
+
+    async def __aenter__(self) -> Reply:
+        self._reply = await self._upstreams.first(self._targets, self._question)
+        return self._reply
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._reply is not None:
+            self._reply.close()
+
+
+class Upstreams:
+    """Every upstream of the routes file, and who stands in for whom. Requests in flight keep what they began with."""
+
+    def __init__(self, routes: Routes, settings: Settings, metrics: Metrics) -> None:
+        self._routes = routes
+        self._settings = settings
+        self._metrics = metrics
+        self._open: dict[Access, Upstream] = {}
+
+    async def start(self) -> None: ...
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for upstream in self._open.values():
+            await upstream.stop()
 
-    def learn(self, model: str, revision: str | None) -> None:
-        """An answer carried this revision: the next request is keyed on it."""
-        entry = self.entries.get(model)
-        if entry is not None and revision and entry.get("revision") != revision:
-            self.entries[model] = {**entry, "revision": revision}
+    @property
+    def local(self) -> Upstream:
+        """The model service."""
+        return self._at(next(access for access in self._routes.access.values() if access.kind == "model"))
 
-    async def ready(self) -> dict[str, Any]:
-        """`state` (up, loading, down) with the service's own report, or with what to do."""
-        try:
-            status, said = await self._upstream.get("/ready", 2.0)
-        except ProxyError as error:
-            return {"state": "down", "detail": error.message}
-        if not isinstance(said, dict):
-            return {"state": "down", "detail": f"/ready answered {status} with something unknown"}
-        state = "up" if status == 200 else "loading" if said.get("status") == "loading" else "down"
-        if any(each["state"] == "ready" and each["id"] not in self.entries for each in said.get("models", ())):
-            await self._read()  # whoever hears that it is up may ask at once
-        return {"state": state, **said}
+    def ask(self, targets: Sequence[Target], question: Question) -> Asking:
+        """`async with` it: the first of `targets` that answers. `reply.target` says which, and so does the header
+        `x-model-fallback`. Leaving the block early closes the connection: so an upstream learns to stop.
 
-    async def look_again(self, model: str) -> None:
-        """Read the ids now. Raises UpstreamDown where the service has `model` but does not serve it yet."""
-        await self._read()
-        if model in self.entries:
-            return
-        for each in (await self.ready()).get("models", ()):
-            if each.get("id") == model and each.get("state") != "ready":
-                raise UpstreamDown(
-                    f"`{model}` is {each.get('state')}: /status tells when it is up, `make logs` why it is not.",
-                    param="model",
-                    headers={"retry-after": "2"},
-                )
+        Raises what the first one said where all fail: UpstreamDown, CircuitOpen, UpstreamTimeout, UpstreamBroken,
+        UpstreamLimited, or UpstreamRefused with its own envelope.
+        """
+        return Asking(self, targets, question)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(self._interval if self.entries else min(0.3, self._interval))
-            await self._read()
+    async def first(self, targets: Sequence[Target], question: Question) -> Reply:
+        """The same answer, to be closed by who gets it."""
+        heard: _Fault | None = None
+        for target in targets:
+            if target is not targets[0] and not _stands_in(target, targets[0], question.endpoint):
+                continue
+            try:
+                reply = await self._at(target.access).ask(question, target)
+            except _Fault as fault:
+                heard = heard or fault
+                if not fault.elsewhere or time.perf_counter() >= question.deadline:
+                    break
+                continue
+            if heard is not None:
+                reply.headers["x-model-fallback"] = f"{target.upstream}/{target.model}"
+                self._metrics.count("fallbacks", targets[0].upstream, target.upstream)
+            return reply
+        raise heard.error if heard else UpstreamDown("Nobody can be asked.")
 
-    async def _read(self) -> None:
-        try:
-            status, said = await self._upstream.get("/v1/models", 1.0)
-            if status == 200:
-                self.entries = {entry["id"]: entry for entry in said["data"]}
-        except (ProxyError, KeyError, TypeError) as error:
-            log.debug("the model service's ids are not to be had: %s", error)
+    def report(self) -> list[dict[str, Any]]:
+        """For the status page, without a key: who there is, and whose breaker is open."""
+        told = []
+        for name, access in self._routes.access.items():
+            found = self._open.get(access)
+            broken = sorted(which for which, each in found.breakers.items() if each.is_open) if found else []
+            told.append({"name": name, "configured": access.configured} | ({"open": broken} if broken else {}))
+        return told
+
+    def breakers(self) -> dict[str, bool]:
+        """Which breakers there are, and whether each is open."""
+        return {name: each.is_open for upstream in self._open.values() for name, each in upstream.breakers.items()}
+
+    def reloaded(self) -> None:
+        """The routes file was read anew: let go of upstreams that it does not know, when their last answer is over."""
+        kept = set(self._routes.access.values())
+        for access in [access for access in self._open if access not in kept]:
+            asyncio.get_running_loop().call_later(self._settings.total_timeout_seconds, self._retire, access)
+
+    def _retire(self, access: Access) -> None:
+        if access in self._open and access not in self._routes.access.values():
+            gone = asyncio.ensure_future(self._open.pop(access).stop())
+            gone.add_done_callback(lambda _: None)
+
+    def _at(self, access: Access) -> Upstream:
+        found = self._open.get(access)
+        if found is None:
+            found = self._open[access] = Upstream(access, self._settings, self._metrics)
+        return found
+
+
+def _stands_in(target: Target, first: Target, endpoint: str) -> bool:
+    if endpoint == EMBEDDINGS:
+        return target.model == first.model  # vectors of two models do not compare
+    if endpoint == "/v1/responses":
+        return target.access.responses
+    return target.kind != "embedding"
+
+
+def _closed_to(name: str, wait: float) -> _Fault:
+    error = CircuitOpen(
+        f"The upstream `{name}` failed too often: it is asked again in {wait:.0f} s.",
+        headers={"retry-after": str(max(1, round(wait + 0.499)))},
+    )
+    return _Fault(error, again=None, elsewhere=True, failed=False)
+
+
+def _nobody(_: Reply) -> None:
+    """Who hears of an answer's end when somebody has."""
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Seconds of a Retry-After; a date or nonsense is too long to wait for, none is 0."""
+    if retry_after is None:
+        return 0.0
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        return float("inf")
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
@@ -250,22 +484,18 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(pieces)
 
 
-@contextlib.contextmanager
-def _faults(name: str) -> Any:
-    """Network faults as this package's errors, with what to do."""
+def _told(name: str, error: Exception) -> ProxyError:
+    """A network fault as this package's error, with what to do."""
     where = "PROXY_MODEL_URL, `make logs`" if name == "model" else "its base URL and the network"
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError:
-        raise UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.") from None
-    except (TimeoutError, aiohttp.ServerTimeoutError):
-        raise UpstreamTimeout(
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.")
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout(
             f"The upstream `{name}` was silent for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
-        ) from None
-    except aiohttp.ClientConnectorError:
-        raise UpstreamDown(
+        )
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return UpstreamDown(
             f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab.",
             headers={"retry-after": "2"},
-        ) from None
-    except (aiohttp.ClientError, OSError):
-        raise UpstreamBroken(f"The upstream `{name}` broke its answer off: check {where}.") from None
+        )
+    return UpstreamBroken(f"The upstream `{name}` broke its answer off: check {where}.")

@@ -1,0 +1,94 @@
+"""uvicorn with an end that callers hardly notice: who is being answered is answered, who comes late is told to go on.
+
+From SIGTERM on new work gets a 503 with `connection: close` and /ready says `draining`, while running answers go on, at
+most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. Knows connections and tasks, not what they carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Protocol
+
+import uvicorn
+
+from .settings import Settings
+
+log = logging.getLogger("lab_proxy")
+
+LOOK_SECONDS = 0.02
+CUT_SECONDS = 2  # for what was cut off to let go of its upstream
+
+
+class Application(Protocol):
+    draining: bool
+
+
+class Server(uvicorn.Server):
+    """`parent`: a descriptor whose end says that the parent is gone; then this process ends too."""
+
+    def __init__(self, config: uvicorn.Config, app: Application, drain_seconds: float, parent: int | None) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_seconds = drain_seconds
+        self._parent = parent
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._app.draining = True
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        gc.collect()
+        gc.set_threshold(10_000, 20, 20)
+        gc.freeze()  # what is there now stays: to look at it again and again cost a miss a twentieth of its time
+        if self._parent is not None:
+            asyncio.get_running_loop().add_reader(self._parent, self._orphaned, self._parent)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.draining = True
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # an idle one closes, one in use closes with its answer
+        try:
+            async with asyncio.timeout(self._drain_seconds):
+                while self.server_state.tasks and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event for it
+                    await asyncio.sleep(LOOK_SECONDS)
+        except TimeoutError:
+            log.warning("%d answers are cut off: PROXY_DRAIN_TIMEOUT_SECONDS are over", len(self.server_state.tasks))
+            for task in list(self.server_state.tasks):
+                task.cancel()
+        await super().shutdown(sockets)
+
+    def _orphaned(self, parent: int) -> None:
+        asyncio.get_running_loop().remove_reader(parent)
+        log.warning("the parent is gone: ending")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def serve(app: Application, settings: Settings, listener: socket.socket, parent: int | None = None) -> int:
+    """Serve until a signal ends it. The exit code."""
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]  # an ASGI application, too
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=CUT_SECONDS,
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    server = Server(config, app, settings.drain_timeout_seconds, parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again when it has drained: leave by exit, which flushes the log
+        signal.signal(number, lambda *_: sys.exit(0))
+    server.run([listener])
+    return 0 if server.started else 1

@@ -1,0 +1,385 @@
+"""Virtual keys: who may come in, and that a key, its digest or another's usage cannot be had."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from fixtures_keys import ADMIN_KEY, Holder, School, school_on
+from fixtures_proxy import CHAT_MODEL, eventually, new, redis_url, state
+from lab_proxy import keyring
+from lab_proxy.keys import weakness
+from lab_proxy.link import connect
+from lab_proxy.settings import Settings
+from processes import free_port, python
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
+    with school_on(tmp_path_factory.mktemp("school"), allowed_origins="https://lab.example") as started:
+        yield started
+
+
+def code(answer: httpx2.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+# ---- who may come in
+
+
+def test_with_an_admin_key_every_caller_needs_a_virtual_key(school: School) -> None:
+    """No key, a wrong one, the admin's own: 401 in OpenAI's words. Health, status and metrics stay open."""
+    for headers in ({}, {"authorization": "Bearer any"}, {"authorization": "Bearer sk-lab-" + "x" * 43},
+                    {"authorization": f"Bearer {ADMIN_KEY}"}, {"authorization": "Basic c2s6"},
+                    {"authorization": "Bearer sk-lab-" + "y" * 5000}):  # fmt: skip
+        answer = school.one.chat(headers=headers)
+        assert code(answer) == (401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert code(school.one.http.get("/v1/models", headers=headers)) == (401, "invalid_api_key")
+        assert code(school.one.http.get("/usage", headers=headers)) == (401, "invalid_api_key")
+    for path in ("/health", "/ready", "/status", "/metrics"):
+        assert school.one.http.get(path).status_code == 200
+
+
+def test_the_openai_sdk_takes_a_virtual_key(school: School) -> None:
+    """A virtual key is an api_key; without one the SDK raises its own AuthenticationError."""
+    holder = school.key()
+    url = f"{school.one.proxy.url}/v1"
+    with openai.OpenAI(base_url=url, api_key=holder.key, max_retries=0) as client:
+        said = client.chat.completions.create(model="gpt-mock", messages=[{"role": "user", "content": new()}])
+        assert said.choices[0].message.content
+    with (
+        openai.OpenAI(base_url=url, api_key="sk-nothing", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+
+
+def test_a_key_works_at_once_in_every_worker(school: School) -> None:
+    """Made at one proxy, good at the other."""
+    holder = school.key()
+    assert school.at_two(holder).chat().status_code == 200
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_t2_a_revocation_reaches_every_worker_within_a_second(school: School, warm: bool) -> None:
+    """Also where both workers have used the key, and for an answer that lies in the cache."""
+    holder = school.key()
+    text = new()
+    if warm:
+        assert holder.chat(text).status_code == 200
+        assert state(school.at_two(holder).chat(text)) == "hit"
+    assert school.admin("DELETE", f"keys/{holder.id}").json()["state"] == "revoked"
+    time.sleep(1)
+    for each in (holder, school.at_two(holder)):
+        answer = each.chat(text)
+        assert code(answer) == (401, "invalid_api_key")
+        assert "revoked" in answer.json()["error"]["message"]
+
+
+def test_rotation_with_and_without_grace(school: School) -> None:
+    """Without a grace the old secret ends within a second; with one it goes on for that time. The id stays."""
+    holder = school.key()
+    assert holder.chat().status_code == 200
+    rotated = school.admin("POST", f"keys/{holder.id}/rotate", json={"grace_seconds": 2.5}).json()
+    assert rotated["id"] == holder.id
+    assert rotated["key"] != holder.key
+    time.sleep(1)
+    assert Holder(school.two, rotated["key"]).chat().status_code == 200
+    assert school.at_two(holder).chat().status_code == 200
+    eventually(lambda: holder.chat().status_code == 401, 4)
+    again = school.admin("POST", f"keys/{holder.id}/rotate").json()
+    time.sleep(1)
+    assert code(Holder(school.one, rotated["key"]).chat()) == (401, "invalid_api_key")
+    assert Holder(school.one, again["key"]).chat().status_code == 200
+
+
+def test_an_expired_key_is_refused_also_when_it_was_good_before(school: School) -> None:
+    """The end of its time needs no message from redis."""
+    end = time.time() + 1.5
+    holder = school.key(expires=f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(end))}.{int(end % 1 * 1000):03d}Z")
+    assert holder.chat().status_code == 200
+    eventually(lambda: holder.chat().status_code == 401, 3)
+    assert "expired" in holder.chat().json()["error"]["message"]
+
+
+def test_t2_a_model_that_is_not_allowed_is_refused_also_where_the_answer_is_cached(school: School) -> None:
+    """403 by name; patterns and aliases count; /v1/models lists what the key is good for."""
+    owner, text = new(), new()
+    assert school.key(owner).chat(text).status_code == 200
+    holder = school.key(owner, models=["smollm2-*", "gpt-other"])
+    answer = holder.chat(text)
+    assert code(answer) == (403, "model_not_allowed")
+    assert holder.chat(text, model=CHAT_MODEL).status_code == 200
+    assert [each["id"] for each in holder.get("/v1/models").json()["data"]] == [CHAT_MODEL]
+    assert holder.get("/v1/models/all-minilm-l6-v2").status_code in {403, 404}
+
+
+# ---- tenants
+
+
+def test_t1_a_tenant_is_the_keys_owner_unless_the_operator_names_a_namespace(school: School) -> None:
+    """Two keys of one owner share answers, two owners do not, one namespace does; no header makes a tenant."""
+    text, owner = new(), new()
+    first = school.key(owner)
+    assert state(first.chat(text)) == "miss stored"
+    assert state(school.key(owner).chat(text)) == "hit"
+    forged = {"x-tenant": owner, "x-lab-tenant": owner, "x-api-key": first.key, "openai-organization": owner}
+    assert state(school.key().chat(text, headers=forged, user=owner)) == "miss stored"
+    # A namespace of an owner's name is not that owner.
+    assert state(school.key(namespace=owner).chat(text)) == "miss stored"
+    assert state(school.key(namespace=owner).chat(text)) == "hit"
+
+
+def test_an_owner_cannot_have_a_name_that_is_another_tenant(school: School) -> None:
+    """No `:` and no control character in a name, no `local`, one spelling for what looks the same."""
+    for owner in ("shared:kim", "local", "", " ", "a\nb", "x" * 65, "=1+1"):
+        answer = school.admin("POST", "keys", json={"owner": owner})
+        assert answer.status_code == 400, owner
+        assert answer.json()["error"]["param"] == "owner"
+    made = school.admin("POST", "keys", json={"owner": " 김민준 "}).json()
+    assert made["owner"] == "김민준"
+
+
+# ---- the operator's pages
+
+
+def test_the_operators_pages_want_the_admin_key_and_no_web_page(school: School) -> None:
+    """A student's key, none, a browser: refused; CORS headers are never given, even for an allowed origin."""
+    student = school.key()
+    paths = [("GET", "/admin/keys"), ("POST", "/admin/keys"), ("GET", "/admin/usage"),
+             ("DELETE", f"/admin/keys/{student.id}"), ("POST", f"/admin/keys/{student.id}/rotate"),
+             ("PATCH", f"/admin/keys/{student.id}"), ("GET", f"/admin/keys/{student.id}")]  # fmt: skip
+    for method, path in paths:
+        for headers in ({}, student.headers, {"authorization": f"Bearer {ADMIN_KEY}x"}):
+            assert code(school.one.http.request(method, path, headers=headers)) == (401, "invalid_api_key")
+        headers = {"authorization": f"Bearer {ADMIN_KEY}", "origin": "https://lab.example"}
+        answer = school.one.http.request(method, path, headers=headers)
+        assert code(answer) == (403, "origin_not_allowed")
+        assert "access-control-allow-origin" not in answer.headers
+    flight = school.one.http.request("OPTIONS", "/admin/keys", headers={"origin": "https://lab.example"})
+    assert flight.status_code >= 400
+    assert "access-control-allow-origin" not in flight.headers
+    assert student.chat().status_code == 200
+
+
+def test_keys_are_created_listed_changed_and_shown_once(school: School) -> None:
+    """The secret is in the answer to its making and nowhere else; a field that is not known is refused by name."""
+    terms = {"owner": new(), "name": "laptop", "models": ["gpt-*"], "rpm": 60, "tpm": 1000, "concurrency": 4,
+             "budget_per_day_usd": "0.50", "budget_total_usd": 3, "expires": "2099-12-31",
+             "namespace": "class-1"}  # fmt: skip
+    made = school.admin("POST", "keys", json=terms)
+    assert made.headers["cache-control"] == "no-store"
+    said = made.json()
+    assert said["expires"] == "2099-12-31T23:59:59Z"
+    listed = school.admin("GET", f"keys?owner={terms['owner']}").json()["data"]
+    assert [each["id"] for each in listed] == [said["id"]]
+    assert "key" not in listed[0]
+    changed = school.admin("PATCH", f"keys/{said['id']}", json={"rpm": None, "tpm": 5}).json()
+    assert (changed["rpm"], changed["tpm"], changed["concurrency"]) == (None, 5, 4)
+    everything = school.admin("GET", "keys").text + school.admin("GET", f"keys/{said['id']}").text
+    digest = keyring.digest_of(said["key"]).hex()
+    assert said["key"] not in everything
+    assert digest[:12] not in everything
+    for wrong, field in (({"rpm": 0}, "rpm"), ({"budgets": 1}, "budgets"), ({"budget_total_usd": "0.0000001"},
+                         "budget_total_usd"), ({"budget_total_usd": -1}, "budget_total_usd"), ({"rpm": True}, "rpm"),
+                         ({"expires": "soon"}, "expires"), ({"models": [1]}, "models")):  # fmt: skip
+        answer = school.admin("POST", "keys", json={"owner": new()} | wrong)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
+    assert code(school.admin("DELETE", "keys/key_0123456789abcdef")) == (404, "key_not_found")
+
+
+def test_a_key_is_nowhere_but_with_its_holder(school: School) -> None:
+    """Not in redis, not in the log, not in metrics, not in an error: nor its digest outside of redis."""
+    holder = school.key(rpm=1000)
+    holder.chat()
+    holder.chat(model="nobody-knows")
+    school.one.chat(headers={"authorization": f"Bearer {holder.key}x"})
+    digest = keyring.digest_of(holder.key).hex()
+    stored = b""
+    for name in school.db.scan_iter("*"):
+        kind = school.db.type(name)
+        value = {b"hash": school.db.hgetall, b"string": school.db.get, b"set": school.db.smembers}.get(kind, str)(name)
+        assert holder.key.encode() not in name
+        assert digest[:16].encode() not in name
+        stored += repr(value).encode()
+    assert holder.key.encode() not in stored
+    assert digest.encode() in stored  # the record that the key is checked against
+    told = school.one.proxy.log.read_text() + school.one.http.get("/metrics").text + school.one.http.get("/status").text
+    assert holder.key not in told
+    assert digest[:16] not in told
+    assert ADMIN_KEY not in told + stored.decode()
+
+
+# ---- the command line
+
+
+def test_a_class_of_keys_from_a_csv_in_one_command(school: School, tmp_path: Path) -> None:
+    """One line a key, defaults from the command line, a file that only its owner can read; twice is refused."""
+    names = [new()[-12:] for _ in range(30)]
+    roster = tmp_path / "class.csv"
+    roster.write_text("\ufeffName,rpm\n" + "".join(f"{name},{'7' if name == names[0] else ''}\n" for name in names))
+    out = tmp_path / "keys.csv"
+    done = school.command("keys", "import", str(roster), "--out", str(out), "--rpm", "20", "--budget-total-usd", "2")
+    assert "30 keys made" in done.stderr
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert [row["name"] for row in rows] == names
+    first, last = Holder(school.one, rows[0]["key"]), Holder(school.two, rows[-1]["key"])
+    assert first.usage()["limits"]["rpm"] == 7
+    assert last.usage()["limits"]["rpm"] == 20
+    again = school.command("keys", "import", str(roster), check=False)
+    assert again.returncode == 2
+    assert "already" in again.stderr
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("owner,rpm\nfine-one,5\nfine-two,many\n")
+    refused = school.command("keys", "import", str(wrong), check=False)
+    assert (refused.returncode, "line 3" in refused.stderr, "`rpm`" in refused.stderr) == (2, True, True)
+    assert "fine-one" not in school.command("keys", "list", "--json").stdout
+    kept = school.command("keys", "import", str(roster), "--again", "--out", str(out), check=False)
+    assert kept.returncode == 2  # an existing file is not written over
+    assert len(json.loads(school.command("keys", "list", "--json", "--owner", names[5]).stdout)) == 1
+
+
+def test_the_command_line_and_http_are_one_keyring(school: School) -> None:
+    """create, list, change, rotate, revoke from a terminal; the proxies follow within a second."""
+    owner = new()
+    made = json.loads(school.command("keys", "create", "--owner", owner, "--models", "gpt-*", "--json").stdout)
+    holder = Holder(school.one, made["key"], made["id"])
+    assert holder.chat().status_code == 200
+    table = school.command("keys", "list", "--owner", owner).stdout
+    assert made["id"] in table
+    assert made["key"] not in table
+    assert json.loads(school.command("keys", "change", holder.id, "--rpm", "9", "--json").stdout)["rpm"] == 9
+    assert json.loads(school.command("keys", "change", holder.id, "--rpm", "none", "--json").stdout)["rpm"] is None
+    rotated = school.command("keys", "rotate", holder.id).stdout.splitlines()[-1]
+    time.sleep(1)
+    assert holder.chat().status_code == 401
+    holder = Holder(school.two, rotated)
+    assert holder.chat().status_code == 200
+    school.command("keys", "revoke", made["id"])
+    time.sleep(1)
+    assert holder.chat().status_code == 401
+    assert made["id"] not in school.command("keys", "list").stdout
+    assert made["id"] in school.command("keys", "list", "--all").stdout
+    assert school.command("keys", "revoke", "key_00", check=False).returncode == 2
+
+
+def test_the_command_line_without_redis_says_so() -> None:
+    """Exit code 1, one line, the variable's name."""
+    env = os.environ | {"PROXY_REDIS_URL": f"redis://127.0.0.1:{free_port()}/0"}
+    done = subprocess.run(python("lab_proxy", "keys", "list"), env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "PROXY_REDIS_URL" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---- redis is not well
+
+
+def test_x1_known_keys_go_on_without_redis_and_unknown_ones_get_503(tmp_path: Path) -> None:
+    """Redis paused, then killed: who was here goes on, who was not is told to wait; all is well when it is back."""
+    with school_on(tmp_path) as school:
+        known, unknown = school.key(), school.key()
+        revoked = school.key()
+        for each in (known, revoked):
+            assert each.chat().status_code == 200
+        school.admin("DELETE", f"keys/{revoked.id}")
+        time.sleep(0.6)
+        os.kill(school.redis.popen.pid, signal.SIGSTOP)
+        try:
+            assert known.chat().status_code == 200
+            assert code(unknown.chat()) == (503, "keys_unavailable")
+            assert code(school.at_two(known).chat()) == (503, "keys_unavailable")  # it was never there
+            began = time.monotonic()
+            for _ in range(5):
+                assert known.chat().status_code == 200
+                assert code(unknown.chat()) == (503, "keys_unavailable")
+            assert time.monotonic() - began < 3
+            assert revoked.chat().status_code in {401, 503}
+            assert code(school.admin("GET", "keys")) == (503, "keys_unavailable")
+        finally:
+            os.kill(school.redis.popen.pid, signal.SIGCONT)
+        eventually(lambda: unknown.chat().status_code == 200, 5)
+        assert code(revoked.chat()) == (401, "invalid_api_key")
+        school.redis.popen.kill()
+        time.sleep(0.6)
+        assert known.chat().status_code == 200
+        assert code(Holder(school.one, "sk-lab-" + "z" * 43).chat()) == (503, "keys_unavailable")
+
+
+async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) -> None:
+    """Twenty changes of one key from as many connections: each is there, and none takes the revocation back."""
+    client = connect(redis_url(school.redis))
+    ring = keyring.Ring(client)
+    ((key, _),) = await ring.create([keyring.terms({"owner": new()})])
+    await asyncio.gather(
+        *(ring.change(key.id, {"rpm": 5}) for _ in range(7)),
+        *(ring.change(key.id, {"tpm": 6}) for _ in range(7)),
+        ring.revoke(key.id),
+        *(ring.change(key.id, {"concurrency": 7}) for _ in range(6)),
+    )
+    end = await ring.get(key.id)
+    await client.aclose()
+    assert (end.rpm, end.tpm, end.concurrency) == (5, 6, 7)
+    assert end.revoked
+
+
+# ---- the admin key
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["admin", "sk-1234", "changeme", "password-password-password", "admin-secret-key-for-llm-lab-proxy", "a" * 64,
+     "0123456789" * 4, "abcdefghijklmnopqrstuvwxyz0123456789", "abab" * 20, "correct-horse-battery-staple",
+     "00000000-0000-0000-0000-000000000000", "tooshort9Xk2"],
+)  # fmt: skip
+def test_a_weak_admin_key_is_refused_at_the_start(key: str) -> None:
+    """Short, common, repeated, a sequence: exit code 2 and a line with the variable, never with the key."""
+    assert weakness(key)
+    env = os.environ | {"PROXY_ADMIN_KEY": key}
+    done = subprocess.run(python("lab_proxy"), env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "PROXY_ADMIN_KEY" in done.stderr
+    assert "openssl rand -hex 32" in done.stderr
+    assert key not in done.stderr.replace("PROXY_ADMIN_KEY", "").replace("admin", "" if key == "admin" else "admin")
+
+
+def test_good_admin_keys_are_taken() -> None:
+    """What `openssl rand -hex 32`, uuid4 and a password manager make."""
+    for key in ("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                "3f2b8c1e-7d4a-4e9b-9c63-1a5f0e8d2b74", ADMIN_KEY, "vR4!kz#T9qLw2@xNp7$Ym5&B"):  # fmt: skip
+        assert weakness(key) is None, key
+
+
+def test_with_keys_it_may_listen_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without keys only by PROXY_ALLOW_ANONYMOUS; a file with an admin key will do, an empty file is no key."""
+    for name in [name for name in os.environ if name.startswith("PROXY_")]:
+        monkeypatch.delenv(name)
+    made: dict[str, Any] = {"host": "0.0.0.0"}
+    with pytest.raises(ValueError, match="PROXY_ADMIN_KEY_FILE"):
+        Settings(**made)
+    assert not Settings(**made, allow_anonymous=True).keys_required
+    assert Settings(**made, admin_key=ADMIN_KEY).keys_required
+    assert Settings(**made, require_keys=True).keys_required
+    file = tmp_path / "admin-key"
+    file.write_text(f"{ADMIN_KEY}\n")
+    assert Settings(**made, admin_key_file=file).operator_key() == ADMIN_KEY
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="PROXY_HOST"):
+        Settings(**made, admin_key_file=file)
+    with pytest.raises(ValueError, match="both set"):
+        Settings(admin_key=ADMIN_KEY, admin_key_file=file)

@@ -1,0 +1,458 @@
+"""The ledger: every real call once, exactly, whatever redis does; and who may read it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import csv
+import io
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import redis.asyncio
+from fixtures_keys import ADMIN_KEY, PRICES, Holder, School, school_on
+from fixtures_proxy import Bench, eventually, new, proxy, redis_url, state
+from lab_proxy import ledger, money
+from lab_proxy.keys import LOCAL, Identity
+from lab_proxy.ledger import METRICS, Charge, Ledger
+from lab_proxy.link import connect
+from lab_proxy.prices import Prices
+from lab_proxy.spool import Spool
+from processes import Process, free_port, redis_server
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
+    with school_on(tmp_path_factory.mktemp("school")) as started:
+        yield started
+
+
+def everybody(school: School, **query: str) -> dict[str, Any]:
+    """/admin/usage after both proxies have booked."""
+    time.sleep(0.2)
+    said: dict[str, Any] = school.admin("GET", "usage", params=query).json()
+    return said
+
+
+def leave_early(holder: Holder, model: str) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": new()}], "stream": True}
+    with holder.bench.http.stream("POST", "/v1/chat/completions", json=body, headers=holder.headers) as answer:
+        pieces = answer.iter_bytes()
+        for _ in range(3):
+            next(pieces)
+
+
+# ---- A1
+
+
+def test_a1_after_a_load_run_the_ledger_is_the_upstreams_own_count(tmp_path: Path) -> None:
+    """Hits, misses, collapsed, embeddings, streams and ones broken off by their callers, over two proxies: for whole
+    answers the ledger equals the upstream's counters exactly, and served = upstream + cache + collapsed."""
+    with school_on(tmp_path) as school:
+        holders = [school.key(f"student {n}") for n in range(3)]
+        texts = [new() for _ in range(8)]
+        chance = random.Random(5)
+        served = {"prompt": 0, "completion": 0}
+        lock = threading.Lock()
+
+        def ask(n: int) -> None:
+            holder = holders[n % 3]
+            at = school.at_two(holder) if chance.random() < 0.5 else holder
+            text = texts[n % len(texts)] if n % 4 else new()
+            if n % 11 == 0:
+                return leave_early(at, "gpt-mock-slow")
+            if n % 7 == 0:
+                answer = at.bench.embed([text, "the same", "the same"], headers=at.headers)
+            else:
+                answer = at.chat(
+                    text, stream=n % 3 == 0, stream_options={"include_usage": True} if n % 3 == 0 else None
+                )
+            assert answer.status_code == 200, answer.text
+            lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+            usage = json.loads(lines[-1] if lines else answer.text)["usage"]
+            with lock:
+                served["prompt"] += usage["prompt_tokens"]
+                served["completion"] += usage.get("completion_tokens", 0)
+            return None
+
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            list(pool.map(ask, range(220)))
+        left = 20  # n % 11 == 0
+        eventually(lambda: school.one.calls()["left"] == left, 5)
+        report = everybody(school)
+        total, rows = report["total"], report["rows"]
+        broken = [row for row in rows if row["estimated_calls"]]
+        whole = [row for row in rows if not row["estimated_calls"]]
+        counted = [school.one.calls(each)["tokens"] for each in (school.one.paid, school.one.model)]
+        # 1. Whole answers: exactly.
+        for name in ("prompt_tokens", "completion_tokens"):
+            assert sum(row[name] for row in whole) == sum(each[name] for each in counted), name
+        # 2. Broken-off streams: flagged, and at least what their callers saw.
+        assert sum(row["estimated_calls"] for row in broken) == left
+        assert all(row["model"] == "gpt-mock-slow" and row["completion_tokens"] >= 2 for row in broken)
+        # 3. Real calls, and what was served.
+        calls = school.one.calls()["total"] + school.one.calls(school.one.model)["total"]
+        assert total["upstream_calls"] == calls
+        assert total["requests"] == 220
+        for kind in ("prompt", "completion"):
+            booked = sum(row[f"{part}{kind}_tokens"] for row in whole for part in ("", "hit_", "collapsed_"))
+            assert booked == served[kind], kind
+        assert total["hits"] > 20
+        # 4. The money, exactly.
+        for row in rows:
+            if row["upstream"] == "openai":
+                paid = row["prompt_tokens"] * 3 * 10**6 + row["completion_tokens"] * 7 * 10**6
+                assert row["cost_picodollars"] == paid
+            else:
+                assert (row["cost_usd"], row["unpriced"]) == (0, False)
+        # 5. A key's own page is its part of it.
+        for holder in holders:
+            own = holder.usage()
+            mine = [row for row in rows if row["key_id"] == holder.id]
+            assert own["rows"] == mine
+            assert own["budget_usd"]["total"]["spent"] == pytest.approx(sum(row["cost_usd"] for row in mine))
+
+
+def test_a1_redis_killed_in_the_middle_of_a_load_run_loses_nothing(tmp_path: Path) -> None:
+    """What redis does not take waits on disk, also over the proxy's own end, and is booked once."""
+    with school_on(tmp_path) as school:
+        holder = school.key()
+        port = school.redis.port
+        dump = tmp_path / "kept"
+        dump.mkdir()
+        assert holder.chat().status_code == 200
+        for _ in range(20):
+            holder.chat()
+        time.sleep(0.4)
+        # The data must outlive the kill, as with an append-only file.
+        school.db.config_set("appendonly", "yes")
+        school.db.config_set("appendfsync", "always")
+        eventually(lambda: school.db.info("persistence")["aof_rewrite_in_progress"] == 0, 5)
+        school.redis.popen.kill()
+        school.redis.popen.wait(5)
+        for _ in range(20):
+            assert holder.chat().status_code == 200
+        eventually(lambda: bool(list(school.folder.glob("ledger-*.jsonl"))), 5)
+        time.sleep(1)
+        school.one.proxy.popen.kill()  # not asked to end: what is on disk is all there is
+        with redis_server(school.folder, "--appendonly", "yes", port=port):
+            for _ in range(5):
+                assert school.at_two(holder).chat().status_code in {200, 503}
+            calls = school.one.calls()["total"]
+            model = school.one.model.url
+            with proxy(
+                school.folder, redis=f"redis://127.0.0.1:{port}/0", model=model, paid=school.one.paid.url,
+                admin_key=ADMIN_KEY, prices_file=str(school.folder / "prices.yaml"),
+            ) as again, httpx2.Client(base_url=again.url) as http:  # fmt: skip
+                admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+
+                def booked() -> int:
+                    return int(http.get("/admin/usage", headers=admin).json()["total"]["upstream_calls"])
+
+                eventually(lambda: booked() == calls, 10)
+                time.sleep(1)
+                assert booked() == calls
+                tokens = http.get("/admin/usage", headers=admin).json()["total"]
+                assert tokens["completion_tokens"] == school.one.calls()["tokens"]["completion_tokens"]
+                assert not [each for each in school.folder.glob("ledger-*.jsonl") if each.stat().st_size]
+
+
+def test_sigterm_books_what_is_left(tmp_path: Path) -> None:
+    """A proxy that is told to end right after an answer has booked it."""
+    with school_on(tmp_path) as school:
+        holder = school.key()
+        assert holder.chat().status_code == 200
+        school.one.proxy.popen.send_signal(signal.SIGTERM)
+        school.one.proxy.popen.wait(20)
+        assert school.at_two(holder).usage()["total"]["upstream_calls"] == 1
+
+
+# ---- the parts alone, with a real redis
+
+
+PRICED = Identity(tenant="kim", owner="kim", key_id="key_0a")
+
+
+def charge(**more: Any) -> Charge:
+    told = {"identity": PRICED, "upstream": "openai", "model": "gpt-mock", "source": "upstream", "prompt": 10,
+            "completion": 5}  # fmt: skip
+    return Charge(**(told | more))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Process]:
+    with redis_server(tmp_path) as started:
+        yield started
+
+
+@contextlib.asynccontextmanager
+async def book(server: Process, folder: Path, *, start: bool = True, max_bytes: int = 10**6) -> Any:
+    (folder / "prices.yaml").write_text(PRICES)
+    client = connect(redis_url(server))
+    made = Ledger(client, Prices(folder / "prices.yaml"), folder=folder / "spool", max_bytes=max_bytes)
+    if start:
+        await made.start()
+    yield made
+    await made.stop()
+    await client.aclose()
+
+
+async def calls_booked(made: Ledger) -> int:
+    today = datetime.now(UTC).date()
+    return int(ledger.total(await made.usage(today, today))["upstream_calls"])
+
+
+async def test_an_unsure_batch_is_booked_once(server: Process, tmp_path: Path) -> None:
+    """Redis books a batch whose answer is lost: sent again, also by the next process, it does not count twice."""
+    async with book(server, tmp_path) as made:
+        made.record(charge())
+        await made.flush()
+
+        real = made._redis.eval
+
+        async def lost(*args: Any) -> Any:
+            await real(*args)
+            raise TimeoutError
+
+        made._redis.eval = lost
+        for _ in range(3):
+            made.record(charge())
+            await made.flush()
+        assert await calls_booked(made) == 2  # the first of the three was booked, and redis said nothing
+        spooled = list((tmp_path / "spool").glob("ledger-*.jsonl"))
+        assert spooled
+        kept = spooled[0].read_bytes()
+        assert len(kept.splitlines()) == 3
+        made._redis.eval = real
+        await made.flush()
+        assert await calls_booked(made) == 4
+        assert spooled[0].stat().st_size == 0
+    # The next start finds the same file, as after a kill between booking and emptying it.
+    client = redis.asyncio.Redis(port=server.port)
+    writer, number = spooled[0].stem.removeprefix("ledger-"), 4
+    await client.hset(ledger.WRITERS, writer, number)
+    await client.aclose()
+    spooled[0].write_bytes(kept)
+    async with book(server, tmp_path) as made:
+        await asyncio.sleep(0.3)
+        await made.flush()
+        assert await calls_booked(made) == 4
+        assert not list((tmp_path / "spool").glob("ledger-*.jsonl"))
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only", "paused"])
+async def test_what_redis_refuses_is_spooled_and_booked_in_order(server: Process, tmp_path: Path, fault: str) -> None:
+    """A full, a read-only and a paused redis: nothing lost, nothing twice, and no call waits for it."""
+    async with book(server, tmp_path) as made, redis.asyncio.Redis(port=server.port) as client:
+        made.record(charge())
+        await made.flush()
+        if fault == "full":
+            await client.config_set("maxmemory", "1")
+        elif fault == "read-only":
+            await client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
+        else:
+            os.kill(server.popen.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        for _ in range(1000):
+            made.record(charge())
+        assert time.monotonic() - began < 0.5
+        eventually_spooled = list((tmp_path / "spool").glob("*"))
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            eventually_spooled = [each for each in (tmp_path / "spool").glob("*") if each.stat().st_size]
+            if eventually_spooled:
+                break
+        assert eventually_spooled
+        assert made.unbooked(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
+        if fault == "full":
+            await client.config_set("maxmemory", "0")
+        elif fault == "read-only":
+            await client.execute_command("REPLICAOF", "NO", "ONE")
+        else:
+            os.kill(server.popen.pid, signal.SIGCONT)
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            if not made.unbooked(PRICED.key_id or ""):
+                break
+        assert await calls_booked(made) == 1001
+        assert made.unbooked(PRICED.key_id or "") == 0
+        assert (await made.spent(PRICED.key_id or ""))[1] == 1001 * 65 * 10**6
+
+
+async def test_a_full_spool_keeps_the_sums_in_memory(server: Process, tmp_path: Path) -> None:
+    """Neither redis nor the disk takes them: they wait, summed, and are booked when redis is back."""
+    async with book(server, tmp_path, max_bytes=10) as made:
+        os.kill(server.popen.pid, signal.SIGSTOP)
+        for _ in range(50):
+            made.record(charge())
+        await made.flush()
+        for _ in range(50):
+            made.record(charge())
+        os.kill(server.popen.pid, signal.SIGCONT)
+        await made.flush()
+        await made.flush()
+        assert await calls_booked(made) == 100
+
+
+async def test_a_torn_line_of_the_spool_costs_only_itself(server: Process, tmp_path: Path) -> None:
+    """A line that a crash cut in two is passed over; those before it are booked."""
+    spool = Spool(tmp_path / "spool", "0123456789abcdef", 10**6)
+    row = ("2026-11-23", "key_0a", "kim", "openai", "gpt-mock", [1] * len(METRICS))
+    from lab_proxy.spool import Batch
+
+    spool.append(Batch(spool.writer, 1, [row]))
+    spool.append(Batch(spool.writer, 2, [row]))
+    spool.close(remove=False)
+    path = next((tmp_path / "spool").glob("*.jsonl"))
+    path.write_bytes(path.read_bytes()[:-20])
+    async with book(server, tmp_path) as made:
+        await asyncio.sleep(0.3)
+        await made.flush()
+        day = datetime(2026, 11, 23, tzinfo=UTC).date()
+        assert ledger.total(await made.usage(day, day))["requests"] == 1
+    assert not path.exists()
+
+
+async def test_a_wrong_type_in_redis_loses_no_other_sum(server: Process, tmp_path: Path) -> None:
+    """Garbage at one key's name: that sum is lost and said to be, all others are booked once."""
+    async with book(server, tmp_path) as made, redis.asyncio.Redis(port=server.port) as client:
+        await client.set(f"{ledger.SUMS}key_0a", "garbage")
+        made.record(charge())
+        made.record(charge(identity=LOCAL))
+        await made.flush()
+        assert await calls_booked(made) == 2
+
+
+async def test_nothing_of_the_ledger_is_ever_evicted(server: Process, tmp_path: Path) -> None:
+    """No name of keys and ledger has a TTL, so that volatile-lru takes cached answers alone."""
+    async with book(server, tmp_path) as made, redis.asyncio.Redis(port=server.port) as client:
+        made.record(charge())
+        await made.flush()
+        names = [name async for name in client.scan_iter("lab:*")]
+        assert len(names) >= 4
+        assert [await client.ttl(name) for name in names] == [-1] * len(names)
+
+
+# ---- prices and money
+
+
+def test_money_is_exact() -> None:
+    """A hundred thousand cached tokens at 0.075 USD a million are 0.0075 USD, to the last digit."""
+    prices = Prices()
+    assert prices.cost("openai", "gpt-4o-mini", 1, 0, cached=1) == 75_000
+    assert money.shown(prices.cost("openai", "gpt-4o-mini", 100_000, 0, cached=100_000) or 0) == "0.0075"
+    assert money.shown(10**18 + 1) == "1000000.000000000001"
+    assert money.from_usd(Decimal("0.000001")) == 10**6
+    for wrong in ("0.0000001", "-1", "NaN"):
+        with pytest.raises(ValueError, match="no amount"):
+            money.from_usd(Decimal(wrong))
+
+
+def test_prices_know_snapshots_long_prompts_local_models_and_what_they_do_not_know() -> None:
+    """A dated snapshot costs what its model does; long prompts cost more; local ones 0; an unknown one is no price."""
+    prices = Prices()
+    assert (
+        prices.cost("openai", "gpt-4o-mini-2024-07-18", 1, 1) == prices.cost("openai", "gpt-4o-mini", 1, 1) == 750_000
+    )
+    assert prices.cost("openai", "gpt-5.5", 272_000, 0) == 272_000 * 5_000_000
+    assert prices.cost("openai", "gpt-5.5", 272_001, 0) == 272_001 * 10_000_000
+    assert prices.cost("model", "smollm2-135m-instruct", 5, 5) == 0
+    assert prices.cost("openai", "gpt-nobody-knows", 5, 5) is None
+    assert prices.cost("elsewhere", "gpt-4o-mini", 5, 5) is None
+    assert prices.cost("openai", "gpt-4o-mini", 1, 0, half=True) == 75_000
+    for upstream, model in (("openai", "gpt-4o-mini"), ("model", "any")):
+        quote = prices.quote(upstream, model)
+        assert quote is not None
+        assert quote.source
+        assert quote.checked.year >= 2026
+
+
+def test_a_wrong_prices_file_is_refused_and_keeps_the_old_one(tmp_path: Path) -> None:
+    """A line that says where; the table of before stays."""
+    path = tmp_path / "prices.yaml"
+    path.write_text(PRICES)
+    prices = Prices(path)
+    for wrong in ("upstreams: {openai: {source: x, checked: 2026-11-23, models: {a: {input: -1, output: 0}}}}",
+                  "upstreams: {openai: {source: x, checked: 2026-11-23, models: {a: {input: 0.0000001, output: 0}}}}",
+                  "upstreams: {openai: {models: {}}}", "- nothing", ": : :"):  # fmt: skip
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="PROXY_PRICES_FILE"):
+            prices.reload()
+        assert prices.cost("openai", "gpt-mock", 1, 0) == 3_000_000
+    assert prices.files() == [path]
+
+
+def test_a_model_without_a_price_is_flagged_not_0(school: School) -> None:
+    """`unpriced` and a cost of null, on the page and in the CSV; a row of both kinds keeps what is known."""
+    holder = school.key()
+    assert holder.chat(model="gpt-nobody-knows").status_code == 200
+    (row,) = holder.usage()["rows"]
+    assert (row["unpriced"], row["cost_usd"], row["cost_picodollars"]) == (True, None, None)
+    assert holder.chat().status_code == 200
+    total = holder.usage()["total"]
+    assert total["unpriced"]
+    assert total["cost_usd"] > 0
+
+
+# ---- who may read it
+
+
+def test_a_key_reads_its_own_usage_and_nobody_elses(school: School) -> None:
+    """No filter leads to another key; the day, the model and the form may be chosen."""
+    mine, other = school.key(), school.key()
+    assert mine.chat().status_code == other.chat().status_code == 200
+    assert [row["key_id"] for row in mine.usage()["rows"]] == [mine.id]
+    for query in (f"key_id={other.id}", "owner=x", "sql=1", "from=yesterday", "format=xml", "from=2020-01-01"):
+        assert mine.get(f"/usage?{query}").status_code == 400, query
+    assert mine.get("/usage?to=2020-01-31").json()["rows"] == []
+    assert mine.get("/usage?model=gpt-mock").json()["total"]["upstream_calls"] == 1
+    assert mine.get("/usage?model=gpt-other").json()["total"]["upstream_calls"] == 0
+    found = everybody(school, key_id=other.id)["rows"]
+    assert [row["key_id"] for row in found] == [other.id]
+    assert everybody(school, owner=found[0]["owner"])["total"]["upstream_calls"] == 1
+
+
+def test_usage_as_csv(school: School) -> None:
+    """Columns of the JSON, money in plain digits, and no name that a spreadsheet takes for a formula."""
+    holder = school.key()
+    holder.chat()
+    answer = school.admin("GET", "usage", params={"format": "csv", "key_id": holder.id})
+    assert answer.headers["content-type"].startswith("text/csv")
+    (row,) = csv.DictReader(io.StringIO(answer.text))
+    told = holder.usage()["rows"][0]
+    assert (row["model"], int(row["prompt_tokens"])) == ("gpt-mock", told["prompt_tokens"])
+    assert Decimal(row["cost_usd"]) == Decimal(told["cost_picodollars"]) / 10**12
+    risky = {"day": "2026-11-23", "key_id": None, "owner": "kim", "upstream": "u", "model": "=cmd()"}
+    shown = ledger.as_csv([risky | ledger.total([])])
+    assert ",'=cmd()," in shown
+
+
+def test_without_keys_usage_is_everybodys(school: School, tmp_path: Path) -> None:
+    """A lab on loopback: /usage tells what was used; the operator's pages are off."""
+    url = redis_url(school.redis)
+    with (
+        proxy(tmp_path, redis=url, model=school.one.model.url, paid=school.one.paid.url) as started,
+        httpx2.Client(base_url=started.url) as http,
+    ):
+        bench = Bench(started, school.one.paid, school.one.model, school.redis, http)
+        text = new()
+        assert bench.chat(text).status_code == 200
+        assert state(bench.chat(text)) == "hit"
+        said = http.get("/usage").json()
+        assert (said["owner"], said["key_id"]) == ("local", None)
+        assert (said["total"]["upstream_calls"], said["total"]["hits"]) == (1, 1)
+        answer = http.get("/admin/usage", headers={"authorization": "Bearer any"})
+        assert answer.status_code == 404
+        assert "PROXY_ADMIN_KEY_FILE" in answer.json()["error"]["message"]

@@ -1,0 +1,536 @@
+"""The proxy towards its upstreams: who is asked, again, instead, or not at all; what may pass; the Responses API."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import yaml
+from fixtures_proxy import (
+    CHAT_MODEL,
+    EMBEDDING_MODEL,
+    UPSTREAM_KEY,
+    Bench,
+    bench_on,
+    events,
+    eventually,
+    new,
+    second,
+    state,
+)
+from lab_proxy.breaker import LEAST_CALLS, PROBE_SECONDS, WINDOW_SECONDS, Breaker
+from lab_proxy.routes import AutoRow, Routes
+from lab_proxy.settings import Settings
+
+PACKAGED = Path(__file__).parents[1] / "services/proxy/lab_proxy/routes.yaml"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with bench_on(tmp_path_factory.mktemp("bench")) as started:
+        yield started
+
+
+@pytest.fixture
+def bench(running: Bench) -> Bench:
+    for _ in range(20):  # or the failures of one test would open the breaker for the next
+        running.chat(headers={"cache-control": "no-store"})
+    running.forget()
+    return running
+
+
+def script(bench: Bench, *turns: int | str, of: str = "", **sent: str) -> None:
+    """What becomes of the next calls of the paid upstream."""
+    headers = {name.replace("_", "-"): value for name, value in sent.items()}
+    httpx2.post(f"{of or bench.paid.url}/control", json={"script": list(turns), "sent": headers})
+
+
+def code(answer: httpx2.Response) -> Any:
+    return answer.json()["error"]["code"]
+
+
+def routes_file(folder: Path, **changes: Any) -> Path:
+    """The packaged routes with other parts."""
+    table = yaml.safe_load(PACKAGED.read_text()) | changes
+    path = folder / "routes.yaml"
+    path.write_text(yaml.safe_dump(table))
+    return path
+
+
+# ---- retries
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("turn", [502, 503, 504, "drop"])
+def test_retries_before_the_first_byte(bench: Bench, turn: int | str, stream: bool) -> None:
+    """A connection that breaks and 502, 503, 504 are asked again, twice at most, with growing pauses."""
+    script(bench, turn, turn)
+    answer = bench.chat(stream=stream)
+    assert answer.status_code == 200
+    if stream:
+        assert events(answer)[-1] == "[DONE]"
+    told = bench.calls()
+    assert told["total"] == 3
+    first, then = (after - before for before, after in itertools.pairwise(told["at"]))
+    assert first >= 0.05
+    assert then >= 0.1
+
+
+def test_retries_are_bounded(bench: Bench, tmp_path: Path) -> None:
+    """After the last try the caller hears what the upstream said; PROXY_UPSTREAM_RETRIES=0 switches them off."""
+    script(bench, 503, 503, 503, 503)
+    answer = bench.chat()
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "status 503")
+    assert bench.calls()["total"] == 3
+    with second(bench, tmp_path, upstream_retries="0") as other:
+        bench.forget()
+        script(bench, 503)
+        assert other.chat().status_code == 503
+        assert bench.calls()["total"] == 1
+
+
+@pytest.mark.parametrize("status", [400, 404, 408, 409, 422, 429, 500, 501])
+def test_what_may_have_been_worked_on_is_not_asked_again(bench: Bench, status: int) -> None:
+    """Never on a 4xx, and not on a 500: it was at work when it fell."""
+    script(bench, status)
+    assert bench.chat().status_code == status
+    assert bench.calls()["total"] == 1
+
+
+def test_an_upstream_may_say_itself_whether_to_ask_again(bench: Bench) -> None:
+    """`x-should-retry`: true makes a 500 one to repeat, false a 503 one to leave."""
+    script(bench, 500, x_should_retry="true")
+    assert bench.chat().status_code == 200
+    script(bench, 503, x_should_retry="false")
+    assert bench.chat().status_code == 503
+
+
+def test_a_short_retry_after_is_waited_for_a_long_one_passed_on(bench: Bench, tmp_path: Path) -> None:
+    """Up to 2 s; the total of this proxy would leave time for more."""
+    with second(bench, tmp_path) as other:
+        script(bench, 503, retry_after="1")
+        started = time.perf_counter()
+        assert other.chat().status_code == 200
+        assert time.perf_counter() - started >= 1
+        for long in ("3", "Wed, 21 Oct 2099 07:28:00 GMT"):
+            bench.forget()
+            script(bench, 503, retry_after=long)
+            answer = other.chat()
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, long)
+            assert bench.calls()["total"] == 1
+
+
+def test_no_cool_down_after_a_429(bench: Bench) -> None:
+    """A limit concerns the one request: the next goes out at once."""
+    for _ in range(30):
+        assert bench.chat(model="gpt-mock-429").headers["retry-after"] == "7"
+    assert bench.chat().status_code == 200
+    assert bench.calls()["total"] == 31
+
+
+@pytest.mark.parametrize(("mode", "stream"), [("reset", False), ("reset", True), ("stall", True), ("hang", True)])
+def test_after_the_first_byte_or_a_silence_nobody_is_asked_again(bench: Bench, mode: str, stream: bool) -> None:
+    answer = bench.chat(model=f"gpt-mock-{mode}", stream=stream)
+    assert bench.calls()["total"] == 1
+    if answer.status_code == 200:
+        assert "error" in events(answer)[-1]
+
+
+def test_retries_end_with_the_total_time(bench: Bench) -> None:
+    """The bench's total is 1.6 s: a pause that would end after it is not made."""
+    script(bench, 503, 503, 503, retry_after="1")
+    started = time.perf_counter()
+    assert bench.chat().status_code == 503
+    assert time.perf_counter() - started < 1.5
+    assert bench.calls()["total"] == 2
+
+
+def test_every_real_call_is_counted(bench: Bench) -> None:
+    """A retry is a call of its own: in the metrics as for the ledger."""
+
+    def calls() -> float:
+        page = bench.http.get("/metrics").text
+        lines = [line for line in page.splitlines() if line.startswith("lab_proxy_upstream_calls_total{")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines if 'upstream="openai"' in line)
+
+    before = calls()
+    script(bench, 503, "drop")
+    bench.chat()
+    assert calls() - before == bench.calls()["total"] == 3
+    page = bench.http.get("/metrics").text
+    assert 'lab_proxy_upstream_calls_total{outcome="failed",upstream="openai"}' in page
+    assert 'lab_proxy_upstream_retries_total{upstream="openai"}' in page
+
+
+# ---- the time that is left
+
+
+def test_the_model_service_hears_how_much_time_is_left(bench: Bench) -> None:
+    """`x-request-timeout-ms`: what remains of the total; a paid upstream is not told."""
+    bench.chat(model=CHAT_MODEL)
+    left = int(bench.calls(bench.model)["last"]["headers"]["x-request-timeout-ms"])
+    assert 1000 < left <= 1600
+    script(bench, 503, of=bench.model.url, retry_after="1")
+    bench.chat(model=CHAT_MODEL)
+    again = int(bench.calls(bench.model)["last"]["headers"]["x-request-timeout-ms"])
+    assert 0 < again <= 600
+    bench.chat()
+    assert "x-request-timeout-ms" not in bench.calls()["last"]["headers"]
+
+
+# ---- breaker
+
+
+def test_breaker_opens_at_half_of_twenty_and_probes() -> None:
+    """At 50 % of 20 calls in 10 s; one call in 5 s goes through while it is open; a success closes it."""
+    now = [1000.0]
+    opened: list[float] = []
+    breaker = Breaker(lambda: opened.append(now[0]), clock=lambda: now[0])
+
+    def call(good: bool) -> None:
+        began = breaker.began()
+        (breaker.succeeded if good else breaker.failed)(began)
+
+    for place in range(LEAST_CALLS - 1):
+        call(place % 2 == 1)
+    assert not breaker.is_open  # 10 of 19 failed, but they are too few
+    call(good=True)
+    assert not breaker.is_open  # the last of the 20 was none that tells against it
+    call(good=False)
+    assert breaker.is_open
+    assert opened == [1000.0]
+    assert breaker.wait() == PROBE_SECONDS
+    now[0] += PROBE_SECONDS
+    assert breaker.wait() == 0.0
+    assert breaker.wait() > 0  # one at a time
+    call(good=False)
+    assert breaker.is_open
+    now[0] += PROBE_SECONDS
+    assert breaker.wait() == 0.0
+    call(good=True)
+    assert not breaker.is_open
+    assert breaker.wait() == 0.0
+    for _ in range(LEAST_CALLS - 1):
+        call(good=False)
+    assert not breaker.is_open  # counted afresh
+    now[0] += WINDOW_SECONDS
+    call(good=False)
+    assert not breaker.is_open  # those of before are out of the window
+
+
+def test_breaker_hears_no_old_stories() -> None:
+    """A call from before it opened neither closes it nor counts after."""
+    breaker = Breaker()
+    old = breaker.began()
+    for _ in range(LEAST_CALLS):
+        breaker.failed(breaker.began())
+    assert breaker.is_open
+    breaker.succeeded(old)
+    assert breaker.is_open
+
+
+def test_an_open_breaker_answers_at_once(bench: Bench, tmp_path: Path) -> None:
+    """503 with Retry-After, code upstream_circuit_open, and no call; /status and /metrics say so; other upstreams go
+    on; after 5 s one call probes, and it closes."""
+    with second(bench, tmp_path, upstream_retries="0") as other:
+        script(bench, *[503] * 20)
+        for _ in range(20):
+            assert other.chat().status_code == 503
+        calls = bench.calls()["total"]
+        refused = other.chat()
+        assert (refused.status_code, code(refused)) == (503, "upstream_circuit_open")
+        assert 1 <= int(refused.headers["retry-after"]) <= 5
+        assert bench.calls()["total"] == calls == 20
+        assert other.chat(model=CHAT_MODEL).status_code == 200
+        status = other.http.get("/status").json()["proxy"]["upstreams"]
+        assert {"name": "openai", "configured": True, "open": ["openai"]} in status
+        assert 'lab_proxy_breaker_open{upstream="openai"} 1.0' in other.http.get("/metrics").text
+        eventually(lambda: other.chat().status_code == 200, PROBE_SECONDS + 2)
+        assert other.chat().status_code == 200
+        assert 'lab_proxy_breaker_open{upstream="openai"} 0.0' in other.http.get("/metrics").text
+
+
+def test_refusals_do_not_open_the_breaker(bench: Bench, tmp_path: Path) -> None:
+    """What tells against the request tells nothing of the upstream: 4xx, limits, a refused key."""
+    with second(bench, tmp_path) as other:
+        for mode in ("429", "401", "403"):
+            for _ in range(10):
+                other.chat(model=f"gpt-mock-{mode}")
+        assert other.chat().status_code == 200
+
+
+# ---- fallbacks
+
+
+@pytest.fixture
+def standing_in(bench: Bench, tmp_path: Path) -> Iterator[Bench]:
+    """A proxy whose OpenAI route falls back to the model service."""
+    routes = yaml.safe_load(PACKAGED.read_text())["routes"]
+    routes[1]["fallbacks"] = [
+        {"upstream": "model", "model": "not-there"},
+        {"upstream": "model", "model": EMBEDDING_MODEL},
+        {"upstream": "model", "model": CHAT_MODEL},
+    ]
+    with second(bench, tmp_path, routes_file=str(routes_file(tmp_path, routes=routes)), upstream_retries="1") as other:
+        yield other
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("turn", [500, 503, 429, "drop"])
+def test_a_fallback_answers_and_says_so(standing_in: Bench, turn: int | str, stream: bool) -> None:
+    """The header names who answered, the answer its model; its own name is in the request that it got."""
+    script(standing_in, turn, turn)
+    answer = standing_in.chat(stream=stream)
+    assert answer.status_code == 200
+    assert answer.headers["x-model-fallback"] == f"model/{CHAT_MODEL}"
+    said = events(answer)[0] if stream else answer.json()
+    assert said["model"] == CHAT_MODEL
+    assert standing_in.calls(standing_in.model)["last"]["body"]["model"] == CHAT_MODEL
+    assert 'lab_proxy_fallbacks_total{answered="model",upstream="openai"}' in standing_in.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fallbacks_answer_is_stored_under_its_own_name(standing_in: Bench, stream: bool) -> None:
+    """Never under the first choice's key: when that is back it is asked; who asks for the other finds the answer."""
+    text = new()
+    script(standing_in, 500)
+    assert "x-model-fallback" in standing_in.chat(text, stream=stream).headers
+    back = standing_in.chat(text)
+    assert state(back) == "miss stored"
+    assert back.json()["model"] == "gpt-mock"
+    assert "x-model-fallback" not in back.headers
+    assert state(standing_in.chat(text, model=CHAT_MODEL)) == "hit"
+    assert state(standing_in.chat(text)) == "hit"
+
+
+def test_refusals_are_the_callers_own(standing_in: Bench) -> None:
+    """What another upstream would refuse as well, and a key that the operator must mend: nobody stands in."""
+    for mode, status in (("403", 403), ("401", 502)):
+        answer = standing_in.chat(model=f"gpt-mock-{mode}")
+        assert answer.status_code == status
+    assert standing_in.calls(standing_in.model)["total"] == 0
+
+
+def test_when_all_fail_the_first_is_heard(standing_in: Bench) -> None:
+    script(standing_in, 502, 502)
+    script(standing_in, 503, 503, of=standing_in.model.url)
+    answer = standing_in.chat()
+    assert (answer.status_code, answer.json()["error"]["message"]) == (502, "status 502")
+    assert "x-model-fallback" not in answer.headers
+
+
+def test_vectors_of_another_model_are_no_fallback(standing_in: Bench) -> None:
+    script(standing_in, 500)
+    assert standing_in.embed(new(), model="text-embedding-3-small").status_code == 500
+    assert standing_in.calls(standing_in.model)["total"] == 0
+
+
+def test_vectors_of_the_same_model_elsewhere(bench: Bench, tmp_path: Path) -> None:
+    """They are kept under who made them, and never mixed with the other's."""
+    table = yaml.safe_load(PACKAGED.read_text())
+    table["upstreams"]["spare"] = {"kind": "openai", "base_url": f"{bench.model.url}/v1", "keyless": True}
+    table["routes"][1]["fallbacks"] = [{"upstream": "spare", "model": "text-embedding-x"}]
+    with second(bench, tmp_path, routes_file=str(routes_file(tmp_path, **table)), upstream_retries="0") as other:
+        old = new()
+        assert other.embed(old, model="text-embedding-x").status_code == 200
+        script(bench, 500)
+        both = other.embed([old, new()], model="text-embedding-x")
+        assert both.headers["x-model-fallback"] == "spare/text-embedding-x"
+        assert other.calls(bench.model)["last"]["body"]["input"] == [old, both.request.read() and _inputs(both)[1]]
+        assert state(other.embed(_inputs(both)[1], model="text-embedding-x")) == "miss stored"
+
+
+def _inputs(answer: httpx2.Response) -> list[str]:
+    return list(json.loads(answer.request.content)["input"])
+
+
+def test_an_open_breaker_falls_back_at_once(standing_in: Bench) -> None:
+    script(standing_in, *[503] * 40)
+    for _ in range(11):
+        assert standing_in.chat().status_code == 200
+    calls = standing_in.calls()["total"]
+    assert standing_in.chat().headers["x-model-fallback"] == f"model/{CHAT_MODEL}"
+    assert standing_in.calls()["total"] == calls
+
+
+# ---- auto
+
+
+@pytest.mark.parametrize(
+    ("body", "size"),
+    [
+        ({}, "small"),
+        ({"messages": [{"role": "user", "content": "x" * 4001}]}, "large; why=prompt"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 4001}]}]}, "large; why=prompt"),
+        ({"messages": [{"role": "user", "content": "x"}] * 13}, "large; why=messages"),
+        ({"max_completion_tokens": 2000}, "large; why=max_tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "large; why=tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"}, "small"),
+        ({"response_format": {"type": "json_object"}}, "large; why=response_format"),
+        ({"response_format": {"type": "text"}}, "small"),
+    ],
+)
+def test_auto_says_which_and_why(bench: Bench, body: dict[str, Any], size: str) -> None:
+    """`auto` goes by the thresholds of the routes file; the answer's model is the one that answered."""
+    answer = bench.chat(model="auto", **body)
+    assert answer.status_code == 200
+    assert answer.headers["x-model-auto"] == size
+    assert answer.headers["x-model-alias"] == "auto"
+    assert answer.json()["model"] == (CHAT_MODEL if size == "small" else "gpt-4o-mini")
+
+
+def test_auto_is_cached_under_the_model_that_it_stands_for(bench: Bench) -> None:
+    text = new()
+    assert state(bench.chat(text, model="auto")) == "miss stored"
+    again = bench.chat(text, model="auto")
+    assert state(again) == "hit"
+    assert again.headers["x-model-auto"] == "small"
+    assert state(bench.chat(text, model=CHAT_MODEL)) == "hit"
+    assert bench.embed("x", model="auto").status_code == 400
+
+
+def test_auto_takes_any_body() -> None:
+    """A heuristic never fails on what the upstream would refuse."""
+    row = AutoRow(small="a", large="b", prompt_characters=5, messages=1, max_tokens=3, large_for=["images", "tools"])
+    for body in (
+        {"messages": 3},
+        {"messages": [None, 3, {"content": {"a": 1}}, {"content": [[], None, 3]}]},
+        {"max_tokens": "many", "tools": 3, "response_format": "json"},
+        {"prompt": [1, 2], "input": {"x": []}},
+    ):
+        assert row.size(body).startswith(("small", "large"))
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
+    assert row.size({"messages": image}) == "large; why=images"
+
+
+# ---- headers
+
+
+def test_only_named_headers_pass_either_way(bench: Bench) -> None:
+    """Towards the upstream: the proxy's own and the request id. Towards the caller: limits, ids and times; no cookie,
+    no owner of a key, nothing of the server, nothing hop-by-hop."""
+    sent = {
+        "authorization": "Bearer sk-mine", "cookie": "a=b", "x-api-key": "k", "x-forwarded-for": "10.0.0.1",
+        "te": "trailers", "referer": "http://x/", "openai-organization": "acme", "user-agent": "secret-agent/1",
+        "accept-language": "ko", "x-request-id": "mine.1", "proxy-authorization": "Basic eA==", "traceparent": "00-1",
+    }  # fmt: skip
+    answer = bench.chat(headers=sent)
+    got = bench.calls()["last"]["headers"]
+    assert set(got) <= {"host", "accept", "accept-encoding", "user-agent", "content-type", "content-length",
+                        "authorization", "x-request-id"}  # fmt: skip
+    assert got["authorization"] == f"Bearer {UPSTREAM_KEY}"
+    assert "secret-agent" not in got["user-agent"]
+    assert set(answer.headers) <= {"date", "content-type", "content-length", "x-request-id", "cache-status",
+                                   "openai-processing-ms"}  # fmt: skip
+
+
+def test_headers_of_an_error_are_as_clean(bench: Bench) -> None:
+    script(bench, 400, set_cookie="s=2", server="nginx", openai_organization="acme", x_ratelimit_remaining_tokens="5")
+    answer = bench.chat()
+    assert answer.status_code == 400
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "5"
+    assert not {"set-cookie", "server", "openai-organization"} & set(answer.headers)
+
+
+# ---- responses
+
+
+@pytest.fixture
+def sdk(bench: Bench) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{bench.proxy.url}/v1", api_key="x", max_retries=0) as made:
+        yield made
+
+
+def test_responses_pass_through_as_json(bench: Bench, sdk: openai.OpenAI) -> None:
+    """Untouched, never cached, its tokens counted."""
+    before = _tokens(bench)
+    for _ in range(2):
+        raw = sdk.responses.with_raw_response.create(model="gpt-mock", input="hello there", temperature=0)
+        assert raw.headers["cache-status"] == "llm-lab; fwd=bypass; detail=endpoint"
+        assert raw.parse().output_text == "You said: hello there"
+    assert bench.calls()["calls"] == {"responses": 2}
+    assert _tokens(bench) - before == 2 * (2 + 4)
+
+
+def test_responses_pass_through_as_a_stream(bench: Bench, sdk: openai.OpenAI) -> None:
+    """Byte for byte, and the same to the SDK as without the proxy; the tokens are counted from its last event."""
+    before = _tokens(bench)
+    with openai.OpenAI(base_url=f"{bench.paid.url}/v1", api_key="x", max_retries=0) as direct:
+        told = [
+            [event.to_dict() for event in each.responses.create(model="gpt-mock", input="hi you", stream=True)]
+            for each in (sdk, direct)
+        ]
+    for event in (*told[0], *told[1]):
+        event.get("response", {}).pop("id", None)
+    assert told[0] == told[1]
+    assert told[0][-1]["type"] == "response.completed"
+    eventually(lambda: _tokens(bench) - before == 2 + 4, 2)
+
+
+def test_half_a_stream_of_responses_is_an_error(bench: Bench, sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIError, match="broke its answer off"):
+        list(sdk.responses.create(model="gpt-mock-reset", input="x", stream=True))
+
+
+def test_responses_are_refused_by_name_elsewhere(bench: Bench, tmp_path: Path) -> None:
+    """The model service has no such API; background answers and kept ones are not handed out; a fallback without it is
+    none."""
+    local = bench.post("responses", {"model": CHAT_MODEL, "input": "x"})
+    assert (local.status_code, local.json()["error"]["param"]) == (400, "model")
+    assert "Responses API" in local.json()["error"]["message"]
+    later = bench.post("responses", {"model": "gpt-mock", "input": "x", "background": True})
+    assert (later.status_code, later.json()["error"]["param"]) == (400, "background")
+    assert bench.http.get("/v1/responses/resp_1").status_code == 404
+    assert bench.calls()["total"] == bench.calls(bench.model)["total"] == 0
+
+
+def test_responses_only_where_the_routes_file_says_so(bench: Bench, tmp_path: Path) -> None:
+    table = yaml.safe_load(PACKAGED.read_text())
+    del table["upstreams"]["openai"]["responses"]
+    with second(bench, tmp_path, routes_file=str(routes_file(tmp_path, **table))) as other:
+        assert other.post("responses", {"model": "gpt-mock", "input": "x"}).status_code == 400
+
+
+def _tokens(bench: Bench) -> float:
+    lines = bench.http.get("/metrics").text.splitlines()
+    told = [line for line in lines if line.startswith("lab_proxy_tokens_total{") and 'source="upstream"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in told)
+
+
+# ---- the routes file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"upstreams": {"x": {"kind": "openai"}}}, "exactly one upstream is of the kind `model`"),
+        ({"routes": [{"upstream": "model", "fallbacks": [{"upstream": "y", "model": "m"}]}]}, "'y'"),
+        ({"routes": [{"upstream": "model", "samples": 0}]}, "samples"),
+        ({"routes": [{"upstream": "model", "stale_if_error_seconds": -1}]}, "stale_if_error_seconds"),
+        ({"auto": {"small": "a", "large": "b", "large_for": ["moods"]}}, "large_for"),
+        ({"rules": []}, "rules"),
+    ],
+)
+def test_a_wrong_routes_file_says_where(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=r"^PROXY_ROUTES_FILE is wrong at .*") as caught:
+        Routes(Settings(routes_file=routes_file(tmp_path, **change)))
+    assert said in str(caught.value)
+
+
+def test_a_routes_terms_reach_its_targets(tmp_path: Path) -> None:
+    """Samples and stale times are the route's, of its fallbacks too."""
+    terms = {"samples": 3, "stale_while_revalidate_seconds": 60, "stale_if_error_seconds": 600, "ttl_seconds": 5}
+    spare = {"fallbacks": [{"upstream": "openai", "model": "gpt-x"}]}
+    file = routes_file(tmp_path, routes=[{"upstream": "model", **terms, **spare}])
+    routes = Routes(Settings(routes_file=file, openai_api_key="k"))  # type: ignore[arg-type]  # pydantic makes it secret
+    target = routes.resolve("m", {"m": {"revision": "r"}})
+    for each in (target, *target.fallbacks):
+        assert (each.samples, each.swr, each.stale_if_error, each.ttl) == (3, 60, 600, 5)
+    assert [(each.upstream, each.model) for each in target.fallbacks] == [("openai", "gpt-x")]
