@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor test check constraints clean up down test-stack load load-cache load-ui k8s-render k8s-check
+.PHONY: help lab start stop status logs doctor test check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,12 @@ load-cache: ## the same with questions that come again, as people ask them: what
 
 load-ui: ## Locust's web page for both, on port 8089
 	@sh lab/run.sh install && $(LOAD) web
+
+bench-engine: ## the engine's speed beside transformers' own (parts of it: make bench-engine ARGS="--only decode1,ttft")
+	@sh lab/run.sh install && .venv/bin/python -m bench.engine $(ARGS)
+
+bench-proxy: ## the proxy's speed beside its targets (parts of it: make bench-proxy ARGS="--only hits,misses"); needs wrk
+	@sh lab/run.sh install && .venv/bin/python -m bench.proxy $(ARGS)
 
 k8s-render: ## print the manifests of k8s/base
 	@command -v kubectl >/dev/null || { echo "lab: kubectl is not here; it renders k8s/base: https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }

@@ -29,7 +29,7 @@ def check(root: Path) -> int:
     for name, argv in {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
-        "mypy": ["mypy", "lab", *packages],
+        "mypy": ["mypy", "lab", "bench", *packages],
     }.items():
         say(f"lab: {name}")
         if subprocess.run([sys.executable, "-m", *argv], cwd=root, check=False).returncode:

@@ -1,0 +1,579 @@
+"""`make bench-engine`: our engine beside transformers' own ways on the embedded model, in one process and one run.
+
+Rounds are interleaved and medians taken, because a machine's speed drifts by more than what is looked for. Every round
+has prompts of its own, so that no prefix cache helps anybody where it is not asked to. Prints one table and leaves the
+figures as JSON in runs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from bench.report import ROOT, BenchError, Row, machine, page, save, say
+
+NEW_TOKENS = 64
+REQUESTS = (1, 8, 32, 64)
+TEXT = Path(__file__).with_name("alice.txt")  # Lewis Carroll, 1865: in the public domain
+
+
+# ---- the engines
+
+
+class Ours:
+    """The engine as a replica loads it, in this process."""
+
+    name = "this engine"
+
+    def __init__(self, entry: Any) -> None:
+        from lab_model.replica import load_engine  # noqa: PLC0415 - torch's threads are set first
+
+        self._heard: dict[Any, list[float]] = defaultdict(list)  # when each token came
+        self._ended: set[Any] = set()
+        self._changed = threading.Condition()
+        self.engine = load_engine(entry, self._deliver)
+        self.engine.start()
+
+    def _deliver(self, events: list[Any]) -> None:
+        now = time.perf_counter()
+        with self._changed:
+            for event in events:
+                self._heard[event.request] += [now] * len(event.tokens)
+                if event.error is not None:
+                    say(f"bench: the engine failed a request: {event.error}")
+                if event.finish or event.error:
+                    self._ended.add(event.request)
+            self._changed.notify_all()
+
+    def submit(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+        from lab_model.engine import Request  # noqa: PLC0415
+
+        requests = [Request(list(prompt), tokens) for prompt in prompts]
+        self.engine.submit(*requests)
+        return requests
+
+    def wait(self, requests: Sequence[Any], timeout: float = 120) -> list[list[float]]:
+        """When the tokens of each came."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(r in self._ended for r in requests), timeout):
+                raise BenchError(f"this engine did not end in {timeout} s")
+            return [self._heard[request] for request in requests]
+
+    def started(self, requests: Sequence[Any], tokens: int, timeout: float = 60) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(len(self._heard[r]) >= tokens for r in requests), timeout):
+                raise BenchError(f"this engine gave no {tokens} tokens in {timeout} s")
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+        return sum(len(times) for times in self.wait(self.submit(prompts, tokens)))
+
+    def first(self, prompt: Sequence[int]) -> tuple[float, int]:
+        """Seconds to the first token of this prompt alone, and how much of it came from the prefix cache."""
+        began = time.perf_counter()
+        (request,) = self.submit([prompt], 1)
+        ((first, *_),) = self.wait([request])
+        return first - began, getattr(request, "reused", 0)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Static:
+    """transformers' `generate`: one batch from its beginning to its end."""
+
+    name = "HF generate, bf16"
+
+    def __init__(self, entry: Any) -> None:
+        self._model = reference(entry, torch.bfloat16)
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        with torch.inference_mode():
+            out = self._model.generate(ids, attention_mask=mask, generation_config=to_the_end(tokens))
+        return (int(out.shape[1]) - width) * len(prompts)
+
+    def close(self) -> None:
+        del self._model
+
+
+class Continuous:
+    """transformers' own continuous batching, with the settings that were its best here."""
+
+    name = "HF continuous, bf16"
+
+    def __init__(self, entry: Any) -> None:
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: PLC0415
+
+        self._model = reference(entry, torch.bfloat16)
+        self._stack = contextlib.ExitStack()
+        self._manager = self._stack.enter_context(
+            self._model.continuous_batching_context_manager(
+                generation_config=to_the_end(NEW_TOKENS),
+                continuous_batching_config=ContinuousBatchingConfig(
+                    page_size=32, max_batch_tokens=512, num_blocks=512, use_cuda_graph=False
+                ),
+                timeout=5,
+                warmup=False,
+            )
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+        self._manager.add_requests(inputs=[list(prompt) for prompt in prompts], max_new_tokens=tokens)
+        ended, made, until = 0, 0, time.monotonic() + 180
+        while ended < len(prompts):
+            result = self._manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                ended += 1
+                made += len(result.generated_tokens)
+            elif result is None and (time.monotonic() > until or not self._manager.is_running()):
+                raise BenchError("transformers' continuous batching did not end")
+        return made
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Vllm:
+    """vLLM's CPU build, where it is installed; from the dequantized weights, because it must read a folder."""
+
+    name = "vLLM, bf16"
+
+    def __init__(self, entry: Any) -> None:
+        import vllm  # type: ignore[import-not-found]  # noqa: PLC0415
+        from lab_model.catalogue import locate  # noqa: PLC0415
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        source = locate(entry)
+        self._folder = tempfile.TemporaryDirectory()
+        reference(entry, torch.bfloat16).save_pretrained(self._folder.name)
+        AutoTokenizer.from_pretrained(source.folder, **source.arguments()).save_pretrained(self._folder.name)
+        self._vllm = vllm
+        self._model = vllm.LLM(self._folder.name, dtype="bfloat16", max_model_len=2048, enable_prefix_caching=False)
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+        asked = self._vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        told = self._model.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], asked, use_tqdm=False)
+        return sum(len(each.outputs[0].token_ids) for each in told)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, where it is installed: one request after the other."""
+
+    name = "llama.cpp, Q4_1"
+
+    def __init__(self, entry: Any) -> None:
+        from lab_model.catalogue import locate  # noqa: PLC0415
+        from llama_cpp import Llama  # type: ignore[import-not-found]  # noqa: PLC0415
+
+        source = locate(entry)
+        path = Path(source.folder) / (source.gguf_file or "")
+        self._model = Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+        return sum(
+            len(list(itertools.islice(self._model.generate(list(prompt), temp=0, reset=True), tokens)))
+            for prompt in prompts
+        )
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def to_the_end(tokens: int) -> Any:
+    """Greedy, and nobody ends early: no token is -1."""
+    import transformers  # noqa: PLC0415
+
+    made: Any = transformers.GenerationConfig
+    return made(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+def reference(entry: Any, dtype: torch.dtype) -> Any:
+    """transformers' model of the dequantized file."""
+    import transformers  # noqa: PLC0415
+    from lab_model.catalogue import locate  # noqa: PLC0415
+    from transformers.utils.quantization_config import GgufConfig  # noqa: PLC0415
+
+    source = locate(entry)
+    arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
+    if source.gguf_file:
+        arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
+    # It dequantizes with a progress bar that its own switch does not reach.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
+    return model.eval()
+
+
+# ---- what is measured
+
+
+class Bench:
+    """The run: its prompts, the engines that are up, its rows."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from lab_model.catalogue import load_catalogue, locate  # noqa: PLC0415
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        self.options, self.rounds = options, options.rounds
+        self.rows: list[Row] = []
+        self.speeds: dict[str, dict[int, float]] = {}  # engine, requests: tokens per second
+        self.entries = load_catalogue(None)
+        self.entry = next(entry for entry in self.entries if entry.kind == "chat")
+        source = locate(self.entry)
+        self.source = source
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, **source.arguments())
+        self.ids: list[int] = self.tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
+        self._starts = self._places()
+        self._up: dict[type[Any], Any] = {}
+
+    def _places(self) -> Iterator[int]:
+        order = random.Random(5)  # noqa: S311 - the same prompts in every run
+        while True:
+            places = list(range(len(self.ids)))
+            order.shuffle(places)
+            yield from places
+
+    def prompt(self, length: int) -> list[int]:
+        """A piece of the text that begins where no other of the last two thousand began; it goes around its end."""
+        start = next(self._starts)
+        return [self.ids[(start + i) % len(self.ids)] for i in range(length)]
+
+    def prompts(self, count: int) -> list[list[int]]:
+        return [self.prompt(20 + i * 7 % 21) for i in range(count)]
+
+    def up(self, kind: type[Any]) -> Any:
+        if kind not in self._up:
+            say(f"bench: loading {kind.name}")
+            self._up[kind] = kind(self.entry)
+            self._up[kind].generate(self.prompts(2), 4)
+        return self._up[kind]
+
+    @cached_property
+    def others(self) -> list[type[Any]]:
+        found: list[type[Any]] = [Static, Continuous]
+        found += [kind for name, kind in (("vllm", Vllm), ("llama_cpp", LlamaCpp)) if importlib.util.find_spec(name)]
+        return found
+
+    def row(
+        self,
+        section: str,
+        name: str,
+        value: float | None,
+        unit: str = "",
+        *,
+        aim: tuple[str, bool | None] = ("", None),
+        note: str = "",
+    ) -> None:
+        self.rows.append(Row(section, name, value, unit, *aim, note=note))
+
+    def close(self) -> None:
+        for engine in self._up.values():
+            engine.close()
+
+
+# What ours must be, times the other's speed, by requests at once.
+TARGETS: dict[int, list[tuple[type[Any], float]]] = {
+    1: [(Static, 3.5)],
+    8: [(Static, 3.0)],
+    32: [(Static, 2.2), (Continuous, 3.5)],
+    64: [],
+}
+
+
+def decode(bench: Bench, requests: int) -> None:
+    """64 new tokens for each of so many requests, prefill and all, all engines in turns."""
+    section = f"decode{requests}"
+    kinds: list[type[Any]] = [Ours, *[kind for kind in bench.others if requests == 1 or kind is not LlamaCpp]]
+    rates: dict[str, list[float]] = defaultdict(list)
+    for turn in range(bench.rounds):
+        asked = bench.prompts(requests)
+        for kind in kinds:
+            # Nobody's 64 is held against theirs: one turn shows where they stand, five would take ten minutes.
+            if turn and requests == 64 and kind is not Ours:
+                continue
+            engine = bench.up(kind)
+            began = time.perf_counter()
+            made = engine.generate(asked, NEW_TOKENS)
+            seconds = time.perf_counter() - began
+            if made != requests * NEW_TOKENS:
+                raise BenchError(f"{kind.name} made {made} tokens of {requests * NEW_TOKENS}")
+            rates[kind.name].append(made / seconds)
+    for kind in kinds:
+        speed = statistics.median(rates[kind.name])
+        bench.speeds.setdefault(kind.name, {})[requests] = speed
+        spread = f"{min(rates[kind.name]):.0f}–{max(rates[kind.name]):.0f}, {len(rates[kind.name])} rounds"
+        bench.row(section, f"{requests} requests, {kind.name}", speed, "tok/s", note=spread)
+    ours = bench.speeds[Ours.name]
+    for other, least in TARGETS[requests]:
+        # Of each round by itself: the machine's drift cancels out.
+        ratio = statistics.median(a / b for a, b in zip(rates[Ours.name], rates[other.name], strict=True))
+        bench.row(section, f"{requests} requests, times {other.name}", ratio, "x", aim=(f"≥ {least}", ratio >= least))
+    if requests == 64 and 32 in ours:
+        share = ours[64] / ours[32]
+        # A fiftieth is what two medians of one thing differ by.
+        bench.row(section, "64 requests, times 32 requests", share, "x", aim=("≥ 1 (- 2 %)", share >= 0.98))
+
+
+def ttft(bench: Bench) -> None:
+    engine = bench.up(Ours)
+    engine.first(bench.prompt(100))
+    times = [engine.first(bench.prompt(100))[0] for _ in range(2 * bench.rounds + 1)]
+    middle = 1000 * statistics.median(times)
+    note = f"highest of {len(times)}: {1000 * max(times):.0f} ms"
+    bench.row("ttft", "TTFT of 100 tokens, idle", middle, "ms", aim=("≤ 150", middle <= 150), note=note)
+
+
+def prefix(bench: Bench) -> None:
+    """The second of two requests that share 1,000 tokens, against the first."""
+    engine = bench.up(Ours)
+    cold, warm, reused = [], [], []
+    for _ in range(bench.rounds):
+        shared = bench.prompt(1000)
+        cold.append(engine.first(shared + bench.prompt(20))[0])
+        seconds, held = engine.first(shared + bench.prompt(20))
+        warm.append(seconds)
+        reused.append(held)
+    gain = statistics.median(a / b for a, b in zip(cold, warm, strict=True))
+    bench.row("prefix", "TTFT of 1,020 tokens, cold", 1000 * statistics.median(cold), "ms")
+    note = f"cached tokens: {statistics.median(reused):.0f}"
+    bench.row("prefix", "TTFT when 1,000 are shared", 1000 * statistics.median(warm), "ms", note=note)
+    bench.row("prefix", "cold / shared", gain, "x", aim=("≥ 5", gain >= 5))
+
+
+def stall(bench: Bench) -> None:
+    """8 answers run while a prompt of 2,000 tokens joins: the longest that one of them waits for its next token."""
+    engine = bench.up(Ours)
+    usual, longest, firsts = [], [], []
+    for _ in range(bench.rounds):
+        running = engine.submit([bench.prompt(30) for _ in range(8)], 400)
+        engine.started(running, 20)
+        joined = time.perf_counter()
+        (late,) = engine.submit([bench.prompt(2000)], 2)
+        (arrived,) = engine.wait([late])
+        engine.started(running, 1)
+        engine.engine.cancel(*running)
+        heard = [engine._heard[request] for request in running]
+        before = [b - a for times in heard for a, b in itertools.pairwise(times) if b < joined]
+        during = [b - a for times in heard for a, b in itertools.pairwise(times) if a < arrived[0] and b > joined]
+        usual.append(statistics.median(before))
+        longest.append(max(during))
+        firsts.append(arrived[0] - joined)
+    worst = 1000 * statistics.median(longest)
+    note = f"usually {1000 * statistics.median(usual):.0f} ms; worst round {1000 * max(longest):.0f} ms"
+    bench.row("stall", "longest gap while 2,000 tokens join", worst, "ms", aim=("≤ 150", worst <= 150), note=note)
+    bench.row("stall", "TTFT of the 2,000 tokens beside 8", 1000 * statistics.median(firsts), "ms")
+
+
+def perplexity(bench: Bench) -> None:
+    """Of the fixed text: the engine's weights and kernels against the dequantized file in float32."""
+    ids = bench.ids[:2048]
+    targets = torch.tensor(ids[1:])
+    with torch.inference_mode():
+        ours = torch.nn.functional.cross_entropy(bench.up(Ours).engine.logits(ids)[:-1].float(), targets).item()
+        model = reference(bench.entry, torch.float32)
+        theirs = torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], targets).item()
+    bench.row("perplexity", f"dequantized file, float32, {len(ids)} tokens", math.exp(theirs))
+    off = 100 * (math.exp(ours - theirs) - 1)
+    bench.row("perplexity", "this engine", math.exp(ours))
+    bench.row("perplexity", "this engine, off by", off, "%", aim=("within 1", abs(off) <= 1))
+
+
+def idle(bench: Bench) -> None:
+    """A process with the engine alone: what it costs when nobody asks, and how much memory the embedded pair takes."""
+    memory = 0
+    for entry in bench.entries:
+        argv = [sys.executable, "-m", "bench.engine", "--alone", entry.id]
+        told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+        if told.returncode:
+            raise BenchError(f"{entry.id} did not load: {told.stderr.strip().splitlines()[-1]}")
+        figures = json.loads(told.stdout.splitlines()[-1])
+        memory += figures["rss"]
+        bench.row("idle", f"RSS of {entry.id}", figures["rss"] / 1e6, "MB", note=figures["note"])
+        if "idle" in figures:
+            share = 100 * figures["idle"]
+            bench.row("idle", "idle engine, of a core", share, "%", aim=("< 2", share < 2))
+    bench.row("idle", "RSS of the embedded pair", memory / 1e6, "MB", aim=("≤ 1,600", memory <= 1.6e9))
+
+
+def alone(name: str) -> None:
+    """What `idle` starts: one model as its replica holds it, Ray's own code among it; prints its figures as JSON."""
+    import ray.serve  # noqa: F401, PLC0415
+    from lab_model.catalogue import load_catalogue  # noqa: PLC0415
+    from lab_model.replica import load  # noqa: PLC0415
+    from lab_model.settings import AppArgs  # noqa: PLC0415
+
+    entry = next(entry for entry in load_catalogue(None) if entry.id == name)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(AppArgs(entry=entry, log_pipe=Path(folder) / "log", metrics_dir=Path(folder)))
+        time.sleep(1)
+        began = time.process_time()
+        time.sleep(3)
+        used = (time.process_time() - began) / 3
+        memory = psutil.Process().memory_full_info()
+        figures: dict[str, Any] = {"rss": memory.rss, "note": f"{memory.uss / 1e6:.0f} MB not shared with others"}
+        if entry.kind == "chat":
+            figures["idle"] = used
+        print(json.dumps(figures), flush=True)  # noqa: T201 - for the parent
+        del loaded
+
+
+def http(bench: Bench) -> None:
+    """The same over HTTP, streamed: a service that runs already, of this model, with nothing else to do."""
+    url = bench.options.http
+    if not url:
+        return bench.row("http", "over HTTP", None, note="skipped: start the model service and give --http URL")
+    if Ours.name not in bench.speeds or 32 not in bench.speeds[Ours.name]:
+        decode(bench, 32)
+    rates, firsts = asyncio.run(_over_http(bench, url))
+    ours = bench.speeds[Ours.name][32]
+    speed = statistics.median(rates)
+    bench.row("http", "32 requests, streamed", speed, "tok/s", note=f"{min(rates):.0f}–{max(rates):.0f}")
+    share = 100 * speed / ours
+    note = f"in-process: {ours:.0f} tok/s"
+    bench.row("http", "32 requests, of in-process", share, "%", aim=("≥ 90", share >= 90), note=note)
+    middle = 1000 * statistics.median(firsts)
+    return bench.row("http", "TTFT p50 of 100 tokens, idle", middle, "ms", aim=("≤ 150", middle <= 150))
+
+
+async def _over_http(bench: Bench, url: str) -> tuple[list[float], list[float]]:
+    from openai import AsyncOpenAI  # noqa: PLC0415
+
+    client = AsyncOpenAI(base_url=url.rstrip("/") + "/v1", api_key="none", max_retries=0, timeout=120)
+    create: Any = client.chat.completions.create
+    # Nobody ends early: the tokens that would end an answer are out of the question.
+    ends = {str(token): -100 for token in ends_of(bench)}
+
+    async def ask(prompt: Sequence[int], tokens: int) -> tuple[float, int]:
+        began, first, made = time.perf_counter(), 0.0, 0
+        stream = await create(
+            model=bench.entry.id,
+            messages=[{"role": "user", "content": bench.tokenizer.decode(list(prompt))}],
+            max_tokens=tokens,
+            temperature=0,
+            logit_bias=ends,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            if chunk.choices and chunk.choices[0].delta.content and not first:
+                first = time.perf_counter() - began
+            if chunk.usage:
+                made = chunk.usage.completion_tokens
+        return first, made
+
+    rates = []
+    await asyncio.gather(*(ask(prompt, 8) for prompt in bench.prompts(4)))
+    for _ in range(bench.rounds):
+        asked = bench.prompts(32)
+        began = time.perf_counter()
+        told = await asyncio.gather(*(ask(prompt, NEW_TOKENS) for prompt in asked))
+        rates.append(sum(made for _, made in told) / (time.perf_counter() - began))
+    # The chat template adds about 35 tokens to a single question.
+    firsts = [(await ask(bench.prompt(65), 4))[0] for _ in range(2 * bench.rounds + 1)]
+    await client.close()
+    return rates, firsts
+
+
+def ends_of(bench: Bench) -> set[int]:
+    """Ids that end an answer."""
+    found = bench.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    return {token for token in [*found, bench.tokenizer.eos_token_id] if token is not None}
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    **{f"decode{requests}": partial(decode, requests=requests) for requests in REQUESTS},
+    "ttft": ttft,
+    "prefix": prefix,
+    "stall": stall,
+    "perplexity": perplexity,
+    "idle": idle,
+    "http": http,
+}
+
+
+# ---- the report
+
+
+def side_by_side(speeds: dict[str, dict[int, float]]) -> str:
+    """Tokens per second, engines beside each other."""
+    lines = [f"{'tok/s, 64 new tokens a request':34}" + "".join(f"{count:>8}" for count in REQUESTS)]
+    for name, row in speeds.items():
+        told = [f"{row[count]:8.0f}" if count in row else f"{'–':>8}" for count in REQUESTS]
+        lines.append(f"{name:34}" + "".join(told))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make bench-engine", description=__doc__)
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {','.join(SECTIONS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each figure (default 5)")
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: one per core)")
+    parser.add_argument("--http", metavar="URL", help="a running model service, http://127.0.0.1:8000: its figures too")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    chosen = [name for name in options.only.split(",") if name]
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+    import transformers  # noqa: PLC0415
+    from lab_model.host import cores  # noqa: PLC0415
+
+    torch.set_num_threads(options.threads or cores())
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if options.alone:
+        alone(options.alone)
+        return 0
+    began = time.monotonic()
+    bench = Bench(options)
+    told = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads(), "model": bench.entry.id}
+    try:
+        for name, measure in SECTIONS.items():
+            if name in chosen:
+                say(f"bench: {time.monotonic() - began:4.0f} s  {name}")
+                measure(bench)
+    except BenchError as trouble:
+        say(f"bench: {trouble}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        bench.close()
+    say(f"bench: {time.monotonic() - began:4.0f} s  done")
+    if bench.speeds:
+        print(side_by_side(bench.speeds), end="\n\n")  # noqa: T201 - this is what the command is for
+    print(page("engine", told, bench.rows))  # noqa: T201
+    path = save(
+        "bench-engine", {"machine": told, "rounds": options.rounds, "tokens_per_second": bench.speeds}, bench.rows
+    )
+    failed = [row.name for row in bench.rows if row.passed is False]
+    say(f"bench: {path}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

