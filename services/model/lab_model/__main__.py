@@ -72,6 +72,10 @@ def prepare_environment() -> None:
         "RAY_ROTATION_MAX_BYTES": "2000000",
         "RAY_ROTATION_BACKUP_COUNT": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # torch's threads wait for each other by spinning, 300,000 turns unless told: for milliseconds, in which whoever
+        # they wait for may not get a core. On two cores with busy neighbours a token took 100 to 1,400 ms, with fewer
+        # turns 50 to 150 ms, and on an idle machine as long as before. No turns at all doubled it there.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         # What had to be fetched has been.
         "HF_HUB_OFFLINE": "1",
     }

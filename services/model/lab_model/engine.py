@@ -285,7 +285,7 @@ class Engine:
                 with self._changed:
                     self._drop(events)
                     if not (self._running or self._waiting or self._closing or events):
-                        self._deliver([])  # who keeps gauges learns that nothing runs
+                        self._tell([])  # who keeps gauges learns that nothing runs
                     while not (self._running or self._waiting or self._closing or events):
                         self._changed.wait()
                         self._drop(events)
@@ -302,11 +302,18 @@ class Engine:
                     self._faults_in_a_row += 1
                     events += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
-                self._deliver(events)
+                self._tell(events)
         closed = EngineClosedError("the model is shutting down")
         with self._changed:
             waiting, self._waiting = list(self._waiting), deque()
-        self._deliver(self._fail_running(closed) + [Event(request, [], error=closed) for request in waiting])
+        self._tell(self._fail_running(closed) + [Event(request, [], error=closed) for request in waiting])
+
+    def _tell(self, events: list[Event]) -> None:
+        try:
+            self._deliver(events)
+        except Exception:
+            # Who listens may be gone (an event loop that closes); the loop here must not end with it.
+            log.exception("events could not be delivered")
 
     def _step(self, events: list[Event]) -> None:
         """Advance: a bounded piece of prefill for the oldest that need it, one token for all who have theirs.
