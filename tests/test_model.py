@@ -44,7 +44,7 @@ def test_ready_tells_models_device_and_versions(model_url: str) -> None:
     assert said["status"] == "ready"
     models = {model["id"]: model for model in said["models"]}
     assert models[CHAT]["context"] == 8192
-    assert models[CHAT]["kv_bytes"] == models[CHAT]["kv_tokens"] // 16 * 16 * 23040 + 16 * 23040
+    assert models[CHAT]["kv_bytes"] == models[CHAT]["kv_tokens"] * 23040
     assert models[EMBEDDING]["dimensions"] == 384
     assert said["versions"]["torch"].startswith("2.13.0")
     assert httpx2.get(f"{model_url}/health").json() == {"status": "ok"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import platform
 import re
 import time
@@ -31,6 +32,8 @@ from .settings import AppArgs, CatalogueArgs
 
 log = logging.getLogger(__name__)
 
+# So long a model may be too busy to tell of itself before it counts as gone.
+SILENT_SECONDS = 10.0
 # A request that waits behind a full queue of long answers takes minutes; nothing may wait for ever.
 FORWARD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=900)
 # Headers of a model's answer that the catalogue hands on; the request id is its own already.
@@ -112,6 +115,7 @@ class Catalogue:
         self._address, self._limit, self._hosts = args.address, args.max_body_bytes, args.allowed_hosts
         self._started = int(time.time())
         self._session: aiohttp.ClientSession | None = None
+        self._heard: dict[str, tuple[dict[str, Any], float]] = {}  # what each last told of itself, and when
         self._survey: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
         self._versions = {
             "lab_model": __version__,
@@ -146,8 +150,15 @@ class Catalogue:
             )
             found[id_] = {"id": id_, "kind": entry.kind, "state": state}
             if state == "ready":
+                known, heard = self._heard.get(id_, ({}, -math.inf))
                 try:
-                    found[id_] |= await asyncio.wait_for(serve.get_app_handle(id_).info.remote(), 2)
+                    known = await asyncio.wait_for(serve.get_app_handle(id_).info.remote(), 2)
+                    self._heard[id_] = known, time.monotonic()
+                    found[id_] |= known
+                except TimeoutError:
+                    # On a full machine it may be busy: only after some such looks it is taken for gone.
+                    silent = time.monotonic() - heard > SILENT_SECONDS
+                    found[id_] |= {"state": "loading", "detail": "not answering"} if silent else known
                 except Exception as error:  # a replica that just died: Serve brings the next one
                     found[id_] |= {"state": "loading", "detail": f"not answering: {type(error).__name__}"}
             elif status and (why := reason(status)):
