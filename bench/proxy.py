@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import secrets
 import shutil
 import socket
@@ -26,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,8 @@ import psutil
 import redis
 import uvloop
 
-ROOT = Path(__file__).parents[1]
+from bench.report import ROOT, BenchError, Row, machine, page, save, say
+
 PACKAGE = ROOT / "services/proxy/lab_proxy"
 CONNECT_SECONDS = 20
 ENTRIES = 100_000
@@ -46,23 +46,6 @@ IDENTICAL = 100
 HIT = {"model": "gpt-bench", "temperature": 0, "messages": [{"role": "user", "content": "What is a cache?"}]}
 STREAM_HIT = {**HIT, "messages": [{"role": "user", "content": "What is a stream?"}], "stream": True}
 MISS = {**HIT, "messages": [{"role": "user", "content": "What is @@?"}]}
-
-
-class BenchError(Exception):
-    """Why there are no figures, and what to do."""
-
-
-@dataclass
-class Row:
-    """One figure. `passed` is None where no target is set, or where it was not measured (`note` says why)."""
-
-    section: str
-    name: str
-    value: float | None
-    unit: str = ""
-    target: str = ""
-    passed: bool | None = None
-    note: str = ""
 
 
 @dataclass
@@ -564,38 +547,6 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 # ---- the report
 
 
-def machine(bench: Bench) -> dict[str, Any]:
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        named = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = named[0] if named else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "redis": Path(redis_binary()).name,
-        "pinned": f"server on core 0, load, upstream and redis on {bench.load_cores}" if bench.pinned else "nothing",
-    }
-
-
-def page(told: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The table for who reads it in a terminal, and for the README."""
-    head = ", ".join(f"{name}: {value}" for name, value in told.items())
-    lines = [f"proxy: {head}", "", f"{'':44} {'figure':>10} {'':6} {'target':21}      beside it"]
-    section = ""
-    for row in rows:
-        if row.section != section:
-            section = row.section
-            lines.append(section)
-        word = {True: "pass", False: "FAIL", None: ""}[row.passed]
-        value = "–" if row.value is None else f"{row.value:,.{0 if abs(row.value) >= 100 else 2}f}"
-        lines.append(f"  {row.name:42} {value:>10} {row.unit:6} {row.target:21} {word:4} {row.note}".rstrip())
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make bench-proxy", description=__doc__)
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {','.join(SECTIONS)} (default: all)")
@@ -609,7 +560,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.ExitStack() as stack:
             bench = Bench(stack, options)
-            told = machine(bench)
+            pinned = f"server on core 0, load, upstream and redis on {bench.load_cores}" if bench.pinned else "nothing"
+            told = machine() | {"redis": Path(redis_binary()).name, "pinned": pinned}
             for name, measure in SECTIONS.items():
                 if name in chosen:
                     say(f"bench: {time.monotonic() - began:4.0f} s  {name}")
@@ -620,20 +572,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     say(f"bench: {time.monotonic() - began:4.0f} s  done")
-    print(page(told, bench.rows))  # noqa: T201 - this is what the command is for
-    folder = ROOT / "runs"
-    folder.mkdir(exist_ok=True)
-    path = folder / time.strftime("bench-proxy-%Y%m%d-%H%M%S.json")
-    run = {"machine": told, "rounds": options.rounds, "seconds": options.seconds,
-           "figures": [asdict(row) for row in bench.rows]}  # fmt: skip
-    path.write_text(json.dumps(run, indent=1))
+    print(page("proxy", told, bench.rows))  # noqa: T201 - this is what the command is for
+    path = save("bench-proxy", {"machine": told, "rounds": options.rounds, "seconds": options.seconds}, bench.rows)
     failed = [row.name.strip() for row in bench.rows if row.passed is False]
-    say(f"bench: {path.relative_to(ROOT)}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
+    say(f"bench: {path}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
     return 1 if failed else 0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - progress
 
 
 if __name__ == "__main__":

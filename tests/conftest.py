@@ -15,6 +15,7 @@ import openai
 import pytest
 import tiny
 import yaml
+from fixtures_proxy import bench, running  # noqa: F401 - fixtures of the proxy's tests
 from processes import Process, free_port, process, python, redis_server
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def model_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def proxy_url(logs: Path, request: pytest.FixtureRequest) -> Iterator[str]:
-    if running := os.environ.get("LAB_TEST_PROXY_URL"):
-        yield running
+    if given := os.environ.get("LAB_TEST_PROXY_URL"):
+        yield given
         return
     model_url = request.getfixturevalue("model_url")
     redis = request.getfixturevalue("redis")

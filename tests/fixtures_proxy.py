@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from processes import Process, free_port, process, python, redis_server
 
 MOCK = Path(__file__).with_name("mock_upstream.py")
@@ -148,3 +149,16 @@ def events(answer: httpx2.Response) -> list[Any]:
     assert answer.headers["content-type"].startswith("text/event-stream")
     data = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     return [text if text == "[DONE]" else json.loads(text) for text in data]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A bench for the tests of one file."""
+    with bench_on(tmp_path_factory.mktemp("bench")) as started:
+        yield started
+
+
+@pytest.fixture
+def bench(running: Bench) -> Bench:
+    running.forget()
+    return running

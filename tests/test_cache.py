@@ -19,7 +19,7 @@ import httpx2
 import openai
 import pytest
 import redis
-from fixtures_proxy import CHAT_MODEL, Bench, bench_on, events, eventually, new, redis_url, second, state
+from fixtures_proxy import CHAT_MODEL, Bench, events, eventually, new, redis_url, second, state
 from lab_proxy import entry
 from lab_proxy.cache import BATCH, Cache
 from lab_proxy.canonical import CONTRACT
@@ -27,18 +27,6 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from processes import free_port, redis_server
 
 FRESH = {"id", "created"}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench_on(tmp_path_factory.mktemp("bench")) as started:
-        yield started
-
-
-@pytest.fixture
-def bench(running: Bench) -> Bench:
-    running.forget()
-    return running
 
 
 def added_up(answer: httpx2.Response) -> dict[str, Any]:

@@ -19,20 +19,8 @@ import httpx2
 import pytest
 import redis
 from fixtures_keys import ADMIN_KEY, Holder, School, school_on
-from fixtures_proxy import CHAT_MODEL, Bench, bench_on, eventually, new, redis_url, second, state
+from fixtures_proxy import CHAT_MODEL, Bench, eventually, new, redis_url, second, state
 from processes import redis_server
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench_on(tmp_path_factory.mktemp("bench")) as started:
-        yield started
-
-
-@pytest.fixture
-def bench(running: Bench) -> Bench:
-    running.forget()
-    return running
 
 
 @pytest.fixture(scope="module")

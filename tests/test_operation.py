@@ -19,7 +19,7 @@ import httpx2
 import psutil
 import pytest
 import yaml
-from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, bench_on, events, eventually, new, second, state
+from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
 from lab_proxy.metrics import Metrics
 from lab_proxy.watch import LOOK_SECONDS, Watch
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -27,18 +27,6 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
 
 NOTICED = LOOK_SECONDS + 1.5  # seconds until a changed file is in use
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench_on(tmp_path_factory.mktemp("bench")) as started:
-        yield started
-
-
-@pytest.fixture
-def bench(running: Bench) -> Bench:
-    running.forget()
-    return running
 
 
 def alias(name: str) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from fixtures_proxy import (
     EMBEDDING_MODEL,
     UPSTREAM_KEY,
     Bench,
-    bench_on,
     events,
     eventually,
     mock,
@@ -42,18 +41,6 @@ from lab_proxy.upstream import passed_on
 from processes import free_port, python
 
 NO_STORE = {"cache-control": "no-store"}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench_on(tmp_path_factory.mktemp("bench")) as started:
-        yield started
-
-
-@pytest.fixture
-def bench(running: Bench) -> Bench:
-    running.forget()
-    return running
 
 
 def error(answer: httpx2.Response) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from fixtures_proxy import (
     EMBEDDING_MODEL,
     UPSTREAM_KEY,
     Bench,
-    bench_on,
     events,
     eventually,
     new,
@@ -30,12 +29,6 @@ from lab_proxy.routes import AutoRow, Routes
 from lab_proxy.settings import Settings
 
 PACKAGED = Path(__file__).parents[1] / "services/proxy/lab_proxy/routes.yaml"
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with bench_on(tmp_path_factory.mktemp("bench")) as started:
-        yield started
 
 
 @pytest.fixture

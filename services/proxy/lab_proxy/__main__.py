@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from . import commands, journal
 from .admin import Admin
-from .app import App, create_app
+from .app import App
 from .batches import Batches
 from .cache import Cache, NoCache, load_secret
 from .files import FilePages, Files
@@ -204,7 +204,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
     )
     watch = Watch({"routes": routes, "prices": prices}, metrics, after=upstreams.reloaded)
     spans = Spans(settings.otlp_endpoint) if settings.otlp_endpoint else None
-    return create_app(
+    return App(
         settings,
         cache,
         upstreams,

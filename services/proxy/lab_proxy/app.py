@@ -157,9 +157,8 @@ class App:
         cache: StoreService,
         upstreams: Upstreams,
         routes: Routes,
-        *,
-        local: LocalModels,
         metrics: Metrics,
+        *,
         keys: Doorkeeper | None = None,
         limits: Limiter | None = None,
         ledger: Recorder | None = None,
@@ -170,9 +169,16 @@ class App:
         pages: Mapping[tuple[str, str], Page] | None = None,
         batches: Batches | None = None,
     ) -> None:
+        """`upstreams` holds one of kind `model`, whose ids are read in the background.
+
+        `parts`: further ones with a life of their own; `pages`: further ones, by method and path. Left out: open to
+        everybody, and no limits. `reports`: what the status page asks beside its own. `trace` hears of each request's
+        end.
+        """
         self._settings = settings
         self._keys = keys or NoKeys()
-        self._cache, self._upstreams, self._routes, self._local = cache, upstreams, routes, local
+        self._local = local = LocalModels(upstreams, settings.model_poll_seconds)
+        self._cache, self._upstreams, self._routes = cache, upstreams, routes
         self._metrics = metrics
         self._journal = Journal()
         self._reports = dict(reports or {})
@@ -449,47 +455,6 @@ class App:
         if route in QUIET and status < 400:
             return
         self._journal.tell(route, request_id, account, status, seconds)
-
-
-def create_app(
-    settings: Settings,
-    cache: StoreService,
-    upstreams: Upstreams,
-    routes: Routes,
-    metrics: Metrics,
-    *,
-    keys: Doorkeeper | None = None,
-    limits: Limiter | None = None,
-    ledger: Recorder | None = None,
-    flights: Flights | None = None,
-    parts: Sequence[Part] = (),
-    reports: Mapping[str, Callable[[], Any]] | None = None,
-    trace: Trace | None = None,
-    pages: Mapping[tuple[str, str], Page] | None = None,
-    batches: Batches | None = None,
-) -> App:
-    """The application from its parts. `upstreams` holds one of kind `model`, whose ids are read in the background.
-
-    `parts`: further ones with a life of their own; `pages`: further ones, by method and path. Left out: open to
-    everybody, and no limits. `reports`: what the status page asks beside its own. `trace` hears of each request's end.
-    """
-    return App(
-        settings,
-        cache,
-        upstreams,
-        routes,
-        local=LocalModels(upstreams, settings.model_poll_seconds),
-        metrics=metrics,
-        keys=keys,
-        limits=limits,
-        ledger=ledger,
-        flights=flights,
-        parts=parts,
-        reports=reports,
-        trace=trace,
-        pages=pages,
-        batches=batches,
-    )
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

@@ -9,14 +9,12 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from . import money
+from . import money, tables
 
 _SNAPSHOT = re.compile(r"-\d{4}-\d\d-\d\d$")
 
@@ -91,7 +89,7 @@ class Prices:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._table = _load(path)
+        self._table = tables.read(Table, path, "prices.yaml", "PROXY_PRICES_FILE")
 
     def files(self) -> list[Path]:
         """What to watch for changes."""
@@ -99,7 +97,7 @@ class Prices:
 
     def reload(self) -> None:
         """Raises ValueError with one line that says what is wrong."""
-        self._table = _load(self._path)
+        self._table = tables.read(Table, self._path, "prices.yaml", "PROXY_PRICES_FILE")
 
     def quote(self, upstream: str, model: str, prompt: int = 0) -> Quote | None:
         """None: nobody has said what this model costs there."""
@@ -121,19 +119,3 @@ class Prices:
             return None
         whole = quote.tariff.of(prompt, cached, completion)
         return -(-whole // 2) if half else whole
-
-
-def _load(path: Path | None) -> Table:
-    try:
-        if path is None:
-            text = resources.files("lab_proxy").joinpath("prices.yaml").read_text("utf-8")
-        else:
-            text = path.read_text("utf-8")
-        return Table.model_validate(yaml.safe_load(text))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"PROXY_PRICES_FILE cannot be read: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        why = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"PROXY_PRICES_FILE is wrong at {where or 'the top'}: {why}") from None

@@ -9,13 +9,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from . import tables
 from .canonical import encode
 from .errors import NoSuchModel, UpstreamDown
 from .settings import Settings
@@ -296,7 +295,7 @@ def _fits(route: RouteRow, name: str) -> bool:
 
 
 def _read(settings: Settings) -> _Read:
-    table = _load(settings.routes_file)
+    table = tables.read(Table, settings.routes_file, "routes.yaml", "PROXY_ROUTES_FILE")
     access = {name: _access(name, row, settings) for name, row in table.upstreams.items()}
     defaults: dict[str, Mapping[str, Mapping[str, Any]]] = {}
     for name, row in table.upstreams.items():
@@ -307,21 +306,6 @@ def _read(settings: Settings) -> _Read:
         for name, tables in defaults.items()
     }
     return _Read(table, access, defaults, canonical)
-
-
-def _load(path: Path | None) -> Table:
-    try:
-        if path is None:
-            text = resources.files("lab_proxy").joinpath("routes.yaml").read_text("utf-8")
-        else:
-            text = path.read_text("utf-8")
-        return Table.model_validate(yaml.safe_load(text))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"PROXY_ROUTES_FILE cannot be read: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"PROXY_ROUTES_FILE is wrong at {where or 'the top'}: {first['msg']}") from None
 
 
 def _access(name: str, row: UpstreamRow, settings: Settings) -> Access:
