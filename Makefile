@@ -54,7 +54,7 @@ load-ui: ## Locust's web page for both, on port 8089
 	@sh lab/run.sh install && $(LOAD) web
 
 bench-engine: ## the engine's speed beside transformers' own (parts of it: make bench-engine ARGS="--only decode1,ttft")
-	@sh lab/run.sh install && GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} .venv/bin/python -m bench.engine $(ARGS)
+	@sh lab/run.sh install && GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-ACTIVE} .venv/bin/python -m bench.engine $(ARGS)
 
 bench-proxy: ## the proxy's speed beside its targets (parts of it: make bench-proxy ARGS="--only hits,misses"); needs wrk
 	@sh lab/run.sh install && .venv/bin/python -m bench.proxy $(ARGS)

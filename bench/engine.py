@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
@@ -406,10 +407,15 @@ def perplexity(bench: Bench) -> None:
 
 def idle(bench: Bench) -> None:
     """A process with the engine alone: what it costs when nobody asks, and how much memory the embedded pair takes."""
+    from lab_model.__main__ import ABSENT  # noqa: PLC0415
+
     memory = 0
     for entry in bench.entries:
         argv = [sys.executable, "-m", "bench.engine", "--alone", entry.id]
-        told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
+        environ = os.environ | {"PYTHONPATH": str(ABSENT)}  # as the service starts its replicas
+        told = subprocess.run(  # noqa: S603
+            argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False
+        )
         if told.returncode:
             raise BenchError(f"{entry.id} did not load: {told.stderr.strip().splitlines()[-1]}")
         figures = json.loads(told.stdout.splitlines()[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from lab_model import gguf, weights
 from lab_model.catalogue import Source, load_catalogue, locate
 from lab_model.engine import Engine, Event, Request, Runner, Span
-from lab_model.llama import FEW_ROWS, Llama, quantize
+from lab_model.linear import FEW_ROWS, Quantized, quantized_works, turning
+from lab_model.llama import Llama
 from lab_model.pages import PAGE_TOKENS
 from lab_model.sampling import Sampling
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,6 +138,19 @@ def test_quantized_stays_within_one_percent_of_the_file(reference: Any, quantize
         assert perplexity(few) == pytest.approx(perplexity(want[:160]), rel=0.02)  # 160 tokens: a coarse measure
 
 
+def test_a_file_without_4_bit_blocks_decodes_as_it_prefills(
+    file: gguf.File, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8-bit arithmetic for any number of rows: the few rows' way needs every layer's blocks."""
+    monkeypatch.setattr(gguf.Tensor, "four_bits", False)
+    runner = Llama(weights.from_file(file), CPU, torch.bfloat16)
+    runner.allocate(3)
+    with torch.inference_mode():
+        want = runner.every(ids[:24], [1])
+        got = torch.cat([runner.decode([token], [place], [[2]]) for place, token in enumerate(ids[:24])])
+    assert torch.nn.functional.cosine_similarity(want, got).min() > 0.99
+
+
 def test_quantized_prefill_of_one_row_does_not_see_its_neighbours(quantized: Any, ids: list[int]) -> None:
     """To the last bit: alone, among others, and with its first pages taken from before."""
     runner = Llama(quantized, CPU, torch.bfloat16)
@@ -170,21 +185,40 @@ def test_quantized_repeats_itself_with_its_prefix_cached_or_not(quantized: Any, 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
 def test_kernels_agree(quantized: Any, rows: int) -> None:
     """int4 and int8 of one layer give the same within the weights' own rounding, whichever the number of rows picks."""
-    layer = quantized.layers[5].gate_up
+    layer, turn = quantized.layers[5].gate_up, turning(576)
     x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(1))
-    four, eight = layer(x, True).float(), layer(x, False)
+    four, eight = layer(x, True).float(), layer(x @ turn, False)
     assert torch.nn.functional.cosine_similarity(four, eight).min() > 0.9995
 
 
+def test_a_turning_matrix_turns_back() -> None:
+    turn = turning(96)
+    assert torch.allclose(turn @ turn.t(), torch.eye(96), atol=1e-5)
+
+
+@pytest.mark.parametrize(("digits", "within"), [(1, 1 / 127), (2, 1 / 30_000)])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e10])
-def test_two_digits_hold_every_row(scale: float) -> None:
-    """Rows of any size, zero and outliers among them, come back from their digits; no level leaves 16 bits."""
+def test_digits_hold_every_row(digits: int, within: float, scale: float) -> None:
+    """Rows of any size, zero and outliers among them, come back from their digits; no level leaves its range."""
+    assert quantized_works()
     x = torch.randn(5, 64) * scale
     x[1] = 0
     x[2, 3] = 1000 * scale
-    digits, unit = quantize(x)
-    back = (digits[:5].float() * 256 + digits[5:].float()) * unit
-    assert torch.allclose(back, x, atol=float(x.norm(dim=1).max()) / 30_000)
+    x[3, 4] = -1000 * scale
+    back = Quantized(torch.eye(64), digits=digits)(x, False)
+    assert torch.all((back - x).abs() <= x.abs().amax(1, keepdim=True) * within)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_stays_alone(wrong: float) -> None:
+    x = torch.randn(6, 64)
+    layer = Quantized(torch.randn(32, 64), digits=2)
+    want = layer(x, False)
+    x[2, 5] = wrong
+    got = layer(x, False)
+    assert not got[2].isfinite().any()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(got[others], want[others])
 
 
 @pytest.mark.parametrize("cut", [3, 40, 5000])

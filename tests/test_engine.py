@@ -248,8 +248,8 @@ class Poisoned:
 class NaN(Llama):
     """Our own forward, with NaN wherever token 7 goes: in its keys and values too, and so in all that follows it."""
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return super()._embed(ids).masked_fill(ids[:, None] == 7, float("nan"))
+    def _embed(self, ids: torch.Tensor, few: bool) -> torch.Tensor:
+        return super()._embed(ids, few).masked_fill(ids[:, None] == 7, float("nan"))
 
 
 def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
@@ -403,6 +403,13 @@ def test_kept_beginnings_give_way(llama: Any) -> None:
 def test_a_deadline_ends_the_request_where_it_is(llama: Any) -> None:
     """In the queue or in the batch: DeadlineError, the place is free, the neighbour goes on."""
     bench = Bench(llama, max_running=1)
+    decode = bench.engine._runner.decode
+
+    def slowly(*asked: Any) -> torch.Tensor:
+        time.sleep(0.002)  # or a fast machine has 1,000 tokens before the deadline
+        return decode(*asked)
+
+    bench.engine._runner.decode = slowly  # type: ignore[method-assign]
     try:
         running = Request([5] * 10, 1000, deadline=time.monotonic() + 0.5)
         queued = Request([6] * 10, 1000, deadline=time.monotonic() + 0.2)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from .catalogue import CatalogueError, Entry, load_catalogue, locate
 from .settings import AppArgs, CatalogueArgs, Settings
 
+ABSENT = Path(__file__).with_name("absent")  # packages that our processes shall not find
 WRONG_SETTING = 2
 FAILED = 1
 
@@ -68,14 +69,18 @@ def prepare_environment() -> None:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ABSENT), os.environ.get("PYTHONPATH")])),
         # Ray's own logs stay in its folder, and small.
         "RAY_ROTATION_MAX_BYTES": "2000000",
         "RAY_ROTATION_BACKUP_COUNT": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # torch's threads wait for each other by spinning, 300,000 turns unless told: for milliseconds, in which whoever
         # they wait for may not get a core. On two cores with busy neighbours a token took 100 to 1,400 ms, with fewer
-        # turns 50 to 150 ms, and on an idle machine as long as before. No turns at all doubled it there.
+        # turns 50 to 150 ms, and on an idle machine as long as before. No turns at all doubled it there. `ACTIVE` lets
+        # them spin at all when a process has more of them than cores, as with two models' threads: otherwise a token
+        # takes twice as long.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
         # What had to be fetched has been.
         "HF_HUB_OFFLINE": "1",
     }

@@ -36,9 +36,13 @@ class Tensor:
     raw: np.ndarray[Any, np.dtype[np.uint8]]
 
     def dense(self) -> torch.Tensor:
-        """Its values, float32."""
+        """Its values, float32, in memory of their own: a view would keep the whole file in memory."""
         values = dequantize(self.raw, self.kind)
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(self.shape)
+        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(self.shape)
+
+    @property
+    def four_bits(self) -> bool:
+        return self.kind in {GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1}
 
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The 4-bit blocks of a Q4_1 or Q4_0 tensor, else None.
@@ -46,7 +50,7 @@ class Tensor:
         levels: (rows, columns) 0 to 15, uint8; scale and minimum: (rows, columns / 32), float32;
         value = level * scale + minimum.
         """
-        if self.kind not in {GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1}:
+        if not self.four_bits:
             return None
         rows, columns = self.shape
         size = GGML_QUANT_SIZES[self.kind][1]

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .gguf import File, Tensor
-from .llama import Dense, Layer, Quantized, Weights
+from .gguf import File
+from .linear import FEW_ROWS, Dense, Norm, Quantized, Table, quantized_works, turning
+from .llama import Layer, Weights
 
 # Families whose decoder is Llama's: `Weights` says all that tells them apart.
 FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -21,8 +22,9 @@ ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
 
 def reads(file: File) -> bool:
-    """`from_file` knows this file's architecture."""
-    return bool(file.metadata.get("general.architecture") == "llama" and "rope_freqs.weight" not in file.tensors)
+    """`from_file` knows this file's architecture, and this processor its kernels."""
+    known = file.metadata.get("general.architecture") == "llama" and "rope_freqs.weight" not in file.tensors
+    return known and quantized_works()
 
 
 def fits(model: Any) -> bool:
@@ -47,102 +49,97 @@ def from_file(file: File) -> Weights:
     head_dim = said.get("attention.key_length", width // heads)
     tensors = file.tensors
 
-    def joined(prefix: str, *names: str) -> Quantized:
-        found = [tensors[f"{prefix}.{name}.weight"] for name in names]
-        return quantized([(t, _order(n, heads, kv_heads, head_dim)) for t, n in zip(found, names, strict=True)])
+    epsilon = said["attention.layer_norm_rms_epsilon"]
+    turn = turning(width)
 
-    def vector(name: str) -> torch.Tensor:
-        return tensors[name].dense()
+    def joined(at: str, *names: str, norm: str | None = None, **more: Any) -> Quantized:
+        found = [tensors[f"{at}.{name}.weight"] for name in names]
+        blocks = [tensor.blocks() for tensor in found]
+        packed = None if None in blocks else [torch.cat(part) for part in zip(*blocks, strict=True)]
+        before = None if norm is None else Norm(tensors[f"{at}.{norm}.weight"].dense(), epsilon)
+        return Quantized(torch.cat([tensor.dense() for tensor in found]), packed, norm=before, **more)
 
-    layers = []
-    for index in range(said["block_count"]):
-        at = f"blk.{index}"
-        layers.append(
-            Layer(
-                attention_norm=vector(f"{at}.attn_norm.weight"),
-                qkv=joined(at, "attn_q", "attn_k", "attn_v"),
-                query_norm=None,
-                key_norm=None,
-                output=joined(at, "attn_output"),
-                mlp_norm=vector(f"{at}.ffn_norm.weight"),
-                gate_up=joined(at, "ffn_gate", "ffn_up"),
-                down=joined(at, "ffn_down"),
-            )
+    layers = [
+        Layer(
+            qkv=joined(at, "attn_q", "attn_k", "attn_v", norm="attn_norm", turned=turn),
+            query_norm=None,
+            key_norm=None,
+            output=joined(at, "attn_output", turns=turn),
+            gate_up=joined(at, "ffn_gate", "ffn_up", norm="ffn_norm", turned=turn),
+            # Its rows are products of two, and nothing turns them: some are thirty times the others.
+            down=joined(at, "ffn_down", turns=turn, digits=2),
         )
-    table = quantized([(tensors["token_embd.weight"], None)])
-    rotations = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+        for at in (f"blk.{index}" for index in range(said["block_count"]))
+    ]
+    blocks = [tensor for name, tensor in tensors.items() if name.startswith("blk.") and len(tensor.shape) == 2]
+    table = tensors["token_embd.weight"].dense()
+    head = tensors["output.weight"].dense() if "output.weight" in tensors else table
     return Weights(
         dtype=torch.float32,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        epsilon=said["attention.layer_norm_rms_epsilon"],
         context=said["context_length"],
-        rotations=rotations,
+        rotations=said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, head_dim, 2).float() / head_dim),
         rotation_scale=1.0,
-        embedding=table,
+        few=FEW_ROWS if all(tensor.four_bits for tensor in blocks) else 0,
+        embedding=Table(table, turn),
         layers=layers,
-        norm=vector("output_norm.weight"),
-        head=quantized([(tensors["output.weight"], None)]) if "output.weight" in tensors else table,
+        head=Quantized(head, norm=Norm(tensors["output_norm.weight"].dense(), epsilon), turned=turn),
     )
-
-
-def _order(name: str, heads: int, kv_heads: int, head_dim: int) -> torch.Tensor | None:
-    """GGUF stores a head's pairs side by side; here, as in transformers, its two halves lie one after the other."""
-    count = {"attn_q": heads, "attn_k": kv_heads}.get(name)
-    if count is None:
-        return None
-    return torch.arange(count * head_dim).view(count, head_dim // 2, 2).transpose(1, 2).reshape(-1)
-
-
-def quantized(parts: list[tuple[Tensor, torch.Tensor | None]]) -> Quantized:
-    """Tensors, with the order of their rows, as one linear layer."""
-    dense, blocks = [], []
-    for tensor, order in parts:
-        values, found = tensor.dense(), tensor.blocks()
-        dense.append(values if order is None else values[order])
-        if found is not None:
-            blocks.append(found if order is None else tuple(part[order] for part in found))
-    packed = [torch.cat(part) for part in zip(*blocks, strict=True)] if len(blocks) == len(parts) else None
-    return Quantized(torch.cat(dense), packed)
 
 
 def from_model(model: Any) -> Weights:
     """Dense weights of a transformers model of these families, in its own type, on its device."""
     config, inner = model.config, model.model
     rotary = inner.rotary_emb
-    layers = []
-    for block in inner.layers:
-        attention, mlp = block.self_attn, block.mlp
-        layers.append(
-            Layer(
-                attention_norm=block.input_layernorm.weight,
-                qkv=_dense(attention.q_proj, attention.k_proj, attention.v_proj),
-                query_norm=getattr(getattr(attention, "q_norm", None), "weight", None),
-                key_norm=getattr(getattr(attention, "k_norm", None), "weight", None),
-                output=_dense(attention.o_proj),
-                mlp_norm=block.post_attention_layernorm.weight,
-                gate_up=_dense(mlp.gate_proj, mlp.up_proj),
-                down=_dense(mlp.down_proj),
-            )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = torch.arange(head_dim).view(2, -1).t().flatten().to(model.device)
+
+    def norm(module: Any) -> Norm:
+        return Norm(module.weight, config.rms_norm_eps)
+
+    def head_norm(module: Any) -> Norm | None:
+        return None if module is None else Norm(module.weight[pairs], config.rms_norm_eps)
+
+    def paired(rows: torch.Tensor | None) -> torch.Tensor | None:
+        """transformers lays a head's two halves one after the other; here they lie pair by pair, as in GGUF."""
+        return None if rows is None else rows.view(-1, head_dim, *rows.shape[1:])[:, pairs].flatten(0, 1)
+
+    def qkv(attention: Any, before: Norm) -> Dense:
+        parts = [(attention.q_proj, paired), (attention.k_proj, paired), (attention.v_proj, lambda rows: rows)]
+        bias = None
+        if attention.q_proj.bias is not None:
+            bias = torch.cat([order(part.bias) for part, order in parts])
+        return Dense(torch.cat([order(part.weight) for part, order in parts]), bias, before)
+
+    layers = [
+        Layer(
+            qkv=qkv(block.self_attn, norm(block.input_layernorm)),
+            query_norm=head_norm(getattr(block.self_attn, "q_norm", None)),
+            key_norm=head_norm(getattr(block.self_attn, "k_norm", None)),
+            output=_dense(block.self_attn.o_proj),
+            gate_up=_dense(block.mlp.gate_proj, block.mlp.up_proj, before=norm(block.post_attention_layernorm)),
+            down=_dense(block.mlp.down_proj),
         )
+        for block in inner.layers
+    ]
     return Weights(
         dtype=model.dtype,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        epsilon=config.rms_norm_eps,
+        head_dim=head_dim,
         context=config.max_position_embeddings,
         rotations=rotary.inv_freq,
         rotation_scale=rotary.attention_scaling,
+        few=0,
         embedding=inner.embed_tokens.weight,
         layers=layers,
-        norm=inner.norm.weight,
-        head=_dense(model.lm_head),
+        head=_dense(model.lm_head, before=norm(inner.norm)),
     )
 
 
-def _dense(*parts: Any) -> Dense:
+def _dense(*parts: Any, before: Norm | None = None) -> Dense:
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     biases = [part.bias for part in parts]
-    return Dense(weight, None if biases[0] is None else torch.cat(biases))
+    return Dense(weight, None if biases[0] is None else torch.cat(biases), before)
