@@ -80,8 +80,15 @@ class Limiter(Protocol):
     """limits.Limits as the exchange sees it."""
 
     def admission(  # noqa: PLR0917 all that a limit can be about
-        self, identity: Identity, endpoint: str, model: str, body: Mapping[str, Any], size_bytes: int, upstream: str,
-        *, at_once: bool = False,
+        self,
+        identity: Identity,
+        endpoint: str,
+        model: str,
+        body: Mapping[str, Any],
+        size_bytes: int,
+        upstream: str,
+        *,
+        at_once: bool = False,
     ) -> Admission | None: ...
 
     async def ask(self, admission: Admission) -> None:
@@ -847,10 +854,10 @@ class Exchange:
         if unfit or not known:
             return unfit or "revision"
         target, form = way.target, self._form(way, revision)
+        key = way.key if form is way.form else canonical.key_of(self._cache.secret, form)
         kept = entry.of_answer(answer, target.ttl, time.time(), way.stamp)
         kept.hold(form, max(target.swr, target.stale_if_error))
-        key = sample_key(canonical.key_of(self._cache.secret, form), way.slot)
-        return await self._cache.write({key: kept}) or "stored"
+        return await self._cache.write({sample_key(key, way.slot): kept}) or "stored"
 
     # ---- responses
 

@@ -186,8 +186,15 @@ class Limits:
         await self._settle()
 
     def admission(  # noqa: PLR0917 all that a limit can be about
-        self, identity: Identity, endpoint: str, model: str, body: Mapping[str, Any], size_bytes: int, upstream: str,
-        *, at_once: bool = False,
+        self,
+        identity: Identity,
+        endpoint: str,
+        model: str,
+        body: Mapping[str, Any],
+        size_bytes: int,
+        upstream: str,
+        *,
+        at_once: bool = False,
     ) -> Admission | None:
         """None for a key without limits. `size_bytes`: of the request's body. `at_once`: its answer is at hand, so that
         it takes neither slot nor tokens from others, and there is nothing to settle."""
