@@ -41,8 +41,6 @@ class Gathering(asyncio.Transport):
         self._loop = asyncio.get_running_loop()
         self._parts: list[Any] = []
         self._size = 0
-        self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
-        self.get_extra_info, self.is_closing = transport.get_extra_info, transport.is_closing
 
     def write(self, data: Any) -> None:
         if not self._parts:
@@ -56,6 +54,18 @@ class Gathering(asyncio.Transport):
         self._flush()
         self._transport.close()
 
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
     def _flush(self) -> None:
         if self._parts and not self._transport.is_closing():
             self._transport.write(b"".join(self._parts))
@@ -64,7 +74,7 @@ class Gathering(asyncio.Transport):
 
 
 class Connection(HttpToolsProtocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(Gathering(cast("asyncio.Transport", transport)))
 
 
