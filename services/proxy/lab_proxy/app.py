@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from random import getrandbits  # an id is no secret
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import orjson
 
@@ -316,20 +316,17 @@ class App:
             return None
         # 4. Answer it, unless the caller leaves first.
         self.begun += 1
-        work = asyncio.ensure_future(self._exchange.answer(call, out))
-        gone = asyncio.ensure_future(_gone(receive))
+        watch = _Watch(receive, out)
+        gone = asyncio.ensure_future(watch.run())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not out.ended:
-                out.account.error = "client_gone"
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-            else:
-                await work
+            await self._exchange.answer(call, out)
+        except asyncio.CancelledError:
+            if not watch.left or watch.task.uncancel():  # somebody else ends it
+                raise
+            out.account.error = "client_gone"
         finally:
             self.ended += 1
             gone.cancel()
-            work.cancel()
 
     def _check_caller(self, headers: Mapping[str, str]) -> None:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
@@ -491,7 +488,17 @@ def _too_large(limit: int) -> errors.BodyTooLarge:
     return errors.BodyTooLarge(f"The body is larger than {limit} bytes (PROXY_MAX_BODY_BYTES).")
 
 
-async def _gone(receive: Receive) -> None:
-    """Returns when the caller has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _Watch:
+    """Cancels the task that made it when the caller leaves before the end of `out`."""
+
+    def __init__(self, receive: Receive, out: Response) -> None:
+        self._receive, self._out = receive, out
+        self.task = cast("asyncio.Task[None]", asyncio.current_task())
+        self.left = False
+
+    async def run(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._out.ended:
+            self.left = True
+            self.task.cancel()

@@ -23,6 +23,7 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 _EVENT_END = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r")
 _PIECE = re.compile(r"\S+\s*|\s+")  # what a replayed stream sends at once: about a token, never half a character
+_NO_USAGE = b',"usage":null}\n\n'
 _TEXTS = ("reasoning", "reasoning_content", "content", "refusal")
 _SAID = (*_TEXTS, "tool_calls")
 _OWN = frozenset({"id", "created", "object", "choices", "usage", "obfuscation"})
@@ -221,6 +222,8 @@ class Verbatim:
     def passed(self, event: bytes) -> bytes:
         if self._usage or b'"usage"' not in event:
             return event
+        if event.endswith(_NO_USAGE):  # as OpenAI ends every chunk but the last: no string ends like this
+            return event[: -len(_NO_USAGE)] + b"}\n\n"
         data = event_data(event)
         return event if data is None or data == b"[DONE]" else asked_for(event, orjson.loads(data), usage=False)
 

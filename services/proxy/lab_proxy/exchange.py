@@ -80,7 +80,15 @@ class Limiter(Protocol):
     """limits.Limits as the exchange sees it."""
 
     def admission(  # noqa: PLR0917 all that a limit can be about
-        self, identity: Identity, endpoint: str, model: str, body: Mapping[str, Any], size_bytes: int, upstream: str
+        self,
+        identity: Identity,
+        endpoint: str,
+        model: str,
+        body: Mapping[str, Any],
+        size_bytes: int,
+        upstream: str,
+        *,
+        at_once: bool = False,
     ) -> Admission | None: ...
 
     async def ask(self, admission: Admission) -> None:
@@ -96,7 +104,7 @@ class Recorder(Protocol):
 class NoLimits:
     """What stands in for limits where there are none."""
 
-    def admission(self, *_: Any) -> None:
+    def admission(self, *_: Any, **__: Any) -> None:
         return None
 
     async def ask(self, admission: Admission) -> None: ...
@@ -302,7 +310,7 @@ class Exchange:
             return False
         account.model, account.upstream, account.known = target.model, target.upstream, True
         try:
-            self._claim(call, target)
+            self._claim(call, target, at_once=True)
             if call.admission is not None:
                 await self._cache.read((), call.admission)
                 out.headers.update(call.admission.headers)
@@ -319,8 +327,6 @@ class Exchange:
             account.error = error.code or error.type
             raise
         finally:
-            if call.admission is not None:
-                call.admission.settle(0)
             self._charge(call)
         return True
 
@@ -386,11 +392,11 @@ class Exchange:
         if not call.identity.allows(target.model, *([target.alias] if target.alias else [])):
             raise ModelNotAllowed(f"This key is not for the model `{target.alias or target.model}`.", param="model")
 
-    def _claim(self, call: Call, target: Target) -> None:
+    def _claim(self, call: Call, target: Target, *, at_once: bool = False) -> None:
         """Permission first, then the claim on the limits: both before anything of the cache is given out."""
         self._permit(call, target)
         call.admission = self._limits.admission(
-            call.identity, call.endpoint, target.model, call.body, len(call.raw), target.upstream
+            call.identity, call.endpoint, target.model, call.body, len(call.raw), target.upstream, at_once=at_once
         )
 
     def _charge(self, call: Call) -> None:
@@ -848,10 +854,10 @@ class Exchange:
         if unfit or not known:
             return unfit or "revision"
         target, form = way.target, self._form(way, revision)
+        key = way.key if form is way.form else canonical.key_of(self._cache.secret, form)
         kept = entry.of_answer(answer, target.ttl, time.time(), way.stamp)
         kept.hold(form, max(target.swr, target.stale_if_error))
-        key = sample_key(canonical.key_of(self._cache.secret, form), way.slot)
-        return await self._cache.write({key: kept}) or "stored"
+        return await self._cache.write({sample_key(key, way.slot): kept}) or "stored"
 
     # ---- responses
 

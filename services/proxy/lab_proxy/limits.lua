@@ -6,7 +6,8 @@
 --      2  sorted set: one member for each admitted request, by the time at which its slot is lost
 --      3  hash of the ledger: `total` and `day:…`, pico-dollars
 -- ARGV 1-5  rpm, tpm, concurrency, budget of a day, budget in all; '' for none
---      6    tokens reserved      7  pico-dollars reserved      8  the request's member      9  seconds of a slot
+--      6    tokens reserved      7  pico-dollars reserved      9  seconds of a slot
+--      8    the request's member; '' for one that is over as soon as it is admitted, or for none at all
 --      10   the ledger's field for today      11  pico-dollars that the ledger does not have yet
 --      12…  requests that are over, four values each: member, tokens used, tokens reserved, when it was admitted
 --
@@ -73,14 +74,18 @@ if verdict == 0 then
 end
 
 -- 3. Take it.
+if verdict == 0 and rpm then
+  r = math.max(r, now) + MINUTE / rpm
+  changed = true
+end
 if verdict == 0 and ARGV[8] ~= '' then
-  if rpm then r = math.max(r, now) + MINUTE / rpm end
   if tpm then
     if t <= now then full = now end
     t = math.max(t, now) + tokens * MINUTE / tpm
   end
   held = held + cost
   redis.call('ZADD', slots, now + ARGV[9] * 1000000, ARGV[8])
+  redis.call('EXPIRE', slots, ARGV[9] * 2)
   changed = true
 end
 if changed then
@@ -88,7 +93,6 @@ if changed then
     'full', string.format('%.0f', full), 'held', string.format('%.0f', held))
   local last = math.max(r, t, now + ARGV[9] * 1000000)
   redis.call('PEXPIREAT', state, string.format('%.0f', last / 1000 + 60000))
-  redis.call('EXPIRE', slots, ARGV[9] * 2)
 end
 
 local answer = {verdict, now, math.ceil(wait), -1, 0, -1, 0}

@@ -68,7 +68,7 @@ class Admission:
     __slots__ = ("_at", "_carried", "_limits", "_over", "cost", "headers", "identity", "member", "reserved")
 
     def __init__(self, limits: Limits, identity: Identity, member: str, *, reserved: int, cost: int) -> None:
-        """`reserved` tokens, and `cost` pico-dollars that the request may come to."""
+        """`reserved` tokens, and `cost` pico-dollars that the request may come to. No `member`: it is never settled."""
         self._limits = limits
         self.identity, self.member, self.reserved, self.cost = identity, member, reserved, cost
         self.headers: dict[str, str] = {}
@@ -103,8 +103,9 @@ class Admission:
             self._over = True
             limits.on_refusal(_NAMES[verdict])
             raise _refusal(self, verdict, wait=wait, now=now, left=tokens)
-        self._at = now
-        limits.runs(self)
+        if self.member:
+            self._at = now
+            limits.runs(self)
         return None
 
     def unheard(self) -> None:
@@ -137,7 +138,7 @@ class NoLimits:
 
     async def stop(self) -> None: ...
 
-    def admission(self, *_: Any) -> None:
+    def admission(self, *_: Any, **__: Any) -> None:
         return None
 
     async def ask(self, admission: Any) -> None: ...
@@ -185,16 +186,27 @@ class Limits:
         await self._settle()
 
     def admission(  # noqa: PLR0917 all that a limit can be about
-        self, identity: Identity, endpoint: str, model: str, body: Mapping[str, Any], size_bytes: int, upstream: str
+        self,
+        identity: Identity,
+        endpoint: str,
+        model: str,
+        body: Mapping[str, Any],
+        size_bytes: int,
+        upstream: str,
+        *,
+        at_once: bool = False,
     ) -> Admission | None:
-        """None for a key without limits. `size_bytes`: of the request's body."""
+        """None for a key without limits. `size_bytes`: of the request's body. `at_once`: its answer is at hand, so that
+        it takes neither slot nor tokens from others, and there is nothing to settle."""
         if not identity.limited:
             return None
         prompt, completion = estimate(endpoint, body, size_bytes, identity.tpm)
+        reserved = min(prompt + completion, MOST_TOKENS) if identity.tpm is not None else 0
+        if at_once:
+            return Admission(self, identity, "", reserved=reserved, cost=0)
         cost = 0
         if identity.budget_day is not None or identity.budget_total is not None:
             cost = min(self._prices.cost(upstream, model, prompt, completion) or 0, 9 * 10**15)
-        reserved = min(prompt + completion, MOST_TOKENS) if identity.tpm is not None else 0
         # The script reads the cost from the member: it goes with the slot, also where the slot just runs out.
         return Admission(self, identity, f"{self._worker}-{next(self._numbers)}:{cost}", reserved=reserved, cost=cost)
 
