@@ -35,6 +35,7 @@ from .metrics import Metrics
 from .responses import RESPONSES
 from .routes import Routes
 from .settings import LOOPBACK, Settings
+from .tally import Tally
 from .upstream import Upstreams
 
 log = logging.getLogger("lab_proxy.request")
@@ -184,10 +185,11 @@ class App:
         self._reports = dict(reports or {})
         self._trace = trace
         metrics.watch(self._gauges)
+        tally = Tally(self._ask_model, lambda outcome: metrics.count("reconciled", outcome))
         self._exchange = Exchange(
-            settings, cache, upstreams, routes, local, limits=limits, ledger=ledger, flights=flights
+            settings, cache, upstreams, routes, local, limits=limits, ledger=ledger, flights=flights, tally=tally
         )
-        self._parts: list[Part] = [upstreams, cache, local, self._keys, *parts, *([flights] if flights else [])]
+        self._parts: list[Part] = [upstreams, cache, local, self._keys, *parts, tally, *([flights] if flights else [])]
         self._pages: dict[tuple[str, str], Page] = {
             ("GET", "/health"): self._health,
             ("GET", "/ready"): self._ready,
@@ -364,6 +366,9 @@ class App:
                 return await _resumed(reading, waiting)
         except TimeoutError:
             raise errors.BodyTooSlow("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+
+    async def _ask_model(self, path: str, limit: float) -> tuple[int, Any]:
+        return await self._upstreams.local.get(path, limit)
 
     # ---- pages
 

@@ -33,12 +33,13 @@ from .errors import (
 )
 from .flight import Flight, FlightLost, Flights, Seat
 from .keys import Identity
-from .ledger import Charge
+from .ledger import Charge, day_of
 from .local import LocalModels
 from .recall import Known, Recall, Shown
 from .responses import RESPONSES
 from .routes import Routes, Target
 from .settings import Settings
+from .tally import Tally, Used
 from .upstream import Question, RealCall, Reply, Upstreams
 
 JSON = "application/json"
@@ -75,6 +76,9 @@ class Admission(Ask, Protocol):
     def settle(self, tokens: int) -> None:
         """The request is over and used so many tokens of an upstream. Called once or more often, always."""
 
+    def correct(self, tokens: int) -> None:
+        """It really used so many, if it is over."""
+
 
 class Limiter(Protocol):
     """limits.Limits as the exchange sees it."""
@@ -91,6 +95,8 @@ class Recorder(Protocol):
     """ledger.Ledger as the exchange sees it: never waits, never fails."""
 
     def record(self, charge: Charge) -> None: ...
+
+    def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None: ...
 
 
 class NoLimits:
@@ -264,7 +270,9 @@ class Exchange:
         limits: Limiter | None = None,
         ledger: Recorder | None = None,
         flights: Flights | None = None,
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally
         self._flights = flights or Flights(None, limit=settings.cache_max_entry_bytes)
         self._limits = limits or NoLimits()
         self._ledger = ledger
@@ -694,7 +702,7 @@ class Exchange:
 
         def called(real: RealCall) -> None:
             account.called(real)
-            if real.answered:
+            if real.answered or real.lost:
                 self._bill(call, real, gathered.usage, gathered.pieces)
 
         async with self._upstreams.ask(targets, replace(question, on_call=called)) as reply:
@@ -759,21 +767,44 @@ class Exchange:
         return replace(way, target=target, bypass=bypass, stamp=stamps[target.model], form=b"", key="")
 
     def _bill(self, call: Call, real: RealCall, usage: Any, pieces: int) -> None:
-        """One real call that an upstream answered, by the usage that it told, else by the pieces that came of it."""
+        """One real call, by the usage that its upstream told, else by the pieces that came of it until the model tells
+        more. One that was not answered costs what the model tells."""
         if self._ledger is None:
             return
+        account = call.account
         if isinstance(usage, dict):
             prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
             cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
         else:
             prompt, completion, cached = len(call.raw) // 4, pieces, 0
-        call.account.billed += prompt + completion
-        self._ledger.record(
-            Charge(
-                call.identity, real.upstream, real.model, "upstream", prompt, completion, cached,
-                estimated=not isinstance(usage, dict), half=call.half,
-            )
+        charge = Charge(
+            call.identity, real.upstream, real.model, "upstream", prompt, completion, cached,
+            estimated=not isinstance(usage, dict), half=call.half,
         )  # fmt: skip
+        if real.answered:
+            account.billed += prompt + completion
+            self._ledger.record(charge)
+        if charge.estimated and real.id and self._tally is not None:
+            self._tally.expect(real.id, partial(self._reconcile, call, real, charge))
+        elif call.admission is not None:
+            call.admission.correct(account.spent)  # who asked may have left before those who wanted the same
+
+    def _reconcile(self, call: Call, real: RealCall, charge: Charge, used: Used) -> None:
+        """The model has told what a call that broke off really used."""
+        if self._ledger is None:
+            return
+        account, tokens = call.account, used.prompt + used.completion
+        if real.answered:
+            account.billed += tokens - charge.prompt - charge.completion
+            self._ledger.correct(charge, *used)
+        elif tokens:
+            account.billed += tokens
+            day = day_of(real.began)
+            self._ledger.record(
+                Charge(call.identity, real.upstream, real.model, "upstream", *used, half=call.half, day=day)
+            )
+        if call.admission is not None:
+            call.admission.correct(account.spent)
 
     async def _deliver(self, way: _Way, seat: Seat, out: Out) -> None:
         """What one caller gets of a flight: who asked has the upstream's own events, others theirs."""
@@ -964,7 +995,7 @@ class Exchange:
 
         def called(real: RealCall) -> None:
             call.account.called(real)
-            if real.answered:
+            if real.answered or real.lost:
                 self._bill(call, real, answer.get("usage") if isinstance(answer, dict) else None, 0)
 
         question = replace(self._question(way, body), on_call=called)
