@@ -21,6 +21,7 @@ from . import canonical, entry, responses
 from .cache import BATCH, Ask, Wishes, entry_name, sample_key
 from .entry import EMBEDDINGS, Entry
 from .errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ModelNotAllowed,
     NoSuchModel,
@@ -181,6 +182,7 @@ class Call:
     known: Known | None = None  # decided before, about the same bytes
     plain: bool = False  # its headers ask nothing of the cache
     half: bool = False  # at half price: a line of a batch
+    due: float | None = None  # time.perf_counter() when the caller's own time is over, where it said so
 
     @property
     def tenant(self) -> str:
@@ -204,6 +206,7 @@ class _Way:
     key: str = ""  # of `form`; empty for embeddings, which have one for each input, and where there is a bypass
     samples: int = 1  # answers that are kept side by side
     slot: int = 0  # which of them this request's answer becomes
+    shared: bool = False  # others may board the flight that asks for it
 
     @property
     def keys(self) -> list[str]:
@@ -366,14 +369,17 @@ class Exchange:
 
     async def answer(self, call: Call, out: Out) -> None:
         """Answer `call` on `out`. Faults are raised before the first byte; after it they end the stream."""
+        left = self._total if call.due is None else call.due - time.perf_counter()
         try:
             try:
-                async with asyncio.timeout(self._total):
+                async with asyncio.timeout(min(self._total, left)):
                     way = await self._way(call)
                     self._claim(call, way.target)
                     answers = {EMBEDDINGS: self._embed, RESPONSES: self._relay}
                     await answers.get(call.endpoint, self._generate)(way, out)
             except TimeoutError:
+                if left < self._total:
+                    raise DeadlineExceeded from None
                 raise UpstreamTimeout("The answer took too long: PROXY_TOTAL_TIMEOUT_SECONDS is the limit.") from None
         except ProxyError as error:
             call.account.error = error.code or error.type
@@ -600,7 +606,9 @@ class Exchange:
 
     def _refresh(self, way: _Way) -> None:
         """Fetch anew in the background, once for all who get the stale answer meanwhile."""
-        call = replace(way.call, account=Account(), admission=None, wishes=REFRESH, started=time.perf_counter())
+        call = replace(
+            way.call, account=Account(), admission=None, wishes=REFRESH, started=time.perf_counter(), due=None
+        )
         task = asyncio.ensure_future(self._refreshed(replace(way, call=call, admitted=True)))
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
@@ -634,6 +642,7 @@ class Exchange:
         aged = way.call.wishes.max_age is not None or way.target.swr > 0 or way.target.stale_if_error > 0
         for turn in range(MOST_FLIGHTS + 1):
             # 1. A seat: who wants the same at the same time flies together, who was out of luck too often alone.
+            way.shared = bool(name) and turn < MOST_FLIGHTS
             with self._flights.board(name if turn < MOST_FLIGHTS else "") as seat:
                 try:
                     # 2. The cache: the first on board looks for all.
@@ -901,7 +910,9 @@ class Exchange:
     def _question(self, way: _Way, body: Callable[[Target], bytes]) -> Question:
         call = way.call
         deadline = (way.since or call.started) + self._total
-        return Question(call.endpoint, call.request_id, way.stream, deadline, body, call.account.called)
+        # Others may want an answer that can be shared for longer: who asked leaves it to them, or it is cancelled.
+        due = None if way.shared else call.due
+        return Question(call.endpoint, call.request_id, way.stream, deadline, body, call.account.called, due)
 
     def _renamed(self, way: _Way) -> Callable[[Target], bytes]:
         """The body as it came, or with the name of who is asked."""

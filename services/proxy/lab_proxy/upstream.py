@@ -78,6 +78,7 @@ class Question:
     deadline: float  # time.perf_counter() at which the whole answer is due
     body: Callable[[Target], bytes]
     on_call: Callable[[RealCall], None] = lambda _: None  # hears of each real call when it is over
+    due: float | None = None  # like `deadline`, the caller's own, for upstreams that know of such; nobody waits by it
 
 
 class _Fault(Exception):  # noqa: N818 - it never leaves this module
@@ -260,7 +261,8 @@ class Upstream:
             "x-request-id": question.request_id,
         }
         if access.kind == "model":
-            headers["x-request-timeout-ms"] = str(max(1, int(left * 1000)))
+            own = left if question.due is None else min(left, question.due - since)
+            headers["x-request-timeout-ms"] = str(max(1, int(own * 1000)))
             headers["x-call-id"] = call.id
         # JSON has its first byte when it is whole: the total bounds it.
         limit = min(left, settings.first_byte_timeout_seconds) if question.stream else left
