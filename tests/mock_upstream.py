@@ -5,7 +5,7 @@ MODES. It is a stand-in for a paid upstream at /v1/… and for the model service
 `GET /calls` tells what came in and how many callers left early; `POST /control` sets `revision`, `delay` (seconds
 before an answer) and the `state` of /ready, the ids that are still `loading`; `script`, what becomes of the next calls,
 one after the other (a status, `drop`, `hang`, `ok`), with the headers `sent`; `closed`: a gate before which all answers
-wait until it is opened (false); `POST /reset` forgets all.
+wait until it is opened (false); `used`: what /tally tells of every call; `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ MODES = {
     "reasoning": "reasoning_content before the content",
     "refusal": "a refusal instead of content",
     "pretty": "JSON over many lines, as OpenAI sends it",
+    "counting": "like slow, with the usage so far in every chunk",
 }
 
 LOCAL = {"smollm2-135m-instruct": "chat", "all-minilm-l6-v2": "embedding"}
@@ -73,12 +74,13 @@ class Mock:
         self.script: list[int | str] = []
         self.sent: dict[str, str] = {}
         self.closed = False
+        self.used: dict[str, int] = {}
         self.at: list[float] = []  # when calls came, time.time()
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of answers that were sent whole
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return
+            return None
         body = b""
         while True:
             message = await receive()
@@ -86,6 +88,9 @@ class Mock:
             if not message.get("more_body"):
                 break
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
+        if scope["path"] == "/tally":
+            ids = [each.removeprefix("id=") for each in scope["query_string"].decode().split("&")]
+            return await whole(send, dict.fromkeys(ids, self.used) if self.used else {})
         work = asyncio.ensure_future(self.answer(scope["path"], headers, body, send))
         gone = asyncio.ensure_future(receive())
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,9 +98,9 @@ class Mock:
             self.left += 1
             work.cancel()
             await asyncio.wait({work})
-            return
+            return None
         gone.cancel()
-        await work
+        return await work
 
     async def answer(self, path: str, headers: dict[str, str], raw: bytes, send: Send) -> None:
         if path in {"/health", "/calls", "/control", "/reset", "/ready", "/v1/models"}:
@@ -335,7 +340,7 @@ async def stream(send: Send, made: dict[str, Any], mode: str, *, usage: bool, ke
     if made["object"] == "chat.completion":
         top["object"] = "chat.completion.chunk"
     parts = [part for choice in made["choices"] for part in deltas(choice)]
-    if mode == "slow":
+    if mode in {"slow", "counting"}:
         parts = [*[parts[1]] * 12, parts[-1]]
     if mode == "endless":
         parts = [parts[1]] * 10_000
@@ -361,8 +366,10 @@ async def stream(send: Send, made: dict[str, Any], mode: str, *, usage: bool, ke
             await asyncio.sleep(0.05)
             await put("{not json")
         chunk = {**top, "choices": [part]} | ({"usage": None} if usage else {})
+        if mode == "counting":
+            chunk["usage"] = made["usage"] | {"completion_tokens": place + 1}
         await put(orjson.dumps(chunk).decode())
-        await asyncio.sleep(0.1 if mode in {"slow", "endless"} else 0)
+        await asyncio.sleep(0.1 if mode in {"slow", "endless", "counting"} else 0)
     if usage and mode not in {"error-event", "no-done"}:
         await put(orjson.dumps({**top, "choices": [], "usage": made["usage"]}).decode())
     if mode not in {"error-event", "no-done"}:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_model import weights
 from lab_model.engine import (
+    CancelledError,
     DeadlineError,
     Engine,
     EngineClosedError,
@@ -185,7 +186,7 @@ def test_requests_join_and_leave_between_steps(bench: Bench, llama: Any) -> None
 
 
 def test_cancel_frees_the_place(bench: Bench) -> None:
-    """Cancelled in the queue or in the batch: no further event, every page free."""
+    """Cancelled in the queue or in the batch: one last event, which says so, every page free."""
     asked = [Request(p, 900) for p in prompts(*[30] * 20)]
     bench.engine.submit(*asked)
     bench.started(asked[0])
@@ -194,7 +195,8 @@ def test_cancel_frees_the_place(bench: Bench) -> None:
     told = {request: len(tokens) for request, tokens in bench.tokens.items()}
     time.sleep(0.1)
     assert told == {request: len(tokens) for request, tokens in bench.tokens.items()}
-    assert not bench.ended
+    bench.wait(asked)
+    assert all(isinstance(bench.ended[request].error, CancelledError) for request in asked)
 
 
 def test_queue_full_says_when_to_come_back(llama: Any) -> None:

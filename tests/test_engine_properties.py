@@ -158,7 +158,10 @@ class EngineMachine(RuleBasedStateMachine):
     def hear(self, events: list[Event]) -> None:
         for event in events:
             assert event.request not in self.ended, "an event after the end"
-            assert event.request not in self.gone, "an event after the cancellation"
+            if event.request in self.gone:
+                assert event.finish or event.error, "more than the last event after the cancellation"
+                self.ended[event.request] = event
+                continue
             self.heard[event.request] += event.tokens
             if event.finish or event.error:
                 self.ended[event.request] = event
@@ -298,9 +301,9 @@ class EngineMachine(RuleBasedStateMachine):
         for request, heard in self.heard.items():
             tokens, end = expected(request)
             assert heard == tokens[: len(heard)]
+            event = self.ended[request]
             if request in self.gone:
                 continue
-            event = self.ended[request]
             if event.finish:
                 assert (heard, event.finish) == (tokens, end)
             elif isinstance(event.error, DeadlineError):

@@ -214,6 +214,41 @@ async def calls_booked(made: Ledger) -> int:
     return int(ledger.total(await made.usage(today, today))["upstream_calls"])
 
 
+async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp_path: Path) -> None:
+    """More or less than was estimated, also on a day that is over and while redis is down: tokens, money by day, in
+    all and not booked yet, and the flag; the rows of others stay."""
+    async with book(server, tmp_path) as made:
+        day = datetime(2026, 11, 20, tzinfo=UTC).date()
+        made.record(charge())
+        high = charge(prompt=1000, completion=900, estimated=True, day=day.isoformat())
+        low = charge(prompt=1, completion=1, estimated=True)
+        made.record(high)
+        made.record(low)
+        await made.flush()
+        os.kill(server.popen.pid, signal.SIGSTOP)
+        made.record(charge())
+        await made.flush()  # to the disk: redis hears of it before it hears of less
+        made.correct(high, 10, 5, 4)
+        made.correct(low, 20, 30, 0)
+        paid = (6 * 3 + 5 * 7) * 10**6 + 4 * 300_000
+        change = paid - (1000 * 3 + 900 * 7) * 10**6 + (19 * 3 + 29 * 7) * 10**6
+        await made.flush()
+        assert [each for each in (tmp_path / "spool").glob("*") if each.stat().st_size], "it waits on the disk"
+        assert made.unbooked(PRICED.key_id or "") == change + 65 * 10**6 < 0
+        os.kill(server.popen.pid, signal.SIGCONT)
+        await made.flush()
+        await made.flush()
+        assert made.unbooked(PRICED.key_id or "") == 0
+        (row,) = await made.usage(day, day)
+        names = ("requests", "upstream_calls", "estimated_calls", "prompt_tokens", "cached_prompt_tokens",
+                 "completion_tokens", "cost_picodollars")  # fmt: skip
+        assert [row[name] for name in names] == [1, 1, 0, 10, 4, 5, paid]
+        today = datetime.now(UTC).date()
+        (row,) = await made.usage(today, today)
+        assert [row[name] for name in names] == [3, 3, 0, 40, 0, 40, 400 * 10**6]
+        assert await made.spent(PRICED.key_id or "") == (400 * 10**6, 400 * 10**6 + paid)
+
+
 async def test_an_unsure_batch_is_booked_once(server: Process, tmp_path: Path) -> None:
     """Redis books a batch whose answer is lost: sent again, also by the next process, it does not count twice."""
     async with book(server, tmp_path) as made:

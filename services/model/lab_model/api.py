@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -24,9 +24,10 @@ from .choice import Choice
 from .embedding import Embedder
 from .engine import Request
 from .envelope import Endpoint, EventStream, Json, Record, Service, read_json, sse, until_gone
-from .generator import Generator, late, progress
+from .generator import Generator, Work, late, progress
 from .grammar import ANY_OBJECT, GrammarError, Grammars, Schema, TokenGrammar, answer_source
 from .sampling import Sampling
+from .tally import Used
 from .text import TemplateError, Text
 from .tools import Calls, ForcedCalls, FreeCalls, told
 
@@ -144,12 +145,13 @@ async def answer(
 
     def counted() -> dict[str, Any]:
         # The choices of one prompt share it: what the first found in the cache was not computed for this answer.
-        reused = sum(request.reused for request in requests[::each])
-        return usage(record.prompt_tokens, record.completion_tokens, reused)
+        record.cached_tokens = sum(request.reused for request in requests[::each])
+        return usage(record.prompt_tokens, record.completion_tokens, record.cached_tokens)
 
     shown = asked.shown is not None
     choices = [Choice(index, model.text, asked.stops, logprobs=shown, calls=calls()) for index in range(len(requests))]
-    pieces = progress(model, requests, choices, record)
+    record.work = work = Work(requests, each)
+    pieces = progress(model, work, choices, record)
     # The first event decides between an error's status and 200: after it only the stream itself can tell.
     first = await until_gone(http.receive, anext(pieces))
     if asked.stream:
@@ -275,6 +277,23 @@ async def events(
         yield sse(error.body())
 
 
+class Forward:
+    """What the embedder does for one request of the API."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.ended = asyncio.Event()
+        self._rows, self._tokens = rows, 0
+
+    def end(self, work: Future[list[list[float]]]) -> None:
+        if not work.cancelled() and work.exception() is None:
+            self._tokens = sum(len(row) for row, vector in zip(self._rows, work.result(), strict=True) if vector)
+        self.ended.set()
+
+    def used(self) -> Used:
+        """Tokens of the inputs that were computed."""
+        return Used(self._tokens, 0, 0)
+
+
 def embedding_app(
     model: Embedder,
     text: Text,
@@ -314,8 +333,10 @@ def embedding_app(
         waiting += 1
         left, started = threading.Event(), time.monotonic()
         try:
-            work = asyncio.get_running_loop().run_in_executor(worker, model.embed, rows, left)
-            vectors = await until_gone(http.receive, work)
+            work, loop = worker.submit(model.embed, rows, left), asyncio.get_running_loop()
+            record.work = forward = Forward(rows)
+            work.add_done_callback(lambda done: loop.call_soon_threadsafe(forward.end, done))
+            vectors = await until_gone(http.receive, asyncio.wrap_future(work))
         finally:
             left.set()
             waiting -= 1

@@ -63,6 +63,10 @@ class EngineClosedError(EngineError):
     """The engine is shutting down."""
 
 
+class CancelledError(EngineError):
+    """The last event of a request that was cancelled: nothing is generated for it any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Tokens [start, stop) of one request in a prefill. pages: those that hold [0, stop)."""
@@ -125,6 +129,7 @@ class Request:
     published: int = field(init=False, default=0)  # pages at the beginning that others may find
     node: int = field(init=False, default=ROOT)  # the last published page's
     reused: int = field(init=False, default=0)
+    prefilled: int = field(init=False, default=0)  # the furthest that any of its prefills came
     cancelled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -249,7 +254,8 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, *requests: Request) -> None:
-        """Free their places before the next step. Nothing more is delivered for them; ended ones are ignored."""
+        """Free their places before the next step. Of each only its last event is still delivered, whichever that is;
+        ended ones are ignored."""
         with self._changed:
             for request in requests:
                 request.cancelled = True
@@ -333,6 +339,7 @@ class Engine:
             self._prefill_pace += 0.5 * (pace - self._prefill_pace)
             for row, span in zip(rows, spans, strict=True):
                 row.cached = span.stop
+                row.prefilled = max(row.prefilled, span.stop)
                 if self._runner.exact or len(rows) == 1:
                     self._publish(row)
             whole = [i for i, row in enumerate(rows) if not row.prefilling]
@@ -409,7 +416,7 @@ class Engine:
                 for request in ended:
                     self._running.remove(request)
                     self._release(request)
-        return [event for event in events if not event.request.cancelled]
+        return [event for event in events if event.finish or event.error or not event.request.cancelled]
 
     # Places and pages. `_admit` and `_drop` are called with the lock held.
 
@@ -444,8 +451,9 @@ class Engine:
             for request in [r for r in queue if r.cancelled or (r.deadline is not None and r.deadline <= now)]:
                 queue.remove(request)
                 self._release(request)
-                if not request.cancelled:
-                    events.append(Event(request, [], error=late))
+                events.append(
+                    Event(request, [], error=CancelledError("it was cancelled") if request.cancelled else late)
+                )
 
     def _hold(self, request: Request, tokens: int) -> bool:
         """Have pages for `tokens` tokens, taken from the youngest if need be; False when `request` had to go itself."""
@@ -480,7 +488,7 @@ class Engine:
             self._distrust(failed)
             for request in failed:
                 self._release(request)
-        return [Event(request, [], error=error) for request in failed if not request.cancelled]
+        return [Event(request, [], error=error) for request in failed]
 
     def _retry_after(self) -> float:
         """Seconds until the next request ends and the queue moves up: by the recent rate, at most by what is left."""

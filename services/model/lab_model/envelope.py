@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, Literal, Protocol, TextIO, TypeVar
 
 import orjson
 from prometheus_client import Counter, Histogram
@@ -27,10 +27,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from . import wire
 from .answer import new_id
+from .tally import Tally, Used
 
 log = logging.getLogger(__name__)
 
 BODY_SECONDS = 30
+SETTLE_SECONDS = 60  # for the engine to let go of what nobody waits for: one step, as a rule
 OWN_HOSTS = frozenset({"localhost", "model"})
 
 T = TypeVar("T")
@@ -45,7 +47,19 @@ TTFT = Histogram(
     "model_ttft_seconds", "Seconds from request to its first token.", ["model"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )  # fmt: skip
-TOKENS = Counter("model_tokens_total", "Tokens of answered requests.", ["model", "kind"])
+TOKENS = Counter(
+    "model_tokens_total", "Tokens of answers, and what was computed for those that broke off.", ["model", "kind"]
+)
+TALLY = Tally()
+
+
+class Work(Protocol):
+    """What is computed for one request."""
+
+    ended: asyncio.Event
+
+    def used(self) -> Used:
+        """So far; final when `ended` is set."""
 
 
 @dataclass(slots=True)
@@ -53,6 +67,7 @@ class Record:
     """What the log line and the metrics of one request say. Never prompts, never answers."""
 
     request_id: str
+    call_id: str  # of this request alone: a caller may use its request id again
     endpoint: str
     started: float
     model: str | None = None
@@ -60,7 +75,9 @@ class Record:
     ttft: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
     outcome: str = "gone"
+    work: Work | None = None
 
 
 class JsonLines(logging.Formatter):
@@ -118,6 +135,7 @@ class Service:
     ) -> None:
         self._endpoints = {("POST", path): endpoint for path, endpoint in posts.items()}
         self._endpoints |= {("GET", path): endpoint for path, endpoint in (gets or {}).items()}
+        self._settling: set[asyncio.Task[None]] = set()
         self._name = name
         self._hosts = {*OWN_HOSTS, *hosts}
         self._revision = [(b"x-model-revision", revision.encode())] if revision else []
@@ -130,8 +148,10 @@ class Service:
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         # Ray Serve gives a request without an id one, and puts the id on the answer.
-        request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:128] or new_id("req")
-        record = Record(request_id, path.removeprefix("/v1/"), time.monotonic(), self._name)
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or new_id("req")
+        call_id = headers.get(b"x-call-id", b"").decode("latin-1")[:128] or request_id
+        record = Record(request_id, call_id, path.removeprefix("/v1/"), time.monotonic(), self._name)
         scope["record"] = record
         started = whole = False
 
@@ -157,7 +177,27 @@ class Service:
             if whole:
                 failed = record.outcome == "error" or record.status >= 400
                 record.outcome = "forwarded" if record.outcome == "forwarded" else "error" if failed else "done"
-            account(scope["method"], record)
+            self._end(scope["method"], record)
+
+    def _end(self, method: str, record: Record) -> None:
+        """Count it: a whole answer by what it tells, one that broke off by what was computed when the engine has let go
+        of it. What was refused, or never begun, counts nothing."""
+        refused = 400 <= record.status < 499 or record.status == 503
+        if record.outcome not in {"done", "forwarded"}:
+            record.prompt_tokens = record.completion_tokens = record.cached_tokens = 0
+            if record.work is not None and not refused:
+                # A task of its own: this one may be cancelled.
+                task = asyncio.get_running_loop().create_task(self._settle(method, record, record.work))
+                self._settling.add(task)
+                return task.add_done_callback(self._settling.discard)
+        return account(method, record)
+
+    async def _settle(self, method: str, record: Record, work: Work) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await work.ended.wait()
+        record.prompt_tokens, record.completion_tokens, record.cached_tokens = work.used()
+        account(method, record)
 
     def _check_host(self, host: str) -> None:
         """A web page that rebound its own name to this address still sends that name; an address is no such name."""
@@ -201,6 +241,7 @@ def account(method: str, record: Record) -> None:
     SECONDS.labels(model, endpoint).observe(seconds)
     TOKENS.labels(model, "prompt").inc(record.prompt_tokens)
     TOKENS.labels(model, "completion").inc(record.completion_tokens)
+    TALLY.put(record.call_id, Used(record.prompt_tokens, record.completion_tokens, record.cached_tokens))
     if record.ttft is not None:
         TTFT.labels(model).observe(record.ttft)
     fields = {

@@ -20,6 +20,7 @@ from .choice import Choice
 from .engine import DeadlineError, Engine, EngineError, EngineFaultError, Event, QueueFullError, Request
 from .envelope import Record
 from .grammar import Grammars, TokenGrammar
+from .tally import Used
 from .text import Text
 
 T = TypeVar("T")
@@ -40,6 +41,41 @@ PREEMPTED = Gauge(
 )
 
 
+class Work:
+    """What the engine does for one request of the API. `ended` is set while it has nothing to do for it."""
+
+    def __init__(self, requests: Sequence[Request], each: int) -> None:
+        """`each`: so many `requests`, one after the other, share a prompt."""
+        self.requests = requests
+        self.ended = asyncio.Event()
+        self.ended.set()
+        self.counted: dict[int, int] = {}  # tokens of those that ended for the caller, by their place
+        self._each = each
+        self._open: set[Request] = set()
+
+    def begin(self) -> None:
+        self._open = set(self.requests)
+        self.ended.clear()
+
+    def end(self, request: Request) -> None:
+        self._open.discard(request)
+        if not self._open:
+            self.ended.set()
+
+    def used(self) -> Used:
+        """What was computed, final when `ended`: of a prompt as much as was prefilled, or found in the prefix cache on
+        the way; of an answer every token, also one that nobody was there for. An answer that ended before the request
+        did counts like a whole one."""
+        prompt = cached = 0
+        for at in range(0, len(self.requests), self._each):
+            alike = self.requests[at : at + self._each]
+            computed = max(min(request.prefilled, len(request.prompt)) for request in alike)
+            prompt += computed
+            cached += min(computed, alike[0].reused)
+        tokens = [self.counted.get(at, request.generated) for at, request in enumerate(self.requests)]
+        return Used(prompt, sum(tokens), cached)
+
+
 class Generator:
     """One chat or base model: tokenizer, engine, and the way between the engine's thread and the event loop."""
 
@@ -50,7 +86,7 @@ class Generator:
         self.stop_ids: frozenset[int] = frozenset()
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inboxes: dict[Request, tuple[asyncio.Queue[tuple[int, Event]], int]] = {}
+        self._inboxes: dict[Request, tuple[asyncio.Queue[tuple[int, Event]], int, Work]] = {}
         self._grammars: Grammars | None = None
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling = 0
@@ -80,18 +116,28 @@ class Generator:
         for event in events:
             if found := self._inboxes.get(event.request):
                 found[0].put_nowait((found[1], event))
+                if event.finish or event.error:
+                    del self._inboxes[event.request]
+                    found[2].end(event.request)
 
-    async def run(self, requests: list[Request]) -> AsyncGenerator[list[tuple[int, Event]]]:
-        """Submit all and yield what has come, with the request's index, until all have ended.
+    async def run(self, work: Work) -> AsyncGenerator[list[tuple[int, Event]]]:
+        """Submit all requests and yield what has come, with the request's index, until all have ended.
 
         However the caller leaves, the places of the unfinished are freed before the engine's next step.
         """
         self._loop = asyncio.get_running_loop()
+        requests = work.requests
         inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._inboxes |= {request: (inbox, index) for index, request in enumerate(requests)}
+        self._inboxes |= {request: (inbox, index, work) for index, request in enumerate(requests)}
         open_ = set(requests)
         try:
             self.engine.submit(*requests)
+        except BaseException:
+            for request in requests:
+                del self._inboxes[request]
+            raise
+        work.begin()
+        try:
             while open_:
                 # What has gathered while this task could not run goes on its way together.
                 come = [await inbox.get()]
@@ -102,8 +148,6 @@ class Generator:
                         open_.discard(event.request)
                 yield come
         finally:
-            for request in requests:
-                self._inboxes.pop(request, None)
             if open_:
                 self.engine.cancel(*open_)
 
@@ -137,12 +181,11 @@ class Generator:
         PREEMPTED.labels(self.name).set(stats.preempted)
 
 
-async def progress(
-    model: Generator, requests: list[Request], choices: list[Choice], record: Record
-) -> AsyncGenerator[list[Piece]]:
+async def progress(model: Generator, work: Work, choices: list[Choice], record: Record) -> AsyncGenerator[list[Piece]]:
     """The answer's pieces as they come. Raises WireError when the engine gives up."""
-    left = len(choices)
-    async with contextlib.aclosing(model.run(requests)) as run:
+    left, requests = len(choices), work.requests
+    counts = [0] * left
+    async with contextlib.aclosing(model.run(work)) as run:
         with on_the_wire(requests):
             async for come in run:
                 if record.ttft is None:
@@ -155,13 +198,16 @@ async def progress(
                     if event.error:
                         raise event.error
                     # Of what was delivered: the engine may be steps ahead when a stop string is found here.
-                    record.completion_tokens += len(event.tokens) + (event.finish == "stop")
+                    count = len(event.tokens) + (event.finish == "stop")
+                    record.completion_tokens += count
+                    counts[index] += count
                     piece = choice.push(event)
                     if piece is None:
                         continue
                     pieces.append(piece)
                     if piece.finish:
                         left -= 1
+                        work.counted[index] = counts[index]
                         if not event.finish:
                             model.engine.cancel(requests[index])
                 if pieces:

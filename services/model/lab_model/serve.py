@@ -27,7 +27,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import __version__, wire
+from . import __version__, tally, wire
 from .settings import AppArgs, CatalogueArgs
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SILENT_SECONDS = 10.0
 # A request that waits behind a full queue of long answers takes minutes; nothing may wait for ever.
 FORWARD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=900)
+MOST_IDS = 256  # of one question for what requests used
 # Headers of a model's answer that the catalogue hands on; the request id is its own already.
 HANDED_ON = ("content-type", "retry-after", "x-model-revision", "cache-control", "x-accel-buffering")
 
@@ -77,7 +78,9 @@ class Model:
     def __init__(self, args: AppArgs) -> None:
         # torch and transformers stay out of the processes that only route.
         from . import replica  # noqa: PLC0415
+        from .envelope import TALLY  # noqa: PLC0415
 
+        TALLY.open(args.metrics_dir)
         self._app, self._info, self._alive = replica.load(args)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -113,6 +116,7 @@ class Catalogue:
         start_logging(args.log_format, args.log_pipe)
         self._entries = {entry.id: entry for entry in args.entries}
         self._address, self._limit, self._hosts = args.address, args.max_body_bytes, args.allowed_hosts
+        self._folder = args.metrics_dir
         self._started = int(time.time())
         self._session: aiohttp.ClientSession | None = None
         self._heard: dict[str, tuple[dict[str, Any], float]] = {}  # what each last told of itself, and when
@@ -132,6 +136,7 @@ class Catalogue:
             "/ready": self.ready,
             "/metrics": self.metrics,
             "/v1/models": self.models,
+            "/tally": self.tally,
         }
         gets |= {f"/v1/models/{id_}": self.model for id_ in self._entries}
         return Service(posts, gets, hosts=self._hosts)
@@ -192,6 +197,12 @@ class Catalogue:
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         text = await asyncio.to_thread(prometheus_client.generate_latest, registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    async def tally(self, http: HttpRequest) -> Response:
+        """What each `id` of the query really used, whichever replica it ran on, where it has ended not long ago."""
+        ids = http.query_params.getlist("id")[:MOST_IDS]
+        found = await asyncio.to_thread(tally.find, self._folder, ids)
+        return _json({id_: used._asdict() for id_, used in found.items()})
 
     async def forward(self, http: HttpRequest) -> Response:
         """Hand the request to the model that its body names, and its answer back as it comes."""

@@ -35,6 +35,7 @@ from .metrics import Metrics
 from .responses import RESPONSES
 from .routes import Routes
 from .settings import LOOPBACK, Settings
+from .tally import Tally
 from .upstream import Upstreams
 
 log = logging.getLogger("lab_proxy.request")
@@ -51,6 +52,8 @@ QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds:
 OTHERS = frozenset({"/status", "/v1/models", "/v1/files", "/v1/batches"})  # routes that metrics tell apart
 WATCHED = QUIET | {"/status"}  # answered to the last
 MOST_HOSTS = 100
+DEADLINE = "x-request-timeout-ms"
+LONGEST_DEADLINE_MS = 24 * 3600 * 1000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -184,10 +187,11 @@ class App:
         self._reports = dict(reports or {})
         self._trace = trace
         metrics.watch(self._gauges)
+        tally = Tally(self._ask_model, lambda outcome: metrics.count("reconciled", outcome))
         self._exchange = Exchange(
-            settings, cache, upstreams, routes, local, limits=limits, ledger=ledger, flights=flights
+            settings, cache, upstreams, routes, local, limits=limits, ledger=ledger, flights=flights, tally=tally
         )
-        self._parts: list[Part] = [upstreams, cache, local, self._keys, *parts, *([flights] if flights else [])]
+        self._parts: list[Part] = [upstreams, cache, local, self._keys, *parts, tally, *([flights] if flights else [])]
         self._pages: dict[tuple[str, str], Page] = {
             ("GET", "/health"): self._health,
             ("GET", "/ready"): self._ready,
@@ -296,7 +300,8 @@ class App:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise errors.NotJson("The body must be application/json, and the header `content-type` must say so.")
         # 3. What is asked.
-        raw = await self._body(headers, receive)
+        due = _due(headers[DEADLINE], out.began) if DEADLINE in headers else None
+        raw = await self._body(headers, receive, due)
         plain = "cache-control" not in headers and "x-cache-sampled" not in headers
         known = self._exchange.recall(identity.tenant, path, raw) if plain else None
         call = Call(
@@ -311,6 +316,7 @@ class App:
             account=out.account,
             known=known,
             plain=plain,
+            due=due,
         )
         if await self._exchange.near(call, out):
             return None
@@ -345,7 +351,8 @@ class App:
                 "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
             )
 
-    async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+    async def _body(self, headers: Mapping[str, str], receive: Receive, due: float | None = None) -> bytes:
+        """`due`: time.perf_counter() when the caller's own time is over."""
         limit = self._settings.max_body_bytes
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > limit:
@@ -356,11 +363,18 @@ class App:
         except StopIteration as read:
             whole: bytes = read.value
             return whole
+        longest = self._settings.body_timeout_seconds
+        left = longest if due is None else due - time.perf_counter()
         try:
-            async with asyncio.timeout(self._settings.body_timeout_seconds):
+            async with asyncio.timeout(min(longest, left)):
                 return await _resumed(reading, waiting)
         except TimeoutError:
+            if left < longest:
+                raise errors.DeadlineExceeded from None
             raise errors.BodyTooSlow("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+
+    async def _ask_model(self, path: str, limit: float) -> tuple[int, Any]:
+        return await self._upstreams.local.get(path, limit)
 
     # ---- pages
 
@@ -452,6 +466,17 @@ class App:
         if route in QUIET and status < 400:
             return
         self._journal.tell(route, request_id, account, status, seconds)
+
+
+def _due(given: str, began: float) -> float:
+    """When the caller's time is over, by the header that says how much it is. Raises InvalidRequest."""
+    if not (given.isascii() and given.isdecimal() and len(given) < 10 and 0 < int(given) <= LONGEST_DEADLINE_MS):
+        raise errors.InvalidRequest(
+            f"The header {DEADLINE} is whole milliseconds from 1 to {LONGEST_DEADLINE_MS}.",
+            param=DEADLINE,
+            code="invalid_value",
+        )
+    return began + int(given) / 1000
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

@@ -222,6 +222,16 @@ class UpstreamTimeout(ProxyError):
     code = "upstream_timeout"
 
 
+class DeadlineExceeded(ProxyError):
+    """The caller's own time is over."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("The time that x-request-timeout-ms gave is over.")
+
+
 class UpstreamBroken(ProxyError):
     """The upstream answered, but not what the API promises."""
 

@@ -21,6 +21,7 @@ from . import canonical, entry, responses
 from .cache import BATCH, Ask, Wishes, entry_name, sample_key
 from .entry import EMBEDDINGS, Entry
 from .errors import (
+    DeadlineExceeded,
     InvalidRequest,
     ModelNotAllowed,
     NoSuchModel,
@@ -33,12 +34,13 @@ from .errors import (
 )
 from .flight import Flight, FlightLost, Flights, Seat
 from .keys import Identity
-from .ledger import Charge
+from .ledger import Charge, day_of
 from .local import LocalModels
 from .recall import Known, Recall, Shown
 from .responses import RESPONSES
 from .routes import Routes, Target
 from .settings import Settings
+from .tally import Tally, Used
 from .upstream import Question, RealCall, Reply, Upstreams
 
 JSON = "application/json"
@@ -75,6 +77,9 @@ class Admission(Ask, Protocol):
     def settle(self, tokens: int) -> None:
         """The request is over and used so many tokens of an upstream. Called once or more often, always."""
 
+    def correct(self, tokens: int) -> None:
+        """It really used so many, if it is over."""
+
 
 class Limiter(Protocol):
     """limits.Limits as the exchange sees it."""
@@ -99,6 +104,8 @@ class Recorder(Protocol):
     """ledger.Ledger as the exchange sees it: never waits, never fails."""
 
     def record(self, charge: Charge) -> None: ...
+
+    def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None: ...
 
 
 class NoLimits:
@@ -183,6 +190,7 @@ class Call:
     known: Known | None = None  # decided before, about the same bytes
     plain: bool = False  # its headers ask nothing of the cache
     half: bool = False  # at half price: a line of a batch
+    due: float | None = None  # time.perf_counter() when the caller's own time is over, where it said so
 
     @property
     def tenant(self) -> str:
@@ -206,6 +214,7 @@ class _Way:
     key: str = ""  # of `form`; empty for embeddings, which have one for each input, and where there is a bypass
     samples: int = 1  # answers that are kept side by side
     slot: int = 0  # which of them this request's answer becomes
+    shared: bool = False  # others may board the flight that asks for it
 
     @property
     def keys(self) -> list[str]:
@@ -272,7 +281,9 @@ class Exchange:
         limits: Limiter | None = None,
         ledger: Recorder | None = None,
         flights: Flights | None = None,
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally
         self._flights = flights or Flights(None, limit=settings.cache_max_entry_bytes)
         self._limits = limits or NoLimits()
         self._ledger = ledger
@@ -364,14 +375,17 @@ class Exchange:
 
     async def answer(self, call: Call, out: Out) -> None:
         """Answer `call` on `out`. Faults are raised before the first byte; after it they end the stream."""
+        left = self._total if call.due is None else call.due - time.perf_counter()
         try:
             try:
-                async with asyncio.timeout(self._total):
+                async with asyncio.timeout(min(self._total, left)):
                     way = await self._way(call)
                     self._claim(call, way.target)
                     answers = {EMBEDDINGS: self._embed, RESPONSES: self._relay}
                     await answers.get(call.endpoint, self._generate)(way, out)
             except TimeoutError:
+                if left < self._total:
+                    raise DeadlineExceeded from None
                 raise UpstreamTimeout("The answer took too long: PROXY_TOTAL_TIMEOUT_SECONDS is the limit.") from None
         except ProxyError as error:
             call.account.error = error.code or error.type
@@ -598,7 +612,9 @@ class Exchange:
 
     def _refresh(self, way: _Way) -> None:
         """Fetch anew in the background, once for all who get the stale answer meanwhile."""
-        call = replace(way.call, account=Account(), admission=None, wishes=REFRESH, started=time.perf_counter())
+        call = replace(
+            way.call, account=Account(), admission=None, wishes=REFRESH, started=time.perf_counter(), due=None
+        )
         task = asyncio.ensure_future(self._refreshed(replace(way, call=call, admitted=True)))
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
@@ -632,6 +648,7 @@ class Exchange:
         aged = way.call.wishes.max_age is not None or way.target.swr > 0 or way.target.stale_if_error > 0
         for turn in range(MOST_FLIGHTS + 1):
             # 1. A seat: who wants the same at the same time flies together, who was out of luck too often alone.
+            way.shared = bool(name) and turn < MOST_FLIGHTS
             with self._flights.board(name if turn < MOST_FLIGHTS else "") as seat:
                 try:
                     # 2. The cache: the first on board looks for all.
@@ -700,7 +717,7 @@ class Exchange:
 
         def called(real: RealCall) -> None:
             account.called(real)
-            if real.answered:
+            if real.answered or real.lost:
                 self._bill(call, real, gathered.usage, gathered.pieces)
 
         async with self._upstreams.ask(targets, replace(question, on_call=called)) as reply:
@@ -765,21 +782,44 @@ class Exchange:
         return replace(way, target=target, bypass=bypass, stamp=stamps[target.model], form=b"", key="")
 
     def _bill(self, call: Call, real: RealCall, usage: Any, pieces: int) -> None:
-        """One real call that an upstream answered, by the usage that it told, else by the pieces that came of it."""
+        """One real call, by the usage that its upstream told, else by the pieces that came of it until the model tells
+        more. One that was not answered costs what the model tells."""
         if self._ledger is None:
             return
+        account = call.account
         if isinstance(usage, dict):
             prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
             cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
         else:
             prompt, completion, cached = len(call.raw) // 4, pieces, 0
-        call.account.billed += prompt + completion
-        self._ledger.record(
-            Charge(
-                call.identity, real.upstream, real.model, "upstream", prompt, completion, cached,
-                estimated=not isinstance(usage, dict), half=call.half,
-            )
+        charge = Charge(
+            call.identity, real.upstream, real.model, "upstream", prompt, completion, cached,
+            estimated=not isinstance(usage, dict), half=call.half,
         )  # fmt: skip
+        if real.answered:
+            account.billed += prompt + completion
+            self._ledger.record(charge)
+        if charge.estimated and real.id and self._tally is not None:
+            self._tally.expect(real.id, partial(self._reconcile, call, real, charge))
+        elif call.admission is not None:
+            call.admission.correct(account.spent)  # who asked may have left before those who wanted the same
+
+    def _reconcile(self, call: Call, real: RealCall, charge: Charge, used: Used) -> None:
+        """The model has told what a call that broke off really used."""
+        if self._ledger is None:
+            return
+        account, tokens = call.account, used.prompt + used.completion
+        if real.answered:
+            account.billed += tokens - charge.prompt - charge.completion
+            self._ledger.correct(charge, *used)
+        elif tokens:
+            account.billed += tokens
+            day = day_of(real.began)
+            self._ledger.record(
+                Charge(call.identity, real.upstream, real.model, "upstream", *used, half=call.half, day=day)
+            )
+        if call.admission is not None:
+            call.admission.correct(account.spent)
 
     async def _deliver(self, way: _Way, seat: Seat, out: Out) -> None:
         """What one caller gets of a flight: who asked has the upstream's own events, others theirs."""
@@ -876,7 +916,9 @@ class Exchange:
     def _question(self, way: _Way, body: Callable[[Target], bytes]) -> Question:
         call = way.call
         deadline = (way.since or call.started) + self._total
-        return Question(call.endpoint, call.request_id, way.stream, deadline, body, call.account.called)
+        # Others may want an answer that can be shared for longer: who asked leaves it to them, or it is cancelled.
+        due = None if way.shared else call.due
+        return Question(call.endpoint, call.request_id, way.stream, deadline, body, call.account.called, due)
 
     def _renamed(self, way: _Way) -> Callable[[Target], bytes]:
         """The body as it came, or with the name of who is asked."""
@@ -970,7 +1012,7 @@ class Exchange:
 
         def called(real: RealCall) -> None:
             call.account.called(real)
-            if real.answered:
+            if real.answered or real.lost:
                 self._bill(call, real, answer.get("usage") if isinstance(answer, dict) else None, 0)
 
         question = replace(self._question(way, body), on_call=called)

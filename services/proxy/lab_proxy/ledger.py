@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,8 @@ class Charge:
     """One real upstream call, one hit, or one collapsed follower.
 
     `cached`: prompt tokens that the upstream had in a cache of its own. `estimated`: the upstream did not tell.
-    `half`: half price, as for batches. `request`: false for a further charge of the same request.
+    `half`: half price, as for batches. `request`: false for a further charge of the same request. `day`: in UTC,
+    today where it is left out.
     """
 
     identity: Identity
@@ -87,6 +88,8 @@ class Charge:
     estimated: bool = False
     half: bool = False
     request: bool = True
+    day: str = ""
+    cost: int | None = field(init=False, default=None)  # pico-dollars, once it is recorded and where there is a price
 
 
 class NoLedger:
@@ -97,6 +100,8 @@ class NoLedger:
     async def stop(self) -> None: ...
 
     def record(self, charge: Charge) -> None: ...
+
+    def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None: ...
 
     def unbooked(self, key_id: str) -> int:
         return 0
@@ -160,11 +165,8 @@ class Ledger:
     def record(self, charge: Charge) -> None:
         """Count it. What the upstream's call costs is decided now, by the prices of now."""
         who = charge.identity
-        where = (self._today(), who.key_id or NOBODY, who.owner, charge.upstream, charge.model)
-        row = self._rows.get(where)
-        if row is None:
-            row = self._rows[where] = [0] * len(METRICS)
-            self._some.set()
+        charge.day = charge.day or self._today()
+        row = self._row(charge)
         row[0] += charge.request
         if charge.source != "upstream":
             at = _AT["hits"] if charge.source == "hit" else _AT["collapsed"]
@@ -180,11 +182,35 @@ class Ledger:
         cost = self._prices.cost(
             charge.upstream, charge.model, charge.prompt, charge.completion, cached=charge.cached, half=charge.half
         )
+        charge.cost = cost
         if cost is None:
             row[_UNPRICED] += 1
         elif cost:
             row[_COST] += cost
-            self._costs[where[1]] = self._costs.get(where[1], 0) + cost
+            key = who.key_id or NOBODY
+            self._costs[key] = self._costs.get(key, 0) + cost
+
+    def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None:
+        """What was recorded as an estimate was really this: its row of its day is put right."""
+        row = self._row(charge)
+        row[_CALLS + 1] += prompt - charge.prompt
+        row[_CALLS + 2] += cached - charge.cached
+        row[_CALLS + 3] += completion - charge.completion
+        row[_AT["estimated_calls"]] -= charge.estimated
+        cost = self._prices.cost(charge.upstream, charge.model, prompt, completion, cached=cached, half=charge.half)
+        if cost is not None and charge.cost is not None:  # else its price came or went meanwhile
+            row[_COST] += cost - charge.cost
+            key = charge.identity.key_id or NOBODY
+            self._costs[key] = self._costs.get(key, 0) + cost - charge.cost
+
+    def _row(self, charge: Charge) -> list[int]:
+        who = charge.identity
+        where = (charge.day, who.key_id or NOBODY, who.owner, charge.upstream, charge.model)
+        row = self._rows.get(where)
+        if row is None:
+            row = self._rows[where] = [0] * len(METRICS)
+            self._some.set()
+        return row
 
     def unbooked(self, key_id: str) -> int:
         """Pico-dollars of this key that only this process knows of."""
@@ -214,7 +240,7 @@ class Ledger:
         """The day in UTC."""
         number = int(time.time() // 86400)
         if number != self._day[0]:
-            self._day = (number, datetime.fromtimestamp(number * 86400, UTC).date().isoformat())
+            self._day = (number, day_of(number * 86400))
         return self._day[1]
 
     async def _run(self) -> None:
@@ -267,7 +293,7 @@ class Ledger:
         for row in batch.rows:
             if cost := row[5][_COST]:
                 left = self._costs.get(row[1], 0) - cost
-                if left > 0:
+                if left:  # less than nothing: an estimate was too high, and redis does not know yet
                     self._costs[row[1]] = left
                 else:
                     self._costs.pop(row[1], None)
@@ -317,6 +343,11 @@ class Ledger:
         return True
 
 
+def day_of(seconds: float) -> str:
+    """The day in UTC of a unix time."""
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+
+
 async def usage(
     client: redis.Redis,
     first: date,
@@ -349,8 +380,8 @@ async def usage(
 
 def _rows(day: str, key: str, fields: Mapping[bytes, bytes]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str, str], dict[str, int]] = {}
-    for field, value in fields.items():
-        owner, upstream, model, metric = orjson.loads(field)
+    for name, value in fields.items():
+        owner, upstream, model, metric = orjson.loads(name)
         found.setdefault((owner, upstream, model), {})[metric] = int(value)
     return [
         {"day": day, "key_id": None if key == NOBODY else key, "owner": owner, "upstream": upstream, "model": model}

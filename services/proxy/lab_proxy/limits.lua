@@ -9,7 +9,8 @@
 --      6    tokens reserved      7  pico-dollars reserved      9  seconds of a slot
 --      8    the request's member; '' for one that is over as soon as it is admitted, or for none at all
 --      10   the ledger's field for today      11  pico-dollars that the ledger does not have yet
---      12…  requests that are over, four values each: member, tokens used, tokens reserved, when it was admitted
+--      12…  requests that are over, four values each: member, tokens used, tokens reserved, when it was admitted;
+--           without a member a correction: what was over already, used and not what was said then (`reserved`)
 --
 -- Answers {verdict, now, wait, requests left, until requests are full, tokens left, until tokens are full}, times in
 -- microseconds. Verdicts: 0 admitted, 1 budget of the day, 2 budget in all, 3 concurrency, 4 rpm, 5 tpm, 6 too large.
@@ -36,8 +37,9 @@ end
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', slots, '-inf', now)) do over(member) end
 if changed then redis.call('ZREMRANGEBYSCORE', slots, '-inf', now) end
 for i = 12, #ARGV, 4 do
-  if redis.call('ZREM', slots, ARGV[i]) == 1 then
-    over(ARGV[i])
+  local correction = ARGV[i] == ''
+  if correction or redis.call('ZREM', slots, ARGV[i]) == 1 then
+    if correction then changed = true else over(ARGV[i]) end
     local unused = tonumber(ARGV[i + 2]) - tonumber(ARGV[i + 1])
     -- A bucket that has been full since then has forgotten the reservation: giving it back would be a second burst.
     if tpm and not (unused > 0 and full > tonumber(ARGV[i + 3])) then

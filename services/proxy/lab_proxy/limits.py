@@ -52,7 +52,10 @@ _NAMES = ("", "budget_day", "budget_total", "concurrency", "rpm", "tpm", "tpm")
 
 
 Ended = tuple[str, int, int, int]
-"""A request that is over: its member, tokens used, tokens reserved, when it was admitted (redis's microseconds)."""
+"""A request that is over: its member, tokens used, tokens reserved, when it was admitted (redis's microseconds).
+
+Without a member: one that redis has heard of as over, and what it used was not what was said then (now `reserved`).
+"""
 
 
 class Unbooked(Protocol):
@@ -65,7 +68,7 @@ class Unbooked(Protocol):
 class Admission:
     """One request's claim. A cache.Ask: `heard` or `unheard` says whether it may go on."""
 
-    __slots__ = ("_at", "_carried", "_limits", "_over", "cost", "headers", "identity", "member", "reserved")
+    __slots__ = ("_at", "_carried", "_limits", "_over", "_used", "cost", "headers", "identity", "member", "reserved")
 
     def __init__(self, limits: Limits, identity: Identity, member: str, *, reserved: int, cost: int) -> None:
         """`reserved` tokens, and `cost` pico-dollars that the request may come to. No `member`: it is never settled."""
@@ -74,6 +77,7 @@ class Admission:
         self.headers: dict[str, str] = {}
         self._at = 0  # microseconds of redis's clock; 0: not admitted
         self._over = False
+        self._used = 0
         self._carried: list[Ended] | None = None
 
     def command(self, whole: bool = False) -> tuple[Any, ...]:
@@ -128,7 +132,14 @@ class Admission:
             return
         self._over = True
         if self._at:
+            self._used = tokens
             self._limits.ended(self, (self.member, tokens, self.reserved, self._at))
+
+    def correct(self, tokens: int) -> None:
+        """A request that is over really used so many tokens. Before its end it changes nothing."""
+        if self._over and self._at and tokens != self._used and self.identity.tpm is not None:
+            self._limits.corrected(self, ("", tokens, self._used, self._at))
+            self._used = tokens
 
 
 class NoLimits:
@@ -247,9 +258,10 @@ class Limits:
         return taken
 
     def take_back(self, who: Identity, carried: list[Ended]) -> None:
-        """Redis may not have heard it; what is told twice counts once."""
+        """Redis may not have heard it; what is told twice counts once, but for corrections, which are told once."""
         for each in carried:
-            self._put(who, each)
+            if each[0]:
+                self._put(who, each)
 
     def runs(self, admission: Admission) -> None:
         self._running[admission.member] = admission
@@ -259,6 +271,10 @@ class Limits:
         self._put(admission.identity, told)
         if admission.identity.concurrency is not None:
             self._soon.set()
+        self._some.set()
+
+    def corrected(self, admission: Admission, told: Ended) -> None:
+        self._put(admission.identity, told)
         self._some.set()
 
     def answers(self, now: int) -> None:

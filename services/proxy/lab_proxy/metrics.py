@@ -38,6 +38,7 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "upstream_retries": ("Calls that repeated a failed one.", ("upstream",)),
     "fallbacks": ("Answers that another upstream gave than the one that was asked for.", ("upstream", "answered")),
     "breaker_opened": ("How often a breaker opened.", ("upstream",)),
+    "reconciled": ("Calls that broke off, by whether the model told what they used.", ("outcome",)),
     "limits_refused": ("Requests that a limit refused.", ("reason",)),
     "reloads": ("Files read anew while the proxy ran.", ("file", "outcome")),
 }

@@ -1,7 +1,8 @@
 """uvicorn with an end that callers hardly notice: who is being answered is answered, who comes late is told to go on.
 
 From SIGTERM on new work gets a 503 with `connection: close` and /ready says `draining`, while running answers go on, at
-most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. Knows connections and tasks, not what they carry.
+most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. Who takes nothing of its answer is cut off like one whose live
+stream takes too long. Knows connections and tasks, not what they carry.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import FrameType
 from typing import Any, Protocol, cast
 
@@ -25,6 +27,7 @@ log = logging.getLogger("lab_proxy")
 
 WRITE_BYTES = 65_536  # what waits for the end of the loop's turn: from here on a caller who does not read is noticed
 LOOK_SECONDS = 0.02
+STALL_TICKS = 5  # of uvicorn's clock, 0.1 s each, between two looks at what waits to be taken
 CUT_SECONDS = 2  # for what was cut off to let go of its upstream
 
 
@@ -54,6 +57,13 @@ class Gathering(asyncio.Transport):
         self._flush()
         self._transport.close()
 
+    def abort(self) -> None:
+        self._parts.clear()
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        return self._size + self._transport.get_write_buffer_size()
+
     def is_closing(self) -> bool:
         return self._transport.is_closing()
 
@@ -81,8 +91,12 @@ class Connection(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """`parent`: a descriptor whose end says that the parent is gone; then this process ends too."""
 
-    def __init__(self, config: uvicorn.Config, app: Application, drain_seconds: float, parent: int | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: Application, drain_seconds: float, stall_seconds: float, parent: int | None
+    ) -> None:
         super().__init__(config)
+        self._stall_seconds = stall_seconds
+        self._waiting: dict[Any, tuple[int, float]] = {}  # connection -> bytes that wait to be taken, since when
         self._app = app
         self._drain_seconds = drain_seconds
         self._parent = parent
@@ -90,6 +104,28 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.draining = True
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % STALL_TICKS == 0:
+            self._cut_stalled()
+        return await super().on_tick(counter)
+
+    def _cut_stalled(self) -> None:
+        """Nothing else bounds it: an answer from the cache is whole at once, and a connection that closes waits until
+        what was written is taken."""
+        now, waiting = time.monotonic(), {}
+        for connection in list(self.server_state.connections):
+            left = connection.transport.get_write_buffer_size()
+            if not left:
+                continue
+            before, since = self._waiting.get(connection, (left, now))
+            if left < before:
+                since = now
+            elif now - since >= self._stall_seconds:
+                connection.transport.abort()
+                continue
+            waiting[connection] = left, since
+        self._waiting = waiting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -134,7 +170,7 @@ def serve(app: Application, settings: Settings, listener: socket.socket, parent:
         timeout_graceful_shutdown=CUT_SECONDS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = Server(config, app, settings.drain_timeout_seconds, parent)
+    server = Server(config, app, settings.drain_timeout_seconds, settings.total_timeout_seconds, parent)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again when it has drained: leave by exit, which flushes the log
         signal.signal(number, lambda *_: sys.exit(0))

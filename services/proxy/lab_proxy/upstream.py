@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,12 @@ class RealCall:
     status: int = 0  # 0: there was no answer
     outcome: str = ""  # ok, refused (4xx), failed (5xx, no answer), broken (after its first byte), cancelled
     answered: bool = False  # a 2xx: what came of it is the caller's answer
+    id: str = ""  # of this call alone, by which the model service tells what it used; others tell nothing
+
+    @property
+    def lost(self) -> bool:
+        """It gave no answer, and may have been worked on all the same: it was cut off, or failed on the way."""
+        return bool(self.id) and not self.answered and self.status in {0, 500, 504}
 
 
 @dataclass(slots=True)
@@ -70,6 +78,7 @@ class Question:
     deadline: float  # time.perf_counter() at which the whole answer is due
     body: Callable[[Target], bytes]
     on_call: Callable[[RealCall], None] = lambda _: None  # hears of each real call when it is over
+    due: float | None = None  # like `deadline`, the caller's own, for upstreams that know of such; nobody waits by it
 
 
 class _Fault(Exception):  # noqa: N818 - it never leaves this module
@@ -165,6 +174,7 @@ class Upstream:
         self._metrics = metrics
         self._key = (access.key or "").encode()
         self._urls: dict[tuple[str, str], URL] = {}
+        self._me, self._numbers = secrets.token_hex(8), itertools.count(1)
         self.breakers: dict[str, Breaker] = {}
         headers = {"user-agent": f"llm-lab-proxy/{__version__}", "accept-encoding": "identity"}
         if access.key:
@@ -194,6 +204,8 @@ class Upstream:
             if last:
                 self._metrics.count("upstream_retries", self.access.name)
             call, began = RealCall(self.access.name, target.model, time.time()), breaker.began()
+            if self.access.kind == "model":
+                call.id = f"{self._me}.{next(self._numbers)}"
             try:
                 reply = await self._once(question, target, body, call)
             except _Fault as fault:
@@ -249,7 +261,9 @@ class Upstream:
             "x-request-id": question.request_id,
         }
         if access.kind == "model":
-            headers["x-request-timeout-ms"] = str(max(1, int(left * 1000)))
+            own = left if question.due is None else min(left, question.due - since)
+            headers["x-request-timeout-ms"] = str(max(1, int(own * 1000)))
+            headers["x-call-id"] = call.id
         # JSON has its first byte when it is whole: the total bounds it.
         limit = min(left, settings.first_byte_timeout_seconds) if question.stream else left
         try:
@@ -267,6 +281,8 @@ class Upstream:
             unheard = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
             silent = isinstance(error, TimeoutError) and not unheard  # its time is spent, and it may still be at work
             told = _told(access.name, error)
+            if unheard:
+                call.id = ""  # nobody there who could tell
             raise _Fault(told, again=None if silent else 0.0, elsewhere=True, failed=True) from None
         finally:
             call.seconds += time.perf_counter() - since
