@@ -190,10 +190,11 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def turning(width: int) -> torch.Tensor:
     """A random orthogonal matrix, the same in every process.
 
-    Random ones differ (SpinQuant, https://arxiv.org/abs/2405.16406): of five seeds this one moved the perplexity of the
-    embedded model least over four texts, -0.4 to +0.7 %.
+    Random ones differ (SpinQuant, https://arxiv.org/abs/2405.16406): with twenty seeds the embedded model's perplexity
+    moved by -0.5 to +1.6 % over two texts of 2,048 tokens, with this one by +0.3 and +0.7 %. The divergence from the
+    file's own distribution is 0.006 nats for all of them; unturned rows of two digits had 0.007.
     """
-    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(4))
+    drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(16))
     turn: torch.Tensor = torch.linalg.qr(drawn).Q
     return turn.contiguous()
 

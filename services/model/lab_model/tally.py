@@ -48,7 +48,8 @@ class Tally:
             path = folder / f"{os.getpid()}-{time.time_ns()}.tally"
             with path.open("x+b") as file:
                 # Not a file with holes: a full disk would be a signal that ends the process, at the first write.
-                os.posix_fallocate(file.fileno(), 0, SLOTS * _SLOT.size)
+                file.write(bytes(SLOTS * _SLOT.size))
+                file.flush()
                 self._memory = mmap.mmap(file.fileno(), SLOTS * _SLOT.size)
         except OSError as error:
             log.warning("what requests used that break off will not be told: %s", error)
