@@ -62,7 +62,7 @@ class Ours:
         with self._changed:
             for event in events:
                 self._heard[event.request] += [now] * len(event.tokens)
-                if event.error is not None:
+                if event.error is not None and not event.request.cancelled:
                     say(f"bench: the engine failed a request: {event.error}")
                 if event.finish or event.error:
                     self._ended.add(event.request)
