@@ -184,7 +184,8 @@ async def test_cache_a1_what_broke_off_is_reconciled_to_what_was_generated(lab: 
 
 def body_of(model: str = MODELS[0], tokens: int = 900, **more: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": new()}]
-    return {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True} | more
+    sampling = {"max_tokens": tokens, "temperature": 0, "logit_bias": {"0": -100}}  # 0 ends an answer: none ends early
+    return {"model": model, "messages": messages, "stream": True} | sampling | more
 
 
 async def test_cache_a1_a_flight_that_goes_on_for_a_follower_is_billed_once_and_exactly(lab: Counted) -> None:
