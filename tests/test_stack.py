@@ -428,7 +428,7 @@ def test_proxy_stopped_mid_stream_lets_the_stream_end(stack: Stack, tell: Tell) 
     seen: list[str] = []
     stopped = 0.0
     try:
-        for data in streamed(stack, 120):
+        for data in streamed(stack, 300):
             seen.append(data)
             if len(seen) == 5:
                 stopped = time.monotonic()
