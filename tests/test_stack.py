@@ -74,6 +74,7 @@ def streamed(stack: Stack, max_tokens: int) -> Iterator[str]:
         "model": CHAT,
         "temperature": 0,
         "max_tokens": max_tokens,
+        "logit_bias": {"2": -100},  # <|im_end|>: it goes on for as long as it may
         "stream": True,
         "messages": [{"role": "user", "content": "Count from one to a thousand in words."}],
     }
