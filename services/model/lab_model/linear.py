@@ -108,6 +108,7 @@ class Quantized:
         weight = weight if turned is None else weight @ turned
         weight = weight if turns is None else turns.t() @ weight
         codes, scale = rounded(weight)
+        self._kernel: Any = torch.ops.onednn.qlinear_pointwise.default
         self._eight = torch.ops.onednn.qlinear_prepack(codes, [64, weight.shape[1]])
         self._scale = scale / (_ONE if digits == 1 else _TWO)  # (out,)
         self._zero = torch.zeros(len(weight), dtype=torch.long)
@@ -154,7 +155,7 @@ class Quantized:
         return levels, unit if self._norm is None else unit.mul_(self._shrinking(x))
 
     def _product(self, digits: torch.Tensor) -> torch.Tensor:
-        return _qlinear(  # type: ignore[no-any-return]
+        return self._kernel(  # type: ignore[no-any-return]
             digits, 1.0, 128, self._eight, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
 
@@ -191,8 +192,9 @@ def turning(width: int) -> torch.Tensor:
     """A random orthogonal matrix, the same in every process.
 
     Random ones differ (SpinQuant, https://arxiv.org/abs/2405.16406): with twenty seeds the embedded model's perplexity
-    moved by -0.5 to +1.6 % over two texts of 2,048 tokens, with this one by +0.3 and +0.7 %. The divergence from the
-    file's own distribution is 0.006 nats for all of them; unturned rows of two digits had 0.007.
+    moved by -0.5 to +1.6 % over two texts of 2,048 tokens. This one, chosen by them and by the answer to "What is the
+    capital of France?" (nearly a tie in the file), gave +0.3 and +0.7 %. The divergence from the file's own distribution
+    is 0.006 nats for all of them; unturned rows of two digits had 0.007.
     """
     drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(16))
     turn: torch.Tensor = torch.linalg.qr(drawn).Q
@@ -204,9 +206,6 @@ def quantized_works() -> bool:
     try:
         layer = Quantized(torch.full((64, 64), 1.0))
         levels, _ = layer._with_eight_bits(torch.full((8, 64), 1.0))
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError):  # no such kernel in this build of torch, or none for this processor
         return False
     return bool(torch.all((levels - 64).abs() < 1e-3))
-
-
-_qlinear: Any = getattr(torch.ops.onednn.qlinear_pointwise, "default", None) if hasattr(torch.ops, "onednn") else None
