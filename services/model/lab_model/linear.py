@@ -193,8 +193,8 @@ def turning(width: int) -> torch.Tensor:
 
     Random ones differ (SpinQuant, https://arxiv.org/abs/2405.16406): with twenty seeds the embedded model's perplexity
     moved by -0.5 to +1.6 % over two texts of 2,048 tokens. This one, chosen by them and by the answer to "What is the
-    capital of France?" (nearly a tie in the file), gave +0.3 and +0.7 %. The divergence from the file's own distribution
-    is 0.006 nats for all of them; unturned rows of two digits had 0.007.
+    capital of France?" (nearly a tie in the file), gave +0.3 and +0.7 %. The divergence from the file's own
+    distribution is 0.006 nats for all of them; unturned rows of two digits had 0.007.
     """
     drawn = torch.randn(width, width, generator=torch.Generator().manual_seed(16))
     turn: torch.Tensor = torch.linalg.qr(drawn).Q
