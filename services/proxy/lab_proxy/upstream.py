@@ -1,4 +1,4 @@
-"""The HTTP client: one upstream's answers, whole or in pieces, with a bound on every wait.
+"""Upstreams and their answers, whole or in pieces, with a bound on every wait.
 
 Who fails before its first byte is asked again, then another in its place, then nobody for a while. Turns every fault
 of network and upstream into the errors of this package. Knows nothing of the cache or the caller.
@@ -18,9 +18,7 @@ from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-import aiohttp
 import orjson
-from yarl import URL
 
 from . import __version__
 from .breaker import Breaker
@@ -34,6 +32,7 @@ from .errors import (
     UpstreamRefused,
     UpstreamTimeout,
 )
+from .http1 import Answer, Broken, ConnectTimeout, Failed, Origin, Unreachable
 from .metrics import Metrics
 from .routes import Access, Routes, Target
 from .settings import Settings
@@ -93,31 +92,29 @@ class _Fault(Exception):  # noqa: N818 - it never leaves this module
 class Reply:
     """A 2xx answer whose body has not been read."""
 
-    def __init__(
-        self, response: aiohttp.ClientResponse, target: Target, call: RealCall, settings: Settings, redact: bytes
-    ) -> None:
-        self._response = response
+    def __init__(self, answer: Answer, target: Target, call: RealCall, settings: Settings, redact: bytes) -> None:
+        self._answer = answer
         self._settings = settings
         self._redact = redact
         self.call = call
         self.target = target  # who answered: what is kept of the answer belongs to it, not to who was asked first
-        self.headers = passed_on(response.headers)
-        self.revision = response.headers.get("x-model-revision")
-        self.streams = response.content_type == "text/event-stream"
+        self.headers = passed_on(answer.headers)
+        self.revision = answer.headers.get("x-model-revision")
+        self.streams = _content_type(answer) == "text/event-stream"
         self.ended = False
         self.on_close: Callable[[Reply], None] = _nobody
 
     async def json(self) -> tuple[bytes, Any]:
         """The body, as it came and parsed. Raises UpstreamBroken when it is not JSON."""
         with self._reading():
-            raw = await _whole(self._response)
+            raw = await _whole(self._answer)
         self.ended = True
         try:
             return raw, orjson.loads(raw)
         except orjson.JSONDecodeError:
             raise UpstreamBroken(
-                f"The upstream `{self.target.upstream}` answered {self._response.status} with "
-                f"{self._response.content_type} instead of JSON: check its base URL."
+                f"The upstream `{self.target.upstream}` answered {self._answer.status} with "
+                f"{_content_type(self._answer)} instead of JSON: check its base URL."
             ) from None
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -125,8 +122,7 @@ class Reply:
         limit = self._settings.first_byte_timeout_seconds
         while True:
             with self._reading():
-                async with asyncio.timeout(limit):
-                    piece = await self._response.content.readany()
+                piece = await self._answer.read(limit)
             if not piece:
                 self.ended = True
                 return
@@ -148,7 +144,7 @@ class Reply:
 
     def close(self) -> None:
         """The end, for good or ill: told once."""
-        self._response.close()
+        self._answer.close()
         done, self.on_close = self.on_close, _nobody
         done(self)
 
@@ -158,7 +154,7 @@ class Reply:
         began = time.perf_counter()
         try:
             yield
-        except (aiohttp.ClientError, OSError) as error:
+        except (Failed, TimeoutError) as error:
             self.call.outcome = "broken"
             raise _told(self.target.upstream, error) from None
         finally:
@@ -173,21 +169,18 @@ class Upstream:
         self._settings = settings
         self._metrics = metrics
         self._key = (access.key or "").encode()
-        self._urls: dict[tuple[str, str], URL] = {}
+        self._ways: dict[tuple[str, str], str] = {}
         self._me, self._numbers = secrets.token_hex(8), itertools.count(1)
         self.breakers: dict[str, Breaker] = {}
         headers = {"user-agent": f"llm-lab-proxy/{__version__}", "accept-encoding": "identity"}
         if access.key:
             headers["authorization"] = f"Bearer {access.key}"
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout_seconds),
-            cookie_jar=aiohttp.DummyCookieJar(),
+        self._origin = Origin(
+            access.base_url, headers, connect_timeout=settings.connect_timeout_seconds, keepalive=KEEPALIVE_SECONDS
         )
 
     async def stop(self) -> None:
-        await self._session.close()
+        await self._origin.stop()
 
     async def ask(self, question: Question, target: Target) -> Reply:
         """The answer's head, asked for again where that may help. Who gets it closes it.
@@ -242,12 +235,16 @@ class Upstream:
         Raises UpstreamDown, UpstreamTimeout or UpstreamBroken.
         """
         try:
-            async with asyncio.timeout(limit), self._session.get(self.access.base_url + path) as response:
-                raw = await _whole(response)
-        except (aiohttp.ClientError, OSError) as error:
+            async with asyncio.timeout(limit):
+                answer = await self._origin.ask("GET", path, {"accept": "application/json"})
+                try:
+                    raw = await _whole(answer)
+                finally:
+                    answer.close()
+        except (Failed, TimeoutError) as error:
             raise _told(self.access.name, error) from None
         try:
-            return response.status, orjson.loads(raw)
+            return answer.status, orjson.loads(raw)
         except orjson.JSONDecodeError:
             raise UpstreamBroken(f"`{self.access.name}` answers {path} with something that is not JSON.") from None
 
@@ -268,17 +265,15 @@ class Upstream:
         limit = min(left, settings.first_byte_timeout_seconds) if question.stream else left
         try:
             async with asyncio.timeout(limit):
-                response = await self._session.post(
-                    self._url(question.endpoint, target.model), data=body, headers=headers, allow_redirects=False
-                )
-                call.status = response.status
-                if response.status >= 300:
+                answer = await self._origin.ask("POST", self._way(question.endpoint, target.model), headers, body)
+                call.status = answer.status
+                if answer.status >= 300:
                     try:
-                        self._refuse(response, await _whole(response))
+                        self._refuse(answer, await _whole(answer))
                     finally:
-                        response.close()
-        except (aiohttp.ClientError, OSError) as error:
-            unheard = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+                        answer.close()
+        except (Failed, TimeoutError) as error:
+            unheard = isinstance(error, Unreachable)
             silent = isinstance(error, TimeoutError) and not unheard  # its time is spent, and it may still be at work
             told = _told(access.name, error)
             if unheard:
@@ -287,25 +282,24 @@ class Upstream:
         finally:
             call.seconds += time.perf_counter() - since
         call.answered = True
-        reply = Reply(response, target, call, settings, self._key)
+        reply = Reply(answer, target, call, settings, self._key)
         if reply.headers.get("x-upstream-request-id") == question.request_id:
             del reply.headers["x-upstream-request-id"]
         return reply
 
-    def _url(self, endpoint: str, model: str) -> URL:
-        """Parsed once: that takes longer than all of the request's other headers."""
-        local = self.access.kind == "model"
-        place = (endpoint, model if local else "")
-        found = self._urls.get(place)
+    def _way(self, endpoint: str, model: str) -> str:
+        """The path below the base URL."""
+        if self.access.kind != "model":
+            return endpoint[3:]
+        found = self._ways.get((endpoint, model))
         if found is None:
-            way = f"/m/{quote(model, safe='')}{endpoint}" if local else endpoint[3:]
-            found = self._urls[place] = URL(self.access.base_url + way, encoded=True)
+            found = self._ways[endpoint, model] = f"/m/{quote(model, safe='')}{endpoint}"
         return found
 
-    def _refuse(self, response: aiohttp.ClientResponse, raw: bytes) -> NoReturn:
+    def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
         """Raise what a status from 300 says."""
-        name, status = self.access.name, response.status
-        headers = passed_on(response.headers)
+        name, status = self.access.name, answer.status
+        headers = passed_on(answer.headers)
         envelope: dict[str, Any] | None = None
         with contextlib.suppress(orjson.JSONDecodeError):
             said = orjson.loads(raw)
@@ -479,23 +473,26 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
-    """The few headers of an upstream that concern the caller: no cookie, no hop-by-hop header, no owner of the key."""
-    kept = {}
-    for name, value in headers.items():
-        lower = name.lower()
-        if lower in _PASSED_NAMES or lower.startswith(_PASSED):
-            kept[lower] = value
+    """The few headers of an upstream that concern the caller: no cookie, no hop-by-hop header, no owner of the key.
+
+    Names in lower case, here as there.
+    """
+    kept = {name: value for name, value in headers.items() if name in _PASSED_NAMES or name.startswith(_PASSED)}
     if "x-request-id" in headers:
         kept["x-upstream-request-id"] = headers["x-request-id"]
     return kept
 
 
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
+def _content_type(answer: Answer) -> str:
+    return answer.headers.get("content-type", "").partition(";")[0].strip().lower() or "no content type"
+
+
+async def _whole(answer: Answer) -> bytes:
     pieces, size = [], 0
-    while piece := await response.content.readany():
+    while piece := await answer.read():
         size += len(piece)
         if size > MAX_ANSWER_BYTES:
-            raise aiohttp.ClientPayloadError("too large")
+            raise Broken("it is too large")
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -503,13 +500,13 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
 def _told(name: str, error: Exception) -> ProxyError:
     """A network fault as this package's error, with what to do."""
     where = "PROXY_MODEL_URL, `make logs`" if name == "model" else "its base URL and the network"
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
+    if isinstance(error, ConnectTimeout):
         return UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.")
     if isinstance(error, TimeoutError):
         return UpstreamTimeout(
             f"The upstream `{name}` was silent for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
         )
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, Unreachable):
         return UpstreamDown(
             f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab.",
             headers={"retry-after": "2"},
