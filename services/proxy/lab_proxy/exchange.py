@@ -735,7 +735,10 @@ class Exchange:
                 raise UpstreamBroken(f"The upstream `{name}` answered without choices.")
             gathered.usage = answer.get("usage")
             account.count(gathered.usage)
-            # Stored before its end is passed on, so that who asks again finds it.
+            # Stored before its end is passed on, so that who asks again finds it. What the call cost is written down
+            # while redis works: in the turn after the next, for the next one sends.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, reply.close)
             outcome = await self._store(kept, reply, answer)
             flight.begin({"streams": False, "headers": reply.headers})
             await flight.put(raw)

@@ -1,8 +1,8 @@
 """HTTP/1.1 as a client: one origin, its connections, and one answer at a time on each of them.
 
-Small because a miss is made of it: a request is one write, an answer's head and body are read where they come in, and a
-connection that is done is used again. Takes GET and POST; follows no redirect, keeps no cookie, asks no proxy, and never
-repeats what may have been worked on. Knows bytes, headers and ends; what an answer is about is its reader's affair.
+Small because a miss is made of it: a request is one write, head and body are parsed where they come in, a connection
+that is done is used again. Takes GET and POST; follows no redirect, keeps no cookie, asks no proxy, and never repeats
+what may have been worked on. Knows bytes, headers and ends; what an answer is about is its reader's affair.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ class Answer:
         self._waiter: asyncio.Future[None] | None = None
         self._inflate: Any = None
 
-    async def head(self) -> None:
-        """Returns when status and headers are there. Raises Broken."""
+    async def head(self, until: float) -> None:
+        """Returns when status and headers are there, at the latest at `until` (the loop's time). Raises Broken, or
+        TimeoutError."""
         while not self.status and self._connection is not None:
-            await self._news(None)
+            await self._news(until)
         if not self.status:
             raise self._error or Broken("no head")
 
@@ -78,7 +79,7 @@ class Answer:
         Raises TimeoutError after `within` seconds of silence, Broken when the rest will never come.
         """
         while not self._pieces and self._connection is not None:
-            await self._news(within)
+            await self._news(None if within is None else asyncio.get_running_loop().time() + within)
         if not self._pieces:
             if self._error is not None:
                 raise self._error
@@ -96,10 +97,11 @@ class Answer:
             self._connection.close()
             self.fail(Broken("closed"))
 
-    async def _news(self, within: float | None) -> None:
+    async def _news(self, until: float | None) -> None:
+        """A timer of its own: asyncio.timeout takes four times as long, and a stream waits here for each event."""
         loop = asyncio.get_running_loop()
         waiter = self._waiter = loop.create_future()
-        timer = None if within is None else loop.call_later(within, _late, waiter)
+        timer = None if until is None else loop.call_at(until, _late, waiter)
         try:
             await waiter
         finally:
@@ -292,7 +294,7 @@ class Origin:
         keepalive: float,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`url` may hold a user, and end in a path, which all requests' begin with. Seconds: `connect_timeout` for name,
+        """`url` may hold a user, and end in a path that all requests' begin with. Seconds: `connect_timeout` for name,
         connection and TLS together, `keepalive` for a connection that nobody uses. `tls`: instead of the machine's own
         trust.
 
@@ -322,21 +324,24 @@ class Origin:
         self._turn = itertools.count()
         self.connections: set[Connection] = set()
 
-    async def ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
-        """The answer, when its head is there. Cancelled, it closes the connection.
+    async def ask(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"", *, within: float
+    ) -> Answer:
+        """The answer, when its head is there: within so many seconds. Cancelled, it closes the connection.
 
-        Raises ValueError for what is no HTTP, Unreachable, or Broken.
+        Raises ValueError for what is no HTTP, Unreachable, TimeoutError, or Broken.
         """
         sent = self._request(method, path, headers, body)
-        connection = self._rested() or await self._connect()
+        until = asyncio.get_running_loop().time() + within
+        connection = self._rested() or await self._connect(until)
         while True:
             answer = connection.send(sent)
             try:
-                await answer.head()
+                await answer.head(until)
             except Broken:
                 if answer.heard or connection.used == 1 or method not in IDEMPOTENT:
                     raise
-                connection = await self._connect()
+                connection = await self._connect(until)
             except BaseException:
                 answer.close()
                 raise
@@ -389,10 +394,11 @@ class Origin:
             left = self._idle[0][0] - oldest
             self._sweeper = asyncio.get_running_loop().call_later(left, self._sweep)
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, until: float) -> Connection:
         loop = asyncio.get_running_loop()
+        limit = loop.time() + self._connect_timeout
         try:
-            async with asyncio.timeout(self._connect_timeout):
+            async with asyncio.timeout_at(min(limit, until)):
                 found = await self._resolved()
                 first = next(self._turn) % len(found)  # the next one with each connection: several may share the load
                 made = await aiohappyeyeballs.start_connection(
@@ -408,6 +414,8 @@ class Origin:
                     made.close()
                     raise
         except TimeoutError:
+            if until < limit:
+                raise
             raise ConnectTimeout("no connection in time") from None
         except OSError as error:  # no such name, nobody there, or a certificate that is not trusted
             raise Unreachable(str(error)) from None

@@ -236,7 +236,7 @@ class Upstream:
         """
         try:
             async with asyncio.timeout(limit):
-                answer = await self._origin.ask("GET", path, {"accept": "application/json"})
+                answer = await self._origin.ask("GET", path, {"accept": "application/json"}, within=limit)
                 try:
                     raw = await _whole(answer)
                 finally:
@@ -264,14 +264,15 @@ class Upstream:
         # JSON has its first byte when it is whole: the total bounds it.
         limit = min(left, settings.first_byte_timeout_seconds) if question.stream else left
         try:
-            async with asyncio.timeout(limit):
-                answer = await self._origin.ask("POST", self._way(question.endpoint, target.model), headers, body)
-                call.status = answer.status
-                if answer.status >= 300:
-                    try:
+            way = self._way(question.endpoint, target.model)
+            answer = await self._origin.ask("POST", way, headers, body, within=limit)
+            call.status = answer.status
+            if answer.status >= 300:
+                try:
+                    async with asyncio.timeout(limit - (time.perf_counter() - since)):
                         self._refuse(answer, await _whole(answer))
-                    finally:
-                        answer.close()
+                finally:
+                    answer.close()
         except (Failed, TimeoutError) as error:
             unheard = isinstance(error, Unreachable)
             silent = isinstance(error, TimeoutError) and not unheard  # its time is spent, and it may still be at work
