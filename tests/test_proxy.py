@@ -478,10 +478,13 @@ def test_pages_log_and_metrics(bench: Bench) -> None:
         ({"PROXY_PORT": "eighty"}, "PROXY_PORT"),
         ({"PROXY_HOST": "0.0.0.0"}, "PROXY_ALLOW_ANONYMOUS"),
         ({"PROXY_MODEL_URL": "localhost:8000"}, "PROXY_MODEL_URL"),
+        ({"PROXY_MODEL_URL": "http://:8000"}, "PROXY_MODEL_URL"),
+        ({"PROXY_OPENAI_BASE_URL": "https://there:99999/v1"}, "PROXY_OPENAI_BASE_URL"),
         ({"PROXY_OPENAI_API_KEY": "a", "PROXY_OPENAI_API_KEY_FILE": "b"}, "PROXY_OPENAI_API_KEY"),
         ({"PROXY_OPENAI_API_KEY_FILE": "not/there"}, "PROXY_OPENAI_API_KEY_FILE"),
         ({"PROXY_ROUTES_FILE": "not/there"}, "PROXY_ROUTES_FILE"),
         ({"PROXY_ROUTES_FILE": "routes.yaml"}, "PROXY_ROUTES_FILE"),
+        ({"PROXY_ROUTES_FILE": "nowhere.yaml"}, "base_url"),
         ({"PROXY_CACHE_SECRET_FILE": "short"}, "PROXY_CACHE_SECRET_FILE"),
         ({"PROXY_REDIS_URL": "http://x"}, "PROXY_REDIS_URL"),
         ({"PROXY_TOTAL_TIMEOUT_SECONDS": "0"}, "PROXY_TOTAL_TIMEOUT_SECONDS"),
@@ -492,6 +495,7 @@ def test_a_wrong_setting_stops_the_start(
 ) -> None:
     """One line that names the variable, and exit code 2."""
     (tmp_path / "routes.yaml").write_text("upstreams: {x: {kind: openai}}\nroutes: [{upstream: y}]\n")
+    (tmp_path / "nowhere.yaml").write_text("upstreams: {x: {kind: openai, base_url: 'there/v1'}}\nroutes: []\n")
     (tmp_path / "short").write_text("abc")
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("PROXY_")]:

@@ -95,7 +95,6 @@ class Answer:
         """The rest is not wanted: the other side learns of it at once."""
         if self._connection is not None:
             self._connection.close()
-            self.fail(Broken("closed"))
 
     async def _news(self, until: float | None) -> None:
         """A timer of its own: asyncio.timeout takes four times as long, and a stream waits here for each event."""
@@ -189,12 +188,14 @@ class Connection(asyncio.Protocol):
         self.transport.write(data)
         return answer
 
-    def close(self) -> None:
-        """At once, whatever is still to be sent."""
+    def close(self, why: str = "closed") -> None:
+        """At once, whatever is still to be sent or to come."""
         self.lost = True
-        self._answer = None
+        answer, self._answer = self._answer, None
         self._origin.forget(self)
         self.transport.abort()
+        if answer is not None:
+            answer.fail(Broken(why))
 
     # ---- asyncio's side
 
@@ -211,10 +212,10 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._break(f"no HTTP/1.1: {error.__context__ or error}")
+            self.close(f"no HTTP/1.1: {error.__context__ or error}")
         else:
             if self._loose > MAX_HEAD_BYTES:
-                self._break("its head is too large")
+                self.close("its head is too large")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -228,12 +229,6 @@ class Connection(asyncio.Protocol):
         except ValueError as error:
             answer.fail(Broken(str(error)))
         answer.fail(Broken("the connection ended"))  # unless it is whole
-
-    def _break(self, why: str) -> None:
-        answer = self._answer
-        self.close()
-        if answer is not None:
-            answer.fail(Broken(why))
 
     # ---- the parser's side; what is raised here arrives in `data_received`
 

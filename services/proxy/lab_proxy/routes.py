@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from . import tables
 from .canonical import encode
 from .errors import NoSuchModel, UpstreamDown
-from .settings import Settings
+from .settings import Settings, is_http
 
 OPENAI_URL = "https://api.openai.com/v1"
 AUTO = "auto"
@@ -38,6 +38,13 @@ class UpstreamRow(_Strict):
     defaults: str | None = None
     stream_usage: bool = True
     responses: bool = False
+
+    @field_validator("base_url")
+    @classmethod
+    def _http_url(cls, value: str | None) -> str | None:
+        if value is not None and (not is_http(value) or "?" in value):
+            raise ValueError("must be an http:// or https:// URL without a query")
+        return value
 
 
 class FallbackRow(_Strict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -13,6 +14,15 @@ from .keys import weakness
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Names = Annotated[tuple[str, ...], NoDecode]
+
+
+def is_http(url: str) -> bool:
+    """Whether requests can be sent there."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        return False
 
 
 class Settings(BaseSettings):
@@ -131,7 +141,7 @@ class Settings(BaseSettings):
     @field_validator("model_url", "openai_base_url")
     @classmethod
     def _http_url(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")) or "@" in value or "?" in value:
+        if not is_http(value) or "@" in value or "?" in value:
             raise ValueError("must be an http:// or https:// URL without a user and without a query")
         return value.rstrip("/")
 
