@@ -30,6 +30,7 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 LOOPS = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+CLOSING = OK.replace(b"OK\r\n", b"OK\r\nconnection: close\r\n")
 
 
 @pytest.fixture(params=LOOPS)
@@ -172,13 +173,20 @@ def sends(*steps: Step, broken: str | None = None, body: bytes = b"ok") -> Calla
 def test_a_request_is_one_write_of_what_was_meant(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Method, path below the base's, host with its port, every header once, the length; head and body together."""
     writes: list[bytes] = []
-    send = http1.Connection.send
+    made = http1.Connection.connection_made
 
-    def told(self: http1.Connection, data: bytes) -> Answer:
-        writes.append(data)
-        return send(self, data)
+    class Listening:
+        def __init__(self, transport: Any) -> None:
+            self._transport = transport
 
-    monkeypatch.setattr(http1.Connection, "send", told)
+        def write(self, data: bytes) -> None:
+            writes.append(data)
+            self._transport.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._transport, name)
+
+    monkeypatch.setattr(http1.Connection, "connection_made", lambda self, transport: made(self, Listening(transport)))
 
     async def work() -> None:
         async with (
@@ -283,7 +291,7 @@ def test_the_connection_is_used_again_where_its_end_is_known(run: Run) -> None:
             for _ in range(5):
                 await whole(await post(asked))
             assert there.connections == 1
-        once = [OK.replace(b"OK\r\n", b"OK\r\nconnection: close\r\n"), OK.replace(b"/1.1", b"/1.0")]
+        once = [CLOSING, OK.replace(b"/1.1", b"/1.0")]
         for answer in once:
             async with peer([answer, 1.0]) as there, origin(there.url) as asked:
                 assert await whole(await post(asked)) == b"ok"
@@ -357,13 +365,14 @@ def test_what_is_no_whole_answer_is_broken(run: Run, steps: list[Step], broken: 
     "steps",
     [
         [b"HTTP/1.1 200 OK\r\n", *[b"x-a: %s\r\n" % (b"a" * 1000)] * 70, b"\r\n"],
+        [b"HTTP/1.1 200 OK\r\n%scontent-length: 2\r\n\r\nok" % (b"x-a: %s\r\n" % (b"a" * 1000) * 70)],
         [b"HTTP/1.1 200 OK\r\nx-a: ", *[b"a" * 10_000] * 7, b"\r\n\r\n"],
         [b"HTTP/1.1 200 " + b"K" * 70_000],
         [b"HTTP/1.1 103 Hints\r\nx-a: %s\r\n\r\n" % (b"a" * 1000)] * 70,
         [CHUNKED, b"2\r\nok\r\n0\r\nx-a: ", *[b"a" * 10_000] * 50],
         [CHUNKED, b"2;", *[b"a" * 10_000] * 7],
     ],
-    ids=["headers", "a header", "reason", "interim", "trailer", "chunk extension"],
+    ids=["headers", "headers and body", "a header", "reason", "interim", "trailer", "chunk extension"],
 )
 def test_heads_have_a_limit(run: Run, steps: list[Step]) -> None:
     """64 KiB for head and trailers, and for what stands around a chunk."""
@@ -490,6 +499,7 @@ def test_every_wait_has_a_bound(run: Run) -> None:
             async with origin(f"http://127.0.0.1:{full.getsockname()[1]}", connect_timeout=0.2) as asked:
                 with pytest.raises(ConnectTimeout):
                     await post(asked)
+            async with origin(f"http://127.0.0.1:{full.getsockname()[1]}", connect_timeout=15) as asked:
                 with pytest.raises(TimeoutError):
                     await post(asked, within=0.1)
 
@@ -535,6 +545,22 @@ def test_a_dead_address_does_not_hold_up_a_living_one(run: Run, monkeypatch: pyt
                     assert time.perf_counter() - began < 1.5
                     assert len(looked) == 1
                 monkeypatch.undo()
+
+    run(work())
+
+
+def test_several_addresses_take_turns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas behind one name share the connections."""
+
+    async def work() -> None:
+        async with peer([CLOSING]) as one, peer([CLOSING]) as other, origin("http://lab.example") as asked:
+            stream = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+            found = asyncio.get_running_loop().create_future()
+            found.set_result([(*stream, ("127.0.0.1", port)) for port in (one.port, other.port)])
+            monkeypatch.setattr(asked, "_resolved", lambda: found)
+            for _ in range(4):
+                await whole(await post(asked))
+            assert (one.connections, other.connections) == (2, 2)
 
     run(work())
 
@@ -605,6 +631,22 @@ def test_a_slow_reader_slows_its_sender(run: Run) -> None:
                 got += len(piece)
             assert got == size
             assert len(asked.connections) == 1  # it can be used again
+
+    run(work())
+
+
+def test_a_connection_goes_on_before_its_answer_is_read(run: Run) -> None:
+    """The answer was whole, and more than the buffer: who reads it late holds up nobody."""
+
+    async def work() -> None:
+        large = bytes(http1.MAX_BUFFER_BYTES + 10_000)
+        turn = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(large), large)
+        async with peer([turn], [OK]) as there, origin(there.url) as asked:
+            first = await post(asked)
+            await asyncio.sleep(0.1)
+            assert await whole(await post(asked, within=1)) == b"ok"
+            assert await whole(first) == large
+            assert there.connections == 1
 
     run(work())
 

@@ -367,8 +367,7 @@ class Origin:
             self._sweeper = asyncio.get_running_loop().call_later(self._keepalive, self._sweep)
 
     def forget(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        self._idle = [each for each in self._idle if each[1] is not connection]
+        self.connections.discard(connection)  # and among the idle ones it is passed over
 
     def _rested(self) -> Connection | None:
         """The one used last: those that are not needed grow old."""
@@ -382,9 +381,10 @@ class Origin:
     def _sweep(self) -> None:
         self._sweeper = None
         oldest = time.monotonic() - self._keepalive
-        for since, connection in list(self._idle):
+        for since, connection in self._idle:
             if since <= oldest:
                 connection.close()
+        self._idle = [each for each in self._idle if each[0] > oldest]
         if self._idle:
             left = self._idle[0][0] - oldest
             self._sweeper = asyncio.get_running_loop().call_later(left, self._sweep)
@@ -400,7 +400,6 @@ class Origin:
                     found[first:] + found[:first], happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
                 )
                 try:
-                    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     name = self._host.rstrip(".") if self._tls else None
                     _, connection = await loop.create_connection(
                         lambda: Connection(self), sock=made, ssl=self._tls, server_hostname=name
