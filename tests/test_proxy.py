@@ -34,10 +34,14 @@ from lab_proxy import app as application
 from lab_proxy import exchange
 from lab_proxy.__main__ import main
 from lab_proxy.app import App, Response
+from lab_proxy.bills import Bills
+from lab_proxy.cache import Wishes
+from lab_proxy.call import Account, Call
 from lab_proxy.errors import UpstreamTimeout
-from lab_proxy.exchange import Account, Exchange
+from lab_proxy.exchange import Exchange
 from lab_proxy.metrics import MOST_MODELS, Metrics
 from lab_proxy.upstream import passed_on
+from lab_proxy.way import Ways
 from processes import free_port, python
 
 NO_STORE = {"cache-control": "no-store"}
@@ -258,9 +262,9 @@ async def test_a_caller_who_does_not_read_is_given_up(monkeypatch: pytest.Monkey
     out = Response(never, {})
     out.started = True
     answering = object.__new__(Exchange)
-    monkeypatch.setattr(Exchange, "_way", late)
-    answering._total, answering._ledger = 1, None
-    call = exchange.Call("t", "/v1/chat/completions", b"", {}, "r", exchange.Wishes(), False, 0.0)
+    monkeypatch.setattr(Ways, "find", late)
+    answering._total, answering.ways, answering._bills = 1, object.__new__(Ways), Bills(None, None)
+    call = Call("t", "/v1/chat/completions", b"", {}, "r", Wishes(), False, 0.0)
     async with asyncio.timeout(2):
         await answering.answer(call, out)
     assert call.account.error == "client_stalled"

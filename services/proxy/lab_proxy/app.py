@@ -23,9 +23,10 @@ import orjson
 from . import __version__, canonical, errors
 from .batches import Batches
 from .cache import Wishes
+from .call import Account, Call
 from .entry import CHAT, COMPLETIONS, EMBEDDINGS
 from .errors import ProxyError
-from .exchange import JSON, SSE, STALLED_CLIENT_SECONDS, Account, Call, Exchange, Limiter, Recorder
+from .exchange import STALLED_CLIENT_SECONDS, Exchange
 from .explain import FLUSH, Explain, Shelves
 from .flight import Flights
 from .journal import Journal
@@ -33,6 +34,7 @@ from .keys import LOCAL, Identity, NoKeys
 from .local import LocalModels
 from .metrics import Metrics
 from .responses import RESPONSES
+from .roles import JSON, SSE, Limiter, Recorder
 from .routes import Routes
 from .settings import LOOPBACK, Settings
 from .tally import Tally
@@ -84,7 +86,7 @@ class StoreService(Shelves, Part, Protocol):
 
 
 class Response:
-    """One answer on its way out; the exchange's `Out`."""
+    """One answer on its way out; the exchange's `Out` (roles)."""
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
         """`headers`: those of every answer to this request, `x-request-id` among them."""
@@ -303,7 +305,7 @@ class App:
         due = _due(headers[DEADLINE], out.began) if DEADLINE in headers else None
         raw = await self._body(headers, receive, due)
         plain = "cache-control" not in headers and "x-cache-sampled" not in headers
-        known = self._exchange.recall(identity.tenant, path, raw) if plain else None
+        known = self._exchange.ways.recall(identity.tenant, path, raw) if plain else None
         call = Call(
             identity=identity,
             endpoint=path,

@@ -26,9 +26,10 @@ import redis.asyncio as redis
 
 from . import canonical
 from .cache import PLAIN
+from .call import Account, Call
 from .entry import CHAT, COMPLETIONS, EMBEDDINGS
 from .errors import InvalidRequest, KeyRefused, LimitReached, NoSuchBatch, NotJson, ProxyError
-from .exchange import Account, Call, Exchange
+from .exchange import Exchange
 from .files import DAY, KEPT_SECONDS, FilePages, Files, Page, Visit, lifetime, on_disk, page, query, write
 from .files import Out as Answer
 from .keys import LOCAL, Identity

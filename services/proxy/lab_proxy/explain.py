@@ -14,10 +14,12 @@ import orjson
 
 from . import canonical
 from .cache import Wishes
+from .call import Call
 from .entry import CHAT, COMPLETIONS, EMBEDDINGS, Entry
 from .errors import FlushRefused, InvalidRequest, NotJson
-from .exchange import JSON, Call, Exchange, Store
+from .exchange import Exchange
 from .keys import Identity
+from .roles import JSON, Store
 
 if TYPE_CHECKING:
     from .app import Page, Response, Visit
@@ -62,7 +64,7 @@ class Explain:
         if against is not None and not isinstance(against, (dict, str)):
             raise InvalidRequest("`against` must be another request's body, or a key.", param="against")
         # 2. What the cache has of it.
-        weighed = await self._exchange.weigh(_call(visit.identity, endpoint, request))
+        weighed = await self._exchange.ways.weigh(_call(visit.identity, endpoint, request))
         answer: dict[str, Any] = {
             "endpoint": endpoint,
             "canonical": weighed.form.decode(),
@@ -76,7 +78,7 @@ class Explain:
         answer["state"] = "unknown" if found is None else "hit" if hit else "miss"
         # 3. In what they differ.
         if isinstance(against, dict):
-            other = (await self._exchange.weigh(_call(visit.identity, endpoint, against))).form
+            other = (await self._exchange.ways.weigh(_call(visit.identity, endpoint, against))).form
             answer["differs"] = _differs(weighed.form, other)
         elif against is not None:
             answer["differs"] = _differs(weighed.form, await self._form(visit.identity, against))
@@ -105,7 +107,7 @@ class Explain:
                 raise InvalidRequest(f"`{name}` must be a name.", param=name)
         if not isinstance(everything, bool) or (everything and (tenant or model)):
             raise InvalidRequest("`all` is true or false, and goes with nothing else.", param="all")
-        model = self._exchange.model_of(model) if model else None
+        model = self._exchange.ways.model_of(model) if model else None
         if not self._keys.is_admin(visit.headers):
             own = visit.identity.tenant
             if everything or visit.identity.shared or (tenant is not None and tenant != own):

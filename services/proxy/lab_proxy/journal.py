@@ -18,7 +18,7 @@ Line = tuple[float, int, dict[str, Any]]  # unix seconds, level, what is said
 
 
 class Told(Protocol):
-    """What a line says of a request's account; exchange.Account is one. Never a prompt, an answer or a key."""
+    """What a line says of a request's account; call.Account is one. Never a prompt, an answer or a key."""
 
     model: str
     upstream: str

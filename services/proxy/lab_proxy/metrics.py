@@ -60,7 +60,7 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], Callable[[Iterable[float]], float
 
 
 class Counted(Protocol):
-    """What the metrics read of a request's account; exchange.Account is one."""
+    """What the metrics read of a request's account; call.Account is one."""
 
     model: str
     known: bool

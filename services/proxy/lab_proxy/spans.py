@@ -27,7 +27,7 @@ _OPERATIONS = {
 
 
 class Account(Protocol):
-    """What a span tells of one request; exchange.Account is one."""
+    """What a span tells of one request; call.Account is one."""
 
     model: str
     known: bool
