@@ -63,6 +63,18 @@ class Tensor:
         levels = torch.cat([packed & 15, packed >> 4], -1).reshape(rows, columns)
         return levels, scale.contiguous(), minimum.contiguous()
 
+    def octets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same with 8-bit levels, 0 to 255: of a Q8_0 tensor its own blocks, else rounded to float16 scales."""
+        rows, columns = self.shape
+        if self.kind is GGMLQuantizationType.Q8_0:
+            blocks = torch.from_numpy(self.raw.reshape(rows, columns // 32, 34).copy())
+            scale, whole = blocks[..., :2].view(torch.float16)[..., 0].float(), blocks[..., 2:].view(torch.int8).short()
+        else:
+            values = self.dense().reshape(rows, columns // 32, 32)
+            scale = (values.abs().amax(-1) / 127).half().float()
+            whole = (values / scale.clamp(min=1e-12)[..., None]).round_().clamp_(-128, 127).short()
+        return (whole + 128).to(torch.uint8).reshape(rows, columns), scale.contiguous(), scale * -128
+
 
 class File:
     """metadata: the file's own keys and values; tensors: by the file's own names. Raises GGUFError or OSError."""

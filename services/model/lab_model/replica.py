@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
-from . import gguf, weights
+from . import gguf, native, weights
 from .api import embedding_app, generation_app
 from .catalogue import CatalogueError, Entry, Source, locate, revision
 from .embedding import Embedder
@@ -29,6 +29,7 @@ from .envelope import start_logging
 from .generator import Generator
 from .host import cores, memory_left
 from .llama import Llama
+from .native import Native
 from .pages import PAGE_TOKENS
 from .plain import Plain
 from .settings import AppArgs
@@ -117,7 +118,7 @@ def generation(args: AppArgs, source: Source, device: torch.device) -> Loaded:
     runner, text, config = load_causal(entry, source, device)
     if entry.kind == "chat" and text.template is None:
         raise CatalogueError(f"{entry.id} has no chat template: list it as kind: base")
-    stamp = stamped(entry, source, runner.kind, text)
+    stamp = stamped(entry, source, f"{type(runner).__name__} {runner.kind}", text)
     generator = Generator(
         name=entry.id, kind=entry.kind, revision=stamp, text=text, default_max_tokens=args.default_max_tokens
     )
@@ -179,7 +180,7 @@ def affordable(name: str, asked: int, token_bytes: int, device: torch.device) ->
     return tokens
 
 
-def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Llama | Plain, Text, Any]:
+def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Llama | Native | Plain, Text, Any]:
     """Runner, text and transformers' configuration, if there is one, of a chat or base model.
 
     A GGUF file of the llama architecture stays quantized on the CPU unless the entry asks for a dtype. Raises OSError
@@ -190,6 +191,8 @@ def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Lla
     if source.gguf_file:
         file = gguf.File(Path(source.folder) / source.gguf_file)
         text = read_text(file) or Text.load(source)
+        if entry.dtype == "auto" and device.type == "cpu" and native.reads(file):
+            return Native(file, torch.get_num_threads()), text, None
         if entry.dtype == "auto" and device.type == "cpu" and weights.reads(file):
             return Llama(weights.from_file(file), device, dtype), text, None
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.

@@ -1,0 +1,370 @@
+"""A GGUF file's Llama in C, on CPUs with AVX-512 VNNI: `kernels.c` compiled, its weights packed, the engine's runner.
+
+The same file runs in torch's own operators where there is no compiler or no such processor (weights.py, llama.py). What
+C is for: torch has no kernel that multiplies a few rows by 4-bit blocks in integers, and between its kernels a step
+made 1,200 small operators; here a step is one call. Rows never depend on each other, so the runner is exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .engine import Span
+from .gguf import File, Tensor
+from .pages import PAGE_TOKENS
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC"]
+FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
+COMPILE_SECONDS = 120
+
+# As in kernels.c.
+BLOCK, LANES, TILE = 32, 16, 32
+MOST_GROUP, MOST_HEAD = 8, 256
+# Rows of one call: their activations stay in the second-level cache (0.5 MB of the embedded model's).
+MOST_ROWS = 256
+
+
+class NativeError(Exception):
+    """No kernels here. The message says why, and what to do."""
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("out", ctypes.c_int32), ("in", ctypes.c_int32), ("bits", ctypes.c_int32)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("norm", ctypes.c_void_p),
+        ("qkv", Matrix),
+        ("output", Matrix),
+        ("mlp_norm", ctypes.c_void_p),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim", "threads")],
+        ("epsilon", ctypes.c_float),
+        ("layer", ctypes.POINTER(Layer)),
+        ("table", Matrix),
+        ("head", Matrix),
+        *[(name, ctypes.c_void_p) for name in ("norm", "turns", "pool")],
+        ("pages", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("parallel", "team")],
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("rows", "wanted", "columns")],
+        *[(name, ctypes.c_void_p) for name in ("ids", "positions", "owners", "pages", "last", "logits")],
+        *[(name, ctypes.c_void_p) for name in ("x", "qkv")],
+        *[(f"{of}_{name}", ctypes.c_void_p) for of in ("digits", "hidden") for name in ("high", "low", "units")],
+        ("jobs", ctypes.c_void_p),
+    ]
+
+
+# ---- the library
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled kernels, from where the last start left them. Raises NativeError."""
+    made = _compiled()
+    try:
+        found = ctypes.CDLL(str(made))
+    except OSError as error:
+        raise NativeError(f"the compiled kernels cannot be loaded: {error}") from None
+    found.lab_step.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Step)]
+    found.lab_step.restype = None
+    found.lab_phases.argtypes = [ctypes.POINTER(Model)]
+    if not found.lab_supported():
+        raise NativeError("this processor has no AVX-512 VNNI instructions")
+    return found
+
+
+@functools.cache
+def reason() -> str | None:
+    """Why there are no kernels here; None where there are."""
+    try:
+        library()
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+def _compiled() -> Path:
+    """Beside Python's own compiled files where that is possible, else in a folder of this process."""
+    source = SOURCE.read_bytes()
+    name = f"kernels-{hashlib.sha256(source + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
+    kept = SOURCE.parent / "__pycache__" / name
+    if kept.exists():
+        return kept
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        raise NativeError("they are for x86-64 processors")
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeError("there is no C compiler (on Debian and Ubuntu: apt-get install gcc libc6-dev)")
+    if not os.access(kept.parent if kept.parent.exists() else SOURCE.parent, os.W_OK):
+        kept = Path(tempfile.mkdtemp(prefix="lab-kernels-")) / name
+    kept.parent.mkdir(exist_ok=True)
+    # Replicas start together: each writes its own and the last one stays.
+    written = kept.with_name(f".{name}.{os.getpid()}")
+    try:
+        done = subprocess.run(  # noqa: S603
+            [compiler, *FLAGS, "-o", str(written), str(SOURCE), "-lm"],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["nothing"])[0]
+            raise NativeError(f"{compiler} does not compile the kernels: {said}")
+        written.replace(kept)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeError(f"{compiler} does not compile the kernels: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            written.unlink()
+    return kept
+
+
+def _openmp() -> tuple[int, int]:
+    """Addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch uses: one pool of threads, not two
+    that take each other's cores. Raises NativeError."""
+    torch_ = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    try:
+        found = [ctypes.cast(torch_[name], ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_num_threads")]
+    except AttributeError:
+        raise NativeError("this build of torch has another OpenMP runtime than GNU's") from None
+    return found[0] or 0, found[1] or 0
+
+
+# ---- weights
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as kernels.c reads it. data: (tiles, blocks, 2, bytes), uint8."""
+
+    data: torch.Tensor
+    out: int
+    columns: int
+    bits: int
+
+    def matrix(self) -> Matrix:
+        return Matrix(self.data.data_ptr(), self.out, self.columns, self.bits)
+
+
+def packed(*tensors: Tensor) -> Packed:
+    """One matrix of the tensors' rows one after the other: of 4 bits if all of them are, else of 8. Rows are filled up
+    with zeros to whole tiles."""
+    blocks = [tensor.blocks() for tensor in tensors]
+    bits = 4
+    if None in blocks:
+        bits, blocks = 8, [tensor.octets() for tensor in tensors]
+    levels, scale, minimum = (torch.cat(part) for part in zip(*blocks, strict=True))
+    out, columns = levels.shape
+    more = -out % TILE
+    levels, scale, minimum = (torch.nn.functional.pad(part, (0, 0, 0, more)) for part in (levels, scale, minimum))
+    faces, count = (out + more) // LANES, columns // BLOCK
+    groups = levels.view(faces, LANES, count, 8, 4).permute(0, 2, 3, 1, 4).reshape(faces, count, 8, LANES * 4)
+    if bits == 4:
+        groups = groups[:, :, :4] | groups[:, :, 4:] << 4
+    facts = [part.view(faces, LANES, count).transpose(1, 2).half().contiguous() for part in (scale, minimum)]
+    data = torch.cat([groups.flatten(2), *[part.view(torch.uint8) for part in facts]], -1)
+    data = data.view(faces // 2, 2, count, -1).transpose(1, 2).contiguous()
+    return Packed(data, out + more, columns, bits)
+
+
+# What a layer has, and what else a file has: one with other tensors is of a model that these kernels do not know.
+PARTS = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
+OTHERS = {"token_embd.weight", "output_norm.weight", "output.weight"}
+
+
+def reads(file: File) -> bool:
+    """These kernels know this file's shapes, and this machine the kernels."""
+    if not _fits(file):
+        return False
+    if why := reason():
+        log.warning("the model runs in torch's own operators, several times slower than in our kernels: %s", why)
+    return why is None
+
+
+def _fits(file: File) -> bool:
+    said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
+    if said.get("general.architecture") != "llama" or said.get("rope.scaling.type", "none") != "none":
+        return False
+    layers = {f"blk.{index}.{part}.weight" for index in range(said["block_count"]) for part in PARTS}
+    heads = said["attention.head_count"]
+    group, rest = divmod(heads, said.get("attention.head_count_kv", heads))
+    dim = said.get("attention.key_length", said["embedding_length"] // heads)
+    inputs = [tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2]
+    return (
+        layers <= file.tensors.keys() <= layers | OTHERS
+        and not rest
+        and group <= MOST_GROUP
+        and said.get("rope.dimension_count", dim) == dim == said.get("attention.value_length", dim)
+        and dim % BLOCK == 0
+        and dim <= MOST_HEAD
+        and not any(count % BLOCK for count in inputs)
+    )
+
+
+class Native:
+    """The engine's runner of a GGUF file. Raises NativeError, GGUFError."""
+
+    exact = True
+    kind = "int4+int8"
+
+    def __init__(self, file: File, threads: int) -> None:
+        self._library = library()
+        said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
+        tensors = file.tensors
+        heads, width = said["attention.head_count"], said["embedding_length"]
+        kv_heads = said.get("attention.head_count_kv", heads)
+        dim = said.get("attention.key_length", width // heads)
+        self.context: int = said["context_length"]
+        self._held: list[Any] = []  # what the structures point to
+        self.bytes = 0
+
+        def matrix(*names: str) -> Matrix:
+            made = packed(*[tensors[f"{name}.weight"] for name in names])
+            self._held.append(made)
+            self.bytes += made.data.nbytes
+            return made.matrix()
+
+        def floats(values: torch.Tensor) -> int:
+            self._held.append(values := values.float().contiguous())
+            return values.data_ptr()
+
+        def layer(at: str) -> Layer:
+            return Layer(
+                norm=floats(tensors[f"{at}.attn_norm.weight"].dense()),
+                qkv=matrix(f"{at}.attn_q", f"{at}.attn_k", f"{at}.attn_v"),
+                output=matrix(f"{at}.attn_output"),
+                mlp_norm=floats(tensors[f"{at}.ffn_norm.weight"].dense()),
+                gate_up=matrix(f"{at}.ffn_gate", f"{at}.ffn_up"),
+                down=matrix(f"{at}.ffn_down"),
+            )
+
+        layers = [layer(f"blk.{index}") for index in range(said["block_count"])]
+        table = matrix("token_embd")
+        speeds = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
+        angles = torch.arange(self.context).float()[:, None] * speeds
+        parallel, team = _openmp()
+        self._model = Model(
+            layers=len(layers),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            threads=threads,
+            epsilon=said["attention.layer_norm_rms_epsilon"],
+            layer=(Layer * len(layers))(*layers),
+            table=table,
+            head=matrix("output") if "output.weight" in tensors else table,
+            norm=floats(tensors["output_norm.weight"].dense()),
+            turns=floats(torch.stack([angles.cos(), angles.sin()], -1)),
+            parallel=parallel,
+            team=team,
+        )
+        self._vocab = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"].shape[0]
+        wide = max(width, heads * dim)
+        hidden = tensors["blk.0.ffn_down.weight"].shape[1]
+        # One step's rows between its layers.
+        self._scratch = {
+            f"{of}_{name}": torch.empty(MOST_ROWS, size, dtype=dtype)
+            for of, inputs in (("digits", wide), ("hidden", hidden))
+            for name, size, dtype in (
+                ("high", inputs, torch.int8),
+                ("low", inputs, torch.int8),
+                ("units", inputs // BLOCK * 4, torch.float32),
+            )
+        } | {
+            "x": torch.empty(MOST_ROWS, width),
+            "qkv": torch.empty(MOST_ROWS, (heads + 2 * kv_heads) * dim),
+            "jobs": torch.empty(self._library.lab_phases(self._model), dtype=torch.int32),
+        }
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        m = self._model
+        return int(m.layers * 2 * m.kv_heads * m.head_dim * 2)
+
+    def allocate(self, pages: int) -> None:
+        m = self._model
+        self._pool = torch.zeros(m.layers, pages, m.kv_heads * 2 * PAGE_TOKENS * m.head_dim, dtype=torch.float16)
+        m.pool, m.pages = self._pool.data_ptr(), pages
+
+    def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+        positions = [place for span in spans for place in range(span.start, span.stop)]
+        owners = [owner for owner, span in enumerate(spans) for _ in range(span.start, span.stop)]
+        ends, at = [], -1
+        for span in spans:
+            at += span.stop - span.start
+            ends.append(at)
+        return self._forward(ids, positions, owners, [span.pages for span in spans], ends)
+
+    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+        return self._forward(ids, range(len(ids)), [0] * len(ids), [pages], range(len(ids)))
+
+    def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
+        return self._forward(ids, positions, range(len(ids)), pages, range(len(ids)))
+
+    def wipe(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self._pool[:, page].zero_()
+
+    def _forward(
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        owners: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        asked: Sequence[int],
+    ) -> torch.Tensor:
+        """Logits of the rows `asked`, ascending, as (asked, vocab). owners: each row's line of `pages`."""
+        columns = max(len(row) for row in pages)
+        table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in pages], dtype=torch.int32)
+        logits = torch.empty(len(asked), self._model.head.out)
+        done = 0
+        for first in range(0, len(ids), MOST_ROWS):
+            part = slice(first, first + MOST_ROWS)
+            last = [row - first for row in asked[done:] if row < part.stop] if done < len(asked) else []
+            given = {
+                "ids": torch.tensor(ids[part], dtype=torch.int64),
+                "positions": torch.tensor(positions[part], dtype=torch.int32),
+                "owners": torch.tensor(owners[part], dtype=torch.int32),
+                "pages": table,
+                "last": torch.tensor(last, dtype=torch.int32),
+                "logits": logits[done:],
+            }
+            self._scratch["jobs"].zero_()
+            pointers = {name: tensor.data_ptr() for name, tensor in (self._scratch | given).items()}
+            step = Step(rows=len(given["ids"]), wanted=len(last), columns=columns, **pointers)
+            self._library.lab_step(self._model, step)
+            done += len(last)
+        return logits[:, : self._vocab]
