@@ -19,7 +19,8 @@ class Answer:
     """One request. Times are seconds of one monotonic clock.
 
     `events` are the arrivals of events that carried content: the first is the first token (TTFT is counted from
-    `began`, before the connection is taken), the gaps between them are the inter-token latency (ITL).
+    `began`, before the connection is taken), the gaps between them are the inter-token latency (ITL): of several tokens
+    where an event holds them, as the model service's do when it has many streams.
     """
 
     scenario: str

@@ -204,7 +204,7 @@ def _table(metrics: dict[str, dict[str, float | int]], rows: dict[str, str]) -> 
 def _throughput(result: dict[str, Any]) -> list[str]:
     rows = {
         "ttft_seconds": "first token, s (TTFT)",
-        "inter_token_seconds": "between tokens, s (ITL)",
+        "inter_token_seconds": "between events, s (ITL)",
         "end_to_end_seconds": "whole answer, s",
         "tokens_per_second": "tokens/s of one answer, decode",
     }

@@ -24,7 +24,7 @@ from .choice import Choice
 from .embedding import Embedder
 from .engine import Request
 from .envelope import Endpoint, EventStream, Json, Record, Service, read_json, sse, until_gone
-from .generator import Generator, Work, late, progress
+from .generator import Flow, Generator, Work, late
 from .grammar import ANY_OBJECT, GrammarError, Grammars, Schema, TokenGrammar, answer_source
 from .sampling import Sampling
 from .tally import Used
@@ -151,7 +151,7 @@ async def answer(
     shown = asked.shown is not None
     choices = [Choice(index, model.text, asked.stops, logprobs=shown, calls=calls()) for index in range(len(requests))]
     record.work = work = Work(requests, each)
-    pieces = progress(model, work, choices, record)
+    pieces = model.run(Flow(work, choices, record, stream=bool(asked.stream)))
     # The first event decides between an error's status and 200: after it only the stream itself can tell.
     first = await until_gone(http.receive, anext(pieces))
     if asked.stream:

@@ -30,6 +30,11 @@ COMPILE_SECONDS = 10
 MOST_COMPILING = 16
 # The gauges are at most this old.
 MEASURE_SECONDS = 0.5
+# A write costs the cores that the engine computes on: 0.5 ms over all processes on the way through Serve's HTTP proxy,
+# where a token of 32 streams takes 1.5 ms of the engine's. Together the streams write about so often a second: a token
+# waits for those that follow it, the longer the more streams there are, and never longer than this.
+WRITES_A_SECOND = 320
+LONGEST_WAIT_SECONDS = 0.1
 
 # `sum` over the replicas of a model, each a process.
 RUNNING = Gauge("model_running", "Requests in the batch.", ["model"], multiprocess_mode="livesum")
@@ -76,6 +81,80 @@ class Work:
         return Used(prompt, sum(tokens), cached)
 
 
+class Flow:
+    """One call of the API while it is answered: the engine's events in, pieces out, gathered until they leave."""
+
+    def __init__(self, work: Work, choices: Sequence[Choice], record: Record, *, stream: bool) -> None:
+        self.work, self.stream = work, stream
+        self.woken = asyncio.Event()  # it is time to take what there is
+        self.begun = False  # something was taken
+        self.left = len(choices)
+        self.error: Exception | None = None
+        self._choices, self._record = choices, record
+        self._counts = [0] * len(choices)
+        self._pieces: list[Piece] = []
+        self._last: dict[int, Piece] = {}  # of each choice, of those in `_pieces`
+
+    def take(self) -> list[Piece]:
+        """What has gathered, at most a piece for each choice, but for tool calls."""
+        self.woken.clear()
+        pieces, self._pieces, self._last = self._pieces, [], {}
+        self.begun = self.begun or bool(pieces)
+        return pieces
+
+    def push(self, index: int, event: Event) -> bool:
+        """What the engine brought choice `index`; whether the engine may forget its request.
+
+        Stop strings and tool calls are found here and now: an answer that has ended makes no more tokens, and its end
+        waits for nobody.
+        """
+        choice = self._choices[index]
+        if choice.ended or self.error or not self.left:
+            return False
+        if self._record.ttft is None:
+            self._record.ttft = time.monotonic() - self._record.started
+        if event.error:
+            self.end(event.error)
+            return False
+        # Of what was delivered: the engine may be steps ahead when a stop string is found here.
+        count = len(event.tokens) + (event.finish == "stop")
+        self._record.completion_tokens += count
+        self._counts[index] += count
+        piece = choice.push(event)
+        if piece is None:
+            return False
+        self._add(piece)
+        if piece.finish:
+            self.left -= 1
+            self.work.counted[index] = self._counts[index]
+            self.woken.set()
+        return bool(piece.finish and not event.finish)
+
+    def end(self, error: Exception) -> None:
+        """There is no more than what has gathered, and this."""
+        self.error = error
+        self.woken.set()
+
+    def close(self) -> None:
+        """Nobody takes anything any more."""
+        self.left = 0
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._pieces) and not self.woken.is_set()
+
+    def _add(self, piece: Piece) -> None:
+        last = self._last.get(piece.index)
+        if last is None or last.calls or piece.calls:
+            self._pieces.append(piece)
+            self._last[piece.index] = piece
+            return
+        last.text += piece.text
+        last.finish = piece.finish
+        if last.scored is not None:
+            last.scored += piece.scored or ()
+
+
 class Generator:
     """One chat or base model: tokenizer, engine, and the way between the engine's thread and the event loop."""
 
@@ -86,7 +165,10 @@ class Generator:
         self.stop_ids: frozenset[int] = frozenset()
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inboxes: dict[Request, tuple[asyncio.Queue[tuple[int, Event]], int, Work]] = {}
+        self._flows: dict[Request, tuple[Flow, int]] = {}  # of requests that the engine has not let go, whose they are
+        self._streams = 0  # that have begun
+        self._held: set[Flow] = set()  # streams with pieces that wait for the next `_release`
+        self._release_at: asyncio.TimerHandle | None = None
         self._grammars: Grammars | None = None
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling = 0
@@ -114,42 +196,74 @@ class Generator:
 
     def _sort(self, events: list[Event]) -> None:
         for event in events:
-            if found := self._inboxes.get(event.request):
-                found[0].put_nowait((found[1], event))
-                if event.finish or event.error:
-                    del self._inboxes[event.request]
-                    found[2].end(event.request)
+            if not (found := self._flows.get(event.request)):
+                continue
+            flow, index = found
+            try:
+                if flow.push(index, event):
+                    self.engine.cancel(event.request)
+            except Exception as error:
+                flow.end(error)  # its own fault, not that of the others in this step
+            if event.finish or event.error:
+                del self._flows[event.request]
+                flow.work.end(event.request)
+            if flow.waiting and not flow.begun:
+                flow.woken.set()  # the first token never waits
+            elif flow.waiting and flow.stream:
+                self._held.add(flow)
+        if self._held and self._release_at is None:
+            # A stream that is alone waits for nobody.
+            wait = min((self._streams - 1) / WRITES_A_SECOND, LONGEST_WAIT_SECONDS)
+            if wait <= 0:
+                self._release()
+            else:
+                self._release_at = asyncio.get_running_loop().call_later(wait, self._release)
 
-    async def run(self, work: Work) -> AsyncGenerator[list[tuple[int, Event]]]:
-        """Submit all requests and yield what has come, with the request's index, until all have ended.
+    def _release(self) -> None:
+        """All streams together: one wake-up of the process, not one for each."""
+        self._release_at = None
+        for flow in self._held:
+            flow.woken.set()
+        self._held.clear()
+
+    async def run(self, flow: Flow) -> AsyncGenerator[list[Piece]]:
+        """Submit the call's requests and yield its pieces as they come, until all have ended. Raises WireError when the
+        engine gives up.
 
         However the caller leaves, the places of the unfinished are freed before the engine's next step.
         """
         self._loop = asyncio.get_running_loop()
-        requests = work.requests
-        inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._inboxes |= {request: (inbox, index, work) for index, request in enumerate(requests)}
-        open_ = set(requests)
-        try:
-            self.engine.submit(*requests)
-        except BaseException:
-            for request in requests:
-                del self._inboxes[request]
-            raise
-        work.begin()
-        try:
-            while open_:
-                # What has gathered while this task could not run goes on its way together.
-                come = [await inbox.get()]
-                while not inbox.empty():
-                    come.append(inbox.get_nowait())
-                for _, event in come:
-                    if event.finish or event.error:
-                        open_.discard(event.request)
-                yield come
-        finally:
-            if open_:
-                self.engine.cancel(*open_)
+        requests = flow.work.requests
+        with on_the_wire(requests):
+            self._flows |= {request: (flow, index) for index, request in enumerate(requests)}
+            try:
+                self.engine.submit(*requests)
+            except BaseException:
+                for request in requests:
+                    del self._flows[request]
+                raise
+            flow.work.begin()
+            counted = 0
+            try:
+                ended = False
+                while not ended:
+                    await flow.woken.wait()
+                    ended, pieces = not flow.left, flow.take()
+                    if flow.stream and flow.begun and not counted:
+                        counted = 1
+                        self._streams += 1
+                    if pieces:
+                        yield pieces
+                    if flow.error:
+                        raise flow.error
+            finally:
+                flow.close()
+                self._streams -= counted
+                if not self._streams and self._release_at:
+                    self._release_at.cancel()
+                    self._release()
+                if open_ := [request for request in requests if request in self._flows]:
+                    self.engine.cancel(*open_)
 
     async def grammar(self, build: Callable[[Grammars], T]) -> T:
         """Compile away from the event loop, a few at a time. Raises BadRequestError, BusyError or what `build` does."""
@@ -179,41 +293,6 @@ class Generator:
         KV_USED.labels(self.name).set(stats.pages_used / stats.pages_total)
         FAULTS.labels(self.name).set(stats.faults)
         PREEMPTED.labels(self.name).set(stats.preempted)
-
-
-async def progress(model: Generator, work: Work, choices: list[Choice], record: Record) -> AsyncGenerator[list[Piece]]:
-    """The answer's pieces as they come. Raises WireError when the engine gives up."""
-    left, requests = len(choices), work.requests
-    counts = [0] * left
-    async with contextlib.aclosing(model.run(work)) as run:
-        with on_the_wire(requests):
-            async for come in run:
-                if record.ttft is None:
-                    record.ttft = time.monotonic() - record.started
-                pieces = []
-                for index, event in come:
-                    choice = choices[index]
-                    if choice.ended:
-                        continue
-                    if event.error:
-                        raise event.error
-                    # Of what was delivered: the engine may be steps ahead when a stop string is found here.
-                    count = len(event.tokens) + (event.finish == "stop")
-                    record.completion_tokens += count
-                    counts[index] += count
-                    piece = choice.push(event)
-                    if piece is None:
-                        continue
-                    pieces.append(piece)
-                    if piece.finish:
-                        left -= 1
-                        work.counted[index] = counts[index]
-                        if not event.finish:
-                            model.engine.cancel(requests[index])
-                if pieces:
-                    yield pieces
-                if not left:
-                    return
 
 
 @contextlib.contextmanager
