@@ -321,7 +321,7 @@ async def test_a_fault_in_one_answer_leaves_the_others_alone(stage: Stage) -> No
 
 
 async def test_streams_together_say_what_each_says_alone() -> None:
-    """Through engine and application: text, logprobs and usage of 48 streams are what the same questions get as JSON."""
+    """Through engine and application: 48 streams say what the same questions get as JSON, logprobs and usage too."""
     app = InProcess()
     try:
         fields = [

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -15,13 +16,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from .catalogue import CatalogueError, Entry, load_catalogue, locate
+from .front import Front, FrontError, binary
 from .settings import AppArgs, CatalogueArgs, Settings
 
 ABSENT = Path(__file__).with_name("absent")  # packages that our processes shall not find
+CATALOGUE = "catalogue"  # the application at /
 WRONG_SETTING = 2
 FAILED = 1
 
@@ -49,9 +53,10 @@ def main() -> int:
     stop_on_signals(ended)
     # Sockets lie in Ray's folder and their paths may not exceed 107 bytes: never deep inside a repository.
     folder = settings.ray_dir or Path(tempfile.mkdtemp(prefix="lab-ray-"))
-    prepare_environment()
+    haproxy = binary()
+    prepare_environment(direct=haproxy is not None)
     try:
-        return run(settings, entries, folder, ended)
+        return run(settings, entries, folder, ended, haproxy)
     finally:
         for _ in range(20 if settings.ray_dir is None else 0):  # Ray's last processes may still write for a moment
             shutil.rmtree(folder, ignore_errors=True)
@@ -60,8 +65,23 @@ def main() -> int:
             time.sleep(0.1)
 
 
-def prepare_environment() -> None:
-    """What Ray, transformers and the replicas read from the environment; the raylet's children inherit it."""
+def prepare_environment(*, direct: bool) -> None:
+    """What Ray, transformers and the replicas read from the environment; the raylet's children inherit it.
+
+    direct: replicas speak HTTP themselves, behind a `Front`.
+    """
+    if direct:
+        # A range of its own: where a replica has died, none of another service on this machine shall appear.
+        lowest = random.randrange(20_000, 31_000, 50)  # noqa: S311
+        os.environ |= {
+            "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(lowest),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(lowest + 1000),
+            # The front takes no new request before the replicas are told to end.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            # All of ours is asynchronous: a loop of its own would cost a hop between threads for each write.
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        }
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Whoever can reach Ray's ports could run code in it (CVE-2023-48022): a token that only our processes have.
@@ -86,7 +106,9 @@ def prepare_environment() -> None:
     }
 
 
-def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading.Event) -> int:
+def run(
+    settings: Settings, entries: list[Entry], folder: Path, ended: threading.Event, haproxy: str | None = None
+) -> int:
     # Only now, with the environment prepared.
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
@@ -109,6 +131,7 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
         log_to_driver=False,
     )
     stop_on_signals(ended)  # again: ray.init puts a handler of its own in their place
+    front = None
     try:
         gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
         if settings.device == "cuda" and not gpus:
@@ -116,9 +139,22 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
             return WRONG_SETTING
         copies = sum(entry.replicas for entry in entries if (entry.device or settings.device) != "cpu")
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        # Where there is no front, Serve's own HTTP process has its place.
+        host, port = settings.host, settings.port
+        if haproxy:
+            host, port = "127.0.0.1", free_port()
+            front = Front(
+                haproxy,
+                folder,
+                host=settings.host,
+                port=settings.port,
+                serve_port=port,
+                routes={CATALOGUE: ("/", 1)} | {entry.id: (f"/m/{entry.id}", entry.replicas) for entry in entries},
+            )
+            front.start()
         serve.start(
             proxy_location="HeadOnly",
-            http_options=HTTPOptions(host=settings.host, port=settings.port, keep_alive_timeout_s=75),
+            http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
             logging_config=quiet,
         )
         own = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
@@ -130,7 +166,7 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
         shared |= {"log_format": form, "log_pipe": relay_log(folder / "log"), "metrics_dir": metrics}
         catalogue = build_catalogue(CatalogueArgs(entries=entries, address=f"http://{own}:{settings.port}", **shared))
         # The catalogue first: it tells who asks that the models are still loading.
-        serve.run_many([serve.RunTarget(catalogue, "catalogue", "/", quiet)])
+        serve.run_many([serve.RunTarget(catalogue, CATALOGUE, "/", quiet)])
         serve.run_many(
             [
                 serve.RunTarget(
@@ -150,12 +186,15 @@ def run(settings: Settings, entries: list[Entry], folder: Path, ended: threading
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        return watch(settings, entries, started, ended)
+        return watch(settings, entries, started, ended, front)
+    except FrontError as error:
+        say(str(error))
+        return FAILED
     finally:
-        stop()
+        stop(front)
 
 
-def stop() -> None:
+def stop(front: Front | None) -> None:
     """Let running answers end, then end Ray. A model that is still loading has none, and would not hear of it."""
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
@@ -166,9 +205,13 @@ def stop() -> None:
     with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence), contextlib.suppress(Exception):
         loading = any(status.status == "DEPLOYING" for status in serve.status().applications.values())
         print(f"model: stopping{'' if loading else ', running answers may end'}", file=out, flush=True)
+        if front:
+            front.drain()
         if not loading:
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+    if front:
+        front.stop()
     say("stopped")
 
 
@@ -195,7 +238,27 @@ def relay_log(pipe: Path) -> Path:
     return pipe
 
 
-def watch(settings: Settings, entries: list[Entry], started: float, ended: threading.Event) -> int:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def replica_ports() -> dict[str, list[int]]:
+    """Where Serve's replicas speak HTTP, by application; of one without replicas the port of Serve's HTTP process.
+
+    What Serve tells its own HAProxy. Its dashboard has the same as HTTP, and does not run here.
+    """
+    import ray  # noqa: PLC0415
+    from ray.serve.context import _get_global_client  # noqa: PLC0415
+
+    client: Any = _get_global_client()
+    groups = ray.get(client._controller.get_target_groups.remote(), timeout=5)
+    return {group.app_name: [target.port for target in group.targets] for group in groups}
+
+
+def watch(settings: Settings, entries: list[Entry], started: float, ended: threading.Event, front: Front | None) -> int:
     """Say what loads, then stay until a signal. A model that cannot load, or a dead Ray, ends the service."""
     from ray import serve  # noqa: PLC0415
 
@@ -205,9 +268,16 @@ def watch(settings: Settings, entries: list[Entry], started: float, ended: threa
     while not ended.wait(0.5 if waiting else 5):
         try:
             applications = serve.status().applications
+            ports = replica_ports() if front else {}
         except Exception as error:
             say(f"Ray does not answer any more: {error}")
             return FAILED
+        if front:
+            try:
+                front.aim(ports)
+            except FrontError as error:
+                say(str(error))
+                return FAILED
         for name in sorted(waiting):
             seconds = time.monotonic() - started
             status = applications[name]

