@@ -79,8 +79,6 @@ def prepare_environment(*, direct: bool) -> None:
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(lowest + 1000),
             # The front takes no new request before the replicas are told to end.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-            # All of ours is asynchronous: a loop of its own would cost a hop between threads for each write.
-            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         }
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -33,8 +33,8 @@ MEASURE_SECONDS = 0.5
 # A write costs the cores that the engine computes on: 0.5 ms over all processes on the way through Serve's HTTP proxy,
 # where a token of 32 streams takes 1.5 ms of the engine's. Together the streams write about so often a second: a token
 # waits for those that follow it, the longer the more streams there are, and never longer than this.
-WRITES_A_SECOND = 320
-LONGEST_WAIT_SECONDS = 0.1
+WRITES_A_SECOND = 640
+LONGEST_WAIT_SECONDS = 0.05
 
 # `sum` over the replicas of a model, each a process.
 RUNNING = Gauge("model_running", "Requests in the batch.", ["model"], multiprocess_mode="livesum")
