@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 import tiny
 import yaml
 from conftest import MODEL_START_SECONDS
-from lab_model.front import Front, FrontError, binary
+from lab_model.front import Front, FrontError, Route, binary
 from processes import Process, free_port, process, python
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
@@ -46,6 +47,10 @@ class Named(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(said)
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -65,12 +70,16 @@ def named(name: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def front(folder: Path, serve_port: int) -> Iterator[tuple[Front, str]]:
+def front(folder: Path, serve_port: int, **more: int) -> Iterator[tuple[Front, str]]:
     port = free_port()
     program = binary()
     assert program is not None
-    routes = {"catalogue": ("/", 1), "one": ("/m/one", 2), "one-more": ("/m/one-more", 1)}
-    made = Front(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, routes=routes)
+    routes = {
+        "catalogue": Route("/"),
+        "one": Route("/m/one", 2, ["/v1/ask"]),
+        "one-more": Route("/m/one-more", 1, ["/v1/ask", "/v1/tell"]),
+    }
+    made = Front(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, routes=routes, **more)
     made.start()
     try:
         yield made, f"http://127.0.0.1:{port}"
@@ -94,6 +103,42 @@ def test_paths_lead_to_their_replicas(tmp_path: Path) -> None:
         eventually(lambda: {asked(f"{url}/m/one/x") for _ in range(6)} == {"a /m/one/x", "b /m/one/x"}, 10)
         eventually(lambda: {asked(f"{url}/m/one-more/x?y=1") for _ in range(6)} == {"c /m/one-more/x?y=1"}, 10)
         assert asked(f"{url}/m/oneself/x") == "catalogue /m/oneself/x"
+
+
+def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None:
+    """Where its replicas are there and the endpoint is one of its kind; all else is the catalogue's."""
+    with (
+        named("serve") as serve, named("catalogue") as catalogue, named("a") as a, named("b") as b,
+        front(tmp_path, serve) as (made, url),
+    ):  # fmt: skip
+
+        def told(path: str, content: bytes) -> str:
+            return httpx2.post(f"{url}{path}", content=content, timeout=5).text
+
+        made.aim({"catalogue": [catalogue], "one": [a]})
+        eventually(lambda: told("/v1/ask", b'{"x": {"model": "no"}, "model": "one"}') == "a /m/one/v1/ask", 10)
+        others = {
+            "/v1/tell": b'{"model": "one"}',  # not one of its endpoints
+            "/v1/ask": b'{"model": "one-more"}',  # it has no replica yet
+            "/v1/ask?1": b'{"model": "nobody"}',
+            "/v1/ask?2": b'{"model": 1}',
+            "/v1/ask?3": b"no JSON",
+            "/v1/ask?4": b"",
+            "/v1/ask?5": b'{"x": "' + 40_000 * b"x" + b'", "model": "one"}',
+        }
+        for path, content in others.items():
+            assert told(path, content) == f"catalogue {path}"
+        made.aim({"catalogue": [catalogue], "one": [a], "one-more": [b]})
+        eventually(lambda: told("/v1/tell", b'{"model": "one-more"}') == "b /m/one-more/v1/tell", 10)
+
+
+def test_a_body_that_does_not_come_is_a_408(tmp_path: Path) -> None:
+    with named("serve") as serve, front(tmp_path, serve, body_seconds=1) as (_, url):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+            line.sendall(b"POST /v1/ask HTTP/1.1\r\nhost: localhost\r\ncontent-length: 20\r\n\r\n{")
+            said = line.makefile("rb").read()
+        assert said.startswith(b"HTTP/1.1 408")
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
 
 def test_replicas_come_and_go(tmp_path: Path) -> None:
@@ -133,7 +178,7 @@ def test_a_taken_port_is_the_reason(tmp_path: Path) -> None:
         taken.listen()
         program = binary()
         assert program is not None
-        routes = {"catalogue": ("/", 1)}
+        routes = {"catalogue": Route("/")}
         port = taken.getsockname()[1]
         made = Front(program, tmp_path, host="127.0.0.1", port=port, serve_port=1, routes=routes)
         with pytest.raises(FrontError, match="front"):

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .catalogue import CatalogueError, Entry, load_catalogue, locate
-from .front import Front, FrontError, binary
+from .front import Front, FrontError, Route, binary
 from .settings import AppArgs, CatalogueArgs, Settings
 
 ABSENT = Path(__file__).with_name("absent")  # packages that our processes shall not find
@@ -118,7 +118,7 @@ def run(
     from ray.serve.config import HTTPOptions  # noqa: PLC0415
     from ray.serve.schema import LoggingConfig  # noqa: PLC0415
 
-    from .serve import build_app, build_catalogue  # noqa: PLC0415
+    from .serve import build_app, build_catalogue, endpoints  # noqa: PLC0415
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started = time.monotonic()
@@ -152,7 +152,8 @@ def run(
                 host=settings.host,
                 port=settings.port,
                 serve_port=port,
-                routes={CATALOGUE: ("/", 1)} | {entry.id: (f"/m/{entry.id}", entry.replicas) for entry in entries},
+                routes={CATALOGUE: Route("/")}
+                | {entry.id: Route(f"/m/{entry.id}", entry.replicas, endpoints(entry.kind)) for entry in entries},
             )
             front.start()
         serve.start(

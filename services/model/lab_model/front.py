@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -22,6 +23,7 @@ import orjson
 # One more than there should be: Serve starts a replica's successor before it has forgotten its port.
 SPARE = 1
 START_SECONDS = 10
+BODY_SECONDS = 30  # as a replica does
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 CONFIGURATION = """\
@@ -34,10 +36,10 @@ defaults
     mode http
     timeout connect 5s
     timeout http-request 30s
-    timeout http-keep-alive {keep_alive}s
+    timeout http-keep-alive 75s
     # A request that waits behind a full queue of long answers takes minutes; nothing may wait for ever.
-    timeout client {silence}s
-    timeout server {silence}s
+    timeout client 900s
+    timeout server 900s
     # A token is worth nothing late, nor an answer to somebody who left.
     option http-no-delay
     option abortonclose
@@ -49,6 +51,9 @@ defaults
 {errors}
 frontend front
     bind {host}:{port}
+    # What names its model in the body goes straight to it. Of a body larger than the buffer, 16 kB, nothing is known.
+    http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
+    http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}
 {rules}
     default_backend {default}
 """
@@ -60,6 +65,7 @@ backend {name}
 """
 # What HAProxy itself may have to say of those behind it, in the API's words.
 ERRORS = {
+    408: ("Request Timeout", f"The body did not come within {BODY_SECONDS} s."),
     500: ("Internal Server Error", "The model service failed on this request."),
     502: ("Bad Gateway", "The model broke off; it starts again by itself."),
     503: ("Service Unavailable", "The model service is starting."),
@@ -85,8 +91,17 @@ def binary() -> str | None:
     return found
 
 
+@dataclass(frozen=True)
+class Route:
+    """An application's way in. named_at: paths of requests whose body's `model` may name it."""
+
+    prefix: str
+    replicas: int = 1
+    named_at: Sequence[str] = ()
+
+
 class Front:
-    """The process. `routes`: path prefix and replicas of each application, by its name; `default` has none."""
+    """The process. `routes`: of each application, by its name; the one at / takes what no other does."""
 
     def __init__(
         self,
@@ -96,31 +111,38 @@ class Front:
         host: str,
         port: int,
         serve_port: int,
-        routes: Mapping[str, tuple[str, int]],
-        keep_alive_seconds: int = 75,
-        silence_seconds: int = 900,
+        routes: Mapping[str, Route],
+        body_seconds: int = BODY_SECONDS,
     ) -> None:
         self._program, self._folder = program, folder
         self._socket = folder / "front.sock"
         self._serve_port = serve_port
         self._backends = {name: f"b{number}" for number, name in enumerate(routes)}
         self._slots: dict[str, list[int | None]] = {
-            name: [None] * (replicas + SPARE) for name, (_, replicas) in routes.items()
+            name: [None] * (route.replicas + SPARE) for name, route in routes.items()
         }
-        rules, default = [], ""
-        for name, (prefix, _) in routes.items():
-            if prefix == "/":
-                default = self._backends[name]
-            else:
-                rules.append(f"    use_backend {self._backends[name]} if {{ path_beg {prefix}/ }}")
+        ups: list[str] = []
+        rewrites: list[str] = []
+        uses: list[str] = []
+        default = ""
+        for name, route in routes.items():
+            backend = self._backends[name]
+            if route.prefix == "/":
+                default = backend
+                continue
+            # While there is no replica, the application at / says so.
+            ups += [f"    acl up_{backend} srv_is_up({backend}/r{slot + 1})" for slot in range(route.replicas + SPARE)]
+            for path in route.named_at:
+                told = f"METH_POST {{ path {path} }} {{ var(txn.model) -m str {name} }} up_{backend}"
+                rewrites.append(f"    http-request set-path {route.prefix}%[path] if {told}")
+            uses.append(f"    use_backend {backend} if {{ path_beg {route.prefix}/ }}")
         text = CONFIGURATION.format(
             socket=self._socket,
-            keep_alive=keep_alive_seconds,
-            silence=silence_seconds,
+            body=body_seconds,
             errors="\n".join(f"    errorfile {status} {folder}/front-{status}.http" for status in ERRORS),
             host=host,
             port=port,
-            rules="\n".join(rules),
+            rules="\n".join(ups + rewrites + uses),
             default=default,
         )
         for name, slots in self._slots.items():
@@ -209,7 +231,8 @@ class Front:
 
 
 def _answer(status: int, reason: str, message: str) -> bytes:
-    code = "model_fault" if status == 500 else "model_unavailable"
-    body = orjson.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": code}})
+    type_ = "invalid_request_error" if status < 500 else "server_error"
+    code = {408: "request_timeout", 500: "model_fault"}.get(status, "model_unavailable")
+    body = orjson.dumps({"error": {"message": message, "type": type_, "param": None, "code": code}})
     head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + body

@@ -28,6 +28,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from . import __version__, tally, wire
+from .catalogue import Kind
 from .settings import AppArgs, CatalogueArgs
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ def reason(status: ApplicationStatusOverview) -> str:
     lines = [line for deployment in status.deployments.values() for line in deployment.message.splitlines()]
     errors = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
     return (errors or [status.message.strip()])[-1].rpartition("CatalogueError: ")[2][:500]
+
+
+def endpoints(kind: Kind) -> tuple[str, ...]:
+    """Where a request's `model` may name one of this kind."""
+    return ("/v1/embeddings",) if kind == "embedding" else ("/v1/chat/completions", "/v1/completions")
 
 
 def environment(metrics_dir: Path) -> dict[str, dict[str, str]]:
@@ -130,7 +136,7 @@ class Catalogue:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from .envelope import Endpoint, Service  # noqa: PLC0415
 
-        posts = dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/embeddings"), self.forward)
+        posts = dict.fromkeys((*endpoints("chat"), *endpoints("embedding")), self.forward)
         gets: dict[str, Endpoint] = {
             "/health": self.health,
             "/ready": self.ready,
@@ -223,7 +229,7 @@ class Catalogue:
             )
         self._check_ready(found)
         path = http.url.path
-        if (path == "/v1/embeddings") != (found["kind"] == "embedding"):
+        if path not in endpoints(found["kind"]):
             raise wire.BadRequestError(f"{name} is of kind {found['kind']}: {path} does not take it.", param="model")
         record = http.scope["record"]
         if self._session is None:
