@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from lab_model.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, Flow, Gen
 from lab_model.sampling import Logprob
 from lab_model.text import Text
 from lab_model.tools import CALL_BEGIN, ForcedCalls, ending
+from starlette.types import Message
 
 STREAMS = 150  # so many that only its limit bounds the wait
 STEP_SECONDS = 0.02
@@ -151,9 +154,11 @@ async def test_many_streams_write_seldom_and_lose_nothing(stage: Stage) -> None:
     for one in many:
         await stage.step(Event(one.requests[0], [], "length"))
     expected = stage.text.decode(tokens)
+    # This machine itself may have stood still for so long.
+    slack = SOON + max(b - a for a, b in itertools.pairwise(came)) - STEP_SECONDS
     for one in many:
         assert one.text == expected
-        assert one.writes[0][0] - came[0] < SOON, "the first token waited"
+        assert one.writes[0][0] - came[0] < slack, "the first token waited"
         assert one.pieces[-1].finish == "length"
         out = ""
         late = []
@@ -164,7 +169,7 @@ async def test_many_streams_write_seldom_and_lose_nothing(stage: Stage) -> None:
             late.append((known, at))
         shown = 0
         for known, at in late:
-            assert at - came[shown] < LONGEST_WAIT_SECONDS + SOON, "a token waited too long"
+            assert at - came[shown] < LONGEST_WAIT_SECONDS + slack, "a token waited too long"
             shown = min(known, len(tokens) - 1)
     writes = sum(len(one.writes) for one in many)
     assert writes <= STREAMS * (seconds / LONGEST_WAIT_SECONDS + 3)
@@ -342,3 +347,32 @@ async def test_streams_together_say_what_each_says_alone() -> None:
             assert [chunks[-1]["usage"][name] for name in counts] == [whole["usage"][name] for name in counts]
     finally:
         await app.close()
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_what_begins_and_ends_an_answer_has_no_write_of_its_own(choices: int) -> None:
+    """Who speaks leaves with the first words; what was used, with the end."""
+    app, writes = InProcess(), list[bytes]()
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "n": choices,
+            "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+    asked = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+    async def receive() -> Message:
+        return asked.pop() if asked else await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        writes.extend(filter(None, [message.get("body")]))
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    try:
+        await app.app(scope, receive, send)
+    finally:
+        await app.close()
+    first, *_, last = ([line.removeprefix(b"data: ") for line in write.splitlines() if line] for write in writes)
+    opened = [json.loads(event)["choices"][0] for event in first]
+    assert [choice["delta"].get("role") for choice in opened[:choices]] == choices * ["assistant"]
+    assert opened[choices]["delta"]["content"]
+    *_, used, done = last
+    assert json.loads(used)["usage"]["completion_tokens"] == 3 * choices
+    assert done == b"[DONE]"
