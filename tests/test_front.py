@@ -19,12 +19,13 @@ import pytest
 import tiny
 import yaml
 from conftest import MODEL_START_SECONDS
-from lab_model.front import Front, FrontError, Route, binary
+from lab_model.front import REST_SECONDS, Front, FrontError, Route, binary
 from processes import Process, free_port, process, python
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
 
 MODEL = "pair"
+LARGE = 12_000_000  # bytes of an answer: more than the buffers on its way hold
 
 
 def eventually(true: Callable[[], bool], seconds: float) -> None:
@@ -42,6 +43,8 @@ class Named(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         said = f"{self.server.server_name} {self.path}".encode()  # type: ignore[attr-defined]
+        if self.path == "/large":
+            said = bytes(LARGE)
         self.send_response(200)
         self.send_header("content-length", str(len(said)))
         self.end_headers()
@@ -91,6 +94,13 @@ def asked(url: str) -> str:
     return httpx2.get(url, timeout=5).text
 
 
+def told(url: str, sent: bytes) -> bytes:
+    """What is answered to these bytes, until the front closes the connection."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as line:
+        line.sendall(sent)
+        return line.makefile("rb").read()
+
+
 def test_paths_lead_to_their_replicas(tmp_path: Path) -> None:
     """Two models of which one's id begins like the other's; what is no model's is the catalogue's."""
     with (
@@ -112,11 +122,11 @@ def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None
         front(tmp_path, serve) as (made, url),
     ):  # fmt: skip
 
-        def told(path: str, content: bytes) -> str:
+        def post(path: str, content: bytes) -> str:
             return httpx2.post(f"{url}{path}", content=content, timeout=5).text
 
         made.aim({"catalogue": [catalogue], "one": [a]})
-        eventually(lambda: told("/v1/ask", b'{"x": {"model": "no"}, "model": "one"}') == "a /m/one/v1/ask", 10)
+        eventually(lambda: post("/v1/ask", b'{"x": {"model": "no"}, "model": "one"}') == "a /m/one/v1/ask", 10)
         others = {
             "/v1/tell": b'{"model": "one"}',  # not one of its endpoints
             "/v1/ask": b'{"model": "one-more"}',  # it has no replica yet
@@ -127,16 +137,14 @@ def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None
             "/v1/ask?5": b'{"x": "' + 40_000 * b"x" + b'", "model": "one"}',
         }
         for path, content in others.items():
-            assert told(path, content) == f"catalogue {path}"
+            assert post(path, content) == f"catalogue {path}"
         made.aim({"catalogue": [catalogue], "one": [a], "one-more": [b]})
-        eventually(lambda: told("/v1/tell", b'{"model": "one-more"}') == "b /m/one-more/v1/tell", 10)
+        eventually(lambda: post("/v1/tell", b'{"model": "one-more"}') == "b /m/one-more/v1/tell", 10)
 
 
 def test_a_body_that_does_not_come_is_a_408(tmp_path: Path) -> None:
     with named("serve") as serve, front(tmp_path, serve, body_seconds=1) as (_, url):
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
-            line.sendall(b"POST /v1/ask HTTP/1.1\r\nhost: localhost\r\ncontent-length: 20\r\n\r\n{")
-            said = line.makefile("rb").read()
+        said = told(url, b"POST /v1/ask HTTP/1.1\r\nhost: localhost\r\ncontent-length: 20\r\n\r\n{")
         assert said.startswith(b"HTTP/1.1 408")
         assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
@@ -165,6 +173,43 @@ def test_what_it_says_itself_is_the_apis_envelope(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
 
 
+def test_http_2_is_not_spoken(tmp_path: Path) -> None:
+    """Nobody here needs it, and its streams come many to a connection: work without bound for whoever makes some."""
+    with named("serve") as serve, front(tmp_path, serve) as (_, url):
+        assert told(url, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
+    """MODEL_RAY_DIR is the user's: for HAProxy a blank ends a word, and # a line."""
+    folder = tmp_path / "it's #1 $HOME"
+    folder.mkdir()
+    with named("serve") as serve, front(folder, serve) as (_, url):
+        assert asked(f"{url}/x") == "serve /x"
+
+
+def test_who_still_reads_gets_the_rest(tmp_path: Path) -> None:
+    """The replica has said all, and ends; what lies on the way is not thrown away with the front."""
+    with named("serve") as serve, front(tmp_path, serve) as (made, url), httpx2.stream("GET", f"{url}/large") as answer:
+        parts = answer.iter_raw(65536)
+        got = len(next(parts))
+        made.drain()
+        stop = threading.Thread(target=made.stop)
+        stop.start()
+        time.sleep(0.3)
+        assert got + sum(map(len, parts)) == LARGE
+        stop.join()
+
+
+def test_a_drained_front_ends_although_somebody_stays(tmp_path: Path) -> None:
+    with named("serve") as serve, front(tmp_path, serve) as (made, url):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+            made.drain()
+            began = time.monotonic()
+            made.stop()
+            assert time.monotonic() - began < REST_SECONDS + 1
+        assert not made.alive
+
+
 def test_a_front_that_died_is_told(tmp_path: Path) -> None:
     with named("serve") as serve, front(tmp_path, serve) as (made, _):
         made.stop()
@@ -183,6 +228,22 @@ def test_a_taken_port_is_the_reason(tmp_path: Path) -> None:
         made = Front(program, tmp_path, host="127.0.0.1", port=port, serve_port=1, routes=routes)
         with pytest.raises(FrontError, match="front"):
             made.start()
+
+
+def test_two_fronts_do_not_share_a_port(tmp_path: Path) -> None:
+    """Two services that start at the same moment would: each would get some of the other's requests."""
+    (tmp_path / "other").mkdir()
+    with named("serve") as serve, front(tmp_path, serve) as (_, url):
+        program = binary()
+        assert program is not None
+        port = int(url.rpartition(":")[2])
+        routes = {"catalogue": Route("/")}
+        other = Front(program, tmp_path / "other", host="127.0.0.1", port=port, serve_port=serve, routes=routes)
+        try:
+            with pytest.raises(FrontError, match="front"):
+                other.start()
+        finally:
+            other.stop()
 
 
 # The service behind it
@@ -229,6 +290,7 @@ def test_answers_take_the_short_way_and_deaths_are_survived(service: Process) ->
     assert {each.laddr for each in haproxy.net_connections("tcp") if each.status == psutil.CONN_LISTEN} == {
         ("127.0.0.1", int(service.url.rpartition(":")[2]))
     }
+    assert not [name for name in haproxy.environ() if name.startswith("RAY_")], "it talks to strangers"
     replicas = processes_of(service, f"ServeReplica:{MODEL}")
     assert len(replicas) == 2
     # 1. The short way.

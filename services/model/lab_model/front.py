@@ -24,6 +24,7 @@ import orjson
 SPARE = 1
 START_SECONDS = 10
 BODY_SECONDS = 30  # as a replica does
+REST_SECONDS = 2  # for what lies on its way to slow readers when the replicas have ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 CONFIGURATION = """\
@@ -31,9 +32,13 @@ global
     nbthread 1
     # Connections are counted by it, two for each: else by what the system allows, which may be a million.
     fd-hard-limit 16384
-    stats socket {socket} mode 600 level admin
+    # Else a second service that starts at the same moment would listen here too, and each get some of the requests.
+    noreuseport
+    stats socket unix@front.sock mode 600 level admin
 defaults
     mode http
+    # Nobody here needs it, and its streams come many to a connection.
+    option disable-h2-upgrade
     timeout connect 5s
     timeout http-request 30s
     timeout http-keep-alive 75s
@@ -63,7 +68,7 @@ backend {name}
     # Serve's own way, where there is no replica: it waits for the next, and knows what loads.
     server serve 127.0.0.1:{serve_port} backup
 """
-# What HAProxy itself may have to say of those behind it, in the API's words.
+# What HAProxy itself may have to say, in the API's words. What is no HTTP it answers before it looks here.
 ERRORS = {
     408: ("Request Timeout", f"The body did not come within {BODY_SECONDS} s."),
     500: ("Internal Server Error", "The model service failed on this request."),
@@ -85,7 +90,7 @@ def binary() -> str | None:
         return None
     try:
         found: str = get_haproxy_binary()
-        subprocess.run([found, "-v"], check=True, capture_output=True, timeout=START_SECONDS)  # noqa: S603
+        subprocess.run([found, "-v"], check=True, capture_output=True, timeout=START_SECONDS, env={})  # noqa: S603
     except (OSError, subprocess.SubprocessError):  # not there, or for another C library
         return None
     return found
@@ -137,9 +142,8 @@ class Front:
                 rewrites.append(f"    http-request set-path {route.prefix}%[path] if {told}")
             uses.append(f"    use_backend {backend} if {{ path_beg {route.prefix}/ }}")
         text = CONFIGURATION.format(
-            socket=self._socket,
             body=body_seconds,
-            errors="\n".join(f"    errorfile {status} {folder}/front-{status}.http" for status in ERRORS),
+            errors="\n".join(f"    errorfile {status} front-{status}.http" for status in ERRORS),
             host=host,
             port=port,
             rules="\n".join(ups + rewrites + uses),
@@ -147,11 +151,11 @@ class Front:
         )
         for name, slots in self._slots.items():
             text += BACKEND.format(name=self._backends[name], count=len(slots), serve_port=serve_port)
-        self._configuration = folder / "front.cfg"
-        self._configuration.write_text(text)
+        (folder / "front.cfg").write_text(text)
         for status, (reason, message) in ERRORS.items():
             (folder / f"front-{status}.http").write_bytes(_answer(status, reason, message))
         self._process: subprocess.Popen[bytes] | None = None
+        self._drained = False
 
     @property
     def alive(self) -> bool:
@@ -163,9 +167,11 @@ class Front:
         log = (self._folder / "front.log").open("wb")
         self._socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(  # noqa: S603
-            [self._program, "-db", "-f", str(self._configuration)],
+            [self._program, "-db", "-f", "front.cfg"],
+            cwd=self._folder,  # its files name each other without it: for HAProxy some characters have a meaning
             stdout=log,
             stderr=log,
+            env={},  # it talks to strangers: Ray's token is not for it
             # A front whose service was killed would keep its port, and the next start would find it taken.
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
             # The terminal's Ctrl-C is for the service, which lets running answers end.
@@ -210,9 +216,14 @@ class Front:
         """Take no new connection; those whose answers run stay."""
         if self.alive and self._process:
             self._process.send_signal(signal.SIGUSR1)
+            self._drained = True
 
     def stop(self) -> None:
+        """End it; after `drain`, whoever still reads has a moment for the rest."""
         if self.alive and self._process:
+            if self._drained:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(REST_SECONDS)
             self._process.kill()
             self._process.wait()
 
