@@ -249,8 +249,8 @@ def test_two_fronts_do_not_share_a_port(tmp_path: Path) -> None:
 # The service behind it
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Process]:
+@contextlib.contextmanager
+def serving(tmp_path: Path, **more: str) -> Iterator[Process]:
     """One tiny model of two replicas."""
     row = {
         "id": MODEL,
@@ -262,10 +262,16 @@ def service(tmp_path: Path) -> Iterator[Process]:
     path = tmp_path / "models.yaml"
     path.write_text(yaml.safe_dump([row]))
     port = free_port()
-    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path), "MODEL_THREADS": "1"}
+    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path), "MODEL_THREADS": "1"} | more
     with process(
         "model", python("lab_model"), port=port, log_dir=tmp_path, env=env, ready="/ready", timeout=MODEL_START_SECONDS
     ) as started:
+        yield started
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Process]:
+    with serving(tmp_path) as started:
         yield started
 
 
@@ -357,3 +363,15 @@ def test_a_service_without_its_front_ends(service: Process) -> None:
     haproxy.kill()
     assert service.popen.wait(60) == 1
     assert "HAProxy has ended" in service.log.read_text()
+
+
+def test_answers_end_when_the_drain_says(tmp_path: Path) -> None:
+    """Serve itself would give each five seconds at least."""
+    with serving(tmp_path, MODEL_DRAIN_TIMEOUT_SECONDS="0.5") as service, stream(service, n=64) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        service.popen.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        with pytest.raises(httpx2.RemoteProtocolError):
+            list(lines)
+        assert time.monotonic() - began < 4

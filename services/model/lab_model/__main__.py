@@ -77,8 +77,9 @@ def prepare_environment(*, direct: bool) -> None:
             "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(lowest),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(lowest + 1000),
-            # The front takes no new request before the replicas are told to end.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            # The front takes no new request before the replicas are told to end. And to this Serve adds 5 s for the
+            # least that running answers get, whatever MODEL_DRAIN_TIMEOUT_SECONDS says.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "-5",
         }
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
