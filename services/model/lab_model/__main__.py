@@ -26,6 +26,7 @@ from .settings import AppArgs, CatalogueArgs, Settings
 
 ABSENT = Path(__file__).with_name("absent")  # packages that our processes shall not find
 CATALOGUE = "catalogue"  # the application at /
+LOOK_SECONDS = 30  # for Serve's controller, which a full machine may keep from its core for a while
 WRONG_SETTING = 2
 FAILED = 1
 
@@ -261,7 +262,7 @@ def replica_ports() -> dict[str, list[int]]:
     from ray.serve.context import _get_global_client  # noqa: PLC0415
 
     client: Any = _get_global_client()
-    groups = ray.get(client._controller.get_target_groups.remote(), timeout=5)
+    groups = ray.get(client._controller.get_target_groups.remote(), timeout=LOOK_SECONDS)
     return {group.app_name: [target.port for target in group.targets] for group in groups}
 
 
