@@ -250,8 +250,8 @@ class Poisoned:
 class NaN(Llama):
     """Our own forward, with NaN wherever token 7 goes: in its keys and values too, and so in all that follows it."""
 
-    def _embed(self, ids: torch.Tensor, few: bool) -> torch.Tensor:
-        return super()._embed(ids, few).masked_fill(ids[:, None] == 7, float("nan"))
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return super()._embed(ids).masked_fill(ids[:, None] == 7, float("nan"))
 
 
 def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:

@@ -4,7 +4,7 @@ All tokens of a step lie in one flat row, whoever they belong to: linear layers 
 own pages. Knows weights and tensors; knows nothing of requests, queues or files.
 
 Why not the model's own code: on two cores more than half of a decode step was small operators, masks and copies that
-transformers makes for every layer, and its linear layers know no kernel for few rows.
+transformers makes for every layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from .engine import Span
 from .graphs import Graphs, rounded
-from .linear import Linear, Norm, Quantized, Table
+from .linear import Linear, Norm
 from .pages import PAGE_TOKENS
 
 # From here on matrix products of all rows are faster than torch's attention, which treats each row and head alone.
@@ -41,10 +41,7 @@ class Layer:
 
 @dataclass
 class Weights:
-    """dtype: of the rows between the layers. rotations: (head_dim / 2,) inverse frequencies. head: with its norm.
-
-    few: up to so many rows decode by the layers' way for few.
-    """
+    """dtype: of the rows between the layers. rotations: (head_dim / 2,) inverse frequencies. head: with its norm."""
 
     dtype: torch.dtype
     heads: int
@@ -53,26 +50,26 @@ class Weights:
     context: int
     rotations: torch.Tensor
     rotation_scale: float
-    few: int
-    embedding: torch.Tensor | Table
+    embedding: torch.Tensor
     layers: list[Layer]
     head: Linear
 
     @property
     def bytes(self) -> int:
         linears = [part for layer in self.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        total = sum(part.bytes for part in [*linears, self.head])
-        return int(total + self.embedding.nbytes)
+        head = 0 if self.head.weight.data_ptr() == self.embedding.data_ptr() else self.head.bytes  # one for both
+        return sum(part.bytes for part in linears) + head + self.embedding.nbytes
 
 
 class Llama:
     """Weights with a pool of pages. `prefill` and `decode` give logits as (rows, vocab), float32."""
 
+    exact = False  # torch's products of few rows may round otherwise than those of many
+
     def __init__(self, weights: Weights, device: torch.device, kv_dtype: torch.dtype) -> None:
         """kv_dtype: of keys and values in the pool."""
         self._weights = w = weights
         self.device, self.dtype, self._kv_dtype = device, w.dtype, kv_dtype
-        self.exact = isinstance(w.head, Quantized)
         self.context = w.context
         angles = torch.arange(w.context, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
         # (context, head_dim / 2), complex: a head's pairs are turned by one product.
@@ -84,7 +81,7 @@ class Llama:
     @property
     def kind(self) -> str:
         """What the weights are, in a word."""
-        return "int4+int8" if self.exact else str(self.dtype).removeprefix("torch.")
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def bytes(self) -> int:
@@ -110,10 +107,10 @@ class Llama:
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
         """Compute the spans' tokens, `ids` one after the other; logits of each span's last token."""
         ends = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1
-        return self._logits(self._prefill(ids, spans).index_select(0, ends.to(self.device)), False)
+        return self._logits(self._prefill(ids, spans).index_select(0, ends.to(self.device)))
 
     def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
-        return self._logits(self._prefill(ids, [Span(0, len(ids), pages)]), False)
+        return self._logits(self._prefill(ids, [Span(0, len(ids), pages)]))
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         """One more token for each row. positions: their places in the rows' texts."""
@@ -126,8 +123,7 @@ class Llama:
             device=device,
         )
         groups = [self._group(members, positions, pages) for members in alike(positions)]
-        few = len(ids) <= self._weights.few
-        x = self._embed(torch.tensor(ids, device=device), few)
+        x = self._embed(torch.tensor(ids, device=device))
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
             if len(groups) == 1:
@@ -137,7 +133,7 @@ class Llama:
                 out[group.members] = self._look(layer, q[group.members], group)
             return out
 
-        return self._logits(self._through(x, where, write, attend, few), few)
+        return self._logits(self._through(x, where, write, attend))
 
     def step(
         self, ids: torch.Tensor, where: torch.Tensor, write: torch.Tensor, read: torch.Tensor, lengths: torch.Tensor
@@ -146,8 +142,8 @@ class Llama:
         hidden = self._columns[: read.shape[1] * PAGE_TOKENS] >= lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._kv_dtype, device=self.device).masked_fill_(hidden, -math.inf)
         group = Group(ids, read.flatten(), 0, mask[:, None, None], many=False)
-        x = self._through(self._embed(ids, False), where, write, lambda layer, q: self._look(layer, q, group), False)
-        return self._logits(x, False)
+        x = self._through(self._embed(ids), where, write, lambda layer, q: self._look(layer, q, group))
+        return self._logits(x)
 
     def wipe(self, pages: Sequence[int]) -> None:
         """Zero these pages: a masked NaN still spoils attention, because 0 * NaN is NaN."""
@@ -169,7 +165,7 @@ class Llama:
         read = torch.cat(owners).to(device)
         units = [list(cut(span)) for span in spans]
         masks = [[self._mask(start, stop) for start, stop in each] for each in units]
-        x = self._embed(torch.tensor(ids, device=device), False)
+        x = self._embed(torch.tensor(ids, device=device))
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
             q = q.to(self._kv_dtype)
@@ -188,23 +184,21 @@ class Llama:
                     at += stop - start
             return out.view(len(out), -1)
 
-        return self._through(x, where.to(device), write, attend, False)
+        return self._through(x, where.to(device), write, attend)
 
     def _mask(self, start: int, stop: int) -> torch.Tensor:
         """What tokens [start, stop) may see: (new, keys), 0 or -inf."""
         hidden = self._columns[:stop] > self._columns[start:stop, None]
         return torch.zeros(hidden.shape, dtype=self._kv_dtype, device=self.device).masked_fill_(hidden, -math.inf)
 
-    def _through(
-        self, x: torch.Tensor, where: torch.Tensor, write: torch.Tensor, attend: Attend, few: bool
-    ) -> torch.Tensor:
+    def _through(self, x: torch.Tensor, where: torch.Tensor, write: torch.Tensor, attend: Attend) -> torch.Tensor:
         """All layers. x: (tokens, width); where and write: (tokens,)."""
         w = self._weights
         rows, both = len(x), w.heads + w.kv_heads
         turns = self._turns[where][:, None]  # (tokens, 1, head_dim / 2)
         for index, layer in enumerate(w.layers):
             # 1. Queries, keys and values; the first two turned by their positions, as complex numbers.
-            qkv = layer.qkv(x, few).view(rows, -1, w.head_dim)
+            qkv = layer.qkv(x).view(rows, -1, w.head_dim)
             if layer.query_norm is not None and layer.key_norm is not None:
                 qkv[:, : w.heads] = layer.query_norm(qkv[:, : w.heads])
                 qkv[:, w.heads : both] = layer.key_norm(qkv[:, w.heads : both])
@@ -213,10 +207,10 @@ class Llama:
             # 2. Into the pages, and attention over them.
             self._layers[index][0].index_copy_(1, write, qkv[:, w.heads :].transpose(0, 1).to(self._kv_dtype))
             seen = attend(index, qkv[:, : w.heads].view(rows, w.kv_heads, -1, w.head_dim))
-            x = layer.output.onto(x, seen if few else seen.to(w.dtype), few)
+            x = x + layer.output(seen.to(w.dtype))
             # 3. The MLP.
-            gate, up = layer.gate_up(x, few).chunk(2, -1)
-            x = layer.down.onto(x, silu(gate).mul_(up), few)
+            gate, up = layer.gate_up(x).chunk(2, -1)
+            x = x + layer.down(silu(gate).mul_(up))
         return x
 
     def _gather(self, layer: int, read: torch.Tensor) -> torch.Tensor:
@@ -259,12 +253,11 @@ class Llama:
                 mask = mask[:, None, None]
         return Group(torch.tensor(members, device=self.device), read.to(self.device), longest, mask, many)
 
-    def _embed(self, ids: torch.Tensor, few: bool) -> torch.Tensor:
-        table = self._weights.embedding
-        return table(ids, few) if isinstance(table, Table) else embedding(ids, table)
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self._weights.embedding)
 
-    def _logits(self, x: torch.Tensor, few: bool) -> torch.Tensor:
-        return self._weights.head(x, few).float()
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self._weights.head(x).float()
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ def affordable(name: str, asked: int, token_bytes: int, device: torch.device) ->
 def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Llama | Native | Plain, Text, Any]:
     """Runner, text and transformers' configuration, if there is one, of a chat or base model.
 
-    A GGUF file of the llama architecture stays quantized on the CPU unless the entry asks for a dtype. Raises OSError
-    for missing files, CatalogueError for architectures whose attention the engine's pages cannot hold.
+    A GGUF file of a Llama stays quantized where our kernels run, unless the entry asks for a dtype. Raises OSError for
+    missing files, CatalogueError for architectures whose attention the engine's pages cannot hold.
     """
     dtype = torch.bfloat16 if entry.dtype == "auto" else getattr(torch, entry.dtype)
     arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
@@ -193,8 +193,8 @@ def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Lla
         text = read_text(file) or Text.load(source)
         if entry.dtype == "auto" and device.type == "cpu" and native.reads(file):
             return Native(file, torch.get_num_threads()), text, None
-        if entry.dtype == "auto" and device.type == "cpu" and weights.reads(file):
-            return Llama(weights.from_file(file), device, dtype), text, None
+        if weights.reads(file):
+            return Llama(weights.from_file(file, dtype, device), device, dtype), text, None
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     else:

@@ -1,4 +1,4 @@
-"""A model's weights as llama.Weights: from a GGUF file's own blocks, or from a transformers model.
+"""A model's weights as llama.Weights: from a GGUF file, or from a transformers model.
 
 Knows the names that files and transformers give to tensors; knows nothing of how they are run.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .gguf import File
-from .linear import FEW_ROWS, Dense, Norm, Quantized, Table, quantized_works, turning
+from .linear import Linear, Norm
 from .llama import Layer, Weights
 
 # Families whose decoder is Llama's: `Weights` says all that tells them apart.
@@ -20,11 +20,34 @@ FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Ways to stretch the rotations that are one table for all lengths; the others change it while a text grows.
 ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
+# What each layer of a Llama's GGUF file has, and what else is in it. One with other tensors is another model.
+PARTS = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
+OTHERS = {"token_embd.weight", "output_norm.weight", "output.weight"}
+
 
 def reads(file: File) -> bool:
-    """`from_file` knows this file's architecture, and this processor its kernels."""
-    known = file.metadata.get("general.architecture") == "llama" and "rope_freqs.weight" not in file.tensors
-    return known and quantized_works()
+    """`from_file` knows all that this file holds."""
+    said = facts(file)
+    if file.metadata.get("general.architecture") != "llama" or said.get("rope.scaling.type", "none") != "none":
+        return False
+    layers = {f"blk.{index}.{part}.weight" for index in range(said["block_count"]) for part in PARTS}
+    dim = said["head_dim"]
+    return (
+        layers <= file.tensors.keys() <= layers | OTHERS
+        and said.get("rope.dimension_count", dim) == dim == said.get("attention.value_length", dim)
+        and said["attention.head_count"] % said["kv_heads"] == 0
+    )
+
+
+def facts(file: File) -> dict[str, Any]:
+    """The file's metadata about a Llama, with `kv_heads` and `head_dim`, which it may leave out, and `rotations`,
+    (head_dim / 2,) inverse frequencies."""
+    said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
+    heads = said.get("attention.head_count", 1)
+    kv_heads = said.get("attention.head_count_kv", heads)
+    dim = said.get("attention.key_length", said.get("embedding_length", 0) // heads)
+    speeds = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
+    return said | {"kv_heads": kv_heads, "head_dim": dim, "rotations": speeds}
 
 
 def fits(model: Any) -> bool:
@@ -40,57 +63,44 @@ def fits(model: Any) -> bool:
     )
 
 
-def from_file(file: File) -> Weights:
-    """Quantized weights of a GGUF file of the llama architecture. (CPU)"""
-    said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
-    heads = said["attention.head_count"]
-    kv_heads = said.get("attention.head_count_kv", heads)
-    width = said["embedding_length"]
-    head_dim = said.get("attention.key_length", width // heads)
-    tensors = file.tensors
+def from_file(file: File, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Weights of a GGUF file that `reads` knows, unpacked."""
+    said, tensors = facts(file), file.tensors
 
-    epsilon = said["attention.layer_norm_rms_epsilon"]
-    turn = turning(width)
+    def dense(*names: str) -> torch.Tensor:
+        return torch.cat([tensors[f"{name}.weight"].dense() for name in names]).to(device, dtype)
 
-    def joined(at: str, *names: str, norm: str | None = None, **more: Any) -> Quantized:
-        found = [tensors[f"{at}.{name}.weight"] for name in names]
-        blocks = [tensor.blocks() for tensor in found]
-        packed = None if None in blocks else [torch.cat(part) for part in zip(*blocks, strict=True)]
-        before = None if norm is None else Norm(tensors[f"{at}.{norm}.weight"].dense(), epsilon)
-        return Quantized(torch.cat([tensor.dense() for tensor in found]), packed, norm=before, **more)
+    def norm(name: str) -> Norm:
+        return Norm(dense(name), said["attention.layer_norm_rms_epsilon"])
 
     layers = [
         Layer(
-            qkv=joined(at, "attn_q", "attn_k", "attn_v", norm="attn_norm", turned=turn),
+            qkv=Linear(dense(f"{at}.attn_q", f"{at}.attn_k", f"{at}.attn_v"), norm=norm(f"{at}.attn_norm")),
             query_norm=None,
             key_norm=None,
-            output=joined(at, "attn_output", turns=turn),
-            gate_up=joined(at, "ffn_gate", "ffn_up", norm="ffn_norm", turned=turn),
-            # Its rows are products of two, and nothing turns them: some are thirty times the others.
-            down=joined(at, "ffn_down", turns=turn, digits=2),
+            output=Linear(dense(f"{at}.attn_output")),
+            gate_up=Linear(dense(f"{at}.ffn_gate", f"{at}.ffn_up"), norm=norm(f"{at}.ffn_norm")),
+            down=Linear(dense(f"{at}.ffn_down")),
         )
         for at in (f"blk.{index}" for index in range(said["block_count"]))
     ]
-    blocks = [tensor for name, tensor in tensors.items() if name.startswith("blk.") and len(tensor.shape) == 2]
-    table = tensors["token_embd.weight"].dense()
-    head = tensors["output.weight"].dense() if "output.weight" in tensors else table
+    table = dense("token_embd")
     return Weights(
-        dtype=torch.float32,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        dtype=dtype,
+        heads=said["attention.head_count"],
+        kv_heads=said["kv_heads"],
+        head_dim=said["head_dim"],
         context=said["context_length"],
-        rotations=said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, head_dim, 2).float() / head_dim),
+        rotations=said["rotations"],
         rotation_scale=1.0,
-        few=FEW_ROWS if all(tensor.four_bits for tensor in blocks) else 0,
-        embedding=Table(table, turn),
+        embedding=table,
         layers=layers,
-        head=Quantized(head, norm=Norm(tensors["output_norm.weight"].dense(), epsilon), turned=turn),
+        head=Linear(dense("output") if "output.weight" in tensors else table, norm=norm("output_norm")),
     )
 
 
 def from_model(model: Any) -> Weights:
-    """Dense weights of a transformers model of these families, in its own type, on its device."""
+    """Weights of a transformers model of these families, in its own type, on its device."""
     config, inner = model.config, model.model
     rotary = inner.rotary_emb
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -106,12 +116,12 @@ def from_model(model: Any) -> Weights:
         """transformers lays a head's two halves one after the other; here they lie pair by pair, as in GGUF."""
         return None if rows is None else rows.view(-1, head_dim, *rows.shape[1:])[:, pairs].flatten(0, 1)
 
-    def qkv(attention: Any, before: Norm) -> Dense:
+    def qkv(attention: Any, before: Norm) -> Linear:
         parts = [(attention.q_proj, paired), (attention.k_proj, paired), (attention.v_proj, lambda rows: rows)]
         bias = None
         if attention.q_proj.bias is not None:
             bias = torch.cat([order(part.bias) for part, order in parts])
-        return Dense(torch.cat([order(part.weight) for part, order in parts]), bias, before)
+        return Linear(torch.cat([order(part.weight) for part, order in parts]), bias, before)
 
     layers = [
         Layer(
@@ -132,14 +142,13 @@ def from_model(model: Any) -> Weights:
         context=config.max_position_embeddings,
         rotations=rotary.inv_freq,
         rotation_scale=rotary.attention_scaling,
-        few=0,
         embedding=inner.embed_tokens.weight,
         layers=layers,
         head=_dense(model.lm_head, before=norm(inner.norm)),
     )
 
 
-def _dense(*parts: Any, before: Norm | None = None) -> Dense:
+def _dense(*parts: Any, before: Norm | None = None) -> Linear:
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     biases = [part.bias for part in parts]
-    return Dense(weight, None if biases[0] is None else torch.cat(biases), before)
+    return Linear(weight, None if biases[0] is None else torch.cat(biases), before)
