@@ -230,6 +230,23 @@ def test_repeats_itself_with_its_prefix_cached_or_not(file: gguf.File, ids: list
 
 
 @kernels
+def test_the_next_turn_finds_the_answer_before_it(file: gguf.File, ids: list[int]) -> None:
+    """Decoded pages are as good as prefilled ones: a conversation that goes on computes only what is new, and answers
+    what a fresh engine answers."""
+    ended: list[Event] = []
+    engine = Engine(Native(file, 2), ended.extend, kv_tokens=2048)
+    with torch.inference_mode():
+        first = Request(ids[:50], 70, sampling=Sampling(1.0, seed=5))
+        engine.run_alone(first, ended)
+        second = Request(first.tokens + ids[:20], 20, sampling=Sampling(1.0, seed=6))
+        engine.run_alone(second, ended)
+    assert len(first.tokens) == 120
+    assert second.reused == 96
+    fresh = answers(Native(file, 2), Request(first.tokens + ids[:20], 20, sampling=Sampling(1.0, seed=6)))[0]
+    assert second.tokens[140:] == fresh
+
+
+@kernels
 def test_a_seeded_request_answers_the_same_in_any_batch(file: gguf.File, ids: list[int]) -> None:
     """Quantized too: others join, prefill and leave around it."""
 

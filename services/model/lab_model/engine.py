@@ -79,7 +79,8 @@ class Span:
 class Runner(Protocol):
     """A model with its pool of pages. Logits are (rows, vocab), float32.
 
-    exact: what is computed for a token does not depend on how many others are computed with it.
+    exact: what is computed for a token does not depend on how many others are computed with it, nor on whether it was
+    prefilled or decoded.
     """
 
     exact: bool
@@ -353,6 +354,8 @@ class Engine:
             )
             for row in decoding:
                 row.cached += 1
+                if self._runner.exact:
+                    self._publish(row)  # the next turn of a conversation begins with this answer
             events += self._extend(decoding, logits)
 
     def _pieces(self, budget: int) -> tuple[list[Request], list[Span]]:
@@ -379,7 +382,7 @@ class Engine:
         return rows, spans
 
     def _publish(self, row: Request) -> None:
-        """Let others find the pages that the prompt has filled so far."""
+        """Let others find the pages that the request has filled so far."""
         for index in range(row.published, row.cached // PAGE_TOKENS):
             content = row.tokens[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]
             row.node = self._pages.publish(row.pages[index], row.node, content)

@@ -1,6 +1,6 @@
-"""Which page of the KV pool belongs to whom, and which pages already hold a prompt's beginning.
+"""Which page of the KV pool belongs to whom, and which pages already hold the beginning of a prompt.
 
-Pages are counted, not touched: token ids and page numbers only. A page that a prompt filled whole may be published
+Pages are counted, not touched: token ids and page numbers only. A page that a request filled whole may be published
 under its tokens and those before it; who asks for the same beginning shares it, and nobody writes to it again. Pages
 that nobody holds keep their content until their place is needed, the longest unused first.
 """
