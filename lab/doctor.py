@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import stat
@@ -78,6 +79,7 @@ def examine(services: Sequence[Service], readings: Readings, packages: Sequence[
         *_ray_folders(Path(tempfile.gettempdir())),
         *_clock(readings),
         *_browser(),
+        *_compiler(),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
 
@@ -224,6 +226,18 @@ def _browser() -> Iterator[Finding]:
             "no chromium on PATH",
             "the browser test of `make test` needs one",
             "`make test` installs it where it may, else: apt-get install chromium",
+            stops=False,
+        )
+
+
+def _compiler() -> Iterator[Finding]:
+    # The model's kernels are for x86; other processors run torch's.
+    if platform.machine().lower() in {"x86_64", "amd64"} and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        yield Finding(
+            Exit.COMPILER,
+            "no C compiler on PATH",
+            "without one the embedded model answers several times slower",
+            "install one (apt-get install gcc libc6-dev, xcode-select --install)",
             stops=False,
         )
 

@@ -32,6 +32,7 @@ class Exit(IntEnum):
     CLOCK = 18
     BROWSER = 19
     SERVICE = 20
+    COMPILER = 21
     INTERRUPTED = 130
 
 
@@ -49,6 +50,7 @@ MEANING = {
     Exit.CLOCK: "the clock is wrong (a note)",
     Exit.BROWSER: "no chromium for the browser test (a note; `make test` stops)",
     Exit.SERVICE: "a service died while starting or did not get ready in time",
+    Exit.COMPILER: "no C compiler for the model's kernels (a note)",
     Exit.INTERRUPTED: "Ctrl-C",
 }
 

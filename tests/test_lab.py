@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import signal
 import socket
@@ -369,6 +370,21 @@ def test_a_container_s_memory_limit_counts(tmp_path: Path, version: int) -> None
     assert doctor.free_memory(groups, tmp_path / "fs") == 700
     group(top / "a", 300)
     assert doctor.free_memory(groups, tmp_path / "fs") == 0
+
+
+def test_no_compiler_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an x86 processor, whose kernels need one; the lab starts without."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    note = found(Exit.COMPILER)
+    assert note
+    assert not note.stops
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    assert found(Exit.COMPILER) is None
+    (tmp_path / "gcc").unlink()
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert found(Exit.COMPILER) is None
 
 
 def test_doctor_speaks_json_and_exits_with_the_class(tmp_path: Path) -> None:
