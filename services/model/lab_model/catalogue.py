@@ -142,7 +142,7 @@ def revision(entry: Entry, source: Source, *facts: str) -> str:
     gives other answers.
     """
     digest = hashlib.sha256()
-    for path in sorted([*CODE.glob("*.py"), *CODE.glob("*.c")]):
+    for path in sorted([*CODE.glob("*.py"), *CODE.glob("*.[ch]")]):
         digest.update(path.read_bytes())
     for fact in (__version__, entry.id, entry.kind, entry.dtype, str(entry.context), *facts):
         digest.update(fact.encode() + b"\0")

@@ -1,32 +1,37 @@
-/* The forward of a quantized Llama on a CPU with AVX-512 VNNI: one call a step, one parallel region a call.
+/* The forward of a quantized Llama on an x86-64 processor with AVX2 or better: one call a step, one parallel region a
+ * call.
  *
- * Weights are blocks of 32 along the input, 4 or 8 bits a weight, with a scale and a minimum, as a GGUF file holds them;
- * activations are rounded with a scale for each block of 32 in a row: to one 8-bit digit (llama.cpp's Q8_1), or to two in
- * the few blocks that are far larger than their row and would bring most of the error. Sums within a block are integers;
- * across blocks they are added in one order. So a row's result never depends on its neighbours, on how many there are,
- * nor on the number of threads: a step of 1 row and a prefill of 256 take the same way.
+ * Weights are blocks of 32 along the input, 4 or 8 bits a weight, with a scale and a minimum, as a GGUF file holds
+ * them; activations are rounded with a scale for each block of 32 in a row: to one 8-bit digit (llama.cpp's Q8_1), or
+ * to two in the few blocks that are far larger than their row and would bring most of the error. Sums within a block
+ * are integers; across blocks they are added in one order. So a row's result never depends on its neighbours, on how
+ * many there are, on the number of threads nor on the processor: a step of 1 row and a prefill of 256 take the same
+ * way.
  *
  * Knows rows, pages and weights; knows nothing of requests. native.py packs the weights, fills the structures below and
- * is the only caller. Plain C11 with intrinsics; no library but the OpenMP runtime that torch has loaded already.
+ * is the only caller; vectors.h holds what processors differ in. Plain C11; no library but the OpenMP runtime that
+ * torch has loaded already.
  */
-#include <immintrin.h>
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "vectors.h"
+
 enum { BLOCK = 32, LANES = 16, TILE = 32, PAGE = 32, ROWS = 4, MOST_GROUP = 8, MOST_ROWS = 256 };
 
-/* A block whose largest value is above so many root mean squares of its row has two digits: one in eight of the embedded
- * model's. Its divergence from the file's own distribution is 0.0006 nats so, 0.003 with one digit everywhere. */
+/* A block whose largest value is above so many root mean squares of its row has two digits: one in eight of the
+ * embedded model's. Its divergence from the file's own distribution is 0.0006 nats so, 0.003 with one digit
+ * everywhere. */
 #define OUTLIER 4.0f
 
 /* ---- what native.py fills (the same fields in the same order there) */
 
-/* (out, in): tiles of 32 outputs; in a tile block after block; in a block first 16 outputs, then the others: levels of 8
- * groups of 4 inputs for each output, 16 scales, 16 minima (float16). weight = level * scale + minimum. Of 4 bits groups
- * 0-3 are the low halves of bytes whose high halves are groups 4-7. */
+/* (out, in): tiles of 32 outputs; in a tile block after block; in a block first 16 outputs, then the others: levels of
+ * 8 groups of 4 inputs for each output, 16 scales, 16 minima (float16). weight = level * scale + minimum. Of 4 bits
+ * groups 0-3 are the low halves of bytes whose high halves are groups 4-7. */
 typedef struct {
     const uint8_t *data;
     int32_t out, in, bits;
@@ -46,7 +51,8 @@ typedef struct {
     Matrix table, head; /* table: the embedding, (vocab, width) */
     const float *norm;
     const float *turns; /* (context, head_dim / 2, 2): cosine and sine */
-    uint16_t *pool;     /* (layers, pages, kv_heads, 2, PAGE * head_dim) float16: keys (head_dim, PAGE), values (PAGE, head_dim) */
+    /* (layers, pages, kv_heads, 2, PAGE * head_dim) float16: keys (head_dim, PAGE), values (PAGE, head_dim) */
+    uint16_t *pool;
     int64_t pages;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel */
     int (*team)(void);                                              /* omp_get_num_threads */
@@ -121,43 +127,41 @@ static int take(Worker *w, int jobs, int *from, int *to) {
 
 /* ---- numbers */
 
-static inline __m512 half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-
-static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x)); /* NaN stays: the second operand */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f); /* Cephes' expf */
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
-    y = _mm512_fmadd_ps(y, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(y, n);
+INLINE Floats exponential(Floats x) {
+    x = larger(same(-87.0f), smaller(same(88.0f), x)); /* NaN stays: the second operand */
+    Floats n = nearest(times(x, same(1.44269504f)));
+    Floats r = times_plus(n, same(-0.693359375f), x);
+    r = times_plus(n, same(2.12194440e-4f), r);
+    Floats y = same(1.9875691500e-4f); /* Cephes' expf */
+    y = times_plus(y, r, same(1.3981999507e-3f));
+    y = times_plus(y, r, same(8.3334519073e-3f));
+    y = times_plus(y, r, same(4.1665795894e-2f));
+    y = times_plus(y, r, same(1.6666665459e-1f));
+    y = times_plus(y, r, same(5.0000001201e-1f));
+    y = times_plus(y, times(r, r), plus(r, same(1.0f)));
+    return scaled(y, n);
 }
 
 /* 32 values as digits; one that is no number makes all of them none. */
-static inline void digits_of(__m512 a, __m512 b, const Digits *to, int64_t block) {
-    float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) most = NAN; /* the maximum passed over it */
-    const __m512i middle = _mm512_set1_epi32(128);
+INLINE void digits_of(Floats a, Floats b, const Digits *to, int64_t block) {
+    float most = largest(larger(magnitude(a), magnitude(b)));
+    if (unordered(a, b)) most = NAN; /* the maximum passed over it */
+    const Ints middle = same_int(128);
     const float range = 127 * 256;
-    __m512 inverse = _mm512_set1_ps(most > 0 ? range / most : 0.0f);
-    __m512i i = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), j = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-    __m512i k = _mm512_srai_epi32(_mm512_add_epi32(i, middle), 8), l = _mm512_srai_epi32(_mm512_add_epi32(j, middle), 8);
-    __m128i *high = (__m128i *)(to->high + block * BLOCK), *low = (__m128i *)(to->low + block * BLOCK);
-    _mm_storeu_si128(high, _mm512_cvtsepi32_epi8(k));
-    _mm_storeu_si128(high + 1, _mm512_cvtsepi32_epi8(l));
-    _mm_storeu_si128(low, _mm512_cvtepi32_epi8(i)); /* cut off: what is left to the nearest multiple of 256 */
-    _mm_storeu_si128(low + 1, _mm512_cvtepi32_epi8(j));
+    Floats inverse = same(most > 0 ? range / most : 0.0f);
+    Ints i = rounded(times(a, inverse)), j = rounded(times(b, inverse));
+    Ints k = shifted_down(plus_ints(i, middle), 8), l = shifted_down(plus_ints(j, middle), 8);
+    int8_t *high = to->high + block * BLOCK, *low = to->low + block * BLOCK;
+    store_nearest(high, k);
+    store_nearest(high + LANES, l);
+    store_lowest(low, i); /* what is left to the nearest multiple of 256 */
+    store_lowest(low + LANES, j);
     float scale = most / range;
     to->units[block] = (Unit){
         scale,
-        scale * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(i, j)),
-        scale * 256.0f * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(k, l)),
-        _mm512_reduce_add_ps(_mm512_fmadd_ps(a, a, _mm512_mul_ps(b, b))),
+        scale * (float)sum_of_ints(plus_ints(i, j)),
+        scale * 256.0f * (float)sum_of_ints(plus_ints(k, l)),
+        sum_of(times_plus(a, a, times(b, b))),
     };
 }
 
@@ -173,15 +177,15 @@ static void limits(const Digits *from, int rows, int blocks, float *limit) {
 
 /* Row `to_row` of digits: this one, normalized (root mean square). */
 static void norm_row(const float *x, const float *weight, int width, float epsilon, const Digits *to, int64_t to_row) {
-    __m512 sum = _mm512_setzero_ps();
+    Floats sum = same(0);
     for (int i = 0; i < width; i += LANES) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        sum = _mm512_fmadd_ps(v, v, sum);
+        Floats v = load(x + i);
+        sum = times_plus(v, v, sum);
     }
-    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)width + epsilon));
+    Floats factor = same(1.0f / sqrtf(sum_of(sum) / (float)width + epsilon));
     for (int i = 0; i < width; i += BLOCK) {
-        __m512 a = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), _mm512_loadu_ps(weight + i));
-        __m512 b = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i + LANES), factor), _mm512_loadu_ps(weight + i + LANES));
+        Floats a = times(times(load(x + i), factor), load(weight + i));
+        Floats b = times(times(load(x + i + LANES), factor), load(weight + i + LANES));
         digits_of(a, b, to, (to_row * width + i) / BLOCK);
     }
 }
@@ -193,69 +197,69 @@ static void norm_row(const float *x, const float *weight, int width, float epsil
 
 static inline int64_t tile_bytes(const Matrix *m) { return (int64_t)(m->in / BLOCK) * 2 * FACE(m->bits); }
 
-/* The levels of a block for 16 outputs, and their scales and minima. */
-static inline __attribute__((always_inline)) void levels(const uint8_t *face, int bits, __m512i *w, __m512 *scale, __m512 *minimum) {
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int g = 0; g < bits; g++) {
-        w[g] = _mm512_loadu_si512(face + 64 * g);
-        if (bits == 8) continue;
-        w[g + 4] = _mm512_and_si512(_mm512_srli_epi16(w[g], 4), low);
-        w[g] = _mm512_and_si512(w[g], low);
+/* x[r]: a block's sums for `rows` rows, a constant where it is inlined, and SIDES vectors of outputs from `face` on.
+ * digits: the first row's, the next one's `width` further. */
+INLINE void dots(const uint8_t *face, int bits, const int8_t *digits, int64_t width, int rows, Ints (*x)[SIDES]) {
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < SIDES; i++) x[r][i] = same_int(0);
+    GROUPS
+    for (int g = 0; g < bits; g++, face += 64, digits += 4) {
+        for (int upper = 0; upper < (bits == 4 ? 2 : 1); upper++) {
+            Ints w[SIDES];
+            for (int i = 0; i < SIDES; i++) {
+                w[i] = load_bytes(face + i * FACE(bits));
+                if (bits == 4) w[i] = upper ? high_nibbles(w[i]) : low_nibbles(w[i]);
+            }
+            for (int r = 0; r < rows; r++) {
+                Ints d = same_4(digits + r * width + upper * 16);
+                for (int i = 0; i < SIDES; i++) x[r][i] = dot4(x[r][i], w[i], d, bits);
+            }
+        }
     }
-    *scale = half((const uint16_t *)(face + bits * 64));
-    *minimum = half((const uint16_t *)(face + bits * 64) + LANES);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < SIDES; i++) x[r][i] = dotted(x[r][i], bits);
 }
 
-/* x, y: += 32 digits times the levels of two vectors of outputs. */
-static inline __attribute__((always_inline)) void dot(const int8_t *digits, const __m512i *v, const __m512i *w, __m512i *x, __m512i *y) {
-    for (int g = 0; g < 8; g++) {
-        int32_t four;
-        memcpy(&four, digits + 4 * g, 4);
-        __m512i same = _mm512_set1_epi32(four);
-        *x = _mm512_dpbusd_epi32(*x, v[g], same);
-        *y = _mm512_dpbusd_epi32(*y, w[g], same);
-    }
-}
-
-/* One tile for `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. Each digit that is loaded meets both
- * vectors of weights, and what is held fits the 32 registers for up to 4 rows. ahead: `share` bytes of it for each block
- * are fetched from memory. */
-static inline __attribute__((always_inline)) void tile_rows(
+/* One tile for `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share` bytes of it for each
+ * block are fetched from memory. */
+INLINE void tile_rows(
     const uint8_t *tile, int bits, int blocks, const Digits *from, int first, int rows, const float *limit,
-    const uint8_t *ahead, int share, __m512 (*sum)[2]) {
-    __m512 a[ROWS], b[ROWS];
-    for (int r = 0; r < rows; r++) a[r] = b[r] = _mm512_setzero_ps();
+    const uint8_t *ahead, int share, Floats (*sum)[2]) {
+    Floats a[ROWS][2];
+    for (int r = 0; r < rows; r++) a[r][0] = a[r][1] = same(0);
     for (int block = 0; block < blocks; block++, tile += 2 * FACE(bits)) {
         for (int line = 0; line < share; line += 64) _mm_prefetch((const char *)ahead + line, _MM_HINT_T0);
         ahead += share;
-        __m512i v[8], w[8];
-        __m512 vscale, vminimum, wscale, wminimum;
-        levels(tile, bits, v, &vscale, &vminimum);
-        levels(tile + FACE(bits), bits, w, &wscale, &wminimum);
-        for (int r = 0; r < rows; r++) {
-            int64_t at = (int64_t)(first + r) * blocks + block;
-            const Unit *unit = from->units + at;
-            __m512i x = _mm512_setzero_si512(), y = x;
-            dot(from->high + at * BLOCK, v, w, &x, &y);
-            float scale = unit->scale * 256.0f, whole = unit->coarse;
-            if (unit->scale > limit[first + r]) {
-                x = _mm512_slli_epi32(x, 8);
-                y = _mm512_slli_epi32(y, 8);
-                dot(from->low + at * BLOCK, v, w, &x, &y);
-                scale = unit->scale, whole = unit->both;
+        int64_t start = (int64_t)first * blocks + block;
+        const uint8_t *face = tile;
+#pragma GCC unroll 1 /* else the compiler keeps the digits for the other side, in memory */
+        for (int side = 0; side < 2; side += SIDES, face += SIDES * FACE(bits)) {
+            Ints x[ROWS][SIDES], low[1][SIDES];
+            dots(face, bits, from->high + start * BLOCK, (int64_t)blocks * BLOCK, rows, x);
+            for (int r = 0; r < rows; r++) {
+                int64_t at = start + (int64_t)r * blocks;
+                const Unit *unit = from->units + at;
+                float scale = unit->scale * 256.0f, whole = unit->coarse;
+                if (unit->scale > limit[first + r]) {
+                    dots(face, bits, from->low + at * BLOCK, 0, 1, low);
+                    for (int i = 0; i < SIDES; i++) x[r][i] = plus_ints(shifted_up(x[r][i], 8), low[0][i]);
+                    scale = unit->scale, whole = unit->both;
+                }
+                for (int i = 0; i < SIDES; i++) {
+                    const uint16_t *facts = (const uint16_t *)(face + i * FACE(bits) + bits * 64);
+                    Floats *to = &a[r][side + i];
+                    *to = times_plus(floats(x[r][i]), times(load_halves(facts), same(scale)), *to);
+                    *to = times_plus(load_halves(facts + LANES), same(whole), *to);
+                }
             }
-            __m512 size = _mm512_set1_ps(scale), total = _mm512_set1_ps(whole);
-            a[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_mul_ps(vscale, size), a[r]);
-            a[r] = _mm512_fmadd_ps(vminimum, total, a[r]);
-            b[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(y), _mm512_mul_ps(wscale, size), b[r]);
-            b[r] = _mm512_fmadd_ps(wminimum, total, b[r]);
         }
     }
-    for (int r = 0; r < rows; r++) sum[r][0] = a[r], sum[r][1] = b[r];
+    for (int r = 0; r < rows; r++) sum[r][0] = a[r][0], sum[r][1] = a[r][1];
 }
 
 /* ROWS rows of a tile, from `first` on, or those that are left of `all`; how many there are changes no row. */
-static int tile_some(const Matrix *m, int index, const Digits *from, int first, int all, const float *limit, __m512 (*sum)[2]) {
+static int tile_some(
+    const Matrix *m, int index, const Digits *from, int first, int all, const float *limit, Floats (*sum)[2]) {
     int rows = all - first < ROWS ? all - first : ROWS, blocks = m->in / BLOCK;
     int64_t bytes = tile_bytes(m);
     const uint8_t *tile = m->data + index * bytes;
@@ -265,7 +269,8 @@ static int tile_some(const Matrix *m, int index, const Digits *from, int first, 
     if (all <= 2 * ROWS) share = (int)(bytes / blocks * rows / all);
     else for (int64_t at = 0; at < bytes * rows / all; at += 64) _mm_prefetch((const char *)ahead + at, _MM_HINT_T1);
     switch (rows * 16 + m->bits) {
-#define CASE(rows, bits) case rows * 16 + bits: tile_rows(tile, bits, blocks, from, first, rows, limit, ahead, share, sum); break;
+#define CASE(n, bits) \
+    case n * 16 + bits: tile_rows(tile, bits, blocks, from, first, n, limit, ahead, share, sum); break;
         CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
 #undef CASE
     }
@@ -274,7 +279,7 @@ static int tile_some(const Matrix *m, int index, const Digits *from, int first, 
 
 /* out = or += rows @ matrix.T, a phase. out: (rows, matrix->out) */
 static void product(Worker *w, const Matrix *m, const Digits *from, int rows, float *out, int add) {
-    __m512 sum[ROWS][2];
+    Floats sum[ROWS][2];
     float limit[MOST_ROWS];
     limits(from, rows, m->in / BLOCK, limit);
     EACH(w, m->out / TILE, tile) {
@@ -283,7 +288,7 @@ static void product(Worker *w, const Matrix *m, const Digits *from, int rows, fl
             for (int r = 0; r < some; r++) {
                 float *to = out + (int64_t)(first + r) * m->out + tile * TILE;
                 for (int i = 0; i < 2; i++, to += LANES)
-                    _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][i]) : sum[r][i]);
+                    store(to, add ? plus(load(to), sum[r][i]) : sum[r][i]);
             }
         }
     }
@@ -292,9 +297,9 @@ static void product(Worker *w, const Matrix *m, const Digits *from, int rows, fl
 
 /* digits of silu(gate) * up, a phase. The matrix holds all gates, then all ups. */
 static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, const Digits *to) {
-    __m512 gates[ROWS][2], ups[ROWS][2];
+    Floats gates[ROWS][2], ups[ROWS][2];
     float limit[MOST_ROWS];
-    const __m512 one = _mm512_set1_ps(1.0f);
+    const Floats one = same(1.0f);
     int tiles = m->out / 2 / TILE;
     limits(from, rows, m->in / BLOCK, limit);
     EACH(w, tiles, tile) {
@@ -302,10 +307,10 @@ static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, cons
             int some = tile_some(m, tile, from, first, rows, limit, gates);
             tile_some(m, tiles + tile, from, first, rows, limit, ups);
             for (int r = 0; r < some; r++) {
-                __m512 value[2];
+                Floats value[2];
                 for (int i = 0; i < 2; i++) {
-                    __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gates[r][i])));
-                    value[i] = _mm512_mul_ps(_mm512_div_ps(gates[r][i], below), ups[r][i]);
+                    Floats below = plus(one, exponential(minus(same(0), gates[r][i])));
+                    value[i] = times(over(gates[r][i], below), ups[r][i]);
                 }
                 /* A tile's outputs are a block of the next matrix's inputs. */
                 digits_of(value[0], value[1], to, (int64_t)(first + r) * tiles + tile);
@@ -315,7 +320,8 @@ static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, cons
     meet(w);
 }
 
-static void normed(Worker *w, const Step *s, const float *x, const int32_t *which, int rows, int width, const float *norm) {
+static void normed(
+    Worker *w, const Step *s, const float *x, const int32_t *which, int rows, int width, const float *norm) {
     EACH(w, rows, r) {
         const float *row = x + (int64_t)(which ? which[r] : r) * width;
         norm_row(row, norm, width, w->region->m->epsilon, &s->digits, r);
@@ -350,16 +356,16 @@ static void turn_row(const Model *m, const Step *s, int layer, int row) {
         const float *key = heads + (m->heads + h) * dim, *value = heads + (both + h) * dim;
         for (int i = 0; i < dim; i += LANES) {
             uint16_t halves[LANES];
-            _mm256_storeu_si256((__m256i *)halves, _mm512_cvtps_ph(_mm512_loadu_ps(key + i), 0));
+            store_halves(halves, load(key + i));
             for (int j = 0; j < LANES; j++) keys[(i + j) * PAGE + place] = halves[j];
-            _mm256_storeu_si256((__m256i *)(values + i), _mm512_cvtps_ph(_mm512_loadu_ps(value + i), 0));
+            store_halves(values + i, load(value + i));
         }
     }
 }
 
 /* What `group` (a constant where it is inlined) query heads of a row see through one key head, page after page with a
  * running maximum (https://arxiv.org/abs/1805.02867). seen: (group, head_dim) */
-static inline __attribute__((always_inline)) void look(
+INLINE void look(
     const Model *m, const Step *s, int layer, int row, int head, const float *queries, int group, float *seen) {
     int dim = m->head_dim, tokens = s->positions[row] + 1;
     const int32_t *pages = s->pages + (int64_t)s->owners[row] * s->columns;
@@ -369,45 +375,43 @@ static inline __attribute__((always_inline)) void look(
     for (int first = 0; first < tokens; first += PAGE) {
         int here = tokens - first < PAGE ? tokens - first : PAGE;
         const uint16_t *keys = page_of(m, layer, pages[first / PAGE], head), *values = keys + PAGE * dim;
-        __m512 score[MOST_GROUP][2];
-        for (int g = 0; g < group; g++) score[g][0] = score[g][1] = _mm512_setzero_ps();
+        Floats score[MOST_GROUP][2];
+        for (int g = 0; g < group; g++) score[g][0] = score[g][1] = same(0);
         for (int i = 0; i < dim; i++) {
-            __m512 a = half(keys + i * PAGE), b = half(keys + i * PAGE + LANES);
+            Floats a = load_halves(keys + i * PAGE), b = load_halves(keys + i * PAGE + LANES);
             for (int g = 0; g < group; g++) {
-                __m512 q = _mm512_set1_ps(queries[g * dim + i]);
-                score[g][0] = _mm512_fmadd_ps(q, a, score[g][0]);
-                score[g][1] = _mm512_fmadd_ps(q, b, score[g][1]);
+                Floats q = same(queries[g * dim + i]);
+                score[g][0] = times_plus(q, a, score[g][0]);
+                score[g][1] = times_plus(q, b, score[g][1]);
             }
         }
-        uint32_t there = here == PAGE ? ~0u : (1u << here) - 1; /* the rest of the page is not the row's */
         for (int g = 0; g < group; g++) {
-            const __m512 never = _mm512_set1_ps(-INFINITY);
-            __m512 a = _mm512_mask_mov_ps(never, (__mmask16)there, score[g][0]);
-            __m512 b = _mm512_mask_mov_ps(never, (__mmask16)(there >> 16), score[g][1]);
-            float high = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+            const Floats never = same(-INFINITY), none = same(0); /* the rest of the page is not the row's */
+            Floats a = first_of(here, score[g][0], never), b = first_of(here - LANES, score[g][1], never);
+            float high = largest(larger(a, b));
             if (!(high > most[g])) high = most[g];
             /* exp(-inf) is not zero here; the first page has nothing to fade. */
-            fade[g] = first ? _mm512_cvtss_f32(exponential(_mm512_set1_ps(most[g] - high))) : 0.0f;
+            fade[g] = first ? leading(exponential(same(most[g] - high))) : 0.0f;
             most[g] = high;
-            a = _mm512_maskz_mov_ps((__mmask16)there, exponential(_mm512_sub_ps(a, _mm512_set1_ps(high))));
-            b = _mm512_maskz_mov_ps((__mmask16)(there >> 16), exponential(_mm512_sub_ps(b, _mm512_set1_ps(high))));
-            _mm512_storeu_ps(part[g], a);
-            _mm512_storeu_ps(part[g] + LANES, b);
-            mass[g] = mass[g] * fade[g] + _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+            a = first_of(here, exponential(minus(a, same(high))), none);
+            b = first_of(here - LANES, exponential(minus(b, same(high))), none);
+            store(part[g], a);
+            store(part[g] + LANES, b);
+            mass[g] = mass[g] * fade[g] + sum_of(plus(a, b));
         }
         for (int i = 0; i < dim; i += LANES) {
-            __m512 sum[MOST_GROUP];
-            for (int g = 0; g < group; g++) sum[g] = _mm512_mul_ps(_mm512_loadu_ps(seen + g * dim + i), _mm512_set1_ps(fade[g]));
+            Floats sum[MOST_GROUP];
+            for (int g = 0; g < group; g++) sum[g] = times(load(seen + g * dim + i), same(fade[g]));
             for (int t = 0; t < here; t++) {
-                __m512 v = half(values + t * dim + i);
-                for (int g = 0; g < group; g++) sum[g] = _mm512_fmadd_ps(_mm512_set1_ps(part[g][t]), v, sum[g]);
+                Floats v = load_halves(values + t * dim + i);
+                for (int g = 0; g < group; g++) sum[g] = times_plus(same(part[g][t]), v, sum[g]);
             }
-            for (int g = 0; g < group; g++) _mm512_storeu_ps(seen + g * dim + i, sum[g]);
+            for (int g = 0; g < group; g++) store(seen + g * dim + i, sum[g]);
         }
     }
     for (int g = 0; g < group; g++) {
-        __m512 by = _mm512_set1_ps(1.0f / mass[g]);
-        for (int i = 0; i < dim; i += LANES) _mm512_storeu_ps(seen + g * dim + i, _mm512_mul_ps(_mm512_loadu_ps(seen + g * dim + i), by));
+        Floats by = same(1.0f / mass[g]);
+        for (int i = 0; i < dim; i += LANES) store(seen + g * dim + i, times(load(seen + g * dim + i), by));
     }
 }
 
@@ -422,17 +426,18 @@ static void attend(const Model *m, const Step *s, int layer, int row, int head) 
     }
     int64_t at = (int64_t)row * width + head * group * dim;
     for (int i = 0; i < group * dim; i += BLOCK)
-        digits_of(_mm512_loadu_ps(seen + i), _mm512_loadu_ps(seen + i + LANES), &s->digits, (at + i) / BLOCK);
+        digits_of(load(seen + i), load(seen + i + LANES), &s->digits, (at + i) / BLOCK);
 }
 
 /* ---- the step */
 
 static float weight_at(const Matrix *m, int row, int column) {
-    const uint8_t *block = m->data + row / TILE * tile_bytes(m) + (column / BLOCK * 2 + row % TILE / LANES) * FACE(m->bits);
+    int face = column / BLOCK * 2 + row % TILE / LANES;
+    const uint8_t *block = m->data + row / TILE * tile_bytes(m) + face * FACE(m->bits);
     int group = column % BLOCK / 4, lane = row % LANES, at = lane * 4 + column % 4;
     int level = m->bits == 8 ? block[group * 64 + at] : block[group % 4 * 64 + at] >> (group < 4 ? 0 : 4) & 15;
     const uint16_t *facts = (const uint16_t *)(block + m->bits * 64);
-    return (float)level * _cvtsh_ss(facts[lane]) + _cvtsh_ss(facts[LANES + lane]);
+    return (float)level * half(facts[lane]) + half(facts[LANES + lane]);
 }
 
 static void work(void *given) {
@@ -441,7 +446,10 @@ static void work(void *given) {
     const Step *s = region->s;
     Worker worker = {region, m->threads > 1 ? m->team() : 1, 0}, *w = &worker;
     int rows = s->rows, width = m->table.in;
-    EACH(w, rows, r) for (int i = 0; i < width; i++) s->x[(int64_t)r * width + i] = weight_at(&m->table, (int)s->ids[r], i);
+    EACH(w, rows, r) {
+        float *x = s->x + (int64_t)r * width;
+        for (int i = 0; i < width; i++) x[i] = weight_at(&m->table, (int)s->ids[r], i);
+    }
     meet(w);
     for (int i = 0; i < m->layers; i++) {
         const Layer *layer = &m->layer[i];
@@ -469,10 +477,4 @@ void lab_step(const Model *m, const Step *s) {
     Region region = {m, s, 0, 0};
     if (m->threads == 1) work(&region);
     else m->parallel(work, &region, (unsigned)m->threads, 0);
-}
-
-int32_t lab_supported(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }

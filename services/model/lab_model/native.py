@@ -1,8 +1,12 @@
-"""A GGUF file's Llama in C, on CPUs with AVX-512 VNNI: `kernels.c` compiled, its weights packed, the engine's runner.
+"""A GGUF file's Llama in C, on CPUs with AVX2: `kernels.c` compiled, its weights packed, the engine's runner.
 
 The same file runs in torch's own operators where there is no compiler or no such processor (weights.py, llama.py). What
 C is for: torch has no kernel that multiplies a few rows by 4-bit blocks in integers, and between its kernels a step
 made 1,200 small operators; here a step is one call. Rows never depend on each other, so the runner is exact.
+
+There is one library for each kind of processor, and all give the same bits. A start compiles the best one that its
+processor has. `python -m lab_model.native` compiles all of them, for an image that runs on other machines than the one
+that builds it. LAB_KERNELS=avx2 (or another of VARIANTS) takes that one and no other: for tests and measurements.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +37,14 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC"]
-FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
+# What a processor must have, the best first. By Linux's names; a compiler's are the same without the underscore.
+VARIANTS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"),
+    "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),  # Intel's laptops from the 12th generation on
+    "avx2": ("avx2", "fma", "f16c"),
+}
+# Unlike CPUID it leaves out what the system does not let programs use.
+PROCESSOR = Path("/proc/cpuinfo")
 COMPILE_SECONDS = 120
 
 # As in kernels.c.
@@ -89,17 +101,43 @@ class Step(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The compiled kernels, from where the last start left them. Raises NativeError."""
-    made = _compiled()
+    """The best kernels for this processor, from where the last start left them. Raises NativeError."""
+    faults = []
+    for variant in _runnable():
+        try:
+            return _loaded(_compiled(variant))
+        except NativeError as error:
+            faults.append(error)  # a compiler that does not know this variant's flags may know the next one's
+    raise faults[0]
+
+
+def _runnable() -> list[str]:
+    """The variants that this processor has, the best first, at least one: none is loaded before. Raises NativeError."""
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        raise NativeError("they are for x86-64 processors")
+    wanted = os.environ.get("LAB_KERNELS")
+    if wanted and wanted not in VARIANTS:
+        raise NativeError(f"LAB_KERNELS is none of {', '.join(VARIANTS)}")
     try:
-        found = ctypes.CDLL(str(made))
+        lines = PROCESSOR.read_text().splitlines()
+    except OSError as error:
+        raise NativeError(f"what the processor has cannot be read: {error}") from None
+    cores = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
+    has = set.intersection(*cores) if cores else set()
+    variants = [variant for variant in VARIANTS if not wanted or variant == wanted]
+    if found := [variant for variant in variants if has.issuperset(VARIANTS[variant])]:
+        return found
+    raise NativeError(f"this processor has no {', '.join(need for need in VARIANTS[variants[-1]] if need not in has)}")
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        found = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"the compiled kernels cannot be loaded: {error}") from None
     found.lab_step.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Step)]
     found.lab_step.restype = None
     found.lab_phases.argtypes = [ctypes.POINTER(Model)]
-    if not found.lab_supported():
-        raise NativeError("this processor has no AVX-512 VNNI instructions")
     return found
 
 
@@ -113,17 +151,20 @@ def reason() -> str | None:
     return None
 
 
-def _compiled() -> Path:
+def _compiler() -> str | None:
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _compiled(variant: str) -> Path:
     """Beside Python's own compiled files where that is possible, else in a folder of this process."""
-    source = SOURCE.read_bytes()
-    name = f"kernels-{hashlib.sha256(source + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
+    flags = [*FLAGS, *[f"-m{need.replace('_', '')}" for need in VARIANTS[variant]]]
+    source = SOURCE.read_bytes() + SOURCE.with_name("vectors.h").read_bytes()
+    name = f"kernels-{hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]}.so"
     kept = SOURCE.parent / "__pycache__" / name
     if kept.exists():
         return kept
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
-        raise NativeError("they are for x86-64 processors")
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         raise NativeError("there is no C compiler (on Debian and Ubuntu: apt-get install gcc libc6-dev)")
     if not os.access(kept.parent if kept.parent.exists() else SOURCE.parent, os.W_OK):
@@ -133,7 +174,7 @@ def _compiled() -> Path:
     written = kept.with_name(f".{name}.{os.getpid()}")
     try:
         done = subprocess.run(  # noqa: S603
-            [compiler, *FLAGS, "-o", str(written), str(SOURCE), "-lm"],
+            [compiler, *flags, "-o", str(written), str(SOURCE), "-lm"],
             capture_output=True,
             text=True,
             timeout=COMPILE_SECONDS,
@@ -368,3 +409,31 @@ class Native:
             self._library.lab_step(self._model, step)
             done += len(last)
         return logits[:, : self._vocab]
+
+
+def main() -> int:
+    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none."""
+    try:
+        runnable = _runnable()
+    except NativeError as error:
+        _say(f"this machine takes none: {error}")
+        runnable = []
+    made, taken = 0, False
+    for variant in VARIANTS:
+        try:
+            path = _compiled(variant)
+            made += 1
+            mine = variant in runnable and not taken and bool(_loaded(path))
+            taken |= mine
+            _say(f"{variant}: {path}{', which this machine takes' if mine else ''}")
+        except NativeError as error:
+            _say(f"{variant}: {error}")
+    return int(not made and _compiler() is not None)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

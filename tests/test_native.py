@@ -1,0 +1,290 @@
+"""The kernels of each kind of processor, as far as this machine can run them, and which one a processor takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lab_model import gguf, native
+from lab_model.catalogue import Source, load_catalogue, locate
+from lab_model.engine import Span
+from lab_model.native import Native
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import GgufConfig
+
+PAGES = [[1, 2, 3, 4], [5, 6, 7, 8]]
+LENGTH = 100
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return locate(load_catalogue(None)[0])
+
+
+@pytest.fixture(scope="module")
+def file(source: Source) -> gguf.File:
+    assert source.gguf_file
+    return gguf.File(Path(source.folder) / source.gguf_file)
+
+
+@pytest.fixture(scope="module")
+def ids(file: gguf.File) -> list[list[int]]:
+    """Two texts of 100 tokens."""
+    tokenizer = gguf.tokenizer(file)
+    assert tokenizer
+    texts = (
+        "A cache answers the same question twice and works once. 서울은 대한민국의 수도이다. def add(a, b): a + b\n",
+        "Whoever measures a server measures its queue as well: one request in flight is latency, 64 are throughput.\n",
+    )
+    return [tokenizer.encode(text * 9).ids[:LENGTH] for text in texts]
+
+
+@pytest.fixture(scope="module", params=native.VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every one that this machine can run, taken by what starts while it is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB_KERNELS", request.param)
+        native.library.cache_clear()
+        try:
+            native.library()
+        except native.NativeError as error:
+            pytest.skip(f"{request.param}: {error}")
+        yield request.param
+    native.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def runner(variant: str, file: gguf.File) -> Native:
+    made = Native(file, 2)
+    made.allocate(10)
+    return made
+
+
+# ---- what they compute
+
+
+@pytest.fixture(scope="module")
+def logits(runner: Native, ids: list[list[int]]) -> list[torch.Tensor]:
+    """Of every token of both texts, each text alone. (100, vocab)"""
+    return [runner.every(text, pages) for text, pages in zip(ids, PAGES, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reference(source: Source, ids: list[list[int]]) -> torch.Tensor:
+    """The first text's logits by transformers, from the same file dequantized to float32."""
+    config = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, gguf_file=source.gguf_file, dtype=torch.float32, quantization_config=config
+    )
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(torch.tensor(ids[:1])).logits[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, list[torch.Tensor]]:
+    """What the variants before this one gave."""
+    return {}
+
+
+def test_logits_are_near_those_of_the_file(reference: torch.Tensor, logits: list[torch.Tensor]) -> None:
+    """Though activations have 8 bits: in direction, and in what they say of the next token."""
+    assert torch.nn.functional.cosine_similarity(reference, logits[0]).median() > 0.9999
+    of_file, ours = reference.log_softmax(-1), logits[0].log_softmax(-1)
+    assert (of_file.exp() * (of_file - ours)).sum(-1).mean() < 0.001
+
+
+def test_all_processors_give_the_same_bits(
+    variant: str, logits: list[torch.Tensor], seen: dict[str, list[torch.Tensor]]
+) -> None:
+    """So an answer may be cached on one machine and served on another."""
+    seen[variant] = logits
+    for other in seen.values():
+        assert all(torch.equal(a, b) for a, b in zip(logits, other, strict=True))
+
+
+@pytest.mark.parametrize("count", [*range(1, 10), 33])
+def test_a_row_is_the_same_alone_and_in_any_batch(
+    runner: Native, ids: list[list[int]], logits: list[torch.Tensor], count: int
+) -> None:
+    """To the last bit: decoded among `count` rows of both texts as in the prefill of its text alone."""
+    rows = [(row % 2, 20 + 2 * row) for row in range(count)]  # (text, position)
+    got = runner.decode([ids[text][at] for text, at in rows], [at for _, at in rows], [PAGES[text] for text, _ in rows])
+    assert torch.equal(got, torch.stack([logits[text][at] for text, at in rows]))
+
+
+def test_a_prefill_of_both_is_that_of_each(runner: Native, ids: list[list[int]], logits: list[torch.Tensor]) -> None:
+    """Also where the first page is there from before."""
+    spans = [Span(32, LENGTH, PAGES[0]), Span(0, LENGTH, PAGES[1])]
+    got = runner.prefill(ids[0][32:] + ids[1], spans)
+    assert torch.equal(got, torch.stack([logits[0][-1], logits[1][-1]]))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A weight of known levels, (out, in), as the file's tensors show theirs."""
+
+    levels: torch.Tensor
+    bits: int = 8
+    minimum: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.levels.shape)
+
+    def dense(self) -> torch.Tensor:
+        return self.levels.float()
+
+    def octets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale = torch.ones(self.shape[0], self.shape[1] // 32)
+        return self.levels.to(torch.uint8), scale, scale * self.minimum
+
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        return self.octets() if self.bits == 4 else None
+
+
+@pytest.mark.parametrize("two_digits", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -> None:
+    """Levels from 0 to 255, the highest with the largest digits of either sign among them: every integer as numpy's.
+
+    A model without layers whose table holds 1 and -1: what the head multiplies are the norm's weights, in 1/256.
+    """
+    random, rows, width = np.random.default_rng(bits), 32, 1024
+    signs = random.choice([-1, 1], (rows, width))
+    signs[0], signs[1] = 1, -1
+    most = 127 * 256
+    values = random.integers(-most, most + 1, width)
+    values[::32] = most  # then a block's digits are in 1/256 too
+    values[:32] = most
+    if two_digits:  # they are for blocks far above their row
+        values[:32] = most - 128  # digits 127 and -128
+        values[0] = most
+        values[64:] = 0
+    levels = random.integers(0, 2**bits, (rows, width))
+    levels[0], levels[1] = 2**bits - 1, 0
+    levels[2] = np.where(signs[2] > 0, 2**bits - 1, 0)
+
+    stub: Any = type("Stub", (), {})()
+    stub.metadata = {
+        "block_count": 0, "attention.head_count": 1, "embedding_length": width, "context_length": 1,
+        "attention.layer_norm_rms_epsilon": 0.0,
+    }  # fmt: skip
+    stub.tensors = {
+        "token_embd.weight": Known(torch.from_numpy(signs + 1), minimum=-1.0),
+        "output_norm.weight": Known(torch.from_numpy(values / 256)),
+        "output.weight": Known(torch.from_numpy(levels), bits),
+        "blk.0.ffn_down.weight": Known(torch.zeros(32, 32)),
+    }
+    got = Native(stub, 1).every(range(rows), [0]).numpy()
+
+    digits = signs * values if two_digits else (signs * values + 128 >> 8) * 256
+    want = np.zeros((rows, rows), np.float32)
+    for at in range(0, width, 32):
+        want += (digits[:, at : at + 32] @ levels[:, at : at + 32].T).astype(np.float32) / np.float32(256)
+    assert np.abs(want).max() > 255 / 16 * 2 ** (bits - 4) * 127 * 32
+    assert np.array_equal(got, want)
+
+
+# ---- which one a processor takes
+
+
+@pytest.fixture
+def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands in for /proc/cpuinfo; nobody asks for a variant."""
+    monkeypatch.setattr(native, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.delenv("LAB_KERNELS", raising=False)
+    return tmp_path / "cpuinfo"
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the sources and nothing compiled."""
+    for name in ("kernels.c", "vectors.h"):
+        shutil.copy(native.SOURCE.with_name(name), tmp_path)
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernels.c")
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+AVX2 = "sse4_2 fma avx f16c avx2"
+AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "takes"),
+    [
+        (f"{AVX512} avx512_vnni", ["avx512", "avx2"]),
+        (f"{AVX512} avx512_vnni avx_vnni", ["avx512", "avxvnni", "avx2"]),
+        (f"{AVX2} avx_vnni", ["avxvnni", "avx2"]),
+        (AVX512, ["avx2"]),
+        (AVX2, ["avx2"]),
+    ],
+)
+def test_a_processor_takes_the_best_that_it_has(processor: Path, flags: str, takes: list[str]) -> None:
+    processor.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: avx512_vnni\n")
+    assert native._runnable() == takes
+
+
+def test_all_cores_must_have_it(processor: Path) -> None:
+    processor.write_text(f"flags : {AVX512} avx512_vnni\nflags : {AVX2}\n")
+    assert native._runnable() == ["avx2"]
+
+
+def test_what_a_processor_lacks_is_named(processor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own name; the same where a variant is asked for that it lacks, or that there is not."""
+    with pytest.raises(native.NativeError, match="cpuinfo"):
+        native._runnable()
+    processor.write_text("flags : fpu avx f16c\n")
+    with pytest.raises(native.NativeError, match=r"this processor has no avx2, fma$"):
+        native._runnable()
+    processor.write_text(f"flags : {AVX2}\n")
+    monkeypatch.setenv("LAB_KERNELS", "avxvnni")
+    with pytest.raises(native.NativeError, match=r"this processor has no avx_vnni$"):
+        native._runnable()
+    monkeypatch.setenv("LAB_KERNELS", "neon")
+    with pytest.raises(native.NativeError, match="LAB_KERNELS is none of avx512, avxvnni, avx2"):
+        native._runnable()
+
+
+def compiler(folder: Path, refuses: str) -> str:
+    """One that knows no flag like this."""
+    path = folder / "cc"
+    path.write_text(f'#!/bin/sh\ncase "$*" in {refuses}) echo "unknown option" >&2; exit 1;; esac\nexec cc "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(not native._compiler() or native.reason() is not None, reason="no compiler or no kernels here")
+def test_an_old_compiler_makes_the_next_best(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not know the newer instructions: the start goes on with those it knows, and compiles nothing else."""
+    monkeypatch.setenv("CC", compiler(empty, "*-mavx512*|*-mavxvnni*"))
+    assert native.library()
+    assert len(list(empty.glob("__pycache__/*.so"))) == 1
+
+
+@pytest.mark.skipif(not native._compiler(), reason="no compiler here")
+def test_all_are_compiled_for_an_image(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each, whatever this processor has; 1 only where a compiler makes none of them."""
+    monkeypatch.setenv("CC", compiler(empty, "*-mavxvnni*"))
+    assert native.main() == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()][-3:] == list(native.VARIANTS)
+    assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 2
+    for made in empty.glob("__pycache__/*"):
+        made.unlink()
+    monkeypatch.setenv("CC", compiler(empty, "*"))
+    assert native.main() == 1
+    assert capsys.readouterr().out.count("unknown option") == 3
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", os.devnull)
+    assert native.main() == 0
