@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from . import weights
 from .engine import Span
 from .gguf import File, Tensor
 from .pages import PAGE_TOKENS
@@ -146,6 +147,7 @@ def reason() -> str | None:
     """Why there are no kernels here; None where there are."""
     try:
         library()
+        _openmp()
     except NativeError as error:
         return str(error)
     return None
@@ -195,10 +197,10 @@ def _compiled(variant: str) -> Path:
 def _openmp() -> tuple[int, int]:
     """Addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch uses: one pool of threads, not two
     that take each other's cores. Raises NativeError."""
-    torch_ = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     try:
+        torch_ = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         found = [ctypes.cast(torch_[name], ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_num_threads")]
-    except AttributeError:
+    except (AttributeError, OSError):
         raise NativeError("this build of torch has another OpenMP runtime than GNU's") from None
     return found[0] or 0, found[1] or 0
 
@@ -240,11 +242,6 @@ def packed(*tensors: Tensor) -> Packed:
     return Packed(data, out + more, columns, bits)
 
 
-# What a layer has, and what else a file has: one with other tensors is of a model that these kernels do not know.
-PARTS = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
-OTHERS = {"token_embd.weight", "output_norm.weight", "output.weight"}
-
-
 def reads(file: File) -> bool:
     """These kernels know this file's shapes, and this machine the kernels."""
     if not _fits(file):
@@ -255,23 +252,13 @@ def reads(file: File) -> bool:
 
 
 def _fits(file: File) -> bool:
-    said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
-    if said.get("general.architecture") != "llama" or said.get("rope.scaling.type", "none") != "none":
+    if not weights.reads(file):
         return False
-    layers = {f"blk.{index}.{part}.weight" for index in range(said["block_count"]) for part in PARTS}
-    heads = said["attention.head_count"]
-    group, rest = divmod(heads, said.get("attention.head_count_kv", heads))
-    dim = said.get("attention.key_length", said["embedding_length"] // heads)
+    said = weights.facts(file)
+    dim = said["head_dim"]
     inputs = [tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2]
-    return (
-        layers <= file.tensors.keys() <= layers | OTHERS
-        and not rest
-        and group <= MOST_GROUP
-        and said.get("rope.dimension_count", dim) == dim == said.get("attention.value_length", dim)
-        and dim % BLOCK == 0
-        and dim <= MOST_HEAD
-        and not any(count % BLOCK for count in inputs)
-    )
+    group = said["attention.head_count"] // said["kv_heads"]
+    return group <= MOST_GROUP and dim % BLOCK == 0 and dim <= MOST_HEAD and not any(size % BLOCK for size in inputs)
 
 
 class Native:
@@ -282,11 +269,10 @@ class Native:
 
     def __init__(self, file: File, threads: int) -> None:
         self._library = library()
-        said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
-        tensors = file.tensors
-        heads, width = said["attention.head_count"], said["embedding_length"]
-        kv_heads = said.get("attention.head_count_kv", heads)
-        dim = said.get("attention.key_length", width // heads)
+        said, tensors = weights.facts(file), file.tensors
+        heads, kv_heads, dim, width = (
+            said[name] for name in ("attention.head_count", "kv_heads", "head_dim", "embedding_length")
+        )
         self.context: int = said["context_length"]
         self._held: list[Any] = []  # what the structures point to
         self.bytes = 0
@@ -313,8 +299,7 @@ class Native:
 
         layers = [layer(f"blk.{index}") for index in range(said["block_count"])]
         table = matrix("token_embd")
-        speeds = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
-        angles = torch.arange(self.context).float()[:, None] * speeds
+        angles = torch.arange(self.context).float()[:, None] * said["rotations"]
         parallel, team = _openmp()
         self._model = Model(
             layers=len(layers),
