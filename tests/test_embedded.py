@@ -281,15 +281,36 @@ def test_files_of_other_models_are_left_to_transformers(file: gguf.File, monkeyp
         patch.setitem(file.tensors, "blk.0.attn_q.bias", file.tensors["blk.0.attn_norm.weight"])
         assert not weights.reads(file)
         assert not native.reads(file)
-    for key, value in (("llama.rope.scaling.type", "yarn"), ("general.architecture", "qwen2")):
+    said = file.metadata
+    for key, value in (
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.dimension_count", 32),
+        ("general.architecture", "qwen2"),
+        ("llama.attention.head_count", [9] * 30),
+        ("llama.attention.head_count_kv", 2),
+        ("llama.feed_forward_length", 1504),
+        ("llama.embedding_length", 0),
+        ("tokenizer.ggml.tokens", [*said["tokenizer.ggml.tokens"], "one more"]),
+    ):
         with monkeypatch.context() as patch:
-            patch.setitem(file.metadata, key, value)
-            assert not weights.reads(file)
-            assert not native.reads(file)
+            patch.setitem(said, key, value)
+            assert not weights.reads(file), key
+            assert not native.reads(file), key
+    for key in ("llama.block_count", "llama.attention.layer_norm_rms_epsilon"):
+        with monkeypatch.context() as patch:
+            patch.delitem(said, key)
+            assert not weights.reads(file), key
     with monkeypatch.context() as patch:
         patch.delitem(file.tensors, "blk.29.ffn_up.weight")
         assert not weights.reads(file)
         assert not native.reads(file)
+
+
+@kernels
+def test_c_is_given_no_token_that_is_not_there(runner: Native) -> None:
+    for ids, position in (([49152], 0), ([-1], 0), ([5], 8192)):
+        with pytest.raises(IndexError):
+            runner.decode(ids, [position], [list(range(1, 80))])
 
 
 @pytest.mark.parametrize("cut", [3, 40, 5000])

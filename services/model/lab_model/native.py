@@ -299,7 +299,7 @@ class Native:
 
         layers = [layer(f"blk.{index}") for index in range(said["block_count"])]
         table = matrix("token_embd")
-        angles = torch.arange(self.context).float()[:, None] * said["rotations"]
+        angles = torch.arange(self.context).float()[:, None] * weights.rotations(said)
         parallel, team = _openmp()
         self._model = Model(
             layers=len(layers),
@@ -373,6 +373,9 @@ class Native:
         asked: Sequence[int],
     ) -> torch.Tensor:
         """Logits of the rows `asked`, ascending, as (asked, vocab). owners: each row's line of `pages`."""
+        # C reads where these point, whatever they are.
+        if not (min(ids) >= 0 and max(ids) < self._vocab and max(positions) < self.context):
+            raise IndexError("a token id or a position is outside the model's table")
         columns = max(len(row) for row in pages)
         table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in pages], dtype=torch.int32)
         logits = torch.empty(len(asked), self._model.head.out)

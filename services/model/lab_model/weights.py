@@ -20,34 +20,60 @@ FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 # Ways to stretch the rotations that are one table for all lengths; the others change it while a text grows.
 ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
-# What each layer of a Llama's GGUF file has, and what else is in it. One with other tensors is another model.
-PARTS = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
-OTHERS = {"token_embd.weight", "output_norm.weight", "output.weight"}
+# What a Llama's GGUF file must say of itself, in whole numbers; some other families have lists here.
+SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
 
 def reads(file: File) -> bool:
-    """`from_file` knows all that this file holds."""
-    said = facts(file)
+    """`from_file` knows all that this file holds: these tensors, of these shapes, and no others."""
+    said, tensors = facts(file), file.tensors
     if file.metadata.get("general.architecture") != "llama" or said.get("rope.scaling.type", "none") != "none":
         return False
-    layers = {f"blk.{index}.{part}.weight" for index in range(said["block_count"]) for part in PARTS}
-    dim = said["head_dim"]
+    if not all(isinstance(said.get(size), int) for size in (*SIZES, "kv_heads")):
+        return False
+    width, inner, heads, kv_heads, dim = (
+        said[name]
+        for name in ("embedding_length", "feed_forward_length", "attention.head_count", "kv_heads", "head_dim")
+    )
+    layer = {
+        "attn_norm": (width,),
+        "attn_q": (heads * dim, width),
+        "attn_k": (kv_heads * dim, width),
+        "attn_v": (kv_heads * dim, width),
+        "attn_output": (width, heads * dim),
+        "ffn_norm": (width,),
+        "ffn_gate": (inner, width),
+        "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    }
+    shapes = {f"blk.{i}.{part}.weight": shape for i in range(said["block_count"]) for part, shape in layer.items()}
+    table = (len(said.get("tokenizer.ggml.tokens", ())), width)
+    shapes |= {"token_embd.weight": table, "output_norm.weight": (width,)}
+    if "output.weight" in tensors:
+        shapes["output.weight"] = table
     return (
-        layers <= file.tensors.keys() <= layers | OTHERS
+        {name: tensor.shape for name, tensor in tensors.items()} == shapes
         and said.get("rope.dimension_count", dim) == dim == said.get("attention.value_length", dim)
-        and said["attention.head_count"] % said["kv_heads"] == 0
+        and dim % 2 == heads % kv_heads == 0
+        and "attention.layer_norm_rms_epsilon" in said
     )
 
 
 def facts(file: File) -> dict[str, Any]:
-    """The file's metadata about a Llama, with `kv_heads` and `head_dim`, which it may leave out, and `rotations`,
-    (head_dim / 2,) inverse frequencies."""
+    """The file's metadata about a Llama, with `kv_heads` and `head_dim`, which it may leave out."""
     said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
-    heads = said.get("attention.head_count", 1)
-    kv_heads = said.get("attention.head_count_kv", heads)
-    dim = said.get("attention.key_length", said.get("embedding_length", 0) // heads)
-    speeds = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
-    return said | {"kv_heads": kv_heads, "head_dim": dim, "rotations": speeds}
+    heads, width = said.get("attention.head_count"), said.get("embedding_length")
+    said["kv_heads"] = said.get("attention.head_count_kv", heads)
+    dim = width // heads if isinstance(heads, int) and isinstance(width, int) and heads else 0
+    said["head_dim"] = said.get("attention.key_length", dim)
+    return said
+
+
+def rotations(said: dict[str, Any]) -> torch.Tensor:
+    """Inverse frequencies, (head_dim / 2,)."""
+    dim = said["head_dim"]
+    speeds: torch.Tensor = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
+    return speeds
 
 
 def fits(model: Any) -> bool:
@@ -91,7 +117,7 @@ def from_file(file: File, dtype: torch.dtype, device: torch.device) -> Weights:
         kv_heads=said["kv_heads"],
         head_dim=said["head_dim"],
         context=said["context_length"],
-        rotations=said["rotations"],
+        rotations=rotations(said),
         rotation_scale=1.0,
         embedding=table,
         layers=layers,
