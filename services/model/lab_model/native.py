@@ -416,7 +416,8 @@ def main() -> int:
             _say(f"{variant}: {path}{', which this machine takes' if mine else ''}")
         except NativeError as error:
             _say(f"{variant}: {error}")
-    return int(not made and _compiler() is not None)
+    x86 = platform.machine().lower() in {"x86_64", "amd64"}
+    return int(x86 and not made and _compiler() is not None)
 
 
 def _say(line: str) -> None:

@@ -27,9 +27,13 @@ SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_leng
 def reads(file: File) -> bool:
     """`from_file` knows all that this file holds: these tensors, of these shapes, and no others."""
     said, tensors = facts(file), file.tensors
-    if file.metadata.get("general.architecture") != "llama" or said.get("rope.scaling.type", "none") != "none":
+    factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 1))
+    scaling = said.get("rope.scaling.type", "none" if factor in (0, 1) else "linear")
+    if file.metadata.get("general.architecture") != "llama" or scaling != "none":
         return False
-    if not all(isinstance(said.get(size), int) for size in (*SIZES, "kv_heads")):
+    if not all(isinstance(size := said.get(name), int) and size > 0 for name in (*SIZES, "kv_heads", "head_dim")):
+        return False
+    if said["block_count"] > len(tensors):
         return False
     width, inner, heads, kv_heads, dim = (
         said[name]
