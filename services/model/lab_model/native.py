@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,6 +320,7 @@ class Native:
         self._vocab = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"].shape[0]
         wide = max(width, heads * dim)
         hidden = tensors["blk.0.ffn_down.weight"].shape[1]
+        self._alone = threading.Lock()  # who measures may ask beside the engine's thread
         # One step's rows between its layers.
         self._scratch = {
             f"{of}_{name}": torch.empty(MOST_ROWS, size, dtype=dtype)
@@ -391,10 +393,11 @@ class Native:
                 "last": torch.tensor(last, dtype=torch.int32),
                 "logits": logits[done:],
             }
-            self._scratch["jobs"].zero_()
-            pointers = {name: tensor.data_ptr() for name, tensor in (self._scratch | given).items()}
-            step = Step(rows=len(given["ids"]), wanted=len(last), columns=columns, **pointers)
-            self._library.lab_step(self._model, step)
+            with self._alone:
+                self._scratch["jobs"].zero_()
+                pointers = {name: tensor.data_ptr() for name, tensor in (self._scratch | given).items()}
+                step = Step(rows=len(given["ids"]), wanted=len(last), columns=columns, **pointers)
+                self._library.lab_step(self._model, step)
             done += len(last)
         return logits[:, : self._vocab]
 
