@@ -118,7 +118,7 @@ class Mock:
         if local:
             extra |= {"x-model-revision": self.revision}
         if self.delay:
-            await asyncio.sleep(self.delay)
+            await asyncio.sleep(self.delay + 0.001)  # uvloop's timers end up to a millisecond early
         if await self.scripted(send, extra):
             return None
         mode = body["model"].partition("mock-")[2]

@@ -304,8 +304,7 @@ def test_metrics_tell_of_times_and_states(bench: Bench) -> None:
     labels = f'{{cache="miss",model="{CHAT_MODEL}",route="/v1/chat/completions"}}'
     count = number(page, f"lab_proxy_upstream_seconds_count{labels}")
     assert count >= 1
-    # asyncio's timers fire up to a millisecond early.
-    assert number(page, f"lab_proxy_upstream_seconds_sum{labels}") >= 0.199
+    assert number(page, f"lab_proxy_upstream_seconds_sum{labels}") >= 0.2
     own = number(page, f"lab_proxy_overhead_seconds_sum{labels}")
     assert 0 < own < 0.2 * count
     assert "lab_proxy_redis_up 1.0" in page
