@@ -381,6 +381,7 @@ def stall(bench: Bench) -> None:
         (arrived,) = engine.wait([late])
         engine.started(running, 1)
         engine.engine.cancel(*running)
+        engine.wait(running)  # the next measurement shall have the engine for itself
         heard = [engine._heard[request] for request in running]
         before = [b - a for times in heard for a, b in itertools.pairwise(times) if b < joined]
         during = [b - a for times in heard for a, b in itertools.pairwise(times) if a < arrived[0] and b > joined]

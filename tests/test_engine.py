@@ -134,6 +134,19 @@ def test_greedy_equals_generate(which: str) -> None:
         bench.engine.close()
 
 
+def test_logits_are_for_an_engine_at_rest() -> None:
+    """A runner is for one thread: who asks beside a request is told so, and may ask when it has ended."""
+    engine = Engine(runner(tiny.model("llama")), lambda events: None, kv_tokens=256)
+    asked = Request([5, 6, 7], 2)
+    engine.submit(asked)
+    with pytest.raises(RuntimeError, match="requests"):
+        engine.logits([5, 6])
+    with torch.inference_mode():
+        engine.run_alone(Request([5, 6], 2), [])
+    assert asked.generated == 2
+    assert engine.logits([5, 6]).isfinite().all()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_steps_of_one_shape_equal_generate(device: str) -> None:
     """What CUDA records as graphs gives the same tokens; on the CPU the same code runs unrecorded."""

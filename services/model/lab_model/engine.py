@@ -276,7 +276,10 @@ class Engine:
             self._step(events)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Those after each of `ids`, (ids, vocab), float32; while nothing runs. What perplexity needs."""
+        """Those after each of `ids`, (ids, vocab), float32. What perplexity needs. Raises RuntimeError while requests
+        run: a runner is for one thread."""
+        if self._running or self._waiting:
+            raise RuntimeError("the engine has requests")
         pages = [self._pages.take() for _ in range(-(-len(ids) // PAGE_TOKENS))]
         with torch.inference_mode():
             found = self._runner.every(ids, pages)
