@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
@@ -20,6 +20,8 @@ from processes import Process, free_port, process, python, redis_server
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
+    from lab_model.catalogue import Source
+    from lab_model.gguf import File
 
 CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
 # Ray Serve and the embedded models on two busy cores.
@@ -111,3 +113,34 @@ def target(request: pytest.FixtureRequest) -> str:
 def client(target: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{target}/v1", api_key="any", max_retries=0, timeout=60) as made:
         yield made
+
+
+# -- the embedded model's file. Imported where they are asked for: torch takes seconds.
+
+
+@pytest.fixture(scope="session")
+def source() -> Source:
+    from lab_model.catalogue import load_catalogue, locate
+
+    return locate(load_catalogue(None)[0])
+
+
+@pytest.fixture(scope="session")
+def file(source: Source) -> File:
+    from lab_model.gguf import File
+
+    assert source.gguf_file
+    return File(Path(source.folder) / source.gguf_file)
+
+
+@pytest.fixture(scope="session")
+def reference(source: Source) -> Any:
+    """transformers' own reading, dequantized to float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    config = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        source.folder, gguf_file=source.gguf_file, dtype=torch.float32, quantization_config=config
+    ).eval()

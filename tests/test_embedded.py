@@ -10,45 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures_embedded import kernels
 from lab_model import gguf, native, weights
-from lab_model.catalogue import Source, load_catalogue, locate
+from lab_model.catalogue import Source, load_catalogue
 from lab_model.engine import Engine, Event, Request, Runner, Span
 from lab_model.llama import Llama
 from lab_model.native import MOST_ROWS, Native
 from lab_model.pages import PAGE_TOKENS
 from lab_model.replica import load_causal
 from lab_model.sampling import Sampling
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.quantization_config import GgufConfig
+from transformers import AutoTokenizer
 
 CPU = torch.device("cpu")
-kernels = pytest.mark.skipif(native.reason() is not None, reason=f"no kernels here: {native.reason()}")
 TEXT = (
     "A cache answers the same question twice and works once. It must know what makes two questions the same, how long "
     "an answer stays true, and whom it may be shown to. Whoever measures a server measures its queue as well: at one "
     "request in flight the figure is latency, at sixty-four it is throughput, and between them lies the choice that an "
     "operator has to make. 서울은 대한민국의 수도이다. def add(a, b): return a + b"
 )
-
-
-@pytest.fixture(scope="module")
-def source() -> Source:
-    return locate(load_catalogue(None)[0])
-
-
-@pytest.fixture(scope="module")
-def file(source: Source) -> gguf.File:
-    assert source.gguf_file
-    return gguf.File(Path(source.folder) / source.gguf_file)
-
-
-@pytest.fixture(scope="module")
-def reference(source: Source) -> Any:
-    """transformers' own reading, dequantized to float32."""
-    config = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        source.folder, gguf_file=source.gguf_file, dtype=torch.float32, quantization_config=config
-    ).eval()
 
 
 @pytest.fixture
@@ -206,6 +185,7 @@ def test_a_row_that_is_no_number_stays_alone(runner: Native, ids: list[int]) -> 
     assert not got[2].isfinite().any()
     assert torch.equal(got[1], want[1])
     runner.wipe([1])
+    assert not runner._pool[:, 1].any()
     runner.prefill(ids[:20], [Span(0, 20, [1])])
     assert torch.equal(runner.decode([5], [20], [[1]])[0], want[0])
 

@@ -12,26 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures_embedded import kernels, missing
 from lab_model import gguf, native
-from lab_model.catalogue import Source, load_catalogue, locate
 from lab_model.engine import Span
 from lab_model.native import Native
-from transformers import AutoModelForCausalLM
-from transformers.utils.quantization_config import GgufConfig
 
 PAGES = [[1, 2, 3, 4], [5, 6, 7, 8]]
 LENGTH = 100
-
-
-@pytest.fixture(scope="module")
-def source() -> Source:
-    return locate(load_catalogue(None)[0])
-
-
-@pytest.fixture(scope="module")
-def file(source: Source) -> gguf.File:
-    assert source.gguf_file
-    return gguf.File(Path(source.folder) / source.gguf_file)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +39,9 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_KERNELS", request.param)
         native.library.cache_clear()
-        try:
-            native.library()
-        except native.NativeError as error:
-            pytest.skip(f"{request.param}: {error}")
+        if lack := missing():
+            pytest.skip(f"{request.param}: {lack}")
+        native.library()
         yield request.param
     native.library.cache_clear()
 
@@ -77,14 +63,10 @@ def logits(runner: Native, ids: list[list[int]]) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def reference(source: Source, ids: list[list[int]]) -> torch.Tensor:
+def expected(reference: Any, ids: list[list[int]]) -> torch.Tensor:
     """The first text's logits by transformers, from the same file dequantized to float32."""
-    config = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, gguf_file=source.gguf_file, dtype=torch.float32, quantization_config=config
-    )
     with torch.inference_mode():
-        found: torch.Tensor = model.eval()(torch.tensor(ids[:1])).logits[0]
+        found: torch.Tensor = reference(torch.tensor(ids[:1])).logits[0]
     return found
 
 
@@ -94,10 +76,10 @@ def seen() -> dict[str, list[torch.Tensor]]:
     return {}
 
 
-def test_logits_are_near_those_of_the_file(reference: torch.Tensor, logits: list[torch.Tensor]) -> None:
+def test_logits_are_near_those_of_the_file(expected: torch.Tensor, logits: list[torch.Tensor]) -> None:
     """Though activations have 8 bits: in direction, and in what they say of the next token."""
-    assert torch.nn.functional.cosine_similarity(reference, logits[0]).median() > 0.9999
-    of_file, ours = reference.log_softmax(-1), logits[0].log_softmax(-1)
+    assert torch.nn.functional.cosine_similarity(expected, logits[0]).median() > 0.9999
+    of_file, ours = expected.log_softmax(-1), logits[0].log_softmax(-1)
     assert (of_file.exp() * (of_file - ours)).sum(-1).mean() < 0.001
 
 
@@ -174,7 +156,7 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
 
     stub: Any = type("Stub", (), {})()
     stub.metadata = {
-        "block_count": 0, "attention.head_count": 1, "embedding_length": width, "context_length": 1,
+        "block_count": 0, "attention.head_count": 1, "embedding_length": width, "context_length": rows,
         "attention.layer_norm_rms_epsilon": 0.0,
     }  # fmt: skip
     stub.tensors = {
@@ -263,7 +245,7 @@ def compiler(folder: Path, refuses: str) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(not native._compiler() or native.reason() is not None, reason="no compiler or no kernels here")
+@kernels
 def test_an_old_compiler_makes_the_next_best(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not know the newer instructions: the start goes on with those it knows, and compiles nothing else."""
     monkeypatch.setenv("CC", compiler(empty, "*-mavx512*|*-mavxvnni*"))
