@@ -231,13 +231,14 @@ def _browser() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    # The model's kernels are for x86; other processors run torch's.
-    if platform.machine().lower() in {"x86_64", "amd64"} and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+    # The model's kernels are for Linux on x86; others run torch's.
+    fits = platform.system() == "Linux" and platform.machine().lower() in {"x86_64", "amd64"}
+    if fits and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         yield Finding(
             Exit.COMPILER,
             "no C compiler on PATH",
             "without one the embedded model answers several times slower",
-            "install one (apt-get install gcc libc6-dev, xcode-select --install)",
+            "install one (apt-get install gcc libc6-dev)",
             stops=False,
         )
 

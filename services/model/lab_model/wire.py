@@ -5,6 +5,7 @@ Knows JSON and status codes; knows nothing of HTTP servers, tokens or models.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -188,9 +189,9 @@ class Generation(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    @abstractmethod
     def shown(self) -> int | None:
         """How many alternatives `logprobs` shows beside each token; None: no logprobs."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """What no single field can tell. Raises BadRequestError."""
