@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import statistics
 import subprocess
@@ -33,10 +32,13 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
+from bench.processes import Server, free_port, server
 from bench.report import ROOT, BenchError, Row, machine, page, save, say
 from bench.streams import Round
 
 NEW_TOKENS = 64
+SERVICE_SECONDS = 180
+IDLE_SECONDS = 10
 REQUESTS = (1, 8, 32, 64)
 # The beginning of Carroll's Alice (1865), set down for this measurement: not an edition.
 TEXT = Path(__file__).with_name("alice.txt")
@@ -70,10 +72,11 @@ class Ours:
                     self._ended.add(event.request)
             self._changed.notify_all()
 
-    def submit(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+    def submit(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> list[Any]:
         from lab_model.engine import Request  # noqa: PLC0415
+        from lab_model.sampling import Sampling  # noqa: PLC0415
 
-        requests = [Request(list(prompt), tokens) for prompt in prompts]
+        requests = [Request(list(prompt), tokens, sampling=Sampling(**sampling)) for prompt in prompts]
         self.engine.submit(*requests)
         return requests
 
@@ -89,8 +92,8 @@ class Ours:
             if not self._changed.wait_for(lambda: all(len(self._heard[r]) >= tokens for r in requests), timeout):
                 raise BenchError(f"this engine gave no {tokens} tokens in {timeout} s")
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
-        return sum(len(times) for times in self.wait(self.submit(prompts, tokens)))
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> int:
+        return sum(len(times) for times in self.wait(self.submit(prompts, tokens, **sampling)))
 
     def first(self, prompt: Sequence[int]) -> tuple[float, int]:
         """Seconds to the first token of this prompt alone, and how much of it came from the prefix cache."""
@@ -254,6 +257,7 @@ class Bench:
         self.ids: list[int] = self.tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
         self._starts = self._places()
         self._up: dict[type[Any], Any] = {}
+        self._stack = contextlib.ExitStack()
 
     def _places(self) -> Iterator[int]:
         order = random.Random(5)  # noqa: S311 - the same prompts in every run
@@ -295,7 +299,26 @@ class Bench:
     ) -> None:
         self.rows.append(Row(section, name, value, unit, *aim, note=note))
 
+    @cached_property
+    def service(self) -> Server:
+        """The model service, in processes of its own, as `make lab` starts it."""
+        say("bench: starting the model service")
+        port = free_port()
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-engine-")))
+        argv = [sys.executable, "-m", "lab_model"]
+        return self._stack.enter_context(
+            server("model", argv, port, folder, ready="/ready", seconds=SERVICE_SECONDS, env={"MODEL_PORT": str(port)})
+        )
+
+    def replica(self, name: str) -> psutil.Process:
+        """The process that holds this model. Ray titles it with application and deployment."""
+        found = [each for each in self.service.processes() if f"ServeReplica:{name}:" in " ".join(each.cmdline())]
+        if len(found) != 1:
+            raise BenchError(f"{len(found)} processes of the service look like the replica of {name}")
+        return found[0]
+
     def close(self) -> None:
+        self._stack.close()
         for engine in self._up.values():
             engine.close()
 
@@ -314,12 +337,9 @@ def decode(bench: Bench, requests: int) -> None:
     section = f"decode{requests}"
     kinds: list[type[Any]] = [Ours, *[kind for kind in bench.others if requests == 1 or kind is not LlamaCpp]]
     rates: dict[str, list[float]] = defaultdict(list)
-    for turn in range(bench.rounds):
+    for _ in range(bench.rounds):
         asked = bench.prompts(requests)
         for kind in kinds:
-            # Nobody's 64 is held against theirs: one turn shows where they stand, five would take ten minutes.
-            if turn and requests == 64 and kind is not Ours:
-                continue
             engine = bench.up(kind)
             began = time.perf_counter()
             made = engine.generate(asked, NEW_TOKENS)
@@ -409,60 +429,45 @@ def perplexity(bench: Bench) -> None:
 
 
 def idle(bench: Bench) -> None:
-    """A process with the engine alone: what it costs when nobody asks, and how much memory the embedded pair takes."""
-    from lab_model.__main__ import ABSENT  # noqa: PLC0415
+    """What the service's replicas take when nobody asks, and have taken by what was asked before."""
+    service = bench.service
+    replicas = {entry.id: bench.replica(entry.id) for entry in bench.entries}
+    time.sleep(2)
+    everything = service.processes()
+    before, began = [_seconds(each) for each in everything], time.monotonic()
+    time.sleep(IDLE_SECONDS)
+    passed = time.monotonic() - began
+    shares = {each.pid: 100 * (_seconds(each) - used) / passed for each, used in zip(everything, before, strict=True)}
+    for name, replica in replicas.items():
+        share = shares[replica.pid]
+        bench.row("idle", f"replica of {name}, of a core", share, "%", aim=("< 2", share < 2))
+    bench.row("idle", f"the service's {len(everything)} processes, Ray among them", sum(shares.values()), "%")
+    pair = 0
+    for name, replica in replicas.items():
+        memory = replica.memory_full_info()
+        pair += memory.rss
+        note = f"{memory.uss / 1e6:.0f} MB not shared with others"
+        bench.row("idle", f"RSS of the replica of {name}", memory.rss / 1e6, "MB", note=note)
+    bench.row("idle", "RSS of the embedded pair", pair / 1e6, "MB", aim=("≤ 1,600", pair <= 1.6e9))
 
-    memory = 0
-    for entry in bench.entries:
-        argv = [sys.executable, "-m", "bench.engine", "--alone", entry.id]
-        environ = os.environ | {"PYTHONPATH": str(ABSENT)}  # as the service starts its replicas
-        told = subprocess.run(  # noqa: S603
-            argv, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False
-        )
-        if told.returncode:
-            raise BenchError(f"{entry.id} did not load: {told.stderr.strip().splitlines()[-1]}")
-        figures = json.loads(told.stdout.splitlines()[-1])
-        memory += figures["rss"]
-        bench.row("idle", f"RSS of {entry.id}", figures["rss"] / 1e6, "MB", note=figures["note"])
-        if "idle" in figures:
-            share = 100 * figures["idle"]
-            bench.row("idle", "idle engine, of a core", share, "%", aim=("< 2", share < 2))
-    bench.row("idle", "RSS of the embedded pair", memory / 1e6, "MB", aim=("≤ 1,600", memory <= 1.6e9))
 
-
-def alone(name: str) -> None:
-    """What `idle` starts: one model as its replica holds it, Ray's own code among it; prints its figures as JSON."""
-    import ray.serve  # noqa: F401, PLC0415
-    from lab_model.catalogue import load_catalogue  # noqa: PLC0415
-    from lab_model.replica import load  # noqa: PLC0415
-    from lab_model.settings import AppArgs  # noqa: PLC0415
-
-    entry = next(entry for entry in load_catalogue(None) if entry.id == name)
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = load(AppArgs(entry=entry, log_pipe=Path(folder) / "log", metrics_dir=Path(folder)))
-        time.sleep(1)
-        began = time.process_time()
-        time.sleep(3)
-        used = (time.process_time() - began) / 3
-        memory = psutil.Process().memory_full_info()
-        figures: dict[str, Any] = {"rss": memory.rss, "note": f"{memory.uss / 1e6:.0f} MB not shared with others"}
-        if entry.kind == "chat":
-            figures["idle"] = used
-        print(json.dumps(figures), flush=True)  # noqa: T201 - for the parent
-        del loaded
+def _seconds(process: psutil.Process) -> float:
+    """Of the processors, so far."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 def http(bench: Bench) -> None:
-    """The same over HTTP, streamed: a service that runs already, of this model, with nothing else to do.
+    """The same over HTTP, streamed: the model service as it stands, with nothing else to do.
 
-    In turns, with the same prompts: in process, by a client that takes little of the machine (bench/streams.py says how
-    it counts), and by the openai SDK's, whose parsing takes the cores that the engine computes on. The promise is about
-    the service, so the first client is held against it. The chat template makes each prompt about 30 tokens longer than
-    those of `decode32`, in process too.
+    In turns, with prompts and parameters of one kind: in process, by a client that takes little of the machine
+    (bench/streams.py says how it counts), and by the openai SDK's, whose parsing takes the cores that the engine
+    computes on. The promise is about the service, so the first client is held against it. The chat template makes each
+    prompt about 30 tokens longer than those of `decode32`, in process too.
     """
-    url = bench.options.http
-    if not url:
-        return bench.row("http", "over HTTP", None, note="skipped: start the model service and give --http URL")
+    url = bench.service.url
     engine = bench.up(Ours)
     rates: dict[str, list[float]] = defaultdict(list)
     firsts = asyncio.run(_over_http(bench, url, engine, rates))
@@ -480,7 +485,7 @@ def http(bench: Bench) -> None:
     for name in ("light", "sdk"):
         bench.row("http", f"client's own time a token, {name}", statistics.median(rates[f"{name} cpu"]), "µs")
     middle = 1000 * statistics.median(firsts)
-    return bench.row("http", "TTFT p50 of 100 tokens, idle", middle, "ms", aim=("≤ 150", middle <= 150))
+    bench.row("http", "TTFT p50 of 100 tokens, idle", middle, "ms", aim=("≤ 150", middle <= 150))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -494,7 +499,7 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
     client = AsyncOpenAI(base_url=url.rstrip("/") + "/v1", api_key="none", max_retries=0, timeout=120)
     create: Any = client.chat.completions.create
     # Nobody ends early: the tokens that would end an answer are out of the question.
-    ends = {str(token): -100 for token in ends_of(bench)}
+    ends = dict.fromkeys(ends_of(bench), -100.0)
     address = urlsplit(url)
     path = f"{address.path.rstrip('/')}/v1/chat/completions"
 
@@ -504,7 +509,7 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
             "messages": [{"role": "user", "content": bench.tokenizer.decode(list(prompt))}],
             "max_tokens": tokens,
             "temperature": 0,
-            "logit_bias": ends,
+            "logit_bias": {str(token): bias for token, bias in ends.items()},
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -526,7 +531,8 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
     def inside(prompts: Sequence[Sequence[int]]) -> None:
         asked = [templated(prompt) for prompt in prompts]
         began = time.perf_counter()
-        rates["in process"].append(engine.generate(asked, NEW_TOKENS) / (time.perf_counter() - began))
+        made = engine.generate(asked, NEW_TOKENS, logit_bias=ends)
+        rates["in process"].append(made / (time.perf_counter() - began))
 
     async def sdk(prompts: Sequence[Sequence[int]]) -> None:
         began, cpu = time.perf_counter(), time.process_time()
@@ -593,8 +599,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "prefix": prefix,
     "stall": stall,
     "perplexity": perplexity,
-    "idle": idle,
     "http": http,
+    "idle": idle,
 }
 
 
@@ -615,8 +621,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {','.join(SECTIONS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each figure (default 5)")
     parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: one per core)")
-    parser.add_argument("--http", metavar="URL", help="a running model service, http://127.0.0.1:8000: its figures too")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     chosen = [name for name in options.only.split(",") if name]
     if unknown := set(chosen) - set(SECTIONS):
@@ -627,9 +631,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or cores())
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if options.alone:
-        alone(options.alone)
-        return 0
     began = time.monotonic()
     bench = Bench(options)
     told = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads(), "model": bench.entry.id}
