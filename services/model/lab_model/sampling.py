@@ -144,7 +144,7 @@ class Draw:
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleError]:
-    """The next token of each row, or why there is none. logits: (rows, vocab), float32, left as they are.
+    """The next token of each row, or why there is none. logits: (rows, vocab), float32, which are changed in place.
 
     A row depends on its own logits, parameters and random stream alone, never on its neighbours. In this order:
     1. repetition_penalty on what stands in prompt and answer (logit > 0: divided by it, else multiplied: CTRL,
@@ -171,10 +171,16 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleE
         for i, draw in enumerate(draws)
         if draw.highest >= vocab
     }
-    # 1. What the parameters and grammars make of the logits, and the most likely token of every row.
-    shaped = _shape(logits, draws, vocab, faults)
-    peaks, picks = _argmax(shaped)  # (rows,)
-    # 2. Rows that draw: those without a cut by the whole distribution, the others by its head.
+    # 1. The logits as given, for who asks for logprobs.
+    asking = [i for i, draw in enumerate(draws) if draw.sampling.logprobs is not None and i not in faults]
+    if asking:
+        chosen_from = torch.tensor(asking, device=logits.device)
+        # Not logsumexp: it adds up a single row in another order than a row of many.
+        raw = (logits if len(asking) == rows else logits[chosen_from]).log_softmax(-1)
+    # 2. What the parameters and grammars make of them, and the most likely token of every row.
+    _shape(logits, draws, vocab, faults)
+    peaks, picks = _argmax(logits)  # (rows,)
+    # 3. Rows that draw: those without a cut by the whole distribution, the others by its head.
     plain: list[int] = []
     cut: list[int] = []
     for i, draw in enumerate(draws):
@@ -190,20 +196,16 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleE
             ]
             wanted = torch.tensor(table, dtype=torch.double).to(logits.device, non_blocking=True)
             where = torch.tensor(part).to(logits.device, non_blocking=True)
-            weights = _weights(shaped, peaks, where, wanted[:, :1])
+            weights = _weights(logits, peaks, where, wanted[:, :1])
             picks[where] = draw_part(weights, wanted)
-    # 3. One transfer: picks, peaks and the logprobs of who asked.
-    asking = [i for i, draw in enumerate(draws) if draw.sampling.logprobs is not None and i not in faults]
+    # 4. One transfer: picks, peaks and the logprobs of who asked.
     packed = [torch.stack([picks.double(), peaks.double()], dim=1).flatten()]
     if asking:
-        where = torch.tensor(asking, device=logits.device)
-        # Not logsumexp: it adds up a single row in another order than a row of many.
-        raw = (logits if len(asking) == rows else logits[where]).log_softmax(-1)
         values, ids = _highest(raw, min(MOST_LOGPROBS, vocab))
-        chosen = raw.gather(1, picks[where, None])
+        chosen = raw.gather(1, picks[chosen_from, None])
         packed += [part.double().flatten() for part in (chosen, values, ids)]
     told = torch.cat(packed).cpu().numpy()
-    # 4. Choices and faults; who gets a token remembers it.
+    # 5. Choices and faults; who gets a token remembers it.
     choices: list[Choice | SampleError] = []
     chances = _logprobs(told[2 * rows :], asking, draws) if asking else {}
     for i, draw in enumerate(draws):
@@ -221,16 +223,13 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleE
     return choices
 
 
-def _shape(logits: torch.Tensor, draws: Sequence[Draw], vocab: int, faults: dict[int, SampleError]) -> torch.Tensor:
-    """Penalties, bias and grammar, in a copy if there are any. Adds to `faults`."""
+def _shape(logits: torch.Tensor, draws: Sequence[Draw], vocab: int, faults: dict[int, SampleError]) -> None:
+    """Penalties, bias and grammar, in place. Adds to `faults`."""
     well = [(i, draw) for i, draw in enumerate(draws) if i not in faults]
     penalised = [(i, draw) for i, draw in well if draw.sampling.penalises and len(draw.said[0])]
     biased = [(i, draw) for i, draw in well if len(draw.bias_ids)]
     width, device = logits.shape[1], logits.device
     allowed, masked = _allowed(well, width, vocab, faults)
-    if not (penalised or biased or masked):
-        return logits
-    logits = logits.clone()
     flat = logits.view(-1)
 
     def spread(values: Sequence[object], sizes: list[int]) -> torch.Tensor:
@@ -259,7 +258,6 @@ def _shape(logits: torch.Tensor, draws: Sequence[Draw], vocab: int, faults: dict
         octets = allowed.view(torch.uint8).flatten().to(device, non_blocking=True)
         shut = _octets(device).index_select(0, octets.int()).view(len(masked), width)
         logits.index_add_(0, torch.tensor(masked, device=device), shut)
-    return logits
 
 
 def _allowed(
@@ -311,11 +309,11 @@ def _highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     return best, block.gather(1, places // BLOCK) * BLOCK + places % BLOCK
 
 
-def _weights(shaped: torch.Tensor, peaks: torch.Tensor, where: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """Each token's probability over the most likely one's, (part, width). Peaks go first: logit / 1e-4 is coarse."""
-    whole = len(where) == len(shaped)
-    weights = shaped - peaks[:, None] if whole else shaped[where].sub_(peaks[where, None])
-    return weights.div_(heat.float()).exp_()
+def _weights(logits: torch.Tensor, peaks: torch.Tensor, where: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+    """Each token's probability over the most likely one's, (part, width); of all rows in place. Peaks go first:
+    logit / 1e-4 is coarse."""
+    weights = logits if len(where) == len(logits) else logits[where]
+    return weights.sub_(peaks[where, None]).div_(heat.float()).exp_()
 
 
 def _draw(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
