@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_model import weights
 from lab_model.engine import (
+    PIECE_TOKENS,
     CancelledError,
     DeadlineError,
     Engine,
@@ -26,6 +27,7 @@ from lab_model.engine import (
     Request,
     RequestTooLongError,
     Runner,
+    UnknownTokenError,
 )
 from lab_model.graphs import Graphs
 from lab_model.llama import Llama
@@ -252,6 +254,7 @@ class Poisoned:
     def __init__(self, model: Any, poison: float = float("nan")) -> None:
         self._model, self._poison = model, poison
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.get_input_embeddings = model.get_input_embeddings
 
     def __call__(self, **kwargs: Any) -> Any:
         output = self._model(**kwargs)
@@ -285,6 +288,49 @@ def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
         # Who shares its beginning, or inherits its pages, gets none of it.
         again = asking([5] * 40, 20)
         assert bench.answer(again) == [reference(llama, [5] * 40, 20)]
+    finally:
+        bench.engine.close()
+
+
+def test_who_leaves_half_way_leaves_no_nan_behind(llama: Any) -> None:
+    """A request of which one piece is computed, NaN and all, is cancelled; two others inherit its pages."""
+    events: list[Event] = []
+    engine = Engine(
+        NaN(weights.from_model(llama), llama.device, llama.dtype), events.extend, kv_tokens=10 * PAGE_TOKENS
+    )
+    ill = Request([5, 7] * 145, 20)
+    engine.submit(ill)
+    with torch.inference_mode():
+        engine._admit()
+        engine._step(events)
+        assert ill.prefilling
+        assert ill.cached == PIECE_TOKENS
+        engine.cancel(ill)
+        engine._drop(events)
+        heirs = [asking([5] * 140, 10), asking([6] * 100, 10)]  # the shorter one is padded beside the longer one
+        engine.submit(*heirs)
+        while any(heir.pages or not heir.generated for heir in heirs):
+            engine._admit()
+            engine._step(events)
+    for heir in heirs:
+        got = [token for event in events if event.request is heir for token in event.tokens]
+        assert got == reference(llama, list(heir.prompt), 10)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_token_that_the_model_does_not_have_is_refused(llama: Any, plain: bool) -> None:
+    """A tokenizer may know more ids than there are embeddings: in the batch it would fail everybody."""
+    bench = Bench(runner(llama, plain=plain))
+    try:
+        running = Request([5], 50)
+        bench.engine.submit(running)
+        for wrong in (tiny.VOCABULARY, -1):
+            with pytest.raises(UnknownTokenError, match=str(wrong)):
+                bench.engine.submit(Request([5], 5), Request([5, wrong, 5], 5))
+        (got,) = bench.answer(asking([tiny.VOCABULARY - 1], 5))
+        assert got == reference(llama, [tiny.VOCABULARY - 1], 5)
+        bench.wait([running])
+        assert bench.ended[running].finish == "length"
     finally:
         bench.engine.close()
 

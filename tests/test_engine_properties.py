@@ -54,7 +54,7 @@ class Memory:
     """A runner whose pool holds the token ids themselves, and nothing where nobody wrote."""
 
     def __init__(self, exact: bool, context: int) -> None:
-        self.exact, self.context = exact, context
+        self.exact, self.context, self.vocab = exact, context, VOCABULARY
         self.broken = False
 
     def allocate(self, pages: int) -> None:
@@ -435,7 +435,7 @@ class Poisoned:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.exact, self.context = runner.exact, runner.context
+        self.exact, self.context, self.vocab = runner.exact, runner.context, runner.vocab
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -448,6 +448,15 @@ class Poisoned:
                 logits[row] = float("nan")
             at += span.stop - span.start
         return logits
+
+
+class NaNLlama(Llama):
+    """Our own forward, whose embedding of the token `rare` is NaN."""
+
+    rare = -1
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return super()._embed(ids).masked_fill(ids[:, None] == self.rare, float("nan"))
 
 
 EVERY = range(tiny.VOCABULARY)
@@ -524,6 +533,30 @@ def test_thirty_one_neighbours_are_unchanged(name: str, kind: str) -> None:
             assert isinstance(error, DeadlineError)
         else:
             assert isinstance(error, EngineFaultError) == (name in FAULTS), error
+    finally:
+        heard.engine.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "plain"])
+@pytest.mark.parametrize(("place", "length"), [(0, 3), (5, 60), (300, 301)])
+def test_keys_that_are_no_numbers_reach_no_neighbour(kind: str, place: int, length: int) -> None:
+    """One prompt's keys and values are NaN from `place` on; the padding beside it computes with them too."""
+    want = undisturbed(kind)
+    rare = min(set(EVERY) - {token for text in [*want, *(n.prompt for n in neighbours())] for token in text} - {0, 5})
+    made = tiny.model("llama")
+    made.get_input_embeddings().register_forward_hook(
+        lambda _, given, out: out.masked_fill(given[0][..., None] == rare, float("nan"))
+    )
+    model = NaNLlama(weights.from_model(made), made.device, made.dtype) if kind == "llama" else Plain(made)
+    model.rare = rare
+    heard = Heard(model)
+    try:
+        for _ in range(2):  # the second time in pages that were the first's
+            asked, ill = neighbours(), Request([*[5] * place, rare, *[5] * (length - place - 1)], 10)
+            heard.engine.submit(*asked[:16], ill, *asked[16:])
+            heard.wait([*asked, ill])
+            assert isinstance(heard.ended[ill].error, EngineFaultError)
+            assert [heard.tokens[request] for request in asked] == want
     finally:
         heard.engine.close()
 

@@ -201,7 +201,7 @@ def test_json_where_a_stream_was_asked_for_is_replayed(bench: Bench) -> None:
 # ---- streams
 
 
-def test_events_pass_verbatim_and_at_once(bench: Bench) -> None:
+def test_r6_events_pass_verbatim_and_at_once(bench: Bench) -> None:
     """Not a byte is changed for a caller who asked for usage, comments and line ends included; nothing is held back."""
     body = {"model": "gpt-mock-crlf", "messages": [{"role": "user", "content": "x"}], "stream": True, "temperature": 0}
     body["stream_options"] = {"include_usage": True}

@@ -51,6 +51,10 @@ class RequestTooLongError(EngineError):
     """Prompt and answer together do not fit the context."""
 
 
+class UnknownTokenError(EngineError):
+    """The prompt holds a token id that the model has no embedding for: its tokenizer knows more than it does."""
+
+
 class DeadlineError(EngineError):
     """The request's deadline passed before its answer was whole."""
 
@@ -85,9 +89,10 @@ class Runner(Protocol):
 
     exact: bool
     context: int
+    vocab: int  # token ids below it have an embedding
 
     def allocate(self, pages: int) -> None:
-        """Make the pool; page 0 is for padding."""
+        """Make the pool; page 0 stands where a row has fewer pages than others, and is nobody's."""
         ...
 
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
@@ -103,7 +108,8 @@ class Runner(Protocol):
         ...
 
     def wipe(self, pages: Sequence[int]) -> None:
-        """Zero these pages: a masked NaN still spoils attention, because 0 * NaN is NaN."""
+        """Pages change hands: zero what attention reads beyond a row's own tokens. A masked NaN still spoils it,
+        because 0 * NaN is NaN, and nobody knows what a request that left half way has left behind."""
         ...
 
 
@@ -201,6 +207,7 @@ class Engine:
         self._max_running, self._max_queued = max_running, max_queued
         total = math.ceil(kv_tokens / PAGE_TOKENS)
         self.context = min(total * PAGE_TOKENS, runner.context, context or runner.context)
+        self.vocab = runner.vocab
         self._pages = Pages(total)
         runner.allocate(total + 1)
         self._running: list[Request] = []  # oldest first
@@ -237,7 +244,8 @@ class Engine:
         return self._thread.is_alive() and not self._closing and self._faults_in_a_row < MOST_FAULTS
 
     def submit(self, *requests: Request) -> None:
-        """Queue all of them or none. Raises RequestTooLongError, QueueFullError or EngineClosedError."""
+        """Queue all of them or none. Raises RequestTooLongError, UnknownTokenError, QueueFullError or
+        EngineClosedError."""
         for request in requests:
             if not request.prompt or request.max_tokens < 1:
                 raise ValueError("a request needs at least one prompt token and max_tokens of at least 1")
@@ -245,6 +253,9 @@ class Engine:
                 raise RequestTooLongError(
                     f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens} exceed {self.context}"
                 )
+            if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocab:
+                ids = f"{min(request.prompt)} to {max(request.prompt)}"
+                raise UnknownTokenError(f"token ids from {ids}, where the model has 0 to {self.vocab - 1}")
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the model is shutting down")
@@ -280,7 +291,7 @@ class Engine:
         run: a runner is for one thread."""
         if self._running or self._waiting:
             raise RuntimeError("the engine has requests")
-        pages = [self._pages.take() for _ in range(-(-len(ids) // PAGE_TOKENS))]
+        pages = self._take(-(-len(ids) // PAGE_TOKENS))
         with torch.inference_mode():
             found = self._runner.every(ids, pages)
         self._pages.release(pages)
@@ -442,7 +453,7 @@ class Engine:
                 self._pages.release(found)
                 break
             self._waiting.popleft()
-            request.pages = found + [self._pages.take() for _ in range(needed)]
+            request.pages = found + self._take(needed)
             request.target, request.cached = len(request.tokens), len(found) * PAGE_TOKENS
             request.published, request.node = len(found), node
             if not request.generated:
@@ -475,18 +486,22 @@ class Engine:
                 if youngest is request:
                     return False
                 continue
-            request.pages.append(self._pages.take())
+            request.pages += self._take(1)
         return True
+
+    def _take(self, count: int) -> list[int]:
+        pages = [self._pages.take() for _ in range(count)]
+        self._runner.wipe(pages)
+        return pages
 
     def _release(self, request: Request) -> None:
         self._pages.release(request.pages)
         request.pages, request.cached, request.target = [], 0, 0
 
     def _distrust(self, requests: Sequence[Request]) -> None:
-        """What these computed may hold NaN: nobody shall share it, nor inherit it with the page."""
+        """What these computed may hold NaN: nobody shall share it."""
         for request in requests:
             self._pages.forget(request.pages)
-            self._runner.wipe([0, *self._pages.own(request.pages)])
 
     def _fail_running(self, error: EngineError) -> list[Event]:
         with self._changed:

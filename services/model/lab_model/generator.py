@@ -17,7 +17,16 @@ from prometheus_client import Gauge
 from . import wire
 from .answer import Piece
 from .choice import Choice
-from .engine import DeadlineError, Engine, EngineError, EngineFaultError, Event, QueueFullError, Request
+from .engine import (
+    DeadlineError,
+    Engine,
+    EngineError,
+    EngineFaultError,
+    Event,
+    QueueFullError,
+    Request,
+    UnknownTokenError,
+)
 from .envelope import Record
 from .grammar import Grammars, TokenGrammar
 from .tally import Used
@@ -180,6 +189,8 @@ class Generator:
 
     def attach(self, engine: Engine, stop_ids: frozenset[int]) -> None:
         self._engine, self.stop_ids = engine, stop_ids
+        # A tokenizer may know more than the model has embeddings for.
+        self.text.vocab_size = min(self.text.vocab_size, engine.vocab)
         self._grammars = Grammars(self.text.tokenizer, stop_ids)
 
     @property
@@ -307,6 +318,11 @@ def on_the_wire(requests: Sequence[Request]) -> Iterator[None]:
         ) from None
     except DeadlineError:
         raise late() from None
+    except UnknownTokenError:
+        raise wire.BadRequestError(
+            "The prompt holds a token that this model's tokenizer knows and the model itself does not.",
+            code="invalid_value",
+        ) from None
     except EngineFaultError as error:
         for request in requests:
             if isinstance(request.grammar, TokenGrammar) and request.grammar.fault:

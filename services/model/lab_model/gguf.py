@@ -23,6 +23,10 @@ _STRING, _ARRAY = 8, 9
 _CONTROL, _USER = 3, 4  # token types: control tokens are special, user-defined ones only whole
 
 
+# What comes of numbers and names that a file makes up.
+DAMAGES = (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError, MemoryError)
+
+
 class GGUFError(Exception):
     """The file is no GGUF, or holds something that is not supported here."""
 
@@ -80,13 +84,13 @@ class File:
     """metadata: the file's own keys and values; tensors: by the file's own names. Raises GGUFError or OSError."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as opened:
-            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         self._at = 0
-        try:
-            self._read(path)
-        except (struct.error, ValueError, KeyError, UnicodeDecodeError) as error:
-            raise GGUFError(f"{path} is cut short or damaged: {error}") from None
+        with path.open("rb") as opened:
+            try:
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._read(path)
+            except DAMAGES as error:
+                raise GGUFError(f"{path} is cut short or damaged: {error}") from None
 
     def _read(self, path: Path) -> None:
         if self._map[:4] != b"GGUF":
@@ -141,7 +145,14 @@ _PATTERNS = {"qwen2": _WORDS % r"\p{N}", "llama-bpe": _WORDS % r"\p{N}{1,3}"}
 
 
 def tokenizer(file: File) -> Tokenizer | None:
-    """The file's byte-level BPE tokenizer; None for a kind that is left to transformers."""
+    """The file's byte-level BPE tokenizer; None for a kind that is left to transformers. Raises GGUFError."""
+    try:
+        return _tokenizer(file)
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise GGUFError(f"the file's tokenizer is damaged: {error}") from None
+
+
+def _tokenizer(file: File) -> Tokenizer | None:
     said = {name.removeprefix("tokenizer.ggml."): value for name, value in file.metadata.items()}
     if said.get("model") != "gpt2":
         return None

@@ -70,12 +70,7 @@ class Llama:
         """kv_dtype: of keys and values in the pool."""
         self._weights = w = weights
         self.device, self.dtype, self._kv_dtype = device, w.dtype, kv_dtype
-        self.context = w.context
-        angles = torch.arange(w.context, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
-        # (context, head_dim / 2), complex: a head's pairs are turned by one product.
-        self._turns = torch.polar(torch.full_like(angles, w.rotation_scale), angles).to(device)
-        # As long as the next power of two of pages: graphs.py rounds up.
-        self._columns = torch.arange(rounded(-(-w.context // PAGE_TOKENS)) * PAGE_TOKENS, device=device)
+        self.context, self.vocab = w.context, len(w.embedding)
         self.graphs = Graphs(self.step, device) if device.type == "cuda" else None
 
     @property
@@ -96,6 +91,12 @@ class Llama:
 
     def allocate(self, pages: int) -> None:
         w = self._weights
+        self.context = min(w.context, pages * PAGE_TOKENS)  # a model may say millions
+        angles = torch.arange(self.context, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
+        # (context, head_dim / 2), complex: a head's pairs are turned by one product.
+        self._turns = torch.polar(torch.full_like(angles, w.rotation_scale), angles).to(self.device)
+        # As long as the next power of two of pages: graphs.py rounds up.
+        self._columns = torch.arange(rounded(-(-self.context // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
         # Head by head, first all keys: one write and one gather a layer, and each head's come out in one piece.
         shape = (len(w.layers), 2 * w.kv_heads, pages * PAGE_TOKENS, w.head_dim)
         self._pool = torch.zeros(shape, dtype=self._kv_dtype, device=self.device)
@@ -146,9 +147,7 @@ class Llama:
         return self._logits(x)
 
     def wipe(self, pages: Sequence[int]) -> None:
-        """Zero these pages: a masked NaN still spoils attention, because 0 * NaN is NaN."""
-        for page in pages:
-            self._pages[:, :, page].zero_()
+        self._pages.index_fill_(2, torch.tensor(pages, device=self.device), 0)
 
     # ---- inside
 

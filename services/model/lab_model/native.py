@@ -303,7 +303,7 @@ class Native:
 
         layers = [layer(f"blk.{index}") for index in range(said["block_count"])]
         table = matrix("token_embd")
-        angles = torch.arange(self.context).float()[:, None] * weights.rotations(said)
+        self._rotations = weights.rotations(said)
         parallel, team = _openmp()
         self._model = Model(
             layers=len(layers),
@@ -316,11 +316,10 @@ class Native:
             table=table,
             head=matrix("output") if "output.weight" in tensors else table,
             norm=floats(tensors["output_norm.weight"].dense()),
-            turns=floats(torch.stack([angles.cos(), angles.sin()], -1)),
             parallel=parallel,
             team=team,
         )
-        self._vocab = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"].shape[0]
+        self.vocab: int = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"].shape[0]
         wide = max(width, heads * dim)
         hidden = tensors["blk.0.ffn_down.weight"].shape[1]
         # One step's rows between its layers.
@@ -346,6 +345,10 @@ class Native:
 
     def allocate(self, pages: int) -> None:
         m = self._model
+        self.context = min(self.context, pages * PAGE_TOKENS)  # a file may say millions
+        angles = torch.arange(self.context).float()[:, None] * self._rotations
+        self._turns = torch.stack([angles.cos(), angles.sin()], -1).contiguous()
+        m.turns = self._turns.data_ptr()
         self._pool = torch.zeros(m.layers, pages, m.kv_heads * 2 * PAGE_TOKENS * m.head_dim, dtype=torch.float16)
         m.pool, m.pages = self._pool.data_ptr(), pages
 
@@ -365,8 +368,7 @@ class Native:
         return self._forward(ids, positions, range(len(ids)), pages, range(len(ids)))
 
     def wipe(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._pool[:, page].zero_()
+        """Nothing: a row's attention reads its own tokens alone."""
 
     def _forward(
         self,
@@ -378,7 +380,7 @@ class Native:
     ) -> torch.Tensor:
         """Logits of the rows `asked`, ascending, as (asked, vocab). owners: each row's line of `pages`."""
         # C reads where these point, whatever they are.
-        if not (min(ids) >= 0 and max(ids) < self._vocab and max(positions) < self.context):
+        if not (min(ids) >= 0 and max(ids) < self.vocab and max(positions) < self.context):
             raise IndexError("a token id or a position is outside the model's table")
         columns = max(len(row) for row in pages)
         table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in pages], dtype=torch.int32)
@@ -400,7 +402,7 @@ class Native:
             step = Step(rows=len(given["ids"]), wanted=len(last), columns=columns, **pointers)
             self._library.lab_step(self._model, step)
             done += len(last)
-        return logits[:, : self._vocab]
+        return logits[:, : self.vocab]
 
 
 def main() -> int:

@@ -87,10 +87,6 @@ class Pages:
             else:
                 self._free.append(page)
 
-    def own(self, pages: Sequence[int]) -> list[int]:
-        """Those that have one holder."""
-        return [page for page in pages if self._holders[page] == 1]
-
     def forget(self, pages: Sequence[int]) -> None:
         """Nobody shall find these any more: what they hold is not to be trusted."""
         for page in pages:

@@ -17,14 +17,17 @@ from .pages import PAGE_TOKENS
 
 
 class PagedCache:
-    """Keys and values of all running requests: one pool of pages a layer, page 0 for what padding writes.
+    """Keys and values of all running requests: one pool of pages a layer, and one page more for what padding writes.
+
+    Padding computes with its row, NaN too, so nobody reads what it writes: page 0, which short rows read, stays zero.
 
     Passes for a transformers cache of one forward: `aim` says where the step writes and what it reads.
     """
 
     def __init__(self, config: Any, pages: int, device: torch.device, dtype: torch.dtype) -> None:
         heads, dim = heads_and_dim(config)
-        shape = (config.num_hidden_layers, pages * PAGE_TOKENS, heads, dim)
+        self.padding = pages * PAGE_TOKENS  # the place
+        shape = (config.num_hidden_layers, (pages + 1) * PAGE_TOKENS, heads, dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._write = self._read = torch.empty(0, dtype=torch.long)
@@ -62,6 +65,7 @@ class Plain:
         # A window narrower than the context would need its own masks; within the window it changes nothing.
         limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
         self.context: int = min(limit for limit in limits if limit)
+        self.vocab: int = len(model.get_input_embeddings().weight)
 
     @property
     def kind(self) -> str:
@@ -97,17 +101,17 @@ class Plain:
         return self._forward([[token] for token in ids], [range(p, p + 1) for p in positions], pages)[:, -1]
 
     def wipe(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            part = slice(page * PAGE_TOKENS, (page + 1) * PAGE_TOKENS)
-            self._cache.keys[:, part].zero_()
-            self._cache.values[:, part].zero_()
+        where = torch.tensor(pages, device=self._model.device)
+        for pool in (self._cache.keys, self._cache.values):
+            layers, _, *rest = pool.shape
+            pool.view(layers, -1, PAGE_TOKENS, *rest).index_fill_(1, where, 0)
 
     def _forward(
         self, ids: list[list[int]], places: list[range], pages: Sequence[Sequence[int]], keep: int = 1
     ) -> torch.Tensor:
         """Logits of the last `keep` columns, 0: of all, (rows, columns, vocab).
 
-        Padding writes to page 0 and attends its own row's first key; nobody reads either."""
+        Padding attends its own row's first key; nobody reads what comes of it."""
         width = max(map(len, ids))
         blocks = max(math.ceil(place.stop / PAGE_TOKENS) for place in places)
         device = self._model.device
@@ -118,7 +122,9 @@ class Plain:
         ]
         where = torch.tensor([[*pad, *place] for pad, place in zip(padding, places, strict=True)], device=device)
         self._cache.aim(
-            torch.tensor([pad + row for pad, row in zip(padding, write, strict=True)], device=device),
+            torch.tensor(
+                [[self._cache.padding] * len(pad) + row for pad, row in zip(padding, write, strict=True)], device=device
+            ),
             torch.tensor([([*row[:blocks]] + [0] * blocks)[:blocks] for row in pages], device=device),
         )
         visible = torch.arange(blocks * PAGE_TOKENS, device=device) <= where[:, None, :, None]  # (rows, 1, width, keys)
