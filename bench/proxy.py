@@ -40,7 +40,8 @@ from bench.report import ROOT, BenchError, Row, machine, page, save, say
 ENTRIES = 100_000
 SLOW_STREAMS = 500
 IDENTICAL = 100
-FULL = 0.95  # of the cores, over a round: nobody is idle who could do more
+MANY = 256  # connections: with 64 an upstream of 20 ms leaves half of two cores idle
+FULL = 0.9  # of the cores, over a round and the load tool's start: hardly anything is left to grow into
 
 HIT = {"model": "gpt-bench", "temperature": 0, "messages": [{"role": "user", "content": "What is a cache?"}]}
 STREAM_HIT = {**HIT, "messages": [{"role": "user", "content": "What is a stream?"}], "stream": True}
@@ -335,20 +336,25 @@ def misses(bench: Bench) -> None:
 
 def streams(bench: Bench) -> None:
     body = {**MISS, "model": "gpt-steps", "stream": True}
-    heard: dict[str, list[list[float]]] = {"mock": [], "proxy": []}
+    heard: dict[str, list[list[list[float]]]] = {"mock": [], "proxy": []}  # of each round, of each stream
     wrong: list[str] = []
-    for _ in range(bench.rounds):
+    for turn in range(bench.rounds + 1):
         for name, port in (("mock", bench.upstream.port), ("proxy", bench.proxy.port)):
             times, errors = on_load_cores(bench, partial(listen_all, port, body, 16, 10))
-            heard[name] += times
             wrong += errors
-    first = {name: [times[0] * 1000 for times in each] for name, each in heard.items()}
+            if turn:  # a process's first burst of streams takes some ms more
+                heard[name].append(times)
+    first = {name: [[times[0] * 1000 for times in each] for each in rounds] for name, rounds in heard.items()}
     gaps = {
-        name: [(b - a) * 1000 for times in each for a, b in itertools.pairwise(times)] for name, each in heard.items()
+        name: [(b - a) * 1000 for each in rounds for times in each for a, b in itertools.pairwise(times)]
+        for name, rounds in heard.items()
     }
-    note = f"{len(first['proxy'])} streams at 16" + (f"; {len(wrong)} failed: {wrong[0][:120]}" if wrong else "")
+    failed = f"; {len(wrong)} failed: {wrong[0][:120]}" if wrong else ""
     for share in (0.5, 0.99):
-        added = at(share, first["proxy"]) - at(share, first["mock"])
+        # Of each round by itself: when the machine stands still for 5 ms, all 16 that are under way are late.
+        each = [at(share, a) - at(share, b) for a, b in zip(first["proxy"], first["mock"], strict=True)]
+        added = statistics.median(each)
+        note = f"{len(each)} rounds of {len(first['proxy'][0])} streams, {min(each):.1f}–{max(each):.1f}{failed}"
         aim = ("≤ 5 ms", added <= 5 and not wrong) if share == 0.99 else ("", None)
         bench.row("streams", f"added TTFT, p{share * 100:.0f}, 16", added, "ms", aim=aim, note=note)
     gap = at(0.999, gaps["proxy"])
@@ -452,28 +458,27 @@ def workers(bench: Bench) -> None:
     with contextlib.ExitStack() as stack:
         for count in (1, 2, 4):
             proxy = stack.enter_context(bench.proxy_with(bench.redis, cores="", workers=str(count)))
-            aims[count] = (Aim(proxy.url, 64, HIT), Aim(proxy.url, 64, MISS))
+            aims[count] = (Aim(proxy.url, 64, HIT), Aim(proxy.url, MANY, MISS))
         for pair in aims.values():
             for aim in pair:
                 ask(aim)
         for _ in range(bench.rounds):
             for pair in aims.values():
                 for aim in pair:
-                    aim.rounds.append(bench.load(aim, 1, cores=""))
+                    aim.rounds.append(bench.load(aim, 2, cores=""))
     for place, kind in enumerate(("hit", "miss")):
-        rates = {count: pair[place].median("rate") for count, pair in aims.items()}
-        busy = {count: pair[place].median("busy") for count, pair in aims.items()}
+        fewer: Aim | None = None
         for count, pair in aims.items():
+            load = pair[place]
             target: tuple[str, bool | None] = ("", None)
-            if count > 1:
-                fewer = count // 2
+            if fewer is not None:
                 # Where fewer workers leave a part of the cores idle, more must use it; where not, they may cost little.
-                full = busy[fewer] >= FULL
-                least = 0.9 if full else 1
-                words = f"≥ 90 % of {fewer}'s: full" if full else f"> {fewer}'s"
-                target = (words, rates[count] > least * rates[fewer])
-            note = f"cores {100 * busy[count]:.0f} % busy"
-            bench.told("workers", f"{kind}, 64, {count} workers, nothing pinned", pair[place], target, note)
+                least = 90 if fewer.median("busy") >= FULL else 100
+                words = f"> {count // 2}'s" if least == 100 else f"> 90 % of {count // 2}'s: full"
+                target = (words, share_of(load, fewer) > least)
+            busy = f"cores {100 * load.median('busy'):.0f} % busy"
+            bench.told("workers", f"{kind}, {load.connections}, {count} workers, nothing pinned", load, target, busy)
+            fewer = load
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
