@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
-from bench.processes import Server, free_port, server
+from bench.processes import Server, command, cpu_seconds, free_port, server
 from bench.report import ROOT, BenchError, Row, machine, page, save, say
 from bench.streams import Round
 
@@ -307,12 +307,21 @@ class Bench:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-engine-")))
         argv = [sys.executable, "-m", "lab_model"]
         return self._stack.enter_context(
-            server("model", argv, port, folder, ready="/ready", seconds=SERVICE_SECONDS, env={"MODEL_PORT": str(port)})
+            server(
+                "model",
+                argv,
+                port,
+                folder,
+                ready="/ready",
+                seconds=SERVICE_SECONDS,
+                env={"MODEL_PORT": str(port), "MODEL_DRAIN_TIMEOUT_SECONDS": "5"},
+            )
         )
 
     def replica(self, name: str) -> psutil.Process:
         """The process that holds this model. Ray titles it with application and deployment."""
-        found = [each for each in self.service.processes() if f"ServeReplica:{name}:" in " ".join(each.cmdline())]
+        title = f"ServeReplica:{name}:"
+        found = [each for each in self.service.processes() if title in command(each)]
         if len(found) != 1:
             raise BenchError(f"{len(found)} processes of the service look like the replica of {name}")
         return found[0]
@@ -434,14 +443,21 @@ def idle(bench: Bench) -> None:
     replicas = {entry.id: bench.replica(entry.id) for entry in bench.entries}
     time.sleep(2)
     everything = service.processes()
-    before, began = [_seconds(each) for each in everything], time.monotonic()
+    before, began = [cpu_seconds(each) for each in everything], time.monotonic()
     time.sleep(IDLE_SECONDS)
     passed = time.monotonic() - began
-    shares = {each.pid: 100 * (_seconds(each) - used) / passed for each, used in zip(everything, before, strict=True)}
+    # Of a process that has ended meanwhile nobody knows.
+    shares = {
+        each.pid: 100 * (now - used) / passed
+        for each, used in zip(everything, before, strict=True)
+        if used is not None and (now := cpu_seconds(each)) is not None
+    }
+    if missing := {replica.pid for replica in replicas.values()} - shares.keys():
+        raise BenchError(f"replicas ended while nobody asked: {missing}")
     for name, replica in replicas.items():
         share = shares[replica.pid]
         bench.row("idle", f"replica of {name}, of a core", share, "%", aim=("< 2", share < 2))
-    bench.row("idle", f"the service's {len(everything)} processes, Ray among them", sum(shares.values()), "%")
+    bench.row("idle", f"the service's {len(shares)} processes, Ray among them", sum(shares.values()), "%")
     pair = 0
     for name, replica in replicas.items():
         memory = replica.memory_full_info()
@@ -449,14 +465,6 @@ def idle(bench: Bench) -> None:
         note = f"{memory.uss / 1e6:.0f} MB not shared with others"
         bench.row("idle", f"RSS of the replica of {name}", memory.rss / 1e6, "MB", note=note)
     bench.row("idle", "RSS of the embedded pair", pair / 1e6, "MB", aim=("≤ 1,600", pair <= 1.6e9))
-
-
-def _seconds(process: psutil.Process) -> float:
-    """Of the processors, so far."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        times = process.cpu_times()
-        return float(times.user + times.system)
-    return 0.0
 
 
 def http(bench: Bench) -> None:
@@ -634,19 +642,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     bench = Bench(options)
     told = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads(), "model": bench.entry.id}
+    trouble = ""
     try:
         for name, measure in SECTIONS.items():
             if name in chosen:
                 say(f"bench: {time.monotonic() - began:4.0f} s  {name}")
                 measure(bench)
-    except BenchError as trouble:
-        say(f"bench: {trouble}")
-        return 1
+    except BenchError as error:
+        trouble = str(error)  # what was measured before it is told all the same
     except KeyboardInterrupt:
         return 130
     finally:
         bench.close()
-    say(f"bench: {time.monotonic() - began:4.0f} s  done")
+    say(f"bench: {time.monotonic() - began:4.0f} s  {trouble or 'done'}")
     if bench.speeds:
         print(side_by_side(bench.speeds), end="\n\n")  # noqa: T201 - this is what the command is for
     print(page("engine", told, bench.rows))  # noqa: T201
@@ -654,8 +662,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench-engine", {"machine": told, "rounds": options.rounds, "tokens_per_second": bench.speeds}, bench.rows
     )
     failed = [row.name for row in bench.rows if row.passed is False]
-    say(f"bench: {path}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
-    return 1 if failed else 0
+    if trouble:
+        say(f"bench: {path}; not whole: {trouble}")
+    else:
+        say(f"bench: {path}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
+    return 1 if failed or trouble else 0
 
 
 if __name__ == "__main__":

@@ -58,6 +58,21 @@ class Server:
             time.sleep(0.02)
 
 
+def command(process: psutil.Process) -> str:
+    """Its command line or title; empty when it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def cpu_seconds(process: psutil.Process) -> float | None:
+    """What it took of the processors so far; None when it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return None
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -98,9 +113,12 @@ def server(
         started.wait(ready, seconds)
         yield started
     finally:
+        everything = started.processes() if popen.poll() is None else []
         popen.terminate()
         try:
             popen.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            popen.kill()
+            for each in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             popen.wait(5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import struct
 import threading
@@ -22,7 +21,7 @@ from lab_model.engine import Engine, Event, Request, Runner, Span
 from lab_model.llama import Llama
 from lab_model.native import MOST_ROWS, Native
 from lab_model.pages import PAGE_TOKENS
-from lab_model.replica import load_causal
+from lab_model.replica import load_causal, read_text
 from lab_model.sampling import Sampling
 from transformers import AutoTokenizer
 
@@ -292,9 +291,10 @@ def test_files_of_other_models_are_left_to_transformers(file: gguf.File, monkeyp
 
 @kernels
 def test_c_is_given_no_token_that_is_not_there(runner: Native) -> None:
-    for ids, position in (([49152], 0), ([-1], 0), ([5], 8192)):
+    for ids, position in (([49152], 0), ([-1], 0), ([5], 80 * PAGE_TOKENS)):
         with pytest.raises(IndexError):
-            runner.decode(ids, [position], [list(range(1, 80))])
+            runner.decode(ids, [position], [list(range(80))])
+    runner.decode([49151], [80 * PAGE_TOKENS - 1], [list(range(80))])
 
 
 @pytest.mark.parametrize("cut", [3, 40, 5000])
@@ -346,8 +346,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 1000), put=st.binary(min_size=1, max_size=8), cut=st.integers(0, 2000))
 def test_a_file_of_any_content_is_read_or_refused(small: bytes, tmp_path: Path, at: int, put: bytes, cut: int) -> None:
-    """Bytes changed or cut off: a GGUFError or a file, never another exception, and no memory for what is not there."""
+    """Bytes changed or cut off: a GGUFError with the path or a file, never another exception."""
     path = tmp_path / "any"
     path.write_bytes((small[:at] + put + small[at + len(put) :])[: cut if cut < 1200 else None])
-    with contextlib.suppress(gguf.GGUFError):
-        gguf.tokenizer(gguf.File(path))
+    refused = ""
+    try:
+        file = gguf.File(path)
+        with gguf.named(path):
+            read_text(file)
+            native.reads(file)
+            for tensor in file.tensors.values():
+                tensor.dense()
+    except gguf.GGUFError as error:
+        refused = str(error)
+    assert not refused or refused.startswith(str(path))

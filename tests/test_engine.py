@@ -367,6 +367,30 @@ def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) 
         bench.engine.close()
 
 
+def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: Any) -> None:
+    class Unwiped(Llama):
+        broken = True
+
+        def wipe(self, pages: Sequence[int]) -> None:
+            if self.broken:
+                raise RuntimeError("made for this test")
+            super().wipe(pages)
+
+    made = Unwiped(weights.from_model(llama), llama.device, llama.dtype)
+    bench = Bench(made)
+    try:
+        (prompt,) = prompts(9)
+        request = asking(prompt, 5)
+        bench.engine.submit(request)
+        bench.wait([request])
+        assert isinstance(bench.ended[request].error, EngineFaultError)
+        made.broken = False
+        assert bench.answer(asking(prompt, 5)) == [reference(llama, prompt, 5)]
+        bench.settled()
+    finally:
+        bench.engine.close()
+
+
 def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
     """One step prefills a one-token answer and then fails while it decodes: the first is whole, the second an error."""
 

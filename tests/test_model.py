@@ -389,6 +389,29 @@ async def test_a_bias_on_everything_changes_nothing(app: InProcess, bias: int) -
         assert (await app.ask(max_tokens=10, logit_bias=everything)).status_code == 200
 
 
+async def test_a_token_that_only_the_tokenizer_knows_is_a_400() -> None:
+    """More words were added to the tokenizer than the model has embeddings: who writes one is told, nobody suffers."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"<{id_}>" for id_ in range(len(tokenizer), tiny.VOCABULARY)] + ["<unheard>"])
+    app = InProcess(text=Text.of(tokenizer))
+    assert app.generator.text.encode("<unheard>") == [tiny.VOCABULARY]
+    try:
+        asked = [
+            await app.ask(messages=[{"role": "user", "content": "an <unheard> word"}]),
+            await app.ask(stream=True, messages=[{"role": "user", "content": "an <unheard> word"}]),
+            await app.complete(prompt="an <unheard> word"),
+            await app.complete(prompt=[5, tiny.VOCABULARY]),
+            await app.ask(logit_bias={str(tiny.VOCABULARY): 1}),
+        ]
+        for answer in asked:
+            assert answer.status_code == 400, answer.text
+            assert "oken" in answer.json()["error"]["message"]
+        assert (await app.ask(max_tokens=3)).status_code == 200
+        assert app.engine.stats().faults == 0
+    finally:
+        await app.close()
+
+
 async def test_bias_and_penalties_act(app: InProcess) -> None:
     text = app.generator.text
     cat = text.encode(" cat")[0]

@@ -165,7 +165,9 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
         "output.weight": Known(torch.from_numpy(levels), bits),
         "blk.0.ffn_down.weight": Known(torch.zeros(32, 32)),
     }
-    got = Native(stub, 1).every(range(rows), [0]).numpy()
+    runner = Native(stub, 1)
+    runner.allocate(1)
+    got = runner.every(range(rows), [0]).numpy()
 
     digits = signs * values if two_digits else (signs * values + 128 >> 8) * 256
     want = np.zeros((rows, rows), np.float32)

@@ -140,13 +140,13 @@ def run(
         log_to_driver=False,
     )
     stop_on_signals(ended)  # again: ray.init puts a handler of its own in their place
-    # One copies the workers' output to us, the other asks for more machines: nobody here wants either, and idle they
-    # took an eighth of what Ray takes.
-    node: Any = ray._private.worker._global_node
-    node.kill_log_monitor()
-    node.kill_monitor()
     front = None
     try:
+        # One copies the workers' output to us, the other asks for more machines: nobody here wants either, and idle
+        # they took an eighth of what Ray takes.
+        node: Any = ray._private.worker._global_node
+        node.kill_log_monitor(check_alive=False)
+        node.kill_monitor(check_alive=False)
         gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
         if settings.device == "cuda" and not gpus:
             say("MODEL_DEVICE is cuda, but no CUDA device is visible here; fix the driver or set MODEL_DEVICE=cpu")

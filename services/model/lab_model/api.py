@@ -86,7 +86,7 @@ async def complete(model: Generator, http: HttpRequest, body: Any) -> Response:
     asked = wire.parse(wire.CompletionRequest, body)
     check_model(http, asked.model, model.name)
     check_capacity(model, len(asked.prompts), "prompt")
-    prompts = await tokenize_all(model.text, asked.prompts, "prompt")
+    prompts = await tokenize_all(model.text, model.vocab_size, asked.prompts, "prompt")
     return await answer(model, http, asked, prompts, "prompt", chat=False)
 
 
@@ -112,9 +112,9 @@ async def answer(
     context, each = model.engine.context, asked.n or 1
     check_capacity(model, len(prompts) * each, "n")
     unknown = max(asked.logit_bias or (0,))
-    if unknown >= model.text.vocab_size:
+    if unknown >= model.vocab_size:
         raise wire.BadRequestError(
-            f"Token id {unknown} is not in the vocabulary: ids go up to {model.text.vocab_size - 1}.",
+            f"Token id {unknown} is not in the vocabulary: ids go up to {model.vocab_size - 1}.",
             param="logit_bias",
             code="invalid_value",
         )
@@ -319,7 +319,7 @@ def embedding_app(
                 code="unsupported_parameter",
             )
         record: Record = http.scope["record"]
-        rows = await tokenize_all(text, asked.inputs, "input")
+        rows = await tokenize_all(text, text.vocab_size, asked.inputs, "input")
         for index, row in enumerate(rows):
             if len(row) > model.context:
                 raise wire.BadRequestError(
@@ -352,7 +352,7 @@ async def tokenize(encode: Callable[[T], list[int]], given: T, length: int) -> l
     return await asyncio.to_thread(encode, given) if length > LONG_TEXT else encode(given)
 
 
-async def tokenize_all(text: Text, given: list[str | list[int]], param: str) -> list[list[int]]:
+async def tokenize_all(text: Text, vocab: int, given: list[str | list[int]], param: str) -> list[list[int]]:
     """Texts to token ids; token ids are checked. Raises BadRequestError for an empty one and for an unknown id."""
 
     def work() -> list[list[int]]:
@@ -364,9 +364,9 @@ async def tokenize_all(text: Text, given: list[str | list[int]], param: str) -> 
                     param=param,
                     code="invalid_value",
                 )
-            if max(row) >= text.vocab_size:
+            if max(row) >= vocab:
                 raise wire.BadRequestError(
-                    f"Token id {max(row)} is not in the vocabulary: ids go up to {text.vocab_size - 1}.",
+                    f"Token id {max(row)} is not in the vocabulary: ids go up to {vocab - 1}.",
                     param=param,
                     code="invalid_value",
                 )

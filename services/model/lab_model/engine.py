@@ -210,6 +210,7 @@ class Engine:
         self.vocab = runner.vocab
         self._pages = Pages(total)
         runner.allocate(total + 1)
+        self._unwiped: list[int] = []  # pages that were taken and hold what another left
         self._running: list[Request] = []  # oldest first
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -293,6 +294,7 @@ class Engine:
             raise RuntimeError("the engine has requests")
         pages = self._take(-(-len(ids) // PAGE_TOKENS))
         with torch.inference_mode():
+            self._wipe()
             found = self._runner.every(ids, pages)
         self._pages.release(pages)
         return found
@@ -342,6 +344,7 @@ class Engine:
         What happened lies in `events` also when the step fails half way: who ended before the fault must hear of it.
         """
         self._counts["steps"] += 1
+        self._wipe()
         decoding = [request for request in self._running if not request.prefilling]
         # 1. Prefill.
         beside = min(PREFILL_TOKENS, int(self._prefill_pace * PREFILL_SECONDS_BESIDE))
@@ -363,6 +366,7 @@ class Engine:
         decoding = [request for request in decoding if self._hold(request, request.cached + 1)]
         decoding = [request for request in decoding if request.pages]
         if decoding:
+            self._wipe()
             logits = self._runner.decode(
                 [row.tokens[-1] for row in decoding], [row.cached for row in decoding], [row.pages for row in decoding]
             )
@@ -491,8 +495,14 @@ class Engine:
 
     def _take(self, count: int) -> list[int]:
         pages = [self._pages.take() for _ in range(count)]
-        self._runner.wipe(pages)
+        self._unwiped += pages
         return pages
+
+    def _wipe(self) -> None:
+        """Before the runner computes: where pages are taken, a fault of the device would end the loop."""
+        if self._unwiped:
+            self._runner.wipe(self._unwiped)
+            self._unwiped = []
 
     def _release(self, request: Request) -> None:
         self._pages.release(request.pages)

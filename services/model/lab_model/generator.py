@@ -172,6 +172,7 @@ class Generator:
         self.default_max_tokens = default_max_tokens
         self._measured = 0.0
         self.stop_ids: frozenset[int] = frozenset()
+        self.vocab_size = text.vocab_size
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flows: dict[Request, tuple[Flow, int]] = {}  # of requests that the engine has not let go, whose they are
@@ -190,7 +191,7 @@ class Generator:
     def attach(self, engine: Engine, stop_ids: frozenset[int]) -> None:
         self._engine, self.stop_ids = engine, stop_ids
         # A tokenizer may know more than the model has embeddings for.
-        self.text.vocab_size = min(self.text.vocab_size, engine.vocab)
+        self.vocab_size = min(self.text.vocab_size, engine.vocab)
         self._grammars = Grammars(self.text.tokenizer, stop_ids)
 
     @property

@@ -6,8 +6,10 @@ transformers reads the same file in 15 s, most of it in Python over 98,000 strin
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,19 @@ _STRING, _ARRAY = 8, 9
 _CONTROL, _USER = 3, 4  # token types: control tokens are special, user-defined ones only whole
 
 
-# What comes of numbers and names that a file makes up.
-DAMAGES = (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError, MemoryError)
-
-
 class GGUFError(Exception):
     """The file is no GGUF, or holds something that is not supported here."""
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Whoever works with what a file says meets numbers, names and types that it makes up: GGUFError with its path."""
+    try:
+        yield
+    except (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
+        raise GGUFError(f"{path} is cut short or damaged: {error}") from None
+    except NotImplementedError as error:  # of a tensor's kind
+        raise GGUFError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -84,13 +93,10 @@ class File:
     """metadata: the file's own keys and values; tensors: by the file's own names. Raises GGUFError or OSError."""
 
     def __init__(self, path: Path) -> None:
-        self._at = 0
-        with path.open("rb") as opened:
-            try:
-                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-                self._read(path)
-            except DAMAGES as error:
-                raise GGUFError(f"{path} is cut short or damaged: {error}") from None
+        self.path, self._at = path, 0
+        with path.open("rb") as opened, named(path):
+            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._read(path)
 
     def _read(self, path: Path) -> None:
         if self._map[:4] != b"GGUF":
@@ -149,7 +155,7 @@ def tokenizer(file: File) -> Tokenizer | None:
     try:
         return _tokenizer(file)
     except Exception as error:  # tokenizers raises nothing more exact
-        raise GGUFError(f"the file's tokenizer is damaged: {error}") from None
+        raise GGUFError(f"{file.path}: its tokenizer is damaged: {error}") from None
 
 
 def _tokenizer(file: File) -> Tokenizer | None:

@@ -41,6 +41,7 @@ class Recorded:
         self._step, self._rows, self._blocks = step, rows, blocks
         # Columns: id, position, place to write, length, then the pages to read.
         self._host = torch.zeros(rows, 4 + blocks, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._host[:, 3] = 1  # who sees nothing at all may come out as NaN, and what padding writes is read, masked
         self._given = self._host.to(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":

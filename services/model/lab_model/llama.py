@@ -91,12 +91,12 @@ class Llama:
 
     def allocate(self, pages: int) -> None:
         w = self._weights
-        self.context = min(w.context, pages * PAGE_TOKENS)  # a model may say millions
-        angles = torch.arange(self.context, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
+        rows = min(self.context, pages * PAGE_TOKENS)  # a model may say millions
+        angles = torch.arange(rows, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
         # (context, head_dim / 2), complex: a head's pairs are turned by one product.
         self._turns = torch.polar(torch.full_like(angles, w.rotation_scale), angles).to(self.device)
         # As long as the next power of two of pages: graphs.py rounds up.
-        self._columns = torch.arange(rounded(-(-self.context // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
+        self._columns = torch.arange(rounded(-(-rows // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
         # Head by head, first all keys: one write and one gather a layer, and each head's come out in one piece.
         shape = (len(w.layers), 2 * w.kv_heads, pages * PAGE_TOKENS, w.head_dim)
         self._pool = torch.zeros(shape, dtype=self._kv_dtype, device=self.device)

@@ -345,8 +345,8 @@ class Native:
 
     def allocate(self, pages: int) -> None:
         m = self._model
-        self.context = min(self.context, pages * PAGE_TOKENS)  # a file may say millions
-        angles = torch.arange(self.context).float()[:, None] * self._rotations
+        rows = min(self.context, pages * PAGE_TOKENS)  # a file may say millions
+        angles = torch.arange(rows).float()[:, None] * self._rotations
         self._turns = torch.stack([angles.cos(), angles.sin()], -1).contiguous()
         m.turns = self._turns.data_ptr()
         self._pool = torch.zeros(m.layers, pages, m.kv_heads * 2 * PAGE_TOKENS * m.head_dim, dtype=torch.float16)
@@ -380,7 +380,7 @@ class Native:
     ) -> torch.Tensor:
         """Logits of the rows `asked`, ascending, as (asked, vocab). owners: each row's line of `pages`."""
         # C reads where these point, whatever they are.
-        if not (min(ids) >= 0 and max(ids) < self.vocab and max(positions) < self.context):
+        if not (min(ids) >= 0 and max(ids) < self.vocab and max(positions) < len(self._turns)):
             raise IndexError("a token id or a position is outside the model's table")
         columns = max(len(row) for row in pages)
         table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in pages], dtype=torch.int32)

@@ -17,7 +17,7 @@ ROOT = 0  # the node before the first page
 
 
 class Pages:
-    """`total` pages, numbered from 1: page 0 takes what padding writes and is nobody's."""
+    """`total` pages, numbered from 1: page 0 is nobody's."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -190,11 +190,12 @@ def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Lla
     arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
     if source.gguf_file:
         file = gguf.File(Path(source.folder) / source.gguf_file)
-        text = read_text(file) or Text.load(source)
-        if entry.dtype == "auto" and device.type == "cpu" and native.reads(file):
-            return Native(file, torch.get_num_threads()), text, None
-        if weights.reads(file):
-            return Llama(weights.from_file(file, dtype, device), device, dtype), text, None
+        with gguf.named(file.path):
+            text = read_text(file) or Text.load(source)
+            if entry.dtype == "auto" and device.type == "cpu" and native.reads(file):
+                return Native(file, torch.get_num_threads()), text, None
+            if weights.reads(file):
+                return Llama(weights.from_file(file, dtype, device), device, dtype), text, None
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     else:

@@ -144,7 +144,7 @@ class Draw:
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleError]:
-    """The next token of each row, or why there is none. logits: (rows, vocab), float32, which are changed in place.
+    """The next token of each row, or why there is none. logits: (rows, vocab), float32, which may be changed in place.
 
     A row depends on its own logits, parameters and random stream alone, never on its neighbours. In this order:
     1. repetition_penalty on what stands in prompt and answer (logit > 0: divided by it, else multiplied: CTRL,
