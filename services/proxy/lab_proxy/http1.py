@@ -395,12 +395,17 @@ class Origin:
         try:
             async with asyncio.timeout_at(min(limit, until)):
                 found = await self._resolved()
+                name = self._host.rstrip(".") if self._tls else None
+                if len(found) == 1 and found[0][0] is socket.AF_INET:  # nothing to choose: half the time, for a burst
+                    _, connection = await loop.create_connection(
+                        lambda: Connection(self), *found[0][4], ssl=self._tls, server_hostname=name
+                    )
+                    return connection
                 first = next(self._turn) % len(found)  # the next one with each connection: several may share the load
                 made = await aiohappyeyeballs.start_connection(
                     found[first:] + found[:first], happy_eyeballs_delay=NEXT_ADDRESS_SECONDS, interleave=1
                 )
                 try:
-                    name = self._host.rstrip(".") if self._tls else None
                     _, connection = await loop.create_connection(
                         lambda: Connection(self), sock=made, ssl=self._tls, server_hostname=name
                     )
