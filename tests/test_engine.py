@@ -231,6 +231,21 @@ def test_queue_full_says_when_to_come_back(llama: Any) -> None:
         bench.engine.close()
 
 
+def test_the_time_to_come_back_is_that_of_the_queue(llama: Any) -> None:
+    """Five have ended: the next place is free after a fourth of their time, whatever those who run may still ask."""
+    bench = Bench(llama, max_running=1, max_queued=1)
+    try:
+        began = time.monotonic()
+        for prompt in prompts(*[10] * 5):
+            bench.answer(Request(prompt, 3))
+        bench.engine.submit(*[Request(prompt, 500) for prompt in prompts(10, 11)])
+        with pytest.raises(QueueFullError) as refused:
+            bench.engine.submit(Request([5], 1))
+        assert 0 < refused.value.retry_after <= (time.monotonic() - began) / 4
+    finally:
+        bench.engine.close()
+
+
 def test_too_long_is_refused_before_any_work(bench: Bench) -> None:
     with pytest.raises(RequestTooLongError):
         bench.engine.submit(Request([5] * 1000, 25))
@@ -331,6 +346,32 @@ def test_a_token_that_the_model_does_not_have_is_refused(llama: Any, plain: bool
         assert got == reference(llama, [tiny.VOCABULARY - 1], 5)
         bench.wait([running])
         assert bench.ended[running].finish == "length"
+    finally:
+        bench.engine.close()
+
+
+def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
+    """A prompt's pages are shared before its logits are looked at: once these were NaN, nobody finds them."""
+
+    class Once(Llama):
+        ill = True
+
+        def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+            embedded = super()._embed(ids)
+            return embedded * float("nan") if self.ill else embedded
+
+    made = Once(weights.from_model(llama), llama.device, llama.dtype)
+    bench = Bench(made)
+    try:
+        (prompt,) = prompts(300)
+        request = asking(prompt, 5)
+        bench.engine.submit(request)
+        bench.wait([request])
+        assert isinstance(bench.ended[request].error, EngineFaultError)
+        made.ill = False
+        again = asking(prompt, 5)
+        assert bench.answer(again) == [reference(llama, prompt, 5)]
+        assert again.reused == 0
     finally:
         bench.engine.close()
 

@@ -408,6 +408,39 @@ def test_an_engine_that_only_fails_says_so() -> None:
         heard.engine.close()
 
 
+def test_a_long_prompt_is_computed_in_pieces_that_others_can_bear() -> None:
+    """Beside a running answer a step prefills no more than takes 80 ms at the pace of the last ones."""
+    pieces: list[int] = []
+    pace = 2000  # tokens a second
+
+    class Slow(Memory):
+        def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+            pieces.append(len(ids))
+            time.sleep(len(ids) / pace)
+            return super().prefill(ids, spans)
+
+        def decode(self, *args: Any) -> torch.Tensor:
+            time.sleep(0.002)
+            return super().decode(*args)
+
+    heard = Heard(Slow(True, 2048))
+    try:
+        running, long = Request([10, 11], 1000), Request([i % 50 + 10 for i in range(900)], 2)
+        heard.engine.submit(running)
+        until = time.monotonic() + 10
+        while not heard.tokens.get(running):
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        pieces.clear()
+        heard.engine.submit(long)
+        heard.wait([long])
+        assert running not in heard.ended
+        assert sum(pieces) == 900
+        assert max(pieces) <= 0.08 * pace
+    finally:
+        heard.engine.close()
+
+
 # ---- 31 neighbours, and one who means harm
 
 
