@@ -77,6 +77,12 @@ class Bench:
         self.wait(requests)
         return [self.tokens[request] for request in requests]
 
+    def fails(self, request: Request) -> None:
+        """It ends as one whose step failed."""
+        self.engine.submit(request)
+        self.wait([request])
+        assert isinstance(self.ended[request].error, EngineFaultError)
+
     def settled(self) -> None:
         """Nothing runs, nothing waits, every page is free."""
         deadline = time.monotonic() + 10
@@ -364,10 +370,7 @@ def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
     bench = Bench(made)
     try:
         (prompt,) = prompts(300)
-        request = asking(prompt, 5)
-        bench.engine.submit(request)
-        bench.wait([request])
-        assert isinstance(bench.ended[request].error, EngineFaultError)
+        bench.fails(asking(prompt, 5))
         made.ill = False
         again = asking(prompt, 5)
         assert bench.answer(again) == [reference(llama, prompt, 5)]
@@ -390,10 +393,7 @@ def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) 
     try:
         (prompt,) = prompts(9)
         model.broken = True
-        request = Request(prompt, 5)
-        bench.engine.submit(request)
-        bench.wait([request])
-        assert isinstance(bench.ended[request].error, EngineFaultError)
+        bench.fails(Request(prompt, 5))
         model.broken = False
         assert bench.answer(Request(prompt, 5)) == [reference(llama, prompt, 5)]
         assert bench.engine.stats().faults == 1
@@ -421,10 +421,7 @@ def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: An
     bench = Bench(made)
     try:
         (prompt,) = prompts(9)
-        request = asking(prompt, 5)
-        bench.engine.submit(request)
-        bench.wait([request])
-        assert isinstance(bench.ended[request].error, EngineFaultError)
+        bench.fails(asking(prompt, 5))
         made.broken = False
         assert bench.answer(asking(prompt, 5)) == [reference(llama, prompt, 5)]
         bench.settled()
