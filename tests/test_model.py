@@ -131,6 +131,14 @@ def test_log_has_one_line_a_request_and_no_text(model_process: Process) -> None:
     assert secret not in log.read_text()
 
 
+def test_other_processes_do_not_come_before_the_model(model_process: Process) -> None:
+    """Ray starts its workers nice: whoever wakes beside them takes their core."""
+    service = psutil.Process(model_process.popen.pid)
+    replicas = [each for each in service.children(recursive=True) if "ServeReplica" in " ".join(each.cmdline())]
+    assert replicas
+    assert {each.nice() for each in replicas} == {service.nice()}
+
+
 def test_what_listens_beyond_loopback_wants_a_token(model_process: Process) -> None:
     """Ray Serve's replicas take pickled calls on all interfaces: whoever has no token is turned away."""
     service = psutil.Process(model_process.popen.pid)

@@ -114,6 +114,7 @@ class Stage:
         await asyncio.sleep(0)
         await self.step(*(Event(one.requests[0], self.text.encode("the")) for one in crowd))
         assert all(len(one.writes) == 1 for one in crowd)
+        self.generator._delivered = time.monotonic()  # the next step is a short one
 
     def tokens(self, text: str = WORDS) -> Iterator[int]:
         yield from self.text.encode(text)
@@ -177,15 +178,14 @@ async def test_many_streams_write_seldom_and_lose_nothing(stage: Stage) -> None:
 
 
 async def test_few_streams_hardly_wait(stage: Stage) -> None:
-    """The wait grows with the streams: of two, each token is out within a few milliseconds."""
+    """The wait grows with the streams: of two, no token waits for another step, however short."""
     one, two = stage.begin(), stage.begin()
     await asyncio.sleep(0)
-    for stream in (one, two):
-        await stage.step(Event(stream.requests[0], stage.text.encode("the")))
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
-    await asyncio.sleep(1 / WRITES_A_SECOND + 0.02)
-    assert one.text == "the cat"
-    assert len(one.writes) == 2
+    tokens = list(stage.tokens())
+    for count, token in enumerate(tokens, 1):
+        await stage.step(*(Event(stream.requests[0], [token]) for stream in (one, two)))
+        assert [len(stream.writes) for stream in (one, two)] == [count, count]
+        await asyncio.sleep(2 / WRITES_A_SECOND)
 
 
 async def test_the_first_token_of_a_stream_waits_for_nobody(stage: Stage) -> None:
@@ -244,6 +244,36 @@ async def test_a_stop_string_ends_the_answer_when_it_comes(stage: Stage) -> None
     assert stage.hand.cancelled == one.requests[:1], "the other choice goes on"
     assert one.text == "the cat "
     assert [piece.finish for piece in one.pieces if piece.index == 0][-1] == "stop"
+
+
+async def test_what_comes_after_a_stop_string_is_not_counted(stage: Stage) -> None:
+    """Also when the event loop is late, and several steps lie there at once."""
+    await stage.crowd()
+    one = stage.begin(stops=["sat"])
+    await asyncio.sleep(0)
+    for word in ("the", " cat", " sat", " on"):
+        stage.generator.deliver([Event(one.requests[0], stage.text.encode(word))])
+    await asyncio.sleep(0.01)
+    assert one.text == "the cat "
+    assert one.flow.work.counted == {0: len(stage.text.encode("the cat sat"))}
+
+
+async def test_nobody_touches_what_waits(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token among many costs nothing until it is time; then each stream gets all of its own at once."""
+    await stage.crowd()
+    monkeypatch.setattr("lab_model.generator.LONGEST_WAIT_SECONDS", 60)
+    monkeypatch.setattr("lab_model.generator.WRITES_A_SECOND", 1)
+    given = list[Event]()
+    give = stage.generator._give
+    stage.generator._give = lambda event: (given.append(event), give(event))[1]  # type: ignore[method-assign, func-returns-value]
+    words = (" cat", " sat", " on")
+    for word in words:
+        await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stage.streams))
+        assert not given
+    monkeypatch.setattr("lab_model.generator.LONGEST_WAIT_SECONDS", 0)
+    await stage.step(*(Event(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
+    assert len(given) == STREAMS
+    assert {one.text for one in stage.streams} == {"the" + "".join(words) + " the"}
 
 
 async def test_logprobs_stay_with_their_tokens(stage: Stage) -> None:

@@ -99,6 +99,10 @@ def prepare_environment(*, direct: bool) -> None:
         "RAY_raylet_report_resources_period_milliseconds": "1000",
         "RAY_enable_metrics_collection": "false",
         "RAY_task_events_report_interval_ms": "0",
+        # Ray makes its workers nice (15): every other process took the cores from the model as often as it woke.
+        "RAY_worker_niceness": "0",
+        # An answer's parts changed threads on their way out, for code that blocks its event loop. Ours does not.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # Ray's own logs stay in its folder, and small.
         "RAY_ROTATION_MAX_BYTES": "2000000",
         "RAY_ROTATION_BACKUP_COUNT": "1",

@@ -22,6 +22,7 @@ class Choice:
         self, index: int, text: Text, stops: Sequence[str] = (), *, logprobs: bool = False, calls: Calls | None = None
     ) -> None:
         self.ended = False
+        self.ends_itself = bool(stops) or calls is not None  # perhaps, by what it says
         self._index, self._text, self._calls = index, text, calls
         self._growing = Growing(text.decoding(), stops, aligned=logprobs)
         self._tokens: list[tuple[int, Logprob]] = []

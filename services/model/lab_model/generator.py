@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -39,9 +40,9 @@ COMPILE_SECONDS = 10
 MOST_COMPILING = 16
 # The gauges are at most this old.
 MEASURE_SECONDS = 0.5
-# A write costs the cores that the engine computes on: 0.5 ms over all processes on the way through Serve's HTTP proxy,
-# where a token of 32 streams takes 1.5 ms of the engine's. Together the streams write about so often a second: a token
-# waits for those that follow it, the longer the more streams there are, and never longer than this.
+# What is done for a token costs the cores that the engine computes on, and ten times what it takes by itself: after a
+# step the caches hold weights. Together the streams write about so often a second: a token waits for those that follow
+# it, the longer the more streams there are, and until then nobody touches it; never longer than this, or one step.
 WRITES_A_SECOND = 640
 LONGEST_WAIT_SECONDS = 0.05
 
@@ -152,6 +153,10 @@ class Flow:
     def waiting(self) -> bool:
         return bool(self._pieces) and not self.woken.is_set()
 
+    def eager(self, index: int) -> bool:
+        """Whether choice `index` has to see each token when it comes: it may end the answer, or show the first one."""
+        return self._choices[index].ends_itself or not (self.begun or self._pieces)
+
     def _add(self, piece: Piece) -> None:
         last = self._last.get(piece.index)
         if last is None or last.calls or piece.calls:
@@ -177,8 +182,11 @@ class Generator:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flows: dict[Request, tuple[Flow, int]] = {}  # of requests that the engine has not let go, whose they are
         self._streams = 0  # that have begun
-        self._held: set[Flow] = set()  # streams with pieces that wait for the next `_release`
-        self._release_at: asyncio.TimerHandle | None = None
+        self._arrived: deque[list[Event]] = deque()  # what the engine's steps brought, for the loop
+        self._gathered: dict[Request, Event] = {}  # of it what waits
+        self._eager: set[Request] = set()  # whose events never wait
+        self._held: set[Flow] = set()  # streams with pieces to show
+        self._delivered = self._since = 0.0  # when the last step came, and the first whose events may wait
         self._grammars: Grammars | None = None
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling = 0
@@ -200,43 +208,70 @@ class Generator:
         return self._grammars
 
     def deliver(self, events: list[Event]) -> None:
-        """The engine's `deliver`: one hop into the event loop a step, however many requests it served."""
-        if not events or time.monotonic() - self._measured > MEASURE_SECONDS:
+        """The engine's `deliver`: at most one hop into the event loop a step, however many requests it served."""
+        now, before = time.monotonic(), self._delivered
+        self._delivered = now
+        if not events or now - self._measured > MEASURE_SECONDS:
             self._measure()
-        if events and self._loop and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._sort, events)
+        if not self._loop or self._loop.is_closed():
+            return
+        if events:
+            self._arrived.append(events)
+            self._since = self._since or now
+        # A stream that is alone waits for nobody; without any there is nothing to show. And what came first shall not
+        # wait for another step like the last one.
+        streams = self._streams
+        wait = min((streams - 1) / WRITES_A_SECOND, LONGEST_WAIT_SECONDS) if streams else LONGEST_WAIT_SECONDS
+        due = bool(self._since) and now + (now - before) - self._since > wait
+        if due:
+            self._since = 0.0
+        if due or any(event.finish or event.error or event.request in self._eager for event in events):
+            self._loop.call_soon_threadsafe(self._sort, due)
 
-    def _sort(self, events: list[Event]) -> None:
-        for event in events:
-            if not (found := self._flows.get(event.request)):
-                continue
-            flow, index = found
-            try:
-                if flow.push(index, event):
-                    self.engine.cancel(event.request)
-            except Exception as error:
-                flow.end(error)  # its own fault, not that of the others in this step
-            if event.finish or event.error:
-                del self._flows[event.request]
-                flow.work.end(event.request)
-            if flow.waiting and not flow.begun:
-                flow.woken.set()  # the first token never waits
-            elif flow.waiting and flow.stream:
-                self._held.add(flow)
-        if self._held and self._release_at is None:
-            # A stream that is alone waits for nobody.
-            wait = min((self._streams - 1) / WRITES_A_SECOND, LONGEST_WAIT_SECONDS)
-            if wait <= 0:
-                self._release()
-            else:
-                self._release_at = asyncio.get_running_loop().call_later(wait, self._release)
+    def _sort(self, due: bool) -> None:
+        """Give to whom they belong the events that do not wait; when it is time, all: the tokens of several steps at
+        once, and of all streams together."""
+        while self._arrived:
+            for event in self._arrived.popleft():
+                request = event.request
+                waits = not (event.finish or event.error or request in self._eager)
+                earlier = self._gathered.pop(request, None)
+                if earlier is not None and event.error:
+                    self._give(earlier)
+                elif earlier is not None:
+                    event.tokens[:0] = earlier.tokens
+                    event.logprobs[:0] = earlier.logprobs
+                if waits:
+                    self._gathered[request] = event
+                else:
+                    self._give(event)
+        if due:
+            gathered, self._gathered = self._gathered, {}
+            for event in gathered.values():
+                self._give(event)
+            for flow in self._held:
+                flow.woken.set()
+            self._held.clear()
 
-    def _release(self) -> None:
-        """All streams together: one wake-up of the process, not one for each."""
-        self._release_at = None
-        for flow in self._held:
-            flow.woken.set()
-        self._held.clear()
+    def _give(self, event: Event) -> None:
+        request = event.request
+        if not (found := self._flows.get(request)):
+            return
+        flow, index = found
+        try:
+            if flow.push(index, event):
+                self.engine.cancel(request)
+        except Exception as error:
+            flow.end(error)  # its own fault, not that of the others in this step
+        if event.finish or event.error:
+            del self._flows[request]
+            flow.work.end(request)
+        if flow.waiting and not flow.begun:
+            flow.woken.set()  # the first token never waits
+        elif flow.waiting and flow.stream:
+            self._held.add(flow)
+        if request not in self._flows or not flow.eager(index):
+            self._eager.discard(request)
 
     async def run(self, flow: Flow) -> AsyncGenerator[list[Piece]]:
         """Submit the call's requests and yield its pieces as they come, until all have ended. Raises WireError when the
@@ -248,11 +283,13 @@ class Generator:
         requests = flow.work.requests
         with on_the_wire(requests):
             self._flows |= {request: (flow, index) for index, request in enumerate(requests)}
+            self._eager.update(requests)
             try:
                 self.engine.submit(*requests)
             except BaseException:
                 for request in requests:
                     del self._flows[request]
+                self._eager.difference_update(requests)
                 raise
             flow.work.begin()
             counted = 0
@@ -271,9 +308,7 @@ class Generator:
             finally:
                 flow.close()
                 self._streams -= counted
-                if not self._streams and self._release_at:
-                    self._release_at.cancel()
-                    self._release()
+                self._held.discard(flow)
                 if open_ := [request for request in requests if request in self._flows]:
                     self.engine.cancel(*open_)
 
