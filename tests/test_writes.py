@@ -17,7 +17,7 @@ from inprocess import InProcess
 from lab_model import wire
 from lab_model.answer import Piece
 from lab_model.choice import Choice
-from lab_model.engine import EngineFaultError, Event, Request
+from lab_model.engine import CancelledError, EngineFaultError, Event, Request
 from lab_model.envelope import Record
 from lab_model.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, Flow, Generator, Work
 from lab_model.sampling import Logprob
@@ -274,6 +274,54 @@ async def test_nobody_touches_what_waits(stage: Stage, monkeypatch: pytest.Monke
     await stage.step(*(Event(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
     assert len(given) == STREAMS
     assert {one.text for one in stage.streams} == {"the" + "".join(words) + " the"}
+
+
+async def test_a_new_prompt_brings_out_what_waits(stage: Stage) -> None:
+    """Its step is a long one."""
+    await stage.crowd()
+    one = stage.streams[0]
+    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
+    assert one.text == "the"
+    stage.begin()
+    await asyncio.sleep(0.01)
+    assert one.text == "the cat"
+
+
+async def test_who_has_left_or_only_reads_counts_no_more(stage: Stage) -> None:
+    """A stream that is the only one left to write does not wait for those whose readers stand still."""
+    await stage.crowd()
+    one, *others = stage.streams
+    for other in others[::2]:
+        other.reads.clear()
+    for word in (" cat", " sat"):
+        await stage.step(*(Event(other.requests[0], stage.text.encode(word)) for other in others))
+    await stage.step(*(Event(other.requests[0], [], "length") for other in others))
+    writes = len(one.writes)
+    for count, word in enumerate((" cat", " sat", " on"), 1):
+        await asyncio.sleep(0.001)
+        await stage.step(Event(one.requests[0], stage.text.encode(word)))
+        assert len(one.writes) == writes + count
+    for other in others:
+        other.reads.set()
+    await asyncio.sleep(0.05)
+    assert {other.text for other in others} == {"the cat sat"}
+
+
+async def test_nothing_is_kept_of_those_who_left(stage: Stage) -> None:
+    stops = [stage.begin(stops=["mat"]) for _ in range(STREAMS)]
+    await asyncio.sleep(0)
+    for word in ("the", " cat"):
+        await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stops))
+    for one in stops:
+        assert one.task is not None
+        one.task.cancel()
+    await asyncio.sleep(0.01)
+    assert len(stage.hand.cancelled) == STREAMS
+    gone = CancelledError("it was cancelled")
+    await stage.step(*(Event(one.requests[0], [], error=gone) for one in stops))
+    generator = stage.generator
+    for kept in (generator._flows, generator._gathered, generator._eager, generator._held, generator._begun):
+        assert not kept
 
 
 async def test_logprobs_stay_with_their_tokens(stage: Stage) -> None:

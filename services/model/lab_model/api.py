@@ -64,7 +64,9 @@ async def converse(model: Generator, http: HttpRequest, body: Any) -> Response:
         messages, shown = told(messages, tools), []
     else:
         shown = tools
-    size = sum(len(message["content"]) for message in messages) + len(shown) * LONG_TEXT
+    arguments = [call.function.arguments for message in asked.messages for call in message.tool_calls or ()]
+    size = sum(len(message["content"]) for message in messages) + sum(map(len, arguments))
+    size += len(shown) * (LONG_TEXT + 1)
     try:
         ids = await tokenize(lambda said: model.text.chat(said, shown), messages, size)
     except TemplateError as error:

@@ -150,6 +150,10 @@ class Flow:
         self.left = 0
 
     @property
+    def ended(self) -> bool:
+        return not self.left or self.error is not None
+
+    @property
     def waiting(self) -> bool:
         return bool(self._pieces) and not self.woken.is_set()
 
@@ -181,7 +185,7 @@ class Generator:
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flows: dict[Request, tuple[Flow, int]] = {}  # of requests that the engine has not let go, whose they are
-        self._streams = 0  # that have begun
+        self._begun: set[Flow] = set()  # streams that have, and get more
         self._arrived: deque[list[Event]] = deque()  # what the engine's steps brought, for the loop
         self._gathered: dict[Request, Event] = {}  # of it what waits
         self._eager: set[Request] = set()  # whose events never wait
@@ -209,24 +213,26 @@ class Generator:
 
     def deliver(self, events: list[Event]) -> None:
         """The engine's `deliver`: at most one hop into the event loop a step, however many requests it served."""
+        if self._loop and not self._loop.is_closed():
+            self._hand_over(events, self._loop)
+        if not events or time.monotonic() - self._measured > MEASURE_SECONDS:
+            self._measure()
+
+    def _hand_over(self, events: list[Event], loop: asyncio.AbstractEventLoop) -> None:
         now, before = time.monotonic(), self._delivered
         self._delivered = now
-        if not events or now - self._measured > MEASURE_SECONDS:
-            self._measure()
-        if not self._loop or self._loop.is_closed():
-            return
         if events:
             self._arrived.append(events)
             self._since = self._since or now
         # A stream that is alone waits for nobody; without any there is nothing to show. And what came first shall not
         # wait for another step like the last one.
-        streams = self._streams
+        streams = len(self._begun)
         wait = min((streams - 1) / WRITES_A_SECOND, LONGEST_WAIT_SECONDS) if streams else LONGEST_WAIT_SECONDS
         due = bool(self._since) and now + (now - before) - self._since > wait
         if due:
             self._since = 0.0
         if due or any(event.finish or event.error or event.request in self._eager for event in events):
-            self._loop.call_soon_threadsafe(self._sort, due)
+            loop.call_soon_threadsafe(self._sort, due)
 
     def _sort(self, due: bool) -> None:
         """Give to whom they belong the events that do not wait; when it is time, all: the tokens of several steps at
@@ -266,7 +272,9 @@ class Generator:
         if event.finish or event.error:
             del self._flows[request]
             flow.work.end(request)
-        if flow.waiting and not flow.begun:
+        if flow.ended:
+            self._begun.discard(flow)  # whoever reads it slowly has no part in how long others wait
+        elif flow.waiting and not flow.begun:
             flow.woken.set()  # the first token never waits
         elif flow.waiting and flow.stream:
             self._held.add(flow)
@@ -284,6 +292,7 @@ class Generator:
         with on_the_wire(requests):
             self._flows |= {request: (flow, index) for index, request in enumerate(requests)}
             self._eager.update(requests)
+            self._sort(due=True)  # a prompt makes a long step: what waits shall not wait for it too
             try:
                 self.engine.submit(*requests)
             except BaseException:
@@ -292,22 +301,20 @@ class Generator:
                 self._eager.difference_update(requests)
                 raise
             flow.work.begin()
-            counted = 0
             try:
                 ended = False
                 while not ended:
                     await flow.woken.wait()
                     ended, pieces = not flow.left, flow.take()
-                    if flow.stream and flow.begun and not counted:
-                        counted = 1
-                        self._streams += 1
+                    if flow.stream and flow.begun and not flow.ended:
+                        self._begun.add(flow)
                     if pieces:
                         yield pieces
                     if flow.error:
                         raise flow.error
             finally:
                 flow.close()
-                self._streams -= counted
+                self._begun.discard(flow)
                 self._held.discard(flow)
                 if open_ := [request for request in requests if request in self._flows]:
                     self.engine.cancel(*open_)

@@ -163,7 +163,8 @@ class Catalogue:
             if state == "ready":
                 known, heard = self._heard.get(id_, ({}, -math.inf))
                 try:
-                    known = await asyncio.wait_for(serve.get_app_handle(id_).info.remote(), 2)
+                    handle = await asyncio.to_thread(serve.get_app_handle, id_)  # it asks Serve's controller
+                    known = await asyncio.wait_for(handle.info.remote(), 2)
                     self._heard[id_] = known, time.monotonic()
                     found[id_] |= known
                 except TimeoutError:
