@@ -416,7 +416,8 @@ async def test_cache_a1_what_is_told_is_what_the_engine_computed(small: InProces
         return sound(**arguments)
 
     small.model.forward = held
-    runs = asyncio.create_task(leave(small, "runs", inside.is_set))
+    # Its end token is forbidden: an answer that ended by chance would not run any more.
+    runs = asyncio.create_task(leave(small, "runs", inside.is_set, logit_bias={"0": -100}))
     while not small.engine.stats().running:  # noqa: ASYNC110 (another thread's state)
         await asyncio.sleep(0.001)
     await leave(small, "waits", lambda: small.engine.stats().waiting == 1)
