@@ -22,7 +22,7 @@ import yaml
 from conftest import MODEL_START_SECONDS
 from fixtures_keys import ADMIN_KEY, school_on
 from fixtures_proxy import CHAT_MODEL, eventually, new, proxy, redis_url
-from inprocess import InProcess
+from inprocess import END, InProcess
 from lab_model import envelope
 from lab_model.api import embedding_app
 from lab_model.engine import Request
@@ -417,7 +417,7 @@ async def test_cache_a1_what_is_told_is_what_the_engine_computed(small: InProces
 
     small.model.forward = held
     # Its end token is forbidden: an answer that ended by chance would not run any more.
-    runs = asyncio.create_task(leave(small, "runs", inside.is_set, logit_bias={"0": -100}))
+    runs = asyncio.create_task(leave(small, "runs", inside.is_set, logit_bias={str(END): -100}))
     while not small.engine.stats().running:  # noqa: ASYNC110 (another thread's state)
         await asyncio.sleep(0.001)
     await leave(small, "waits", lambda: small.engine.stats().waiting == 1)

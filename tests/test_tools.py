@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -353,6 +354,24 @@ async def test_a_template_that_knows_tools_gets_them() -> None:
         assert '<tool_call>{"name": "weather", "arguments": {"days": 1}}</tool_call>' in seen[0]
         assert seen[0].startswith("<|im_start|>system\n<tool_call>[")
         assert "<|im_start|>tool\nsunny" in seen[0]
+    finally:
+        await app.close()
+
+
+@pytest.mark.parametrize("size", [10, 30_000])
+async def test_long_arguments_do_not_hold_up_others(size: int) -> None:
+    """They are tokenized beside the event loop, like any long text; what is short is not worth the way."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = HERMES
+    text, threads = Text.of(tokenizer), list[int]()
+    app = InProcess(text=text, context=4096)
+    chat = text.chat
+    text.chat = lambda *given: (threads.append(threading.get_ident()), chat(*given))[1]  # type: ignore[method-assign]
+    called = {**CALLED, "tool_calls": [{**CALLED["tool_calls"][0], "function": {"name": "f", "arguments": "x" * size}}]}
+    try:
+        answer = await app.ask(messages=[{"role": "user", "content": "hi"}, called, RESULT], max_tokens=2)
+        assert answer.status_code == (200 if size < 4096 else 400)
+        assert (threads == [threading.get_ident()]) == (size < 4096)
     finally:
         await app.close()
 

@@ -60,13 +60,15 @@ async def converse(model: Generator, http: HttpRequest, body: Any) -> Response:
     messages = [message.plain() for message in asked.messages]
     chosen = asked.tool_choice or "auto"
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or () if chosen != "none"]
-    if not model.text.takes_tools:
-        messages, shown = told(messages, tools), []
-    else:
+    size, shown = 0, list[dict[str, Any]]()
+    if model.text.takes_tools:
         shown = tools
-    arguments = [call.function.arguments for message in asked.messages for call in message.tool_calls or ()]
-    size = sum(len(message["content"]) for message in messages) + sum(map(len, arguments))
-    size += len(shown) * (LONG_TEXT + 1)
+        # What its template writes besides the contents.
+        size += sum(len(call.function.arguments) for message in asked.messages for call in message.tool_calls or ())
+        size += len(tools) * (LONG_TEXT + 1)
+    else:
+        messages = told(messages, tools)
+    size += sum(len(message["content"]) for message in messages)
     try:
         ids = await tokenize(lambda said: model.text.chat(said, shown), messages, size)
     except TemplateError as error:
