@@ -522,46 +522,61 @@ def test_cache_x1_redis_paused(bench: Bench, tmp_path: Path) -> None:
         eventually(lambda: state(other.chat(text)) == "hit", 5)
 
 
-async def slow_redis(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Takes 40 ms for each MGET and for each SET after the greeting; knows no key."""
-    parser = hiredis.Reader()
-    while data := await reader.read(65536):
-        parser.feed(data)
-        while command := parser.gets():
-            name = command[0]
-            if name in {b"MGET", b"SET"}:
-                await asyncio.sleep(0.04)
-            none = b"*%d\r\n" % (len(command) - 1) + b"$-1\r\n" * (len(command) - 1)
-            writer.write(none if name == b"MGET" else b"%0\r\n" if name == b"HGETALL" else b"+OK\r\n")
+class SlowRedis:
+    """Takes 40 ms for each MGET and for each SET after the greeting; knows no key. `served` counts them."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.served = 0
+
+    async def __aenter__(self) -> SlowRedis:
+        self._serving: list[asyncio.Task[None]] = []
+        self._server = await asyncio.start_server(
+            lambda *streams: self._serving.append(asyncio.create_task(self._serve(*streams))), "127.0.0.1", 0
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        parser = hiredis.Reader()
+        try:
+            while data := await reader.read(65536):
+                parser.feed(data)
+                while command := parser.gets():
+                    name = command[0]
+                    if name in {b"MGET", b"SET"}:
+                        await asyncio.sleep(0.04)
+                        self.served += 1
+                    none = b"*%d\r\n" % (len(command) - 1) + b"$-1\r\n" * (len(command) - 1)
+                    writer.write(none if name == b"MGET" else b"%0\r\n" if name == b"HGETALL" else b"+OK\r\n")
+        finally:
+            writer.close()
+            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
-async def test_cache_x1_many_keys_have_one_deadline() -> None:
+@pytest.mark.parametrize("operation", ["read", "write"])
+async def test_cache_x1_many_keys_have_one_deadline(operation: str) -> None:
     """Of all batches of a read or a write together; a redis that answered some of them is not taken for dead."""
-    serving: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.add(asyncio.ensure_future(slow_redis(reader, writer)))
-        await asyncio.gather(*serving, return_exceptions=True)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    names = [str(number) for number in range(10 * BATCH)]
-    for ask in ("read", "write"):
-        cache = Cache(f"redis://127.0.0.1:{port}", b"s" * 32, timeout=0.1, max_entry_bytes=1000)
+    async with SlowRedis() as slow:
+        names = [str(number) for number in range(20 * BATCH)]
+        cache = Cache(f"redis://127.0.0.1:{slow.port}", b"s" * 32, timeout=0.4, max_entry_bytes=1000)
         await cache.start()
-        started = time.perf_counter()
-        if ask == "read":
-            assert await cache.read(names) is None
-        else:
-            assert await cache.write({name: entry.Entry(b"{}", 9, time.time()) for name in names}) == "redis"
-        assert time.perf_counter() - started < 0.35
-        assert cache.up
-        await cache.stop()
-    for task in serving:
-        task.cancel()
-    server.close()
-    await asyncio.sleep(0.05)
+        try:
+            if operation == "read":
+                assert await cache.read(names) is None
+            else:
+                assert await cache.write({name: entry.Entry(b"{}", 9, time.time()) for name in names}) == "redis"
+            # Counted and not timed, since a machine may stand still: into 400 ms and 5 ms of grace 40 ms go ten times.
+            assert 1 <= slow.served <= 11
+            assert cache.up
+        finally:
+            await cache.stop()
 
 
 @pytest.fixture
