@@ -16,6 +16,8 @@ import httpx2
 import pytest
 from processes import Process, free_port, process, python, redis_server
 
+# A machine that stands still for a moment is not what most tests are about: those that are say HURRIED_MS, the default.
+PATIENT_MS, HURRIED_MS = "2000", "60"
 MOCK = Path(__file__).with_name("mock_upstream.py")
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 CHAT_MODEL = "smollm2-135m-instruct"
@@ -57,6 +59,10 @@ class Bench:
     def control(self, **values: Any) -> None:
         httpx2.post(f"{self.model.url}/control", json=values)
 
+    def hold(self, held: bool = True) -> None:
+        """Streams of the paid upstream stand still after their first event until they are let go."""
+        httpx2.post(f"{self.paid.url}/control", json={"held": held})
+
 
 def new() -> str:
     """A text that nobody has asked before."""
@@ -89,6 +95,7 @@ def proxy(log_dir: Path, *, redis: str, model: str, paid: str | None = None, **s
         "PROXY_CACHE_SECRET_FILE": str(log_dir / "cache-secret"),
         "PROXY_FILES_DIR": str(log_dir / "files"),
         "PROXY_MODEL_POLL_SECONDS": "0.1",
+        "PROXY_REDIS_TIMEOUT_MS": PATIENT_MS,
     }
     if paid:
         env |= {"PROXY_OPENAI_BASE_URL": f"{paid}/v1", "PROXY_OPENAI_API_KEY": UPSTREAM_KEY}

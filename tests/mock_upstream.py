@@ -5,7 +5,8 @@ MODES. It is a stand-in for a paid upstream at /v1/… and for the model service
 `GET /calls` tells what came in and how many callers left early; `POST /control` sets `revision`, `delay` (seconds
 before an answer) and the `state` of /ready, the ids that are still `loading`; `script`, what becomes of the next calls,
 one after the other (a status, `drop`, `hang`, `ok`), with the headers `sent`; `closed`: a gate before which all answers
-wait until it is opened (false); `used`: what /tally tells of every call; `POST /reset` forgets all.
+wait until it is opened (false), `held` another one after each stream's first event; `used`: what /tally tells of every
+call; `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Mock:
         self.loading: list[str] = []  # ids of the model service that are not served yet
         self.script: list[int | str] = []
         self.sent: dict[str, str] = {}
-        self.closed = False
+        self.closed = self.held = False
         self.used: dict[str, int] = {}
         self.at: list[float] = []  # when calls came, time.time()
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of answers that were sent whole
@@ -144,17 +145,24 @@ class Mock:
             await whole(send, shown, extra)
             return self.count(made["usage"])
         usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        await stream(send, made, mode, usage=usage, key=key, extra=extra)
+        await stream(send, made, mode, usage=usage, key=key, extra=extra, after=self.after)
         return self.count(made["usage"])
 
     def count(self, usage: dict[str, Any]) -> None:
         for name in self.tokens:
             self.tokens[name] += usage.get(name, 0)
 
+    async def opened(self, gate: str) -> None:
+        while getattr(self, gate):  # noqa: ASYNC110 - it is opened by an assignment
+            await asyncio.sleep(0.01)
+
+    async def after(self, place: int) -> None:
+        if place == 0:
+            await self.opened("held")
+
     async def scripted(self, send: Send, extra: dict[str, str]) -> bool:
         """The gate, and what the script says of this call. True when it has been dealt with."""
-        while self.closed:  # noqa: ASYNC110 - it is opened by an assignment
-            await asyncio.sleep(0.01)
+        await self.opened("closed")
         turn = self.script.pop(0) if self.script else "ok"
         if turn == "drop":
             send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's own, before any head
@@ -334,7 +342,9 @@ def deltas(choice: dict[str, Any]) -> list[dict[str, Any]]:
     return [*parts, {**every, "delta": {}, "finish_reason": choice["finish_reason"]}]
 
 
-async def stream(send: Send, made: dict[str, Any], mode: str, *, usage: bool, key: str, extra: dict[str, str]) -> None:
+async def stream(send: Send, made: dict[str, Any], mode: str, *, usage: bool, key: str, extra: dict[str, str],
+                 after: Callable[[int], Awaitable[None]]) -> None:  # fmt: skip
+    """`after` is awaited with the place of each event that is out."""
     end, comment = ("\r\n\r\n", ": still here\r\n\r\n") if mode == "crlf" else ("\n\n", "")
     top = {name: value for name, value in made.items() if name not in {"choices", "usage"}}
     if made["object"] == "chat.completion":
@@ -369,6 +379,7 @@ async def stream(send: Send, made: dict[str, Any], mode: str, *, usage: bool, ke
         if mode == "counting":
             chunk["usage"] = made["usage"] | {"completion_tokens": place + 1}
         await put(orjson.dumps(chunk).decode())
+        await after(place)
         await asyncio.sleep(0.1 if mode in {"slow", "endless", "counting"} else 0)
     if usage and mode not in {"error-event", "no-done"}:
         await put(orjson.dumps({**top, "choices": [], "usage": made["usage"]}).decode())

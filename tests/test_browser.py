@@ -49,6 +49,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         )
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
+        expect.set_options(timeout=20_000)
         page.goto(url)
         return page
 

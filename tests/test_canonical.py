@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_proxy import canonical
 from lab_proxy.errors import InvalidRequest
@@ -188,6 +188,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(texts, values, max_size=4))
 def test_cache_k1_form_is_stable(value: dict[str, object]) -> None:
     """The form of the form is the form; it holds the same data, and no spelling of the same data changes it."""
@@ -198,6 +199,7 @@ def test_cache_k1_form_is_stable(value: dict[str, object]) -> None:
     assert json.loads(once, parse_int=float) == json.loads(json.dumps(value), parse_int=float)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_cache_k1_numbers_keep_their_value(value: float) -> None:
     said = canonical.encode({"x": value}).decode()[5:-1]
@@ -206,6 +208,7 @@ def test_cache_k1_numbers_keep_their_value(value: float) -> None:
     assert value == math.trunc(value) or len(digits.strip("0")) <= 17
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]":,\\u0dDe8+-1.nulltrue ', max_size=60).map(str.encode))
 def test_cache_k4_no_body_is_a_fault(raw: bytes) -> None:
     """Any bytes give an object or a 400, nothing else."""

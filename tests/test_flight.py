@@ -20,7 +20,7 @@ from typing import Any
 import httpx2
 import pytest
 import redis.asyncio as aioredis
-from fixtures_proxy import UPSTREAM_KEY, mock, new, proxy, redis_url
+from fixtures_proxy import HURRIED_MS, PATIENT_MS, UPSTREAM_KEY, mock, new, proxy, redis_url
 from lab_proxy.entry import Entry
 from lab_proxy.errors import TooSlow, UpstreamDown, UpstreamRefused
 from lab_proxy.flight import CHANNEL, LEASE, LEASE_SECONDS, Flight, FlightLost, Flights, Seat
@@ -403,12 +403,12 @@ class Pair:
 
 
 @contextlib.contextmanager
-def pair_on(folder: Path, **settings: str) -> Iterator[Pair]:
+def pair_on(folder: Path, redis_timeout_ms: str = PATIENT_MS, **settings: str) -> Iterator[Pair]:
     """`settings`: of the second proxy."""
     with contextlib.ExitStack() as stack:
         paid, model = stack.enter_context(mock(folder)), stack.enter_context(mock(folder))
         server = stack.enter_context(redis_server(folder))
-        at = {"redis": redis_url(server), "model": model.url, "paid": paid.url}
+        at = {"redis": redis_url(server), "model": model.url, "paid": paid.url, "redis_timeout_ms": redis_timeout_ms}
         one = stack.enter_context(proxy(folder, **at))
         other = stack.enter_context(proxy(folder, **at, **settings))
         yield Pair((one.url, other.url), (one, other), paid, server)
@@ -611,7 +611,7 @@ async def leave(task: asyncio.Task[Answer]) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_flight_f2_the_leader_may_leave(pair: Pair, stream: bool, follower: int) -> None:
     """The leader's client leaves: who follows, here or in the other process, has all of the answer; it is stored."""
-    pair.upstream(closed=not stream)
+    pair.upstream(closed=not stream, held=stream)
     body = asking(new(), "slow", stream=stream)
     leader = await start(pair.urls[0], body)
     await upstream_has(pair, 1)
@@ -619,7 +619,7 @@ async def test_flight_f2_the_leader_may_leave(pair: Pair, stream: bool, follower
     await on_board(pair, 2, 1)
     await leave(leader)
     await asyncio.sleep(0.6)  # longer than a flight waits that nobody is on
-    pair.upstream(closed=False)
+    pair.upstream(closed=False, held=False)
     answer = await following
     assert answer.status == 200
     assert answer.state == "fwd=miss; collapsed"
@@ -659,7 +659,7 @@ async def test_flight_f3_a_killed_leader(tmp_path: Path, begun: bool) -> None:
     """The leading process is killed. Before its first byte: exactly one follower takes over, and all are answered.
     After it: who has sent some of it ends with an error event and without [DONE], never with another answer's tail."""
     with pair_on(tmp_path) as pair:
-        pair.upstream(closed=not begun)
+        pair.upstream(closed=not begun, held=begun)
         body = asking(new(), "slow", stream=True)
         leader = await start(pair.urls[0], body)
         await upstream_has(pair, 1)
@@ -668,7 +668,7 @@ async def test_flight_f3_a_killed_leader(tmp_path: Path, begun: bool) -> None:
         pair.processes[0].popen.kill()
         with pytest.raises(httpx2.TransportError):
             await leader
-        await asyncio.to_thread(pair.upstream, closed=False)
+        await asyncio.to_thread(pair.upstream, closed=False, held=False)
         answers = await asyncio.gather(*followers)
         if begun:
             assert pair.calls()["total"] == 1
@@ -760,7 +760,7 @@ async def test_flight_f4_a_followers_own_deadline_holds(tmp_path: Path) -> None:
 async def test_flight_x1_redis_goes_during_a_flight(tmp_path: Path, fault: str) -> None:
     """Redis is paused or killed while both processes wait for one answer: each goes on, and nobody gets an error; in
     one process all still share one call."""
-    with pair_on(tmp_path) as pair:
+    with pair_on(tmp_path, HURRIED_MS) as pair:
         redis = pair.redis
         assert redis
         pair.upstream(closed=True)

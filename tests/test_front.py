@@ -277,7 +277,12 @@ def service(tmp_path: Path) -> Iterator[Process]:
 
 def processes_of(service: Process, name: str) -> list[psutil.Process]:
     children = psutil.Process(service.popen.pid).children(recursive=True)
-    return [child for child in children if name in " ".join(child.cmdline())]
+    found = []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @contextlib.contextmanager

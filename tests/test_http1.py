@@ -655,10 +655,10 @@ def test_a_slow_body_is_whole_in_the_end(run: Run) -> None:
     """Each piece has its own time: many pauses are no silence."""
 
     async def work() -> None:
-        async with peer([CHUNKED, *[0.1, b"1\r\na\r\n"] * 5, b"0\r\n\r\n"]) as there, origin(there.url) as asked:
+        async with peer([CHUNKED, *[0.3, b"1\r\na\r\n"] * 5, b"0\r\n\r\n"]) as there, origin(there.url) as asked:
             answer = await post(asked)
-            got = [piece for _ in range(5) if (piece := await answer.read(0.3))]
-            assert (b"".join(got), await answer.read(0.3)) == (b"aaaaa", b"")
+            got = [piece for _ in range(5) if (piece := await answer.read(1.2))]
+            assert (b"".join(got), await answer.read(1.2)) == (b"aaaaa", b"")
 
     run(work())
 

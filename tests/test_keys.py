@@ -19,7 +19,7 @@ import httpx2
 import openai
 import pytest
 from fixtures_keys import ADMIN_KEY, Holder, School, school_on
-from fixtures_proxy import CHAT_MODEL, eventually, new, redis_url, state
+from fixtures_proxy import CHAT_MODEL, HURRIED_MS, eventually, new, redis_url, state
 from lab_proxy import keyring
 from lab_proxy.keys import weakness
 from lab_proxy.link import connect
@@ -292,7 +292,7 @@ def test_the_command_line_without_redis_says_so() -> None:
 
 def test_x1_known_keys_go_on_without_redis_and_unknown_ones_get_503(tmp_path: Path) -> None:
     """Redis paused, then killed: who was here goes on, who was not is told to wait; all is well when it is back."""
-    with school_on(tmp_path) as school:
+    with school_on(tmp_path, redis_timeout_ms=HURRIED_MS) as school:
         known, unknown = school.key(), school.key()
         revoked = school.key()
         for each in (known, revoked):

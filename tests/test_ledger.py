@@ -41,7 +41,7 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
 
 def everybody(school: School, **query: str) -> dict[str, Any]:
     """/admin/usage after both proxies have booked."""
-    time.sleep(0.2)
+    time.sleep(0.5)
     said: dict[str, Any] = school.admin("GET", "usage", params=query).json()
     return said
 

@@ -201,7 +201,7 @@ def test_a_summary_says_what_ran_against_what_but_not_the_key(serve: Any, tmp_pa
 def test_hit_ratio_is_measured_beside_the_expected_one(serve: Any, tmp_path: Path) -> None:
     """One user, a perfect cache: exactly the hits of these draws, and about those of theory. Hits and misses apart."""
     server = serve(first=0.03, gap=0.005, tokens=4, caches=True)
-    settings: dict[str, object] = {"users": 1, "seconds": 4, "prompts": 40, "zipf_exponent": 1, "think_seconds": 0.002}
+    settings: dict[str, object] = {"users": 1, "seconds": 10, "prompts": 40, "zipf_exponent": 1, "think_seconds": 0.002}
     run = load("caching", server.url, tmp_path, **settings)
     assert run.code == 0, run.output
     result = run.summary["results"]["caching"]
@@ -244,8 +244,8 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]
     with mock(tmp_path_factory.mktemp("mock")) as server:
         begun = {
             mode: begin("throughput", server.url, folder, model=f"gpt-mock-{mode}", users=1, seconds=4,
-                        answer_timeout_seconds=1, drain_seconds=2)
-            for mode, folder in folders.items()
+                        answer_timeout_seconds=1 if kind == "timeout" else 10, drain_seconds=2)
+            for (mode, kind), folder in zip(FAILURES.items(), folders.values(), strict=True)
         }  # fmt: skip
         yield {mode: finish(popen, folders[mode]) for mode, popen in begun.items()}
 

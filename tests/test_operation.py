@@ -105,6 +105,7 @@ def test_requests_in_flight_keep_their_table(bench: Bench, tmp_path: Path) -> No
     table["routes"].append({"upstream": "extra", "match": ["extra-*"]})
     with second(bench, tmp_path, routes_file=str(routes_file(tmp_path, **table))) as other:
         got: list[httpx2.Response] = []
+        bench.hold()
         asking = threading.Thread(target=lambda: got.append(other.chat(model="extra-mock-slow", stream=True)))
         asking.start()
         eventually(lambda: bench.calls()["total"] == 1, 2)
@@ -114,6 +115,7 @@ def test_requests_in_flight_keep_their_table(bench: Bench, tmp_path: Path) -> No
             beside = Bench(other.proxy, bench.paid, bench.model, bench.redis, http)
             eventually(lambda: beside.chat(model="extra-mock").status_code == 404, 2)
         assert asking.is_alive()
+        bench.hold(held=False)
         asking.join(10)
         assert events(got[0])[-1] == "[DONE]"
 
@@ -207,6 +209,7 @@ def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
             apart(other)
         line = 'lab_proxy_requests_total{cache="",model="",route="/health"'
         eventually(lambda: number(apart(other, "/metrics").text, line) >= 12, 3)
+        time.sleep(2 * SHARE_SECONDS)  # the one that told of all may be the one that ends, and not have shared it yet
         before = listening(other)
         before[0].kill()
         eventually(lambda: len(listening(other)) == 2 and before[0] not in listening(other), 10)
@@ -275,6 +278,7 @@ def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_p
             answer += idle.recv(1000)
         assert answer.startswith(b"HTTP/1.1 200")
         got: list[httpx2.Response] = []
+        bench.hold()
         asking = threading.Thread(target=lambda: got.append(other.chat(model="gpt-mock-slow", stream=True)))
         asking.start()
         eventually(lambda: bench.calls()["total"] == 1, 2)
@@ -286,6 +290,7 @@ def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_p
             assert page.status_code == status
             assert page.headers["connection"] == "close"
         assert "lab_proxy_draining 1.0" in httpx2.get(f"{other.proxy.url}/metrics").text
+        bench.hold(held=False)
         asking.join(10)
         assert events(got[0])[-1] == "[DONE]"
         assert other.proxy.popen.wait(5) == 0

@@ -436,7 +436,8 @@ async def test_cache_a1_what_is_told_is_what_the_engine_computed(small: InProces
     assert await told(tmp_path, "whole") == (usage["prompt_tokens"], usage["completion_tokens"], 0)
     assert used.prompt == usage["prompt_tokens"]
     before, refused = counted(), asyncio.Event()
-    busy = [asyncio.create_task(leave(small, f"busy{n}", refused.is_set)) for n in range(2)]
+    ends = {str(END): -100}
+    busy = [asyncio.create_task(leave(small, f"busy{n}", refused.is_set, logit_bias=ends)) for n in range(2)]
     while small.engine.stats().running + small.engine.stats().waiting < 2:  # noqa: ASYNC110 (as above)
         await asyncio.sleep(0.001)
     assert (await small.ask(headers={"x-request-id": "refused"})).status_code == 429
@@ -458,7 +459,8 @@ async def test_cache_a1_stop_strings_and_deadlines_are_told_as_they_are_counted(
     while small.engine.stats().running:  # noqa: ASYNC110 (another thread's state)
         await asyncio.sleep(0.001)
     made = small.engine.stats().generated_tokens
-    late = await small.ask(headers={"x-request-id": "late", "x-request-timeout-ms": "100"}, max_tokens=900, n=2)
+    headers = {"x-request-id": "late", "x-request-timeout-ms": "200"}
+    late = await small.ask(headers=headers, max_tokens=900, n=2, logit_bias={str(END): -100})
     assert late.status_code == 504
     used = await told(tmp_path, "late")
     assert used.completion == small.engine.stats().generated_tokens - made > 0

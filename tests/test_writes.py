@@ -26,7 +26,7 @@ from lab_model.tools import CALL_BEGIN, ForcedCalls, ending
 from starlette.types import Message
 
 STREAMS = 150  # so many that only its limit bounds the wait
-STEP_SECONDS = 0.02
+STEP_SECONDS = 0.01
 SOON = 0.06  # the machine may be busy
 WORDS = "the cat sat on the mat and the dog ate the hat " * 3
 
