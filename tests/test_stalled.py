@@ -24,9 +24,9 @@ def asked(text: str, model: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def large(running: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A proxy whose answers may be larger than what lies between it and its callers."""
-    size = "8000000"
     with second(
-        running, tmp_path_factory.mktemp("large"), max_body_bytes=size, cache_max_entry_bytes=size,
+        running, tmp_path_factory.mktemp("large"), max_body_bytes="8000000",
+        cache_max_entry_bytes="20000000",  # the question and the answer
         total_timeout_seconds="1.5",
     ) as started:  # fmt: skip
         yield started
@@ -78,7 +78,8 @@ def test_a_slow_client_of_a_hit_gets_all_of_it(large: Bench) -> None:
     """Who reads, however slowly, is not cut off: for twice the time in which a stalled one is."""
     size = 7_500_000
     body = asked("x" * size, "gpt-mock")
-    large.http.post("/v1/chat/completions", json=body)
+    for expected in ("miss stored", "hit"):
+        assert state(large.http.post("/v1/chat/completions", json=body)) == expected
     with not_reading(large, body) as client:
         taken, began = 0, time.monotonic()
         while taken < size and (part := client.recv(100_000)):
