@@ -15,7 +15,7 @@ import openai
 import pytest
 import tiny
 import yaml
-from fixtures_proxy import bench, running  # noqa: F401 - fixtures of the proxy's tests
+from fixtures_proxy import PATIENT_MS, bench, running  # noqa: F401 - fixtures of the proxy's tests
 from processes import Process, free_port, process, python, redis_server
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def proxy_url(logs: Path, request: pytest.FixtureRequest) -> Iterator[str]:
         "PROXY_MODEL_URL": model_url,
         "PROXY_REDIS_URL": f"redis://127.0.0.1:{redis.port}/0",
         "PROXY_CACHE_SECRET_FILE": str(logs / "cache-secret"),
-        "PROXY_REDIS_TIMEOUT_MS": "2000",  # as in fixtures_proxy.py
+        "PROXY_REDIS_TIMEOUT_MS": PATIENT_MS,
     }
     with process("proxy", python("lab_proxy"), port=port, log_dir=logs, env=env, ready="/ready") as started:
         yield started.url

@@ -56,12 +56,9 @@ class Bench:
         for each in (self.paid, self.model):
             httpx2.post(f"{each.url}/reset")
 
-    def control(self, **values: Any) -> None:
-        httpx2.post(f"{self.model.url}/control", json=values)
-
-    def hold(self, held: bool = True) -> None:
-        """Streams of the paid upstream stand still after their first event until they are let go."""
-        httpx2.post(f"{self.paid.url}/control", json={"held": held})
+    def control(self, of: Process | None = None, **values: Any) -> None:
+        """Of the stand-in for the model service, unless another is named."""
+        httpx2.post(f"{(of or self.model).url}/control", json=values)
 
 
 def new() -> str:

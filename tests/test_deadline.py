@@ -100,7 +100,7 @@ async def test_cache_f4_a_followers_own_deadline_header_holds(
 ) -> None:
     """Of two who want the same, the one whose time is over ends with 504, or an error event; the other has the whole
     answer, and the upstream was asked once."""
-    httpx2.post(f"{bench.paid.url}/control", json={"delay": 0.5 if stream else 1.5})
+    bench.control(bench.paid, delay=0.5 if stream else 1.5)
     body = asked(new(), "gpt-mock-slow" if stream else "gpt-mock", stream=stream)
     async with httpx2.AsyncClient(base_url=patient.proxy.url, timeout=10) as http:
 

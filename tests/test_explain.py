@@ -364,11 +364,11 @@ def test_cache_d2_stale_if_error(bench: Bench, tmp_path: Path) -> None:
         text = new()
         other.chat(text)
         time.sleep(1.2)
-        httpx2.post(f"{bench.paid.url}/control", json={"script": [503] * 4})
+        bench.control(bench.paid, script=[503] * 4)
         answer = other.chat(text)
         assert answer.status_code == 200
         assert answer.headers["cache-status"].startswith("llm-lab; fwd=stale; fwd-status=503")
-        httpx2.post(f"{bench.paid.url}/control", json={"script": [503] * 4})
+        bench.control(bench.paid, script=[503] * 4)
         assert other.chat(new()).status_code == 503
 
 

@@ -241,11 +241,11 @@ def test_concurrency_is_counted_over_both_proxies(school: School) -> None:
     """Three streams run at two proxies: the fourth is refused, and let in when one has ended."""
     holder, ended = school.key(concurrency=3), []
     school.one.forget()
-    school.one.hold()
+    school.one.control(school.one.paid, held=True)
     threads = [slow(each, ended) for each in (holder, school.at_two(holder), holder)]
     eventually(lambda: school.one.calls()["total"] == 3, 5)
     refused = school.at_two(holder).chat()
-    school.one.hold(held=False)
+    school.one.control(school.one.paid, held=False)
     assert code(refused) == (429, "rate_limit_exceeded")
     assert "concurrent" in refused.json()["error"]["message"]
     for thread in threads:

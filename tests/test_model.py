@@ -70,12 +70,11 @@ def test_a_models_own_address_serves_it_alone(model_url: str) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(model_url: str, path: str, stream: bool) -> None:
     """Within 500 ms, mid-stream or while waiting for JSON. The best of three: the machine may stand still meanwhile."""
-    assert min(leave(model_url, path.replace(TINY, CHAT), stream) for _ in range(3)) < 0.5
+    assert min(freed_after(model_url, path.replace(TINY, CHAT), stream) for _ in range(3)) < 0.5
 
 
-def leave(model_url: str, path: str, stream: bool) -> float:
-    """Seconds until the place of a client that left is free. `path`: of a model whose answer is surely
-    not over before."""
+def freed_after(model_url: str, path: str, stream: bool) -> float:
+    """Seconds until the place of a client that left is free. `path` is that of a model too slow to be done before."""
     messages = [{"role": "user", "content": "Count from one to a thousand in words."}]
     ends = {"0": -100, "2": -100}  # without them the answer is short, and over before the gauge has seen it
     body = {"model": CHAT, "messages": messages, "temperature": 0, "max_tokens": 2000, "stream": stream}

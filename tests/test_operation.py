@@ -105,7 +105,7 @@ def test_requests_in_flight_keep_their_table(bench: Bench, tmp_path: Path) -> No
     table["routes"].append({"upstream": "extra", "match": ["extra-*"]})
     with second(bench, tmp_path, routes_file=str(routes_file(tmp_path, **table))) as other:
         got: list[httpx2.Response] = []
-        bench.hold()
+        bench.control(bench.paid, held=True)
         asking = threading.Thread(target=lambda: got.append(other.chat(model="extra-mock-slow", stream=True)))
         asking.start()
         eventually(lambda: bench.calls()["total"] == 1, 2)
@@ -115,7 +115,7 @@ def test_requests_in_flight_keep_their_table(bench: Bench, tmp_path: Path) -> No
             beside = Bench(other.proxy, bench.paid, bench.model, bench.redis, http)
             eventually(lambda: beside.chat(model="extra-mock").status_code == 404, 2)
         assert asking.is_alive()
-        bench.hold(held=False)
+        bench.control(bench.paid, held=False)
         asking.join(10)
         assert events(got[0])[-1] == "[DONE]"
 
@@ -278,7 +278,7 @@ def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_p
             answer += idle.recv(1000)
         assert answer.startswith(b"HTTP/1.1 200")
         got: list[httpx2.Response] = []
-        bench.hold()
+        bench.control(bench.paid, held=True)
         asking = threading.Thread(target=lambda: got.append(other.chat(model="gpt-mock-slow", stream=True)))
         asking.start()
         eventually(lambda: bench.calls()["total"] == 1, 2)
@@ -290,7 +290,7 @@ def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_p
             assert page.status_code == status
             assert page.headers["connection"] == "close"
         assert "lab_proxy_draining 1.0" in httpx2.get(f"{other.proxy.url}/metrics").text
-        bench.hold(held=False)
+        bench.control(bench.paid, held=False)
         asking.join(10)
         assert events(got[0])[-1] == "[DONE]"
         assert other.proxy.popen.wait(5) == 0
@@ -395,7 +395,7 @@ def test_spans_tell_of_a_request_and_its_calls(bench: Bench, tmp_path: Path) -> 
     secret = new()
     with collector() as (url, spans):
         with second(bench, tmp_path, otlp_endpoint=url) as other:
-            httpx2.post(f"{bench.paid.url}/control", json={"script": [503]})
+            bench.control(bench.paid, script=[503])
             request_id = other.chat(secret).headers["x-request-id"]
             other.chat(secret)
             other.chat(model="gpt-mock-401")

@@ -530,7 +530,7 @@ def test_sigterm_lets_streams_end(bench: Bench, tmp_path: Path) -> None:
     base = f"{bench.paid.url}/v1"
     with second(bench, tmp_path, paid="", openai_api_key_file=str(key), openai_base_url=base) as other:
         got: list[httpx2.Response] = []
-        bench.hold()
+        bench.control(bench.paid, held=True)
         asking = threading.Thread(target=lambda: got.append(other.chat(model="gpt-mock-slow", stream=True)))
         asking.start()
         eventually(lambda: bench.calls()["total"] == 1, 2)
@@ -539,9 +539,9 @@ def test_sigterm_lets_streams_end(bench: Bench, tmp_path: Path) -> None:
         time.sleep(0.3)
         refused = httpx2.post(f"{other.proxy.url}/v1/chat/completions", json={})
         assert (refused.status_code, error(refused)["code"]) == (503, "draining")
-        bench.hold(held=False)
         assert refused.headers["connection"] == "close"
         assert httpx2.get(f"{other.proxy.url}/ready").json()["status"] == "draining"
+        bench.control(bench.paid, held=False)
         asking.join(10)
         assert events(got[0])[-1] == "[DONE]"
         assert other.proxy.popen.wait(5) == 0
