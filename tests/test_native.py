@@ -97,15 +97,19 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
     runner: Native, ids: list[list[int]], logits: list[torch.Tensor], count: int
 ) -> None:
     """To the last bit: decoded among `count` rows of both texts as in the prefill of its text alone."""
-    rows = [(row % 2, 20 + 2 * row) for row in range(count)]  # (text, position)
+    rows = [(row % 2, 40 + row) for row in range(count)]  # (text, position)
     got = runner.decode([ids[text][at] for text, at in rows], [at for _, at in rows], [PAGES[text] for text, _ in rows])
     assert torch.equal(got, torch.stack([logits[text][at] for text, at in rows]))
 
 
-def test_a_prefill_of_both_is_that_of_each(runner: Native, ids: list[list[int]], logits: list[torch.Tensor]) -> None:
-    """Also where the first page is there from before."""
-    spans = [Span(32, LENGTH, PAGES[0]), Span(0, LENGTH, PAGES[1])]
-    got = runner.prefill(ids[0][32:] + ids[1], spans)
+@pytest.mark.parametrize("start", [31, 32])
+def test_a_prefill_of_both_is_that_of_each(
+    runner: Native, ids: list[list[int]], logits: list[torch.Tensor], start: int
+) -> None:
+    """Also where the beginning is there from before. Attention takes rows in twos: from 31 on the first two lie on two
+    pages, and one two is of both texts."""
+    spans = [Span(start, LENGTH, PAGES[0]), Span(0, LENGTH, PAGES[1])]
+    got = runner.prefill(ids[0][start:] + ids[1], spans)
     assert torch.equal(got, torch.stack([logits[0][-1], logits[1][-1]]))
 
 
@@ -169,10 +173,11 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
     runner.allocate(1)
     got = runner.every(range(rows), [0]).numpy()
 
-    digits = signs * values if two_digits else (signs * values + 128 >> 8) * 256
+    high = signs * values + 128 >> 8
     want = np.zeros((rows, rows), np.float32)
-    for at in range(0, width, 32):
-        want += (digits[:, at : at + 32] @ levels[:, at : at + 32].T).astype(np.float32) / np.float32(256)
+    for digits in [high * 256, signs * values - high * 256][: 1 + two_digits]:
+        for at in range(0, width, 32):
+            want += (digits[:, at : at + 32] @ levels[:, at : at + 32].T).astype(np.float32) / np.float32(256)
     assert np.abs(want).max() > 255 / 16 * 2 ** (bits - 4) * 127 * 32
     assert np.array_equal(got, want)
 

@@ -4,9 +4,9 @@
  * Weights are blocks of 32 along the input, 4 or 8 bits a weight, with a scale and a minimum, as a GGUF file holds
  * them; activations are rounded with a scale for each block of 32 in a row: to one 8-bit digit (llama.cpp's Q8_1), or
  * to two in the few blocks that are far larger than their row and would bring most of the error. Sums within a block
- * are integers; across blocks they are added in one order. So a row's result never depends on its neighbours, on how
- * many there are, on the number of threads nor on the processor: a step of 1 row and a prefill of 256 take the same
- * way.
+ * are integers that a float holds exactly; across blocks they are added in one order, the second digits after all the
+ * first. So a row's result never depends on its neighbours, on how many there are, on the number of threads nor on the
+ * processor: a step of 1 row and a prefill of 256 take the same way.
  *
  * Knows rows, pages and weights; knows nothing of requests. native.py packs the weights, fills the structures below and
  * is the only caller; vectors.h holds what processors differ in. Plain C11; no library but the OpenMP runtime that
@@ -20,7 +20,7 @@
 
 #include "vectors.h"
 
-enum { BLOCK = 32, LANES = 16, TILE = 32, PAGE = 32, ROWS = 4, MOST_GROUP = 8, MOST_ROWS = 256 };
+enum { BLOCK = 32, LANES = 16, TILE = 32, PAGE = 32, ROWS = 4, MOST_GROUP = 8, MOST_HEAD = 256, MOST_ROWS = 256 };
 
 /* A block whose largest value is above so many root mean squares of its row has two digits: one in six of the embedded
  * model's. Its divergence from the file's own distribution is 0.0004 nats so, 0.003 with one digit everywhere. Chosen
@@ -58,14 +58,14 @@ typedef struct {
     int (*team)(void);                                              /* omp_get_num_threads */
 } Model;
 
-/* A block of activations: what the low digit is worth, that times the sum of both digits and of the high one alone, and
- * the sum of the squares. */
+/* A block of activations: what the high digit is worth (the low one a 256th of it), the sum of the high digits' values
+ * and of the low ones', and of the squares. */
 typedef struct {
-    float scale, both, coarse, squares;
+    float worth, high, low, squares;
 } Unit;
 
 typedef struct {
-    int8_t *high, *low; /* (rows, width): value = (256 * high + low) * scale, or without the low */
+    int8_t *high, *low; /* (rows, width): value = (high + low / 256) * worth, or without the low */
     Unit *units;        /* (rows, width / BLOCK) */
 } Digits;
 
@@ -156,22 +156,27 @@ INLINE void digits_of(Floats a, Floats b, const Digits *to, int64_t block) {
     store_nearest(high + LANES, l);
     store_lowest(low, i); /* what is left to the nearest multiple of 256 */
     store_lowest(low + LANES, j);
-    float scale = most / range;
+    float least = most / range;
+    int32_t sum = sum_of_ints(plus_ints(i, j)), highs = sum_of_ints(plus_ints(k, l));
     to->units[block] = (Unit){
-        scale,
-        scale * (float)sum_of_ints(plus_ints(i, j)),
-        scale * 256.0f * (float)sum_of_ints(plus_ints(k, l)),
+        least * 256,
+        least * 256 * (float)highs,
+        least * (float)(sum - 256 * highs),
         sum_of(times_plus(a, a, times(b, b))),
     };
 }
 
-/* From which scale on a block of a row has two digits. */
-static void limits(const Digits *from, int rows, int blocks, float *limit) {
+#define WORDS(blocks) (((blocks) + 63) / 64)
+
+/* Which blocks of each row have two digits: (rows, WORDS(blocks)), a bit for each. */
+static void outliers(const Digits *from, int rows, int blocks, uint64_t *two) {
     const Unit *unit = from->units;
-    for (int r = 0; r < rows; r++) {
+    memset(two, 0, sizeof(uint64_t) * rows * WORDS(blocks));
+    for (int r = 0; r < rows; r++, unit += blocks, two += WORDS(blocks)) {
         float squares = 0;
-        for (int b = 0; b < blocks; b++) squares += unit++->squares;
-        limit[r] = sqrtf(squares / (float)(blocks * BLOCK)) * (OUTLIER / (127 * 256));
+        for (int b = 0; b < blocks; b++) squares += unit[b].squares;
+        float limit = sqrtf(squares / (float)(blocks * BLOCK)) * (OUTLIER / 127);
+        for (int b = 0; b < blocks; b++) two[b / 64] |= (uint64_t)(unit[b].worth > limit) << b % 64;
     }
 }
 
@@ -202,7 +207,7 @@ static inline int64_t tile_bytes(const Matrix *m) { return (int64_t)(m->in / BLO
 INLINE void dots(const uint8_t *face, int bits, const int8_t *digits, int64_t width, int rows, Ints (*x)[SIDES]) {
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < SIDES; i++) x[r][i] = same_int(0);
-    GROUPS
+#pragma GCC unroll 8
     for (int g = 0; g < bits; g++, face += 64, digits += 4) {
         for (int upper = 0; upper < (bits == 4 ? 2 : 1); upper++) {
             Ints w[SIDES];
@@ -220,59 +225,77 @@ INLINE void dots(const uint8_t *face, int bits, const int8_t *digits, int64_t wi
         for (int i = 0; i < SIDES; i++) x[r][i] = dotted(x[r][i], bits);
 }
 
-/* One tile for `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share` bytes of it for each
- * block are fetched from memory. */
-INLINE void tile_rows(
-    const uint8_t *tile, int bits, int blocks, const Digits *from, int first, int rows, const float *limit,
-    const uint8_t *ahead, int share, Floats (*sum)[2]) {
+/* a += a block's sums x, one of which is worth `worth`, and its minima times `whole`. */
+INLINE void weigh(const uint8_t *face, int bits, const Ints *x, float worth, float whole, Floats *a) {
+    for (int i = 0; i < SIDES; i++) {
+        const uint16_t *facts = (const uint16_t *)(face + i * FACE(bits) + bits * 64);
+        a[i] = times_plus(floats(x[i]), times(load_halves(facts), same(worth)), a[i]);
+        a[i] = times_plus(load_halves(facts + LANES), same(whole), a[i]);
+    }
+}
+
+/* One tile for the first digits of `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share`
+ * bytes of it for each block are fetched from memory. */
+INLINE void first_digits(
+    const uint8_t *tile, int bits, int blocks, const int8_t *digits, const Unit *units, int rows, const uint8_t *ahead,
+    int share, Floats (*sum)[2]) {
     Floats a[ROWS][2];
+    Ints x[ROWS][SIDES];
     for (int r = 0; r < rows; r++) a[r][0] = a[r][1] = same(0);
-    for (int block = 0; block < blocks; block++, tile += 2 * FACE(bits)) {
+    for (int block = 0; block < blocks; block++, digits += BLOCK, units++) {
         for (int line = 0; line < share; line += 64) _mm_prefetch((const char *)ahead + line, _MM_HINT_T0);
         ahead += share;
-        int64_t start = (int64_t)first * blocks + block;
-        const uint8_t *face = tile;
 #pragma GCC unroll 1 /* else the compiler keeps the digits for the other side, in memory */
-        for (int side = 0; side < 2; side += SIDES, face += SIDES * FACE(bits)) {
-            Ints x[ROWS][SIDES], low[1][SIDES];
-            dots(face, bits, from->high + start * BLOCK, (int64_t)blocks * BLOCK, rows, x);
-            for (int r = 0; r < rows; r++) {
-                int64_t at = start + (int64_t)r * blocks;
-                const Unit *unit = from->units + at;
-                float scale = unit->scale * 256.0f, whole = unit->coarse;
-                if (unit->scale > limit[first + r]) {
-                    dots(face, bits, from->low + at * BLOCK, 0, 1, low);
-                    for (int i = 0; i < SIDES; i++) x[r][i] = plus_ints(shifted_up(x[r][i], 8), low[0][i]);
-                    scale = unit->scale, whole = unit->both;
-                }
-                for (int i = 0; i < SIDES; i++) {
-                    const uint16_t *facts = (const uint16_t *)(face + i * FACE(bits) + bits * 64);
-                    Floats *to = &a[r][side + i];
-                    *to = times_plus(floats(x[r][i]), times(load_halves(facts), same(scale)), *to);
-                    *to = times_plus(load_halves(facts + LANES), same(whole), *to);
-                }
-            }
+        for (int side = 0; side < 2; side += SIDES, tile += SIDES * FACE(bits)) {
+            dots(tile, bits, digits, (int64_t)blocks * BLOCK, rows, x);
+            SETTLE(a);
+            for (int r = 0; r < rows; r++)
+                weigh(tile, bits, x[r], units[r * blocks].worth, units[r * blocks].high, &a[r][side]);
         }
     }
     for (int r = 0; r < rows; r++) sum[r][0] = a[r][0], sum[r][1] = a[r][1];
 }
 
+/* sum += the second digits of a row, where `two` says that it has them. */
+INLINE void second_digits(
+    const uint8_t *tile, int bits, int blocks, const int8_t *digits, const Unit *units, const uint64_t *two,
+    Floats *sum) {
+    Ints x[1][SIDES];
+    for (int word = 0; word < WORDS(blocks); word++) {
+        for (uint64_t left = two[word]; left; left &= left - 1) {
+            int block = word * 64 + __builtin_ctzll(left);
+            const uint8_t *face = tile + (int64_t)block * 2 * FACE(bits);
+            for (int side = 0; side < 2; side += SIDES, face += SIDES * FACE(bits)) {
+                dots(face, bits, digits + block * BLOCK, 0, 1, x);
+                weigh(face, bits, x[0], units[block].worth / 256, units[block].low, &sum[side]);
+            }
+        }
+    }
+}
+
 /* ROWS rows of a tile, from `first` on, or those that are left of `all`; how many there are changes no row. */
 static int tile_some(
-    const Matrix *m, int index, const Digits *from, int first, int all, const float *limit, Floats (*sum)[2]) {
+    const Matrix *m, int index, const Digits *from, int first, int all, const uint64_t *two, Floats (*sum)[2]) {
     int rows = all - first < ROWS ? all - first : ROWS, blocks = m->in / BLOCK;
-    int64_t bytes = tile_bytes(m);
+    int64_t bytes = tile_bytes(m), at = (int64_t)first * blocks;
     const uint8_t *tile = m->data + index * bytes;
+    const int8_t *high = from->high + at * BLOCK, *low = from->low + at * BLOCK;
+    const Unit *units = from->units + at;
     /* While some rows take this tile, their share of the next one comes from memory. */
     const uint8_t *ahead = tile + bytes + bytes * first / all;
     int share = 0;
     if (all <= 2 * ROWS) share = (int)(bytes / blocks * rows / all);
-    else for (int64_t at = 0; at < bytes * rows / all; at += 64) _mm_prefetch((const char *)ahead + at, _MM_HINT_T1);
+    else for (int64_t i = 0; i < bytes * rows / all; i += 64) _mm_prefetch((const char *)ahead + i, _MM_HINT_T1);
     switch (rows * 16 + m->bits) {
 #define CASE(n, bits) \
-    case n * 16 + bits: tile_rows(tile, bits, blocks, from, first, n, limit, ahead, share, sum); break;
+    case n * 16 + bits: first_digits(tile, bits, blocks, high, units, n, ahead, share, sum); break;
         CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
 #undef CASE
+    }
+    two += first * WORDS(blocks);
+    for (int r = 0; r < rows; r++, low += blocks * BLOCK, units += blocks, two += WORDS(blocks)) {
+        if (m->bits == 4) second_digits(tile, 4, blocks, low, units, two, sum[r]);
+        else second_digits(tile, 8, blocks, low, units, two, sum[r]);
     }
     return rows;
 }
@@ -280,11 +303,11 @@ static int tile_some(
 /* out = or += rows @ matrix.T, a phase. out: (rows, matrix->out) */
 static void product(Worker *w, const Matrix *m, const Digits *from, int rows, float *out, int add) {
     Floats sum[ROWS][2];
-    float limit[MOST_ROWS];
-    limits(from, rows, m->in / BLOCK, limit);
+    uint64_t two[rows * WORDS(m->in / BLOCK)];
+    outliers(from, rows, m->in / BLOCK, two);
     EACH(w, m->out / TILE, tile) {
         for (int first = 0; first < rows; first += ROWS) {
-            int some = tile_some(m, tile, from, first, rows, limit, sum);
+            int some = tile_some(m, tile, from, first, rows, two, sum);
             for (int r = 0; r < some; r++) {
                 float *to = out + (int64_t)(first + r) * m->out + tile * TILE;
                 for (int i = 0; i < 2; i++, to += LANES)
@@ -298,14 +321,14 @@ static void product(Worker *w, const Matrix *m, const Digits *from, int rows, fl
 /* digits of silu(gate) * up, a phase. The matrix holds all gates, then all ups. */
 static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, const Digits *to) {
     Floats gates[ROWS][2], ups[ROWS][2];
-    float limit[MOST_ROWS];
+    uint64_t two[rows * WORDS(m->in / BLOCK)];
     const Floats one = same(1.0f);
     int tiles = m->out / 2 / TILE;
-    limits(from, rows, m->in / BLOCK, limit);
+    outliers(from, rows, m->in / BLOCK, two);
     EACH(w, tiles, tile) {
         for (int first = 0; first < rows; first += ROWS) {
-            int some = tile_some(m, tile, from, first, rows, limit, gates);
-            tile_some(m, tiles + tile, from, first, rows, limit, ups);
+            int some = tile_some(m, tile, from, first, rows, two, gates);
+            tile_some(m, tiles + tile, from, first, rows, two, ups);
             for (int r = 0; r < some; r++) {
                 Floats value[2];
                 for (int i = 0; i < 2; i++) {
@@ -363,70 +386,106 @@ static void turn_row(const Model *m, const Step *s, int layer, int row) {
     }
 }
 
-/* What `group` (a constant where it is inlined) query heads of a row see through one key head, page after page with a
- * running maximum (https://arxiv.org/abs/1805.02867). seen: (group, head_dim) */
+/* What `count` (a constant where it is inlined) query heads see of `tokens` tokens through one key head, page by page
+ * with a running maximum (https://arxiv.org/abs/1805.02867). `later` of them, the last ones, see one token more, in the
+ * same page. queries: the heads'; seen: (count, head_dim) */
 INLINE void look(
-    const Model *m, const Step *s, int layer, int row, int head, const float *queries, int group, float *seen) {
-    int dim = m->head_dim, tokens = s->positions[row] + 1;
-    const int32_t *pages = s->pages + (int64_t)s->owners[row] * s->columns;
+    const Model *m, int layer, int head, const int32_t *pages, const float *const *queries, int count, int tokens,
+    int later, float (*seen)[MOST_HEAD]) {
+    int dim = m->head_dim;
     float most[MOST_GROUP], mass[MOST_GROUP], part[MOST_GROUP][PAGE], fade[MOST_GROUP];
-    for (int g = 0; g < group; g++) most[g] = -INFINITY, mass[g] = 0;
-    memset(seen, 0, sizeof(float) * group * dim);
+    for (int g = 0; g < count; g++) {
+        most[g] = -INFINITY, mass[g] = 0;
+        memset(seen[g], 0, sizeof(float) * dim);
+    }
     for (int first = 0; first < tokens; first += PAGE) {
         int here = tokens - first < PAGE ? tokens - first : PAGE;
+        int there = here < PAGE && later ? here + 1 : here;
         const uint16_t *keys = page_of(m, layer, pages[first / PAGE], head), *values = keys + PAGE * dim;
         Floats score[MOST_GROUP][2];
-        for (int g = 0; g < group; g++) score[g][0] = score[g][1] = same(0);
-        for (int i = 0; i < dim; i++) {
-            Floats a = load_halves(keys + i * PAGE), b = load_halves(keys + i * PAGE + LANES);
-            for (int g = 0; g < group; g++) {
-                Floats q = same(queries[g * dim + i]);
-                score[g][0] = times_plus(q, a, score[g][0]);
-                score[g][1] = times_plus(q, b, score[g][1]);
+        for (int side = 0; side < 2; side += SIDES) {
+            Floats sum[MOST_GROUP][SIDES], key[SIDES];
+            for (int g = 0; g < count; g++)
+                for (int j = 0; j < SIDES; j++) sum[g][j] = same(0);
+            for (int i = 0; i < dim; i++) {
+                for (int j = 0; j < SIDES; j++) key[j] = load_halves(keys + i * PAGE + (side + j) * LANES);
+                for (int g = 0; g < count; g++)
+                    for (int j = 0; j < SIDES; j++) sum[g][j] = times_plus(same(queries[g][i]), key[j], sum[g][j]);
             }
+            for (int g = 0; g < count; g++)
+                for (int j = 0; j < SIDES; j++) score[g][side + j] = sum[g][j];
         }
-        for (int g = 0; g < group; g++) {
+        for (int g = 0; g < count; g++) {
             const Floats never = same(-INFINITY), none = same(0); /* the rest of the page is not the row's */
-            Floats a = first_of(here, score[g][0], never), b = first_of(here - LANES, score[g][1], never);
+            int own = g < count - later ? here : there;
+            Floats a = first_of(own, score[g][0], never), b = first_of(own - LANES, score[g][1], never);
             float high = largest(larger(a, b));
             if (!(high > most[g])) high = most[g];
             /* exp(-inf) is not zero here; the first page has nothing to fade. */
             fade[g] = first ? leading(exponential(same(most[g] - high))) : 0.0f;
             most[g] = high;
-            a = first_of(here, exponential(minus(a, same(high))), none);
-            b = first_of(here - LANES, exponential(minus(b, same(high))), none);
+            a = first_of(own, exponential(minus(a, same(high))), none);
+            b = first_of(own - LANES, exponential(minus(b, same(high))), none);
             store(part[g], a);
             store(part[g] + LANES, b);
             mass[g] = mass[g] * fade[g] + sum_of(plus(a, b));
         }
-        for (int i = 0; i < dim; i += LANES) {
-            Floats sum[MOST_GROUP];
-            for (int g = 0; g < group; g++) sum[g] = times(load(seen + g * dim + i), same(fade[g]));
-            for (int t = 0; t < here; t++) {
-                Floats v = load_halves(values + t * dim + i);
-                for (int g = 0; g < group; g++) sum[g] = times_plus(same(part[g][t]), v, sum[g]);
+        /* A few heads take twice as much at once: additions that wait for each other are slow. */
+        int vectors = count > 3 ? 1 : 2;
+        for (int i = 0; i < dim; i += vectors * LANES) {
+            Floats sum[MOST_GROUP][2];
+            const uint16_t *value = values + i;
+            for (int g = 0; g < count; g++)
+                for (int j = 0; j < vectors; j++) sum[g][j] = times(load(seen[g] + i + j * LANES), same(fade[g]));
+            for (int t = 0; t < there; t++, value += dim) { /* where a head does not see the last one, its part is 0 */
+                for (int j = 0; j < vectors; j++) {
+                    Floats v = load_halves(value + j * LANES);
+                    for (int g = 0; g < count; g++) sum[g][j] = times_plus(same(part[g][t]), v, sum[g][j]);
+                }
             }
-            for (int g = 0; g < group; g++) store(seen + g * dim + i, sum[g]);
+            for (int g = 0; g < count; g++)
+                for (int j = 0; j < vectors; j++) store(seen[g] + i + j * LANES, sum[g][j]);
         }
     }
-    for (int g = 0; g < group; g++) {
+    for (int g = 0; g < count; g++) {
         Floats by = same(1.0f / mass[g]);
-        for (int i = 0; i < dim; i += LANES) store(seen + g * dim + i, times(load(seen + g * dim + i), by));
+        for (int i = 0; i < dim; i += LANES) store(seen[g] + i, times(load(seen[g] + i), by));
     }
 }
 
-static void attend(const Model *m, const Step *s, int layer, int row, int head) {
-    int dim = m->head_dim, group = m->heads / m->kv_heads, width = m->heads * dim;
-    const float *queries = s->qkv + ((int64_t)row * (m->heads + 2 * m->kv_heads) + head * group) * dim;
-    float seen[MOST_GROUP * 256];
-    switch (group) {
-#define CASE(n) case n: look(m, s, layer, row, head, queries, n, seen); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+/* Digits of what `rows` rows, 1 or 2, see through one key head. */
+static void attend(const Model *m, const Step *s, int layer, int row, int rows, int head) {
+    int dim = m->head_dim, group = m->heads / m->kv_heads, all = m->heads + 2 * m->kv_heads;
+    const int32_t *pages = s->pages + (int64_t)s->owners[row] * s->columns;
+    const float *queries[MOST_GROUP];
+    float seen[MOST_GROUP][MOST_HEAD];
+    for (int g = 0; g < rows * group; g++)
+        queries[g] = s->qkv + ((int64_t)(row + g / group) * all + head * group + g % group) * dim;
+    int tokens = s->positions[row] + 1;
+    switch (rows * 16 + group) {
+#define CASE(rows, n) \
+    case rows * 16 + n: look(m, layer, head, pages, queries, rows * n, tokens, (rows - 1) * n, seen); break;
+        CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
+        CASE(2, 1) CASE(2, 2) CASE(2, 3)
 #undef CASE
     }
-    int64_t at = (int64_t)row * width + head * group * dim;
-    for (int i = 0; i < group * dim; i += BLOCK)
-        digits_of(load(seen + i), load(seen + i + LANES), &s->digits, (at + i) / BLOCK);
+    for (int g = 0; g < rows * group; g++) {
+        int64_t at = (((int64_t)row + g / group) * m->heads + head * group + g % group) * dim;
+        for (int i = 0; i < dim; i += BLOCK)
+            digits_of(load(seen[g] + i), load(seen[g] + i + LANES), &s->digits, (at + i) / BLOCK);
+    }
+}
+
+/* Rows that follow each other in a text and a page read its keys and values together, if their heads fit registers. */
+static void attend_two(const Model *m, const Step *s, int layer, int row, int head) {
+    int next = row + 1, position = s->positions[row] + 1;
+    if (next < s->rows && m->heads / m->kv_heads <= 3 && s->owners[next] == s->owners[row] &&
+        s->positions[next] == position && position % PAGE) {
+        attend(m, s, layer, row, 2, head);
+    } else {
+        attend(m, s, layer, row, 1, head);
+        if (next < s->rows) attend(m, s, layer, next, 1, head);
+    }
 }
 
 /* ---- the step */
@@ -457,7 +516,7 @@ static void work(void *given) {
         product(w, &layer->qkv, &s->digits, rows, s->qkv, 0);
         EACH(w, rows, r) turn_row(m, s, i, r);
         meet(w);
-        EACH(w, rows * m->kv_heads, job) attend(m, s, i, job / m->kv_heads, job % m->kv_heads);
+        EACH(w, (rows + 1) / 2 * m->kv_heads, job) attend_two(m, s, i, 2 * (job / m->kv_heads), job % m->kv_heads);
         meet(w);
         product(w, &layer->output, &s->digits, rows, s->x, 1);
         normed(w, s, s->x, NULL, rows, width, layer->mlp_norm);

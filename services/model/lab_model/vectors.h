@@ -12,10 +12,9 @@
 
 #if defined(__AVX512VNNI__)
 
-/* Of a tile's two vectors of outputs both at once, and the loop over a block's groups unrolled: levels and sums fit the
- * 32 registers. */
+/* Of a tile's two vectors of outputs both at once: levels and sums fit the 32 registers. */
 #define SIDES 2
-#define GROUPS _Pragma("GCC unroll 8")
+#define SETTLE(sums)
 
 typedef __m512 Floats;
 typedef __m512i Ints; /* 16 of 32 bits, or 64 bytes */
@@ -65,10 +64,10 @@ INLINE Ints dotted(Ints x, int bits) { return (void)bits, x; }
 
 #else /* AVX2: two vectors of 8 */
 
-/* The sums of 4 rows and one of a tile's two vectors fit the 16 registers, but not all levels of a block: unrolled, the
- * compiler keeps them for the next use, in memory. */
+/* The integers of 4 rows and one of a tile's two vectors fit the 16 registers if nothing else is held there meanwhile.
+ * SETTLE: the sums of all blocks are in memory here, and nothing that is read afterwards was read before. */
 #define SIDES 1
-#define GROUPS _Pragma("GCC unroll 1")
+#define SETTLE(sums) __asm__ volatile("" : "+m"(sums) : : "memory")
 
 typedef struct {
     __m256 a, b;
@@ -157,7 +156,9 @@ INLINE __m256i dot8(__m256i x, __m256i levels, __m256i digits, int bits) {
     return _mm256_add_epi32(x, _mm256_madd_epi16(_mm256_srli_epi16(levels, 8), odd));
 }
 INLINE Ints dot4(Ints x, Ints levels, Ints digits, int bits) {
-    return (Ints){dot8(x.a, levels.a, digits.a, bits), dot8(x.b, levels.b, digits.b, bits)};
+    x = (Ints){dot8(x.a, levels.a, digits.a, bits), dot8(x.b, levels.b, digits.b, bits)};
+    __asm__ volatile("" : "+x"(x.a), "+x"(x.b)); /* in this order: else products of all rows wait in memory for it */
+    return x;
 }
 INLINE Ints dotted(Ints x, int bits) {
     const __m256i one = _mm256_set1_epi16(1);
