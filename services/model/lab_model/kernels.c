@@ -112,11 +112,13 @@ static void meet(Worker *w) {
     }
 }
 
-/* The next jobs of this phase, [*from, *to); false when none are left. A slow core takes fewer of them. */
+/* The next jobs of this phase, [*from, *to); false when none are left. A slow core takes fewer of them: few at a time
+ * towards the end, so that nobody waits long for the last. */
 static int take(Worker *w, int jobs, int *from, int *to) {
-    int some = jobs / (w->threads * 4);
+    atomic_int *taken = &w->region->s->jobs[w->phase];
+    int some = (jobs - atomic_load_explicit(taken, memory_order_relaxed)) / (w->threads * 4);
     if (some < 1) some = 1;
-    *from = atomic_fetch_add_explicit(&w->region->s->jobs[w->phase], some, memory_order_relaxed);
+    *from = atomic_fetch_add_explicit(taken, some, memory_order_relaxed);
     *to = *from + some < jobs ? *from + some : jobs;
     return *from < jobs;
 }
