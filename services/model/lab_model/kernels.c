@@ -302,8 +302,8 @@ static int tile_some(
     return rows;
 }
 
-/* out = or += rows @ matrix.T, a phase. out: (rows, matrix->out) */
-static void product(Worker *w, const Matrix *m, const Digits *from, int rows, float *out, int add) {
+/* out = rows @ matrix.T, a phase; or, with `which`, these rows of out += it. out: (rows, matrix->out) */
+static void product(Worker *w, const Matrix *m, const Digits *from, const int32_t *which, int rows, float *out) {
     Floats sum[ROWS][2];
     uint64_t two[rows * WORDS(m->in / BLOCK)];
     outliers(from, rows, m->in / BLOCK, two);
@@ -311,9 +311,9 @@ static void product(Worker *w, const Matrix *m, const Digits *from, int rows, fl
         for (int first = 0; first < rows; first += ROWS) {
             int some = tile_some(m, tile, from, first, rows, two, sum);
             for (int r = 0; r < some; r++) {
-                float *to = out + (int64_t)(first + r) * m->out + tile * TILE;
+                float *to = out + (int64_t)(which ? which[first + r] : first + r) * m->out + tile * TILE;
                 for (int i = 0; i < 2; i++, to += LANES)
-                    store(to, add ? plus(load(to), sum[r][i]) : sum[r][i]);
+                    store(to, which ? plus(load(to), sum[r][i]) : sum[r][i]);
             }
         }
     }
@@ -348,8 +348,7 @@ static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, cons
 static void normed(
     Worker *w, const Step *s, const float *x, const int32_t *which, int rows, int width, const float *norm) {
     EACH(w, rows, r) {
-        const float *row = x + (int64_t)(which ? which[r] : r) * width;
-        norm_row(row, norm, width, w->region->m->epsilon, &s->digits, r);
+        norm_row(x + (int64_t)which[r] * width, norm, width, w->region->m->epsilon, &s->digits, r);
     }
     meet(w);
 }
@@ -455,15 +454,15 @@ INLINE void look(
     }
 }
 
-/* Digits of what `rows` rows, 1 or 2, see through one key head. */
-static void attend(const Model *m, const Step *s, int layer, int row, int rows, int head) {
+/* Digits `at` and on: of what `rows` of these rows, 1 or 2, see through one key head. */
+static void attend(const Model *m, const Step *s, int layer, const int32_t *which, int at, int rows, int head) {
     int dim = m->head_dim, group = m->heads / m->kv_heads, all = m->heads + 2 * m->kv_heads;
-    const int32_t *pages = s->pages + (int64_t)s->owners[row] * s->columns;
+    const int32_t *pages = s->pages + (int64_t)s->owners[which[at]] * s->columns;
     const float *queries[MOST_GROUP];
     float seen[MOST_GROUP][MOST_HEAD];
     for (int g = 0; g < rows * group; g++)
-        queries[g] = s->qkv + ((int64_t)(row + g / group) * all + head * group + g % group) * dim;
-    int tokens = s->positions[row] + 1;
+        queries[g] = s->qkv + ((int64_t)which[at + g / group] * all + head * group + g % group) * dim;
+    int tokens = s->positions[which[at]] + 1;
     switch (rows * 16 + group) {
 #define CASE(rows, n) \
     case rows * 16 + n: look(m, layer, head, pages, queries, rows * n, tokens, (rows - 1) * n, seen); break;
@@ -472,21 +471,22 @@ static void attend(const Model *m, const Step *s, int layer, int row, int rows, 
 #undef CASE
     }
     for (int g = 0; g < rows * group; g++) {
-        int64_t at = (((int64_t)row + g / group) * m->heads + head * group + g % group) * dim;
+        int64_t to = (((int64_t)at + g / group) * m->heads + head * group + g % group) * dim;
         for (int i = 0; i < dim; i += BLOCK)
-            digits_of(load(seen[g] + i), load(seen[g] + i + LANES), &s->digits, (at + i) / BLOCK);
+            digits_of(load(seen[g] + i), load(seen[g] + i + LANES), &s->digits, (to + i) / BLOCK);
     }
 }
 
-/* Rows that follow each other in a text and a page read its keys and values together, if their heads fit registers. */
-static void attend_two(const Model *m, const Step *s, int layer, int row, int head) {
-    int next = row + 1, position = s->positions[row] + 1;
-    if (next < s->rows && m->heads / m->kv_heads <= 3 && s->owners[next] == s->owners[row] &&
-        s->positions[next] == position && position % PAGE) {
-        attend(m, s, layer, row, 2, head);
+/* The same for two rows, or the one that is left of `rows`. Those that follow each other in a text and a page read its
+ * keys and values together, if their heads fit registers. */
+static void attend_two(const Model *m, const Step *s, int layer, const int32_t *which, int at, int rows, int head) {
+    int two = at + 1 < rows, row = which[at], next = two ? which[at + 1] : row, position = s->positions[row] + 1;
+    if (s->positions[next] == position && s->owners[next] == s->owners[row] && position % PAGE &&
+        m->heads / m->kv_heads <= 3) {
+        attend(m, s, layer, which, at, 2, head);
     } else {
-        attend(m, s, layer, row, 1, head);
-        if (next < s->rows) attend(m, s, layer, next, 1, head);
+        attend(m, s, layer, which, at, 1, head);
+        if (two) attend(m, s, layer, which, at + 1, 1, head);
     }
 }
 
@@ -507,6 +507,9 @@ static void work(void *given) {
     const Step *s = region->s;
     Worker worker = {region, m->threads > 1 ? m->team() : 1, 0}, *w = &worker;
     int rows = s->rows, width = m->table.in;
+    int32_t all[MOST_ROWS];
+    const int32_t *which = all;
+    for (int r = 0; r < rows; r++) all[r] = r;
     EACH(w, rows, r) {
         float *x = s->x + (int64_t)r * width;
         for (int i = 0; i < width; i++) x[i] = weight_at(&m->table, (int)s->ids[r], i);
@@ -514,21 +517,23 @@ static void work(void *given) {
     meet(w);
     for (int i = 0; i < m->layers; i++) {
         const Layer *layer = &m->layer[i];
-        normed(w, s, s->x, NULL, rows, width, layer->norm);
-        product(w, &layer->qkv, &s->digits, rows, s->qkv, 0);
+        normed(w, s, s->x, which, rows, width, layer->norm);
+        product(w, &layer->qkv, &s->digits, NULL, rows, s->qkv);
         EACH(w, rows, r) turn_row(m, s, i, r);
         meet(w);
-        EACH(w, (rows + 1) / 2 * m->kv_heads, job) attend_two(m, s, i, 2 * (job / m->kv_heads), job % m->kv_heads);
+        /* What the last layer makes of the others nobody reads. */
+        if (i == m->layers - 1) which = s->last, rows = s->wanted;
+        if (!rows) return;
+        EACH(w, (rows + 1) / 2 * m->kv_heads, job)
+            attend_two(m, s, i, which, 2 * (job / m->kv_heads), rows, job % m->kv_heads);
         meet(w);
-        product(w, &layer->output, &s->digits, rows, s->x, 1);
-        normed(w, s, s->x, NULL, rows, width, layer->mlp_norm);
+        product(w, &layer->output, &s->digits, which, rows, s->x);
+        normed(w, s, s->x, which, rows, width, layer->mlp_norm);
         gated(w, &layer->gate_up, &s->digits, rows, &s->hidden);
-        product(w, &layer->down, &s->hidden, rows, s->x, 1);
+        product(w, &layer->down, &s->hidden, which, rows, s->x);
     }
-    if (s->wanted) {
-        normed(w, s, s->x, s->last, s->wanted, width, m->norm);
-        product(w, &m->head, &s->digits, s->wanted, s->logits, 0);
-    }
+    normed(w, s, s->x, s->last, s->wanted, width, m->norm);
+    product(w, &m->head, &s->digits, NULL, s->wanted, s->logits);
 }
 
 /* Phases of a step: so many counters `jobs` must hold. */
