@@ -237,7 +237,10 @@ INLINE void weigh(const uint8_t *face, int bits, const Ints *x, float worth, flo
 }
 
 /* One tile for the first digits of `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share`
- * bytes of it for each block are fetched from memory. */
+ * bytes of it for each block are fetched from memory.
+ *
+ * Not faster with AVX2: 5 or 6 rows, digits fetched ahead, 8-bit digits widened once a block; a tile unpacked once for
+ * many rows, by 4 %. */
 INLINE void first_digits(
     const uint8_t *tile, int bits, int blocks, const int8_t *digits, const Unit *units, int rows, const uint8_t *ahead,
     int share, Floats (*sum)[2]) {
