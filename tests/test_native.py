@@ -119,7 +119,9 @@ class Known:
 
     levels: torch.Tensor
     bits: int = 8
-    minimum: float = 0.0
+    minimum: float = 0.0  # in levels
+    scale: float = 1.0
+    broken: int | None = None  # a row whose scales are no numbers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,7 +131,9 @@ class Known:
         return self.levels.float()
 
     def octets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        scale = torch.ones(self.shape[0], self.shape[1] // 32)
+        scale = torch.full((self.shape[0], self.shape[1] // 32), self.scale)
+        if self.broken is not None:
+            scale[self.broken] = torch.nan
         return self.levels.to(torch.uint8), scale, scale * self.minimum
 
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -143,7 +147,7 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
 
     A model without layers whose table holds 1 and -1: what the head multiplies are the norm's weights, in 1/256.
     """
-    random, rows, width = np.random.default_rng(bits), 32, 1024
+    random, rows, width = np.random.default_rng(bits), 32, 2112
     signs = random.choice([-1, 1], (rows, width))
     signs[0], signs[1] = 1, -1
     most = 127 * 256
@@ -154,6 +158,8 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
         values[:32] = most - 128  # digits 127 and -128
         values[0] = most
         values[64:] = 0
+        values[2080:] = random.integers(0, most + 1, 32)  # block 65: a row's mask has two words
+        values[2080] = most
     levels = random.integers(0, 2**bits, (rows, width))
     levels[0], levels[1] = 2**bits - 1, 0
     levels[2] = np.where(signs[2] > 0, 2**bits - 1, 0)
@@ -180,6 +186,68 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
             want += (digits[:, at : at + 32] @ levels[:, at : at + 32].T).astype(np.float32) / np.float32(256)
     assert np.abs(want).max() > 255 / 16 * 2 ** (bits - 4) * 127 * 32
     assert np.array_equal(got, want)
+
+
+def layered(heads: int, kv_heads: int, dim: int, broken: int | None = None) -> Native:
+    """A model of two layers with random weights, and room for 64 tokens. Each token has blocks of two digits elsewhere,
+    in masks of two words."""
+    random = torch.Generator().manual_seed(dim)
+    wide = 2112
+
+    def weight(out: int, width: int, broken: int | None = None) -> Known:
+        return Known(torch.randint(0, 256, (out, width), generator=random), 8, -128.0, 2.0**-11, broken)
+
+    table = weight(64, wide, broken)
+    table.levels.div_(32, rounding_mode="floor").add_(124)[torch.rand(64, wide, generator=random) < 0.004] = 255
+    stub: Any = type("Stub", (), {})()
+    stub.metadata = {
+        "block_count": 2, "attention.head_count": heads, "attention.head_count_kv": kv_heads, "embedding_length": wide,
+        "attention.key_length": dim, "context_length": 64, "attention.layer_norm_rms_epsilon": 1e-5,
+    }  # fmt: skip
+    norm = Known(torch.ones(wide))
+    stub.tensors = {"token_embd.weight": table, "output_norm.weight": norm}
+    for at in ("blk.0", "blk.1"):
+        stub.tensors |= {
+            f"{at}.attn_norm.weight": norm,
+            f"{at}.attn_q.weight": weight(heads * dim, wide),
+            f"{at}.attn_k.weight": weight(kv_heads * dim, wide),
+            f"{at}.attn_v.weight": weight(kv_heads * dim, wide),
+            f"{at}.attn_output.weight": weight(wide, heads * dim),
+            f"{at}.ffn_norm.weight": norm,
+            f"{at}.ffn_gate.weight": weight(96, wide),
+            f"{at}.ffn_up.weight": weight(96, wide),
+            f"{at}.ffn_down.weight": weight(wide, 96),
+        }
+    made = Native(stub, 2)
+    made.allocate(3)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(1, 1, 32), (2, 1, 256), (6, 2, 64), (4, 1, 96), (10, 2, 32), (6, 1, 32), (7, 1, 32), (8, 1, 64)],
+)
+def test_rows_that_are_computed_together_are_as_alone(variant: str, heads: int, kv_heads: int, dim: int) -> None:
+    """To the last bit, with each number of heads that share keys: one, two and three of them take rows in twos."""
+    runner = layered(heads, kv_heads, dim)
+    ids = torch.randint(0, 64, (63,), generator=torch.Generator().manual_seed(1)).tolist()
+    together = runner.every(ids, [1, 2])
+    alone = torch.cat([runner.decode([token], [at], [[1, 2]]) for at, token in enumerate(ids)])
+    assert together.isfinite().all()
+    assert len(together.unique(dim=0)) == 63
+    assert torch.equal(together, alone)
+
+
+def test_what_is_no_number_reaches_no_token_before_it(variant: str) -> None:
+    """Nor the one that is computed together with it."""
+    runner = layered(6, 2, 64, broken=0)
+    ids = torch.randint(1, 64, (63,), generator=torch.Generator().manual_seed(1)).tolist()
+    clean = runner.every(ids[:41], [1, 2])[:, 1:]  # the table is the head as well: the first logit is none
+    ids[41] = 0
+    got = runner.every(ids, [1, 2])[:, 1:]
+    assert clean.isfinite().all()
+    assert torch.equal(got[:41], clean)
+    assert got[41:].isnan().all()
 
 
 # ---- which one a processor takes

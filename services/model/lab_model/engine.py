@@ -73,7 +73,7 @@ class CancelledError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, stop) of one request in a prefill. pages: those that hold [0, stop)."""
+    """Tokens [start, stop) of one request in a prefill, at least one. pages: those that hold [0, stop)."""
 
     start: int
     stop: int

@@ -9,7 +9,7 @@
  * processor: a step of 1 row and a prefill of 256 take the same way.
  *
  * Knows rows, pages and weights; knows nothing of requests. native.py packs the weights, fills the structures below and
- * is the only caller; vectors.h holds what processors differ in. Plain C11; no library but the OpenMP runtime that
+ * is the only caller; vectors.h holds what processors differ in. GNU C11; no library but the OpenMP runtime that
  * torch has loaded already.
  */
 #include <math.h>
@@ -75,7 +75,7 @@ typedef struct {
     const int32_t *positions; /* (rows,) */
     const int32_t *owners;    /* (rows,): which line of `pages` is the row's */
     const int32_t *pages;     /* (owners, columns) */
-    const int32_t *last;      /* (wanted,): the rows whose logits are asked */
+    const int32_t *last;      /* (wanted,): the rows whose logits are asked, each once */
     float *logits;            /* (wanted, vocab) */
     /* scratch */
     float *x, *qkv;        /* (rows, width), (rows, heads + 2 kv_heads, head_dim) */
@@ -158,12 +158,12 @@ INLINE void digits_of(Floats a, Floats b, const Digits *to, int64_t block) {
     store_nearest(high + LANES, l);
     store_lowest(low, i); /* what is left to the nearest multiple of 256 */
     store_lowest(low + LANES, j);
-    float least = most / range;
-    int32_t sum = sum_of_ints(plus_ints(i, j)), highs = sum_of_ints(plus_ints(k, l));
+    float least = most / range, sum = (float)sum_of_ints(plus_ints(i, j));
+    float highs = 256 * (float)sum_of_ints(plus_ints(k, l));
     to->units[block] = (Unit){
         least * 256,
-        least * 256 * (float)highs,
-        least * (float)(sum - 256 * highs),
+        least * highs,
+        least * (sum - highs),
         sum_of(times_plus(a, a, times(b, b))),
     };
 }
@@ -239,8 +239,8 @@ INLINE void weigh(const uint8_t *face, int bits, const Ints *x, float worth, flo
 /* One tile for the first digits of `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share`
  * bytes of it for each block are fetched from memory.
  *
- * Not faster with AVX2: 5 or 6 rows, digits fetched ahead, 8-bit digits widened once a block; a tile unpacked once for
- * many rows, by 4 %. */
+ * Not faster with AVX2: 5 or 6 rows, digits fetched ahead, 8-bit digits widened once a block. To unpack a tile once for
+ * many rows gained 4 %, not enough. */
 INLINE void first_digits(
     const uint8_t *tile, int bits, int blocks, const int8_t *digits, const Unit *units, int rows, const uint8_t *ahead,
     int share, Floats (*sum)[2]) {
@@ -305,7 +305,7 @@ static int tile_some(
     return rows;
 }
 
-/* out = rows @ matrix.T, a phase; or, with `which`, these rows of out += it. out: (rows, matrix->out) */
+/* out = rows @ matrix.T, a phase; or, with `which`, these rows of out += it, each once. out: (.., matrix->out) */
 static void product(Worker *w, const Matrix *m, const Digits *from, const int32_t *which, int rows, float *out) {
     Floats sum[ROWS][2];
     uint64_t two[rows * WORDS(m->in / BLOCK)];
@@ -348,11 +348,9 @@ static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, cons
     meet(w);
 }
 
-static void normed(
-    Worker *w, const Step *s, const float *x, const int32_t *which, int rows, int width, const float *norm) {
-    EACH(w, rows, r) {
-        norm_row(x + (int64_t)which[r] * width, norm, width, w->region->m->epsilon, &s->digits, r);
-    }
+/* Digits of these rows, normalized, a phase. */
+static void normed(Worker *w, const Step *s, const int32_t *which, int rows, int width, const float *norm) {
+    EACH(w, rows, r) norm_row(s->x + (int64_t)which[r] * width, norm, width, w->region->m->epsilon, &s->digits, r);
     meet(w);
 }
 
@@ -392,7 +390,7 @@ static void turn_row(const Model *m, const Step *s, int layer, int row) {
 
 /* What `count` (a constant where it is inlined) query heads see of `tokens` tokens through one key head, page by page
  * with a running maximum (https://arxiv.org/abs/1805.02867). `later` of them, the last ones, see one token more, in the
- * same page. queries: the heads'; seen: (count, head_dim) */
+ * same page. queries: the heads'; seen: (count, MOST_HEAD), of which head_dim are filled */
 INLINE void look(
     const Model *m, int layer, int head, const int32_t *pages, const float *const *queries, int count, int tokens,
     int later, float (*seen)[MOST_HEAD]) {
@@ -441,11 +439,16 @@ INLINE void look(
             const uint16_t *value = values + i;
             for (int g = 0; g < count; g++)
                 for (int j = 0; j < vectors; j++) sum[g][j] = times(load(seen[g] + i + j * LANES), same(fade[g]));
-            for (int t = 0; t < there; t++, value += dim) { /* where a head does not see the last one, its part is 0 */
+            for (int t = 0; t < here; t++, value += dim) {
                 for (int j = 0; j < vectors; j++) {
                     Floats v = load_halves(value + j * LANES);
                     for (int g = 0; g < count; g++) sum[g][j] = times_plus(same(part[g][t]), v, sum[g][j]);
                 }
+            }
+            /* Not for all, though the others' part is 0: a value may be no number. */
+            for (int j = 0; j < vectors && there > here; j++) {
+                Floats v = load_halves(value + j * LANES);
+                for (int g = count - later; g < count; g++) sum[g][j] = times_plus(same(part[g][here]), v, sum[g][j]);
             }
             for (int g = 0; g < count; g++)
                 for (int j = 0; j < vectors; j++) store(seen[g] + i + j * LANES, sum[g][j]);
@@ -481,7 +484,7 @@ static void attend(const Model *m, const Step *s, int layer, const int32_t *whic
 }
 
 /* The same for two rows, or the one that is left of `rows`. Those that follow each other in a text and a page read its
- * keys and values together, if their heads fit registers. */
+ * keys and values together, if their heads fit AVX2's registers. */
 static void attend_two(const Model *m, const Step *s, int layer, const int32_t *which, int at, int rows, int head) {
     int two = at + 1 < rows, row = which[at], next = two ? which[at + 1] : row, position = s->positions[row] + 1;
     if (s->positions[next] == position && s->owners[next] == s->owners[row] && position % PAGE &&
@@ -520,7 +523,7 @@ static void work(void *given) {
     meet(w);
     for (int i = 0; i < m->layers; i++) {
         const Layer *layer = &m->layer[i];
-        normed(w, s, s->x, which, rows, width, layer->norm);
+        normed(w, s, which, rows, width, layer->norm);
         product(w, &layer->qkv, &s->digits, NULL, rows, s->qkv);
         EACH(w, rows, r) turn_row(m, s, i, r);
         meet(w);
@@ -531,11 +534,11 @@ static void work(void *given) {
             attend_two(m, s, i, which, 2 * (job / m->kv_heads), rows, job % m->kv_heads);
         meet(w);
         product(w, &layer->output, &s->digits, which, rows, s->x);
-        normed(w, s, s->x, which, rows, width, layer->mlp_norm);
+        normed(w, s, which, rows, width, layer->mlp_norm);
         gated(w, &layer->gate_up, &s->digits, rows, &s->hidden);
         product(w, &layer->down, &s->hidden, which, rows, s->x);
     }
-    normed(w, s, s->x, s->last, s->wanted, width, m->norm);
+    normed(w, s, s->last, s->wanted, width, m->norm);
     product(w, &m->head, &s->digits, NULL, s->wanted, s->logits);
 }
 

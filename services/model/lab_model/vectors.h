@@ -47,7 +47,6 @@ INLINE Floats first_of(int count, Floats x, Floats y) {
 
 INLINE Ints load_bytes(const void *p) { return _mm512_loadu_si512(p); }
 INLINE Ints same_int(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE Ints shifted_up(Ints x, int n) { return _mm512_slli_epi32(x, n); }
 INLINE Ints shifted_down(Ints x, int n) { return _mm512_srai_epi32(x, n); }
 INLINE Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINE Ints high_nibbles(Ints x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
