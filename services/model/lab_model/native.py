@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -413,9 +414,11 @@ def main() -> int:
         _say(f"this machine takes none: {error}")
         runnable = []
     made, taken = 0, False
-    for variant in VARIANTS:
+    with ThreadPoolExecutor() as pool:  # each in a process of its own, on a core of its own
+        compiling = {variant: pool.submit(_compiled, variant) for variant in VARIANTS}
+    for variant, done in compiling.items():
         try:
-            path = _compiled(variant)
+            path = done.result()
             made += 1
             mine = variant in runnable and not taken and bool(_loaded(path))
             taken |= mine
