@@ -163,14 +163,18 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _compiled(variant: str) -> Path:
-    """Beside Python's own compiled files where that is possible, else in a folder of this process."""
+def _compiled(variant: str, known: Path | None = None) -> Path:
+    """Beside Python's own compiled files where that is possible, else in a folder of this process. known: a folder that
+    keeps what was compiled."""
     flags = [*FLAGS, *[f"-m{need.replace('_', '')}" for need in VARIANTS[variant]]]
     source = SOURCE.read_bytes() + SOURCE.with_name("vectors.h").read_bytes()
     name = f"kernels-{hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]}.so"
     kept = SOURCE.parent / "__pycache__" / name
     if kept.exists():
         return kept
+    if known and (known / name).exists():
+        kept.parent.mkdir(exist_ok=True)
+        return Path(shutil.copy(known / name, kept))
     compiler = _compiler()
     if compiler is None:
         raise NativeError("there is no C compiler (on Debian and Ubuntu: apt-get install gcc libc6-dev)")
@@ -191,6 +195,8 @@ def _compiled(variant: str) -> Path:
             said = (done.stderr.strip().splitlines() or ["nothing"])[0]
             raise NativeError(f"{compiler} does not compile the kernels: {said}")
         written.replace(kept)
+        if known:
+            shutil.copy(kept, known / name)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{compiler} does not compile the kernels: {error}") from None
     finally:
@@ -407,7 +413,9 @@ class Native:
 
 
 def main() -> int:
-    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none."""
+    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. An
+    argument names a folder that keeps them for the next build."""
+    known = Path(sys.argv[1]) if sys.argv[1:] else None
     try:
         runnable = _runnable()
     except NativeError as error:
@@ -415,7 +423,7 @@ def main() -> int:
         runnable = []
     made, taken = 0, False
     with ThreadPoolExecutor() as pool:  # each in a process of its own, on a core of its own
-        compiling = {variant: pool.submit(_compiled, variant) for variant in VARIANTS}
+        compiling = {variant: pool.submit(_compiled, variant, known) for variant in VARIANTS}
     for variant, done in compiling.items():
         try:
             path = done.result()
