@@ -412,10 +412,9 @@ class Native:
         return logits[:, : self.vocab]
 
 
-def main() -> int:
-    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. An
-    argument names a folder that keeps them for the next build."""
-    known = Path(sys.argv[1]) if sys.argv[1:] else None
+def main(known: str | None = None) -> int:
+    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. known: a
+    folder that keeps them for the next build."""
     try:
         runnable = _runnable()
     except NativeError as error:
@@ -423,7 +422,7 @@ def main() -> int:
         runnable = []
     made, taken = 0, False
     with ThreadPoolExecutor() as pool:  # each in a process of its own, on a core of its own
-        compiling = {variant: pool.submit(_compiled, variant, known) for variant in VARIANTS}
+        compiling = {variant: pool.submit(_compiled, variant, Path(known) if known else None) for variant in VARIANTS}
     for variant, done in compiling.items():
         try:
             path = done.result()
@@ -441,4 +440,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
