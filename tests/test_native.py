@@ -332,7 +332,7 @@ def test_an_old_compiler_makes_the_next_best(empty: Path, monkeypatch: pytest.Mo
 def test_all_are_compiled_for_an_image(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line for each, whatever this processor has; 1 only where a compiler makes none of them, and nobody kept them."""
+    """A line for each, whatever this processor has; 1 only where a compiler makes none of them, and none is kept."""
     known = empty / "known"
     known.mkdir()
     monkeypatch.setenv("CC", compiler(empty, "*-mavxvnni*"))

@@ -413,8 +413,8 @@ class Native:
 
 
 def main(known: str | None = None) -> int:
-    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. known: a
-    folder that keeps them for the next build."""
+    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. known:
+    a folder that keeps them for the next build."""
     try:
         runnable = _runnable()
     except NativeError as error:
