@@ -194,9 +194,10 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[0]
             raise NativeError(f"{compiler} does not compile the kernels: {said}")
-        written.replace(kept)
         if known:
-            shutil.copy(kept, known / name)
+            # Whole or not at all: a later build takes what lies there.
+            Path(shutil.copy(written, known)).replace(known / name)
+        written.replace(kept)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{compiler} does not compile the kernels: {error}") from None
     finally:
