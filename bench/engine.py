@@ -564,8 +564,8 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
             await sdk(bench.prompts(32))
             if not turn:
                 rates.clear()  # both engines have found their pace
-    # The chat template adds about 35 tokens to a single question.
-    firsts = [(await ask(bench.prompt(65), 4))[0] for _ in range(2 * bench.rounds + 1)]
+    asked = 100 - len(templated([]))  # the chat template's tokens count as well
+    firsts = [(await ask(bench.prompt(asked), 4))[0] for _ in range(2 * bench.rounds + 1)]
     await client.close()
     return firsts
 

@@ -120,7 +120,7 @@ class Known:
     levels: torch.Tensor
     bits: int = 8
     minimum: float = 0.0  # in levels
-    scale: float = 1.0
+    scale: float | torch.Tensor = 1.0  # (out, 1)
     broken: int | None = None  # a row whose scales are no numbers
 
     @property
@@ -131,7 +131,7 @@ class Known:
         return self.levels.float()
 
     def octets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        scale = torch.full((self.shape[0], self.shape[1] // 32), self.scale)
+        scale = torch.ones(self.shape[0], self.shape[1] // 32) * self.scale
         if self.broken is not None:
             scale[self.broken] = torch.nan
         return self.levels.to(torch.uint8), scale, scale * self.minimum
@@ -140,29 +140,34 @@ class Known:
         return self.octets() if self.bits == 4 else None
 
 
-@pytest.mark.parametrize("two_digits", [False, True])
+@pytest.mark.parametrize("peaks", ["none", "far above their row", "where a square is 0"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -> None:
+def test_sums_of_products_are_exact(variant: str, bits: int, peaks: str) -> None:
     """Levels from 0 to 255, the highest with the largest digits of either sign among them: every integer as numpy's.
+    And every peak, which is added after all digits, as a float.
 
-    A model without layers whose table holds 1 and -1: what the head multiplies are the norm's weights, in 1/256.
+    A model without layers whose table holds 1 and -1: what the head multiplies are the norm's weights.
     """
     random, rows, width = np.random.default_rng(bits), 32, 2112
     signs = random.choice([-1, 1], (rows, width))
     signs[0], signs[1] = 1, -1
-    most = 127 * 256
-    values = random.integers(-most, most + 1, width)
-    values[::32] = most  # then a block's digits are in 1/256 too
-    values[:32] = most
-    if two_digits:  # they are for blocks far above their row
-        values[:32] = most - 128  # digits 127 and -128
-        values[0] = most
-        values[64:] = 0
-        values[2080:] = random.integers(0, most + 1, 32)  # block 65: a row's mask has two words
-        values[2080] = most
+    values = random.integers(-127, 128, width)
+    values[::32] = 127  # then a block's digits are whole
+    values[:32] = 127
+    taken, worth = np.arange(0), 1.0
+    if peaks == "far above their row":
+        taken = np.array([*range(33, 33 * 32, 33), width - 1])  # at all places of a block but the first
+        values[64:96] = 0  # but for a peak
+        values[taken] = random.integers(20_000, 30_000, len(taken))
+        assert values[taken].min() > 5 * np.sqrt(np.mean(values**2.0))
+    if peaks == "where a square is 0":  # then each value is one, while there is room
+        taken, worth = np.arange(width // 25), 2.0**-100
+        values[taken] |= 1
+        values[len(taken) : 96] = 0  # to the end of the block
     levels = random.integers(0, 2**bits, (rows, width))
     levels[0], levels[1] = 2**bits - 1, 0
     levels[2] = np.where(signs[2] > 0, 2**bits - 1, 0)
+    scale = np.float32(0.5) ** (np.arange(rows)[:, None] % 5)  # other ones beside each other
 
     stub: Any = type("Stub", (), {})()
     stub.metadata = {
@@ -171,26 +176,29 @@ def test_sums_of_products_are_exact(variant: str, bits: int, two_digits: bool) -
     }  # fmt: skip
     stub.tensors = {
         "token_embd.weight": Known(torch.from_numpy(signs + 1), minimum=-1.0),
-        "output_norm.weight": Known(torch.from_numpy(values / 256)),
-        "output.weight": Known(torch.from_numpy(levels), bits),
+        "output_norm.weight": Known(torch.from_numpy(values * worth)),
+        "output.weight": Known(torch.from_numpy(levels), bits, minimum=-8.0, scale=torch.from_numpy(scale)),
         "blk.0.ffn_down.weight": Known(torch.zeros(32, 32)),
     }
     runner = Native(stub, 1)
     runner.allocate(1)
     got = runner.every(range(rows), [0]).numpy()
 
-    high = signs * values + 128 >> 8
+    digits = signs * values
+    digits[:, taken] = 0
     want = np.zeros((rows, rows), np.float32)
-    for digits in [high * 256, signs * values - high * 256][: 1 + two_digits]:
-        for at in range(0, width, 32):
-            want += (digits[:, at : at + 32] @ levels[:, at : at + 32].T).astype(np.float32) / np.float32(256)
-    assert np.abs(want).max() > 255 / 16 * 2 ** (bits - 4) * 127 * 32
-    assert np.array_equal(got, want)
+    for at in range(0, width, 32):
+        block = digits[:, at : at + 32]
+        want = (want + block @ levels[:, at : at + 32].T * scale.T.astype(float)).astype(np.float32)
+        want = (want + np.outer(block.sum(1), -8 * scale.astype(float))).astype(np.float32)
+    for at in taken:
+        peak = np.outer(signs[:, at] * values[at], (levels[:, at] - 8) * scale[:, 0].astype(float))
+        want = (want + peak).astype(np.float32)
+    assert np.array_equal(got, want * np.float32(worth))
 
 
 def layered(heads: int, kv_heads: int, dim: int, broken: int | None = None) -> Native:
-    """A model of two layers with random weights, and room for 64 tokens. Each token has blocks of two digits elsewhere,
-    in masks of two words."""
+    """A model of two layers with random weights, and room for 64 tokens. Each token has peaks elsewhere."""
     random = torch.Generator().manual_seed(dim)
     wide = 2112
 

@@ -2,11 +2,11 @@
  * call.
  *
  * Weights are blocks of 32 along the input, 4 or 8 bits a weight, with a scale and a minimum, as a GGUF file holds
- * them; activations are rounded with a scale for each block of 32 in a row: to one 8-bit digit (llama.cpp's Q8_1), or
- * to two in the few blocks that are far larger than their row and would bring most of the error. Sums within a block
- * are integers that a float holds exactly; across blocks they are added in one order, the second digits after all the
- * first. So a row's result never depends on its neighbours, on how many there are, on the number of threads nor on the
- * processor: a step of 1 row and a prefill of 256 take the same way.
+ * them; activations are rounded to 8 bits with a scale for each block of 32 in a row (llama.cpp's Q8_1), but for the
+ * peaks: the few values that are far larger than their row and would bring most of the error are multiplied as they
+ * are. Sums within a block are integers that a float holds exactly; across blocks they are added in one order, the
+ * peaks after all blocks. So a row's result never depends on its neighbours, on how many there are, on the number of
+ * threads nor on the processor: a step of 1 row and a prefill of 256 take the same way.
  *
  * Knows rows, pages and weights; knows nothing of requests. native.py packs the weights, fills the structures below and
  * is the only caller; vectors.h holds what processors differ in. GNU C11; no library but the OpenMP runtime that
@@ -20,12 +20,13 @@
 
 #include "vectors.h"
 
-enum { BLOCK = 32, LANES = 16, TILE = 32, PAGE = 32, ROWS = 4, MOST_GROUP = 8, MOST_HEAD = 256, MOST_ROWS = 256 };
+enum { BLOCK = 32, LANES = 16, TILE = 32, PAGE = 32, ROWS = 4 };
+enum { MOST_GROUP = 8, MOST_HEAD = 256, MOST_ROWS = 256, PEAK = 5 };
 
-/* A block whose largest value is above so many root mean squares of its row has two digits: one in six of the embedded
- * model's. Its divergence from the file's own distribution is 0.0004 nats so, 0.003 with one digit everywhere. Chosen
- * from six values between 2 and none by that, by speed, and seeing whether an answer that is nearly a tie stayed. */
-#define OUTLIER 4.0f
+/* A peak is a value above PEAK root mean squares of its row: at most one in PEAK * PEAK, of the embedded model's values
+ * one in 250. Its divergence from the file's own distribution is 0.0007 nats so, 0.0004 with 3 and 0.003 without peaks;
+ * with AVX2 a prefill takes 10 % more with 3, and 6 % less without. */
+#define MOST_PEAKS(width) ((width) / (PEAK * PEAK))
 
 /* ---- what native.py fills (the same fields in the same order there) */
 
@@ -58,16 +59,23 @@ typedef struct {
     int (*team)(void);                                              /* omp_get_num_threads */
 } Model;
 
-/* A block of activations: what the high digit is worth (the low one a 256th of it), the sum of the high digits' values
- * and of the low ones', and of the squares. */
+/* A block of activations: what a digit is worth, and the sum of all digits' values. */
 typedef struct {
-    float worth, high, low, squares;
+    float worth, sum;
 } Unit;
 
 typedef struct {
-    int8_t *high, *low; /* (rows, width): value = (high + low / 256) * worth, or without the low */
-    Unit *units;        /* (rows, width / BLOCK) */
-} Digits;
+    float value;
+    int32_t place;
+} Peak;
+
+/* Rows of activations: value = digit * worth, or a peak, whose digit is 0. */
+typedef struct {
+    int8_t *digits;  /* (rows, width) */
+    Unit *units;     /* (rows, width / BLOCK) */
+    Peak *peaks;     /* (rows, MOST_PEAKS(width)) */
+    int32_t *counts; /* (rows,): how many peaks */
+} Rounded;
 
 typedef struct {
     int32_t rows, wanted, columns;
@@ -78,9 +86,9 @@ typedef struct {
     const int32_t *last;      /* (wanted,): the rows whose logits are asked, each once */
     float *logits;            /* (wanted, vocab) */
     /* scratch */
-    float *x, *qkv;        /* (rows, width), (rows, heads + 2 kv_heads, head_dim) */
-    Digits digits, hidden; /* of the widest input but the MLP's, of the MLP's width */
-    atomic_int *jobs;      /* zeros, one for each phase */
+    float *x, *qkv, *values; /* (rows, width), (rows, heads + 2 kv_heads, head_dim), (rows, the widest input) */
+    Rounded rounded;         /* of the widest input */
+    atomic_int *jobs;        /* zeros, one for each phase */
 } Step;
 
 /* ---- the team: phases of jobs, a barrier after each */
@@ -145,56 +153,47 @@ INLINE Floats exponential(Floats x) {
 }
 
 /* 32 values as digits; one that is no number makes all of them none. */
-INLINE void digits_of(Floats a, Floats b, const Digits *to, int64_t block) {
+INLINE void round_block(Floats a, Floats b, int8_t *digits, Unit *unit) {
     float most = largest(larger(magnitude(a), magnitude(b)));
     if (unordered(a, b)) most = NAN; /* the maximum passed over it */
-    const Ints middle = same_int(128);
-    const float range = 127 * 256;
-    Floats inverse = same(most > 0 ? range / most : 0.0f);
+    Floats inverse = same(most > 0 ? 127 / most : 0.0f);
     Ints i = rounded(times(a, inverse)), j = rounded(times(b, inverse));
-    Ints k = shifted_down(plus_ints(i, middle), 8), l = shifted_down(plus_ints(j, middle), 8);
-    int8_t *high = to->high + block * BLOCK, *low = to->low + block * BLOCK;
-    store_nearest(high, k);
-    store_nearest(high + LANES, l);
-    store_lowest(low, i); /* what is left to the nearest multiple of 256 */
-    store_lowest(low + LANES, j);
-    float least = most / range, sum = (float)sum_of_ints(plus_ints(i, j));
-    float highs = 256 * (float)sum_of_ints(plus_ints(k, l));
-    to->units[block] = (Unit){
-        least * 256,
-        least * highs,
-        least * (sum - highs),
-        sum_of(times_plus(a, a, times(b, b))),
-    };
+    store_nearest(digits, i);
+    store_nearest(digits + LANES, j);
+    *unit = (Unit){most / 127, most / 127 * (float)sum_of_ints(plus_ints(i, j))};
 }
 
-#define WORDS(blocks) (((blocks) + 63) / 64)
-
-/* Which blocks of each row have two digits: (rows, WORDS(blocks)), a bit for each. */
-static void outliers(const Digits *from, int rows, int blocks, uint64_t *two) {
-    const Unit *unit = from->units;
-    memset(two, 0, sizeof(uint64_t) * rows * WORDS(blocks));
-    for (int r = 0; r < rows; r++, unit += blocks, two += WORDS(blocks)) {
-        float squares = 0;
-        for (int b = 0; b < blocks; b++) squares += unit[b].squares;
-        float limit = sqrtf(squares / (float)(blocks * BLOCK)) * (OUTLIER / 127);
-        for (int b = 0; b < blocks; b++) two[b / 64] |= (uint64_t)(unit[b].worth > limit) << b % 64;
+/* Row `row` of `to`: these values, of which the peaks are set to 0. */
+static void round_row(float *values, int width, const Rounded *to, int64_t row) {
+    int8_t *digits = to->digits + row * width;
+    Unit *unit = to->units + row * (width / BLOCK);
+    Peak *peaks = to->peaks + row * MOST_PEAKS(width);
+    Floats squares = same(0);
+    for (int i = 0; i < width; i += LANES) squares = times_plus(load(values + i), load(values + i), squares);
+    float limit = PEAK * sqrtf(sum_of(squares) / (float)width);
+    int count = 0;
+    for (int i = 0; i < width; i += LANES) {
+        for (unsigned left = above(limit, magnitude(load(values + i))); left; left &= left - 1) {
+            int place = i + __builtin_ctz(left);
+            if (count == MOST_PEAKS(width)) break; /* by a hair, or squares too small for a float */
+            peaks[count++] = (Peak){values[place], place};
+            values[place] = 0;
+        }
     }
+    to->counts[row] = count;
+    for (int i = 0; i < width; i += BLOCK, digits += BLOCK, unit++)
+        round_block(load(values + i), load(values + i + LANES), digits, unit);
 }
 
-/* Row `to_row` of digits: this one, normalized (root mean square). */
-static void norm_row(const float *x, const float *weight, int width, float epsilon, const Digits *to, int64_t to_row) {
+/* to = x, normalized (root mean square). */
+static void norm_row(const float *x, const float *weight, int width, float epsilon, float *to) {
     Floats sum = same(0);
     for (int i = 0; i < width; i += LANES) {
         Floats v = load(x + i);
         sum = times_plus(v, v, sum);
     }
     Floats factor = same(1.0f / sqrtf(sum_of(sum) / (float)width + epsilon));
-    for (int i = 0; i < width; i += BLOCK) {
-        Floats a = times(times(load(x + i), factor), load(weight + i));
-        Floats b = times(times(load(x + i + LANES), factor), load(weight + i + LANES));
-        digits_of(a, b, to, (to_row * width + i) / BLOCK);
-    }
+    for (int i = 0; i < width; i += LANES) store(to + i, times(times(load(x + i), factor), load(weight + i)));
 }
 
 /* ---- matrix products */
@@ -236,12 +235,12 @@ INLINE void weigh(const uint8_t *face, int bits, const Ints *x, float worth, flo
     }
 }
 
-/* One tile for the first digits of `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share`
- * bytes of it for each block are fetched from memory.
+/* One tile for the digits of `rows` rows, a constant where it is inlined: sum[r], its 32 outputs. ahead: `share` bytes
+ * of it for each block are fetched from memory.
  *
  * Not faster with AVX2: 5 or 6 rows, digits fetched ahead, 8-bit digits widened once a block. To unpack a tile once for
  * many rows gained 4 %, not enough. */
-INLINE void first_digits(
+INLINE void all_blocks(
     const uint8_t *tile, int bits, int blocks, const int8_t *digits, const Unit *units, int rows, const uint8_t *ahead,
     int share, Floats (*sum)[2]) {
     Floats a[ROWS][2];
@@ -255,36 +254,33 @@ INLINE void first_digits(
             dots(tile, bits, digits, (int64_t)blocks * BLOCK, rows, x);
             SETTLE(a);
             for (int r = 0; r < rows; r++)
-                weigh(tile, bits, x[r], units[r * blocks].worth, units[r * blocks].high, &a[r][side]);
+                weigh(tile, bits, x[r], units[r * blocks].worth, units[r * blocks].sum, &a[r][side]);
         }
     }
     for (int r = 0; r < rows; r++) sum[r][0] = a[r][0], sum[r][1] = a[r][1];
 }
 
-/* sum += the second digits of a row, where `two` says that it has them. */
-INLINE void second_digits(
-    const uint8_t *tile, int bits, int blocks, const int8_t *digits, const Unit *units, const uint64_t *two,
-    Floats *sum) {
-    Ints x[1][SIDES];
-    for (int word = 0; word < WORDS(blocks); word++) {
-        for (uint64_t left = two[word]; left; left &= left - 1) {
-            int block = word * 64 + __builtin_ctzll(left);
-            const uint8_t *face = tile + (int64_t)block * 2 * FACE(bits);
-            for (int side = 0; side < 2; side += SIDES, face += SIDES * FACE(bits)) {
-                dots(face, bits, digits + block * BLOCK, 0, 1, x);
-                weigh(face, bits, x[0], units[block].worth / 256, units[block].low, &sum[side]);
-            }
+/* sum += a row's peaks times one tile. */
+INLINE void all_peaks(const uint8_t *tile, int bits, const Peak *peak, int count, Floats *sum) {
+    for (; count--; peak++) {
+        unsigned place = (unsigned)peak->place, group = place % BLOCK / 4;
+        int shift = place % 4 * 8 + (group < (unsigned)bits ? 0 : 4);
+        const uint8_t *face = tile + (int64_t)(place / BLOCK) * 2 * FACE(bits);
+        for (int i = 0; i < 2; i++, face += FACE(bits)) {
+            const uint16_t *facts = (const uint16_t *)(face + bits * 64);
+            Floats level = floats(low_bits(shifted_right(load_bytes(face + group % bits * 64), shift), bits));
+            Floats weight = times_plus(level, load_halves(facts), load_halves(facts + LANES));
+            sum[i] = times_plus(weight, same(peak->value), sum[i]);
         }
     }
 }
 
 /* ROWS rows of a tile, from `first` on, or those that are left of `all`; how many there are changes no row. */
-static int tile_some(
-    const Matrix *m, int index, const Digits *from, int first, int all, const uint64_t *two, Floats (*sum)[2]) {
+static int tile_some(const Matrix *m, int index, const Rounded *from, int first, int all, Floats (*sum)[2]) {
     int rows = all - first < ROWS ? all - first : ROWS, blocks = m->in / BLOCK;
     int64_t bytes = tile_bytes(m), at = (int64_t)first * blocks;
     const uint8_t *tile = m->data + index * bytes;
-    const int8_t *high = from->high + at * BLOCK, *low = from->low + at * BLOCK;
+    const int8_t *digits = from->digits + at * BLOCK;
     const Unit *units = from->units + at;
     /* While some rows take this tile, their share of the next one comes from memory. */
     const uint8_t *ahead = tile + bytes + bytes * first / all;
@@ -293,26 +289,24 @@ static int tile_some(
     else for (int64_t i = 0; i < bytes * rows / all; i += 64) _mm_prefetch((const char *)ahead + i, _MM_HINT_T1);
     switch (rows * 16 + m->bits) {
 #define CASE(n, bits) \
-    case n * 16 + bits: first_digits(tile, bits, blocks, high, units, n, ahead, share, sum); break;
+    case n * 16 + bits: all_blocks(tile, bits, blocks, digits, units, n, ahead, share, sum); break;
         CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
 #undef CASE
     }
-    two += first * WORDS(blocks);
-    for (int r = 0; r < rows; r++, low += blocks * BLOCK, units += blocks, two += WORDS(blocks)) {
-        if (m->bits == 4) second_digits(tile, 4, blocks, low, units, two, sum[r]);
-        else second_digits(tile, 8, blocks, low, units, two, sum[r]);
+    for (int r = 0; r < rows; r++) {
+        const Peak *peaks = from->peaks + (int64_t)(first + r) * MOST_PEAKS(m->in);
+        if (m->bits == 4) all_peaks(tile, 4, peaks, from->counts[first + r], sum[r]);
+        else all_peaks(tile, 8, peaks, from->counts[first + r], sum[r]);
     }
     return rows;
 }
 
 /* out = rows @ matrix.T, a phase; or, with `which`, these rows of out += it, each once. out: (.., matrix->out) */
-static void product(Worker *w, const Matrix *m, const Digits *from, const int32_t *which, int rows, float *out) {
+static void product(Worker *w, const Matrix *m, const Rounded *from, const int32_t *which, int rows, float *out) {
     Floats sum[ROWS][2];
-    uint64_t two[rows * WORDS(m->in / BLOCK)];
-    outliers(from, rows, m->in / BLOCK, two);
     EACH(w, m->out / TILE, tile) {
         for (int first = 0; first < rows; first += ROWS) {
-            int some = tile_some(m, tile, from, first, rows, two, sum);
+            int some = tile_some(m, tile, from, first, rows, sum);
             for (int r = 0; r < some; r++) {
                 float *to = out + (int64_t)(which ? which[first + r] : first + r) * m->out + tile * TILE;
                 for (int i = 0; i < 2; i++, to += LANES)
@@ -323,34 +317,40 @@ static void product(Worker *w, const Matrix *m, const Digits *from, const int32_
     meet(w);
 }
 
-/* digits of silu(gate) * up, a phase. The matrix holds all gates, then all ups. */
-static void gated(Worker *w, const Matrix *m, const Digits *from, int rows, const Digits *to) {
+/* out = silu(gate) * up, a phase. The matrix holds all gates, then all ups. out: (rows, matrix->out / 2) */
+static void gated(Worker *w, const Matrix *m, const Rounded *from, int rows, float *out) {
     Floats gates[ROWS][2], ups[ROWS][2];
-    uint64_t two[rows * WORDS(m->in / BLOCK)];
     const Floats one = same(1.0f);
     int tiles = m->out / 2 / TILE;
-    outliers(from, rows, m->in / BLOCK, two);
     EACH(w, tiles, tile) {
         for (int first = 0; first < rows; first += ROWS) {
-            int some = tile_some(m, tile, from, first, rows, two, gates);
-            tile_some(m, tiles + tile, from, first, rows, two, ups);
+            int some = tile_some(m, tile, from, first, rows, gates);
+            tile_some(m, tiles + tile, from, first, rows, ups);
             for (int r = 0; r < some; r++) {
-                Floats value[2];
+                float *to = out + ((int64_t)(first + r) * tiles + tile) * TILE;
                 for (int i = 0; i < 2; i++) {
                     Floats below = plus(one, exponential(minus(same(0), gates[r][i])));
-                    value[i] = times(over(gates[r][i], below), ups[r][i]);
+                    store(to + i * LANES, times(over(gates[r][i], below), ups[r][i]));
                 }
-                /* A tile's outputs are a block of the next matrix's inputs. */
-                digits_of(value[0], value[1], to, (int64_t)(first + r) * tiles + tile);
             }
         }
     }
     meet(w);
 }
 
-/* Digits of these rows, normalized, a phase. */
+/* These rows, normalized and rounded, a phase. */
 static void normed(Worker *w, const Step *s, const int32_t *which, int rows, int width, const float *norm) {
-    EACH(w, rows, r) norm_row(s->x + (int64_t)which[r] * width, norm, width, w->region->m->epsilon, &s->digits, r);
+    EACH(w, rows, r) {
+        float *values = s->values + (int64_t)r * width;
+        norm_row(s->x + (int64_t)which[r] * width, norm, width, w->region->m->epsilon, values);
+        round_row(values, width, &s->rounded, r);
+    }
+    meet(w);
+}
+
+/* The first `rows` rows of values, rounded, a phase. */
+static void round_all(Worker *w, const Step *s, int rows, int width) {
+    EACH(w, rows, r) round_row(s->values + (int64_t)r * width, width, &s->rounded, r);
     meet(w);
 }
 
@@ -460,7 +460,7 @@ INLINE void look(
     }
 }
 
-/* Digits `at` and on: of what `rows` of these rows, 1 or 2, see through one key head. */
+/* Values `at` and on: what `rows` of these rows, 1 or 2, see through one key head. */
 static void attend(const Model *m, const Step *s, int layer, const int32_t *which, int at, int rows, int head) {
     int dim = m->head_dim, group = m->heads / m->kv_heads, all = m->heads + 2 * m->kv_heads;
     const int32_t *pages = s->pages + (int64_t)s->owners[which[at]] * s->columns;
@@ -478,8 +478,7 @@ static void attend(const Model *m, const Step *s, int layer, const int32_t *whic
     }
     for (int g = 0; g < rows * group; g++) {
         int64_t to = (((int64_t)at + g / group) * m->heads + head * group + g % group) * dim;
-        for (int i = 0; i < dim; i += BLOCK)
-            digits_of(load(seen[g] + i), load(seen[g] + i + LANES), &s->digits, (to + i) / BLOCK);
+        memcpy(s->values + to, seen[g], sizeof(float) * dim);
     }
 }
 
@@ -524,7 +523,7 @@ static void work(void *given) {
     for (int i = 0; i < m->layers; i++) {
         const Layer *layer = &m->layer[i];
         normed(w, s, which, rows, width, layer->norm);
-        product(w, &layer->qkv, &s->digits, NULL, rows, s->qkv);
+        product(w, &layer->qkv, &s->rounded, NULL, rows, s->qkv);
         EACH(w, rows, r) turn_row(m, s, i, r);
         meet(w);
         /* What the last layer makes of the others nobody reads. */
@@ -533,17 +532,19 @@ static void work(void *given) {
         EACH(w, (rows + 1) / 2 * m->kv_heads, job)
             attend_two(m, s, i, which, 2 * (job / m->kv_heads), rows, job % m->kv_heads);
         meet(w);
-        product(w, &layer->output, &s->digits, which, rows, s->x);
+        round_all(w, s, rows, layer->output.in);
+        product(w, &layer->output, &s->rounded, which, rows, s->x);
         normed(w, s, which, rows, width, layer->mlp_norm);
-        gated(w, &layer->gate_up, &s->digits, rows, &s->hidden);
-        product(w, &layer->down, &s->hidden, which, rows, s->x);
+        gated(w, &layer->gate_up, &s->rounded, rows, s->values);
+        round_all(w, s, rows, layer->down.in);
+        product(w, &layer->down, &s->rounded, which, rows, s->x);
     }
     normed(w, s, s->last, s->wanted, width, m->norm);
-    product(w, &m->head, &s->digits, NULL, s->wanted, s->logits);
+    product(w, &m->head, &s->rounded, NULL, s->wanted, s->logits);
 }
 
 /* Phases of a step: so many counters `jobs` must hold. */
-int32_t lab_phases(const Model *m) { return 1 + 8 * m->layers + 2; }
+int32_t lab_phases(const Model *m) { return 1 + 10 * m->layers + 2; }
 
 void lab_step(const Model *m, const Step *s) {
     Region region = {m, s, 0, 0};

@@ -52,6 +52,7 @@ COMPILE_SECONDS = 120
 # As in kernels.c.
 BLOCK, LANES, TILE = 32, 16, 32
 MOST_GROUP, MOST_HEAD = 8, 256
+PEAK = 5
 # Rows of one call, for whose activations there is room. 64 to 256 were equally fast.
 MOST_ROWS = 256
 
@@ -92,9 +93,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("rows", "wanted", "columns")],
         *[(name, ctypes.c_void_p) for name in ("ids", "positions", "owners", "pages", "last", "logits")],
-        *[(name, ctypes.c_void_p) for name in ("x", "qkv")],
-        *[(f"{of}_{name}", ctypes.c_void_p) for of in ("digits", "hidden") for name in ("high", "low", "units")],
-        ("jobs", ctypes.c_void_p),
+        *[(name, ctypes.c_void_p) for name in ("x", "qkv", "values", "digits", "units", "peaks", "counts", "jobs")],
     ]
 
 
@@ -328,20 +327,16 @@ class Native:
             team=team,
         )
         self.vocab: int = tensors["output.weight" if "output.weight" in tensors else "token_embd.weight"].shape[0]
-        wide = max(width, heads * dim)
-        hidden = tensors["blk.0.ffn_down.weight"].shape[1]
+        widest = max(width, heads * dim, tensors["blk.0.ffn_down.weight"].shape[1])
         # One step's rows between its layers.
         self._scratch = {
-            f"{of}_{name}": torch.empty(MOST_ROWS, size, dtype=dtype)
-            for of, inputs in (("digits", wide), ("hidden", hidden))
-            for name, size, dtype in (
-                ("high", inputs, torch.int8),
-                ("low", inputs, torch.int8),
-                ("units", inputs // BLOCK * 4, torch.float32),
-            )
-        } | {
             "x": torch.empty(MOST_ROWS, width),
             "qkv": torch.empty(MOST_ROWS, (heads + 2 * kv_heads) * dim),
+            "values": torch.empty(MOST_ROWS, widest),
+            "digits": torch.empty(MOST_ROWS, widest, dtype=torch.int8),
+            "units": torch.empty(MOST_ROWS, widest // BLOCK, 2),
+            "peaks": torch.empty(MOST_ROWS, widest // PEAK**2, 2),
+            "counts": torch.empty(MOST_ROWS, dtype=torch.int32),
             "jobs": torch.empty(self._library.lab_phases(self._model), dtype=torch.int32),
         }
 

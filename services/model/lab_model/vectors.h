@@ -39,6 +39,8 @@ INLINE Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 /* x * 2^n, n whole and from -126 to 127 */
 INLINE Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 INLINE int unordered(Floats x, Floats y) { return _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q) != 0; }
+/* Which of the 16 are above the limit, a bit for each. */
+INLINE unsigned above(float limit, Floats x) { return _mm512_cmp_ps_mask(x, same(limit), _CMP_GT_OQ); }
 /* The first `count` of x, then those of y; below 0 is as 0, above 16 as 16. */
 INLINE Floats first_of(int count, Floats x, Floats y) {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -47,12 +49,12 @@ INLINE Floats first_of(int count, Floats x, Floats y) {
 
 INLINE Ints load_bytes(const void *p) { return _mm512_loadu_si512(p); }
 INLINE Ints same_int(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE Ints shifted_down(Ints x, int n) { return _mm512_srai_epi32(x, n); }
+INLINE Ints shifted_right(Ints x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+INLINE Ints low_bits(Ints x, int n) { return _mm512_and_si512(x, _mm512_set1_epi32((1 << n) - 1)); }
 INLINE Ints low_nibbles(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 INLINE Ints high_nibbles(Ints x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
-/* 16 as bytes: the nearest byte, or the lowest 8 bits. */
+/* 16 as the nearest bytes. */
 INLINE void store_nearest(int8_t *p, Ints x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(x)); }
-INLINE void store_lowest(int8_t *p, Ints x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
 /* x + 4 levels (unsigned, below 2^bits) times 4 digits (signed) in each of the 16. x starts at 0, takes at most 8 of
  * these and is what `dotted` makes of it. */
 INLINE Ints dot4(Ints x, Ints levels, Ints digits, int bits) {
@@ -114,6 +116,11 @@ INLINE int unordered(Floats x, Floats y) {
     __m256 a = _mm256_cmp_ps(x.a, y.a, _CMP_UNORD_Q), b = _mm256_cmp_ps(x.b, y.b, _CMP_UNORD_Q);
     return _mm256_movemask_ps(_mm256_or_ps(a, b));
 }
+INLINE unsigned above(float limit, Floats x) {
+    int a = _mm256_movemask_ps(_mm256_cmp_ps(x.a, _mm256_set1_ps(limit), _CMP_GT_OQ));
+    int b = _mm256_movemask_ps(_mm256_cmp_ps(x.b, _mm256_set1_ps(limit), _CMP_GT_OQ));
+    return (unsigned)(a | b << 8);
+}
 INLINE Floats first_of(int count, Floats x, Floats y) {
     const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
     __m256 a = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
@@ -126,8 +133,14 @@ INLINE Ints load_bytes(const void *p) {
     return (Ints){_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
 }
 INLINE Ints same_int(int32_t x) { return (Ints){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-INLINE Ints shifted_up(Ints x, int n) { return (Ints){_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
-INLINE Ints shifted_down(Ints x, int n) { return (Ints){_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
+INLINE Ints shifted_right(Ints x, int n) {
+    __m128i count = _mm_cvtsi32_si128(n);
+    return (Ints){_mm256_srl_epi32(x.a, count), _mm256_srl_epi32(x.b, count)};
+}
+INLINE Ints low_bits(Ints x, int n) {
+    const __m256i mask = _mm256_set1_epi32((1 << n) - 1);
+    return (Ints){_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
 INLINE Ints low_nibbles(Ints x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return (Ints){_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
@@ -138,7 +151,6 @@ INLINE void store_nearest(int8_t *p, Ints x) {
     __m256i y = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
 }
-INLINE void store_lowest(int8_t *p, Ints x) { store_nearest(p, shifted_down(shifted_up(x, 24), 24)); }
 #ifdef __AVXVNNI__
 INLINE Ints dot4(Ints x, Ints levels, Ints digits, int bits) {
     (void)bits;
