@@ -21,11 +21,11 @@
 #include "vectors.h"
 
 enum { BLOCK = 32, LANES = 16, TILE = 32, PAGE = 32, ROWS = 4 };
-enum { MOST_GROUP = 8, MOST_HEAD = 256, MOST_ROWS = 256, PEAK = 5 };
+enum { MOST_GROUP = 8, MOST_HEAD = 256, MOST_ROWS = 256, PEAK = 4 };
 
 /* A peak is a value above PEAK root mean squares of its row: at most one in PEAK * PEAK, of the embedded model's values
- * one in 250. Its divergence from the file's own distribution is 0.0007 nats so, 0.0004 with 3 and 0.003 without peaks;
- * with AVX2 a prefill takes 10 % more with 3, and 6 % less without. */
+ * one in 150. Its divergence from the file's own distribution is 0.0007 nats so, 0.0004 with 3 and 0.003 without peaks;
+ * with AVX2 a prefill takes 7 % more with 3, and 10 % less without. */
 #define MOST_PEAKS(width) ((width) / (PEAK * PEAK))
 
 /* ---- what native.py fills (the same fields in the same order there) */
