@@ -194,6 +194,7 @@ def test_sums_of_products_are_exact(variant: str, bits: int, peaks: str) -> None
     for at in taken:
         peak = np.outer(signs[:, at] * values[at], (levels[:, at] - 8) * scale[:, 0].astype(float))
         want = (want + peak).astype(np.float32)
+    assert np.abs(want).max() > 255 / 16 * 2 ** (bits - 4) * 127 * 32
     assert np.array_equal(got, want * np.float32(worth))
 
 
