@@ -361,3 +361,13 @@ def test_all_are_compiled_for_an_image(
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", os.devnull)
     assert native.main() == 0
+
+
+@pytest.mark.skipif(not native._compiler(), reason="no compiler here")
+def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "VARIANTS", {"avx2": native.VARIANTS["avx2"]})
+    assert native.main(str(empty / "missing")) == 0
+    assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 1
+    assert "cannot be kept" in caplog.text

@@ -194,8 +194,7 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
             said = (done.stderr.strip().splitlines() or ["nothing"])[0]
             raise NativeError(f"{compiler} does not compile the kernels: {said}")
         if known:
-            # Whole or not at all: a later build takes what lies there.
-            Path(shutil.copy(written, known)).replace(known / name)
+            _keep(written, known / name)
         written.replace(kept)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{compiler} does not compile the kernels: {error}") from None
@@ -203,6 +202,14 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
         with contextlib.suppress(OSError):
             written.unlink()
     return kept
+
+
+def _keep(written: Path, place: Path) -> None:
+    """Whole or not at all: a later build takes what lies there. Where that fails, it compiles again."""
+    try:
+        shutil.copyfile(written, place.with_name(written.name)).replace(place)
+    except OSError as error:
+        log.warning("compiled kernels cannot be kept for the next build: %s", error)
 
 
 def _openmp() -> tuple[int, int]:
