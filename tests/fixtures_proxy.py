@@ -141,11 +141,13 @@ def second(bench: Bench, tmp_path: Path, redis: str | None = None, **settings: s
         yield Bench(started, bench.paid, bench.model, bench.redis, http)
 
 
-def eventually(true: Callable[[], bool], within: float) -> None:
-    deadline = time.monotonic() + within
+def eventually(true: Callable[[], bool], within: float) -> float:
+    """Wait until it is true; how many seconds that took."""
+    began = time.monotonic()
     while not true():
-        assert time.monotonic() < deadline, f"not within {within} s"
+        assert time.monotonic() - began < within, f"not within {within} s"
         time.sleep(0.02)
+    return time.monotonic() - began
 
 
 def events(answer: httpx2.Response) -> list[Any]:

@@ -246,7 +246,7 @@ def test_cache_d3_a_write_under_way_does_not_come_back(bench: Bench) -> None:
     text = new()
     asking = threading.Thread(target=lambda: bench.chat(text, model="gpt-mock-slow", stream=True))
     asking.start()
-    eventually(lambda: bench.calls()["total"] == 1, 2)
+    eventually(lambda: bench.calls()["total"] == 1, 10)
     assert flush(bench).status_code == 200
     asking.join()
     assert only_cached(bench, text, "gpt-mock-slow") == 504
@@ -351,7 +351,7 @@ def test_cache_d2_stale_while_revalidate(bench: Bench, tmp_path: Path) -> None:
         stale = other.chat(text)
         assert state(stale) == "hit"
         assert int(stale.headers["cache-status"].partition("ttl=")[2].partition(";")[0]) <= 0
-        eventually(lambda: bench.calls()["total"] == 2, 2)
+        eventually(lambda: bench.calls()["total"] == 2, 10)
         eventually(lambda: "ttl=1;" in other.chat(text).headers["cache-status"], 2)
         time.sleep(1.3)
         assert state(other.chat(text, headers={"cache-control": "max-age=0"})) == "miss stored"

@@ -108,7 +108,7 @@ def test_requests_in_flight_keep_their_table(bench: Bench, tmp_path: Path) -> No
         bench.control(bench.paid, held=True)
         asking = threading.Thread(target=lambda: got.append(other.chat(model="extra-mock-slow", stream=True)))
         asking.start()
-        eventually(lambda: bench.calls()["total"] == 1, 2)
+        eventually(lambda: bench.calls()["total"] == 1, 10)
         routes_file(tmp_path)
         other.proxy.popen.send_signal(signal.SIGHUP)
         with httpx2.Client(base_url=other.proxy.url) as http:
@@ -281,7 +281,7 @@ def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_p
         bench.control(bench.paid, held=True)
         asking = threading.Thread(target=lambda: got.append(other.chat(model="gpt-mock-slow", stream=True)))
         asking.start()
-        eventually(lambda: bench.calls()["total"] == 1, 2)
+        eventually(lambda: bench.calls()["total"] == 1, 10)
         other.proxy.popen.send_signal(signal.SIGTERM)
         idle.settimeout(2)
         assert idle.recv(1000) == b""
