@@ -146,7 +146,7 @@ async def test_cache_a1_what_broke_off_is_reconciled_to_what_was_generated(lab: 
     long = "the cat sat on the mat and the dog ate the hat " * 20
     keys = [lab.key()["key"] for _ in range(3)]
 
-    async def ask(http: httpx2.AsyncClient, number: int) -> None:
+    async def ask(http: httpx2.AsyncClient, number: int, turn: int) -> None:
         stream, whole = chance.random() < 0.6, chance.random() < 0.3
         body = {
             "model": MODELS[number % 3],
@@ -155,7 +155,7 @@ async def test_cache_a1_what_broke_off_is_reconciled_to_what_was_generated(lab: 
             "n": 1 + 2 * (number % 5 == 0),
             "stream": stream,
         }
-        pieces, patience = chance.randrange(1, 40), chance.random() * 0.6
+        pieces, patience = chance.randrange(1, 40), chance.random() * 0.6 * turn
         await asyncio.sleep(chance.random() * 2)
         headers = {"authorization": f"Bearer {keys[number % len(keys)]}"}
         try:
@@ -170,8 +170,11 @@ async def test_cache_a1_what_broke_off_is_reconciled_to_what_was_generated(lab: 
 
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=lab.proxy.url, timeout=60, limits=limits) as http:
-        await asyncio.gather(*(ask(http, number) for number in range(150)))
-    await asyncio.to_thread(lab.agree)
+        for turn in range(1, 6):  # on a slow machine most are out of patience before the model hears of them
+            await asyncio.gather(*(ask(http, number, turn) for number in range(150)))
+            await asyncio.to_thread(lab.agree)
+            if lab.reconciled("exact") > 30:
+                break
     assert lab.reconciled("exact") > 30, "hardly anything broke off"
     # By key and model: each key's own sum of money is what its tokens cost, to the last pico-dollar.
     for row in lab.rows():
