@@ -107,6 +107,8 @@ def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., 
     assert until(lambda: len(answer.inner_text()) > len(before), 30)
     stop.click()
     expect(answer).to_contain_text(en("chat.stopped"))
+    expect(answer).to_contain_text(en("code.title"))
+    expect(stop).to_have_count(0)  # the page is drawn piece by piece
     kept = answer.inner_text()
     assert len(kept) > len(en("chat.stopped")) + 20
     time.sleep(0.5)
