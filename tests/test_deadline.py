@@ -36,16 +36,13 @@ def test_a_deadline_that_is_none_is_refused_by_the_proxy(bench: Bench, given: st
 def test_a_callers_own_deadline_ends_a_request_of_a_foreign_upstream(bench: Bench, cached: bool) -> None:
     """504 for JSON, and the upstream is let go; an upstream that is slow for one caller is not taken for broken."""
     headers = {OWN: "150"} | ({} if cached else {"cache-control": "no-store"})
-    took = []
     for _ in range(8):
         began = time.monotonic()
         answer = bench.chat(model="gpt-mock-hang", headers=headers)
-        took.append(time.monotonic() - began)
+        assert 0.1 < time.monotonic() - began < 1
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["type"]) == (504, "deadline_exceeded", "server_error")
         assert "x-request-timeout-ms" in error["message"]
-    assert min(took) > 0.1
-    assert sorted(took)[4] < 1  # the machine may stand still in some of them
     eventually(lambda: bench.calls()["left"] == 8, 2)
     assert OWN not in bench.calls()["last"]["headers"]
     assert bench.chat().status_code == 200, "its breaker is open"

@@ -299,13 +299,10 @@ async def test_what_redis_refuses_is_spooled_and_booked_in_order(server: Process
             await client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
         else:
             os.kill(server.popen.pid, signal.SIGSTOP)
-        took = []
-        for _ in range(5):  # the machine may stand still in one of them
-            began = time.monotonic()
-            for _ in range(200):
-                made.record(charge())
-            took.append(time.monotonic() - began)
-        assert min(took) < 0.1
+        began = time.monotonic()
+        for _ in range(1000):
+            made.record(charge())
+        assert time.monotonic() - began < 0.5
         eventually_spooled = list((tmp_path / "spool").glob("*"))
         for _ in range(100):
             await asyncio.sleep(0.05)

@@ -573,4 +573,4 @@ def test_sigterm_ends_within_its_bound(bench: Bench, tmp_path: Path) -> None:
         os.killpg(other.proxy.popen.pid, signal.SIGTERM)
         assert other.proxy.popen.wait(5) == 0
         assert time.perf_counter() - started < 3
-        eventually(lambda: bench.calls()["left"] == 1, 5)
+        eventually(lambda: bench.calls()["left"] == 1, 0.5)
