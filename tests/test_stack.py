@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
+from fixtures_proxy import PATIENT_MS
 from fixtures_stack import BASE, Stack, added, asking, published, stack_in, within
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def tell(request: pytest.FixtureRequest) -> Tell:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: TempPathFactory, tell: Tell) -> Iterator[Stack]:
     with stack_in(tmp_path_factory.mktemp("stack")) as made:
+        # Redis waits for a busy disk, as after a build: what is not about that has time for it.
+        made.variables["PROXY_REDIS_TIMEOUT_MS"] = PATIENT_MS
         began = time.monotonic()
         made.run("make", "up", timeout=1500)
         tell(f"built and healthy after {time.monotonic() - began:.0f} s")
@@ -366,6 +369,8 @@ def test_load_runs_to_its_end_against_the_containers(stack: Stack, scenario: str
 
 def test_redis_killed_fails_no_request_and_the_hits_come_back(stack: Stack, tell: Tell) -> None:
     """redis comes back by itself with what it held: the append-only file lies in a volume."""
+    del stack.variables["PROXY_REDIS_TIMEOUT_MS"]  # from here on as people run it
+    stack.compose("up", "--wait", "--no-deps", "proxy")
     chat(stack)
     restarts = stack.restarts("redis")
     with asking(stack.proxy_url, PARIS) as asked:
@@ -457,7 +462,7 @@ def test_two_proxies_behind_one_port_share_cache_and_key(stack: Stack) -> None:
     key = "sk-not-a-real-key-0123456789"
     (secrets / "openai_api_key").write_text(key)
     (secrets / "openai_api_key").chmod(0o444)
-    stack.variables["OPENAI_API_KEY_FILE"] = "./secrets/openai_api_key"
+    stack.variables |= {"OPENAI_API_KEY_FILE": "./secrets/openai_api_key", "PROXY_REDIS_TIMEOUT_MS": PATIENT_MS}
     stack.layers = ("compose.scale.yaml",)
     stack.compose("up", "--build", "--wait", "--wait-timeout=240", timeout=300)
     proxies = stack.containers("proxy")
@@ -475,7 +480,7 @@ def test_two_proxies_behind_one_port_share_cache_and_key(stack: Stack) -> None:
             one.start()
             within(60, "all of them healthy again", lambda: stack.health("proxy") == "healthy")
     assert [one for one in asked if one.status != 200] == []
-    assert all(one.hit for one in asked[1:])
+    assert [one for one in asked[1:] if not one.hit] == []
 
     # 2. The key is a file that the proxy reads, and nowhere else.
     assert {"name": "openai", "configured": True} in httpx2.get(f"{stack.proxy_url}/status").json()["proxy"][
