@@ -413,6 +413,16 @@ def test_bodies_are_bounded_in_size_and_time(bench: Bench) -> None:
         assert slow.recv(12) == b"HTTP/1.1 408"
 
 
+def test_an_idle_connection_outlives_the_callers_own_patience(bench: Bench) -> None:
+    """httpx, and with it the openai SDK, asks on a connection that was idle for up to 5 s."""
+    with socket.create_connection(("127.0.0.1", bench.proxy.port), timeout=5) as caller:
+        for pause in (0, 6):
+            time.sleep(pause)
+            caller.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert caller.recv(12) == b"HTTP/1.1 200"
+            caller.recv(65536)
+
+
 def test_embedding_inputs_are_bounded_and_cheap(bench: Bench, tmp_path: Path) -> None:
     """2048 at once and no more; as many in one request as OpenAI takes cost little, whatever else the body holds."""
     refused = bench.embed(["x"] * 2049)

@@ -28,6 +28,7 @@ log = logging.getLogger("lab_proxy")
 WRITE_BYTES = 65_536  # what waits for the end of the loop's turn: from here on a caller who does not read is noticed
 LOOK_SECONDS = 0.02
 STALL_TICKS = 5  # of uvicorn's clock, 0.1 s each, between two looks at what waits to be taken
+IDLE_SECONDS = 75  # above the 5 s after which httpx, and with it the openai SDK, closes: none meets a closed connection
 CUT_SECONDS = 2  # for what was cut off to let go of its upstream
 
 
@@ -168,6 +169,7 @@ def serve(app: Application, settings: Settings, listener: socket.socket, parent:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=CUT_SECONDS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
