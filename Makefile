@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor test check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
+.PHONY: help lab start stop status logs doctor test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,8 +22,11 @@ logs: ## follow the logs; of one service: make logs SERVICE=model
 doctor: ## what would keep the lab from starting, and what to do (exit codes: .venv/bin/python -m lab doctor --help)
 	@sh lab/run.sh doctor
 
-test: ## install what the tests need and run them (some of them: make test ARGS="-k cache")
+test: ## install what the tests need and run all that need no container (some of them: make test ARGS="-k cache")
 	@sh lab/run.sh test
+
+test-all: ## the same with all generated cases: more than half an hour
+	@sh lab/run.sh test --lane all
 
 check: ## lint, format, types
 	@sh lab/run.sh check
@@ -42,7 +45,7 @@ down: ## stop and remove the containers; with what they stored: make down ARGS=-
 	@docker compose --profile '*' down --remove-orphans $(ARGS)
 
 test-stack: ## the tests against containers of their own; needs a Docker engine
-	@ARGS="-m stack $(ARGS)" sh lab/run.sh test
+	@sh lab/run.sh test --lane stack
 
 load: ## load on the running lab, new questions all the time (LOAD_USERS=4 LOAD_SECONDS=60 make load); leaves a folder in runs/
 	@sh lab/run.sh install && $(LOAD) throughput
@@ -64,7 +67,7 @@ k8s-render: ## print the manifests of k8s/base
 	@kubectl kustomize k8s/base
 
 k8s-check: ## the manifests against Kubernetes' schema, compose.yaml and the settings
-	@sh lab/run.sh test tests/test_k8s.py
+	@sh lab/run.sh test tests/k8s/test_k8s.py
 
 # Without GPU=1 the model's image is built for the CPU, which spares gigabytes. A key in secrets/ is taken.
 COMPOSE = docker compose $(if $(GPU),-f compose.yaml -f compose.gpu.yaml)

@@ -41,7 +41,7 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         "status": ("what runs, where, with how much memory", lambda _: status(lab)),
         "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
         "doctor": ("what would keep the lab from starting", lambda options: examine(lab, choose, as_json=options.json)),
-        "test": ("run the tests", lambda options: checks.test(root, options.arguments)),
+        "test": ("run the tests", lambda options: checks.test(root, options.lane, options.arguments)),
         "check": ("lint, format, types", lambda _: checks.check(root)),
         "constraints": ("write constraints.txt from .venv", lambda _: checks.constraints(root)),
     }
@@ -61,6 +61,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         if name == "doctor":
             sub.add_argument("--json", action="store_true", help="findings as a JSON list")
         if name == "test":
+            lanes = "; ".join(f"{lane}: {what}" for lane, what in checks.LANES.items())
+            sub.add_argument("--lane", choices=checks.LANES, default="quick", help=lanes)
             sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for pytest")
     options = parser.parse_args(argv)
     try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lab.doctor import chromium
@@ -38,11 +42,53 @@ def check(root: Path) -> int:
     return 1 if failed else Exit.FINE
 
 
-def test(root: Path, arguments: Sequence[str]) -> int:
-    """pytest with everything but containers and GPU; its own summary comes last."""
+NOTHING_COLLECTED = 5  # pytest's exit code
+LANES = {
+    "quick": "everything that needs no container, with few generated cases",
+    "all": "the same with all generated cases",
+    "stack": "against containers of their own",
+}
+
+
+def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
+    """One lane of the tests: pytest's exit code, and one closing line over its calls."""
+    arguments = [*shlex.split(os.environ.get("ARGS", "")), *arguments]
+    if lane == "stack":
+        return _pytest(root, ["-m", "stack", *arguments])
     need_chromium()
-    argv = ["pytest", "-m", "not stack and not gpu", *shlex.split(os.environ.get("ARGS", "")), *arguments]
-    return subprocess.run([sys.executable, "-m", *argv], cwd=root, check=False).returncode
+    environ = {"LAB_TEST_FULL": "1"} if lane == "all" else {}
+    # 1. Side by side, a worker for each core; 2. what stops shared services or needs the machine to itself.
+    parallel = ["-n", str(cores()), "--dist", "loadgroup", "--no-loadscope-reorder"]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts"
+        environ["LAB_TEST_COUNTS"] = str(counts)
+        codes = [
+            _pytest(root, ["-m", "not alone and not stack and not gpu", *parallel, *arguments], environ),
+            _pytest(root, ["-m", "alone and not stack and not gpu", *arguments], environ),
+        ]
+        say(closing_line(counts.read_text().splitlines() if counts.exists() else [], time.monotonic() - began))
+    # 3. With a selection (ARGS="-k cache") one of the calls may find nothing to run.
+    return max((code for code in codes if code != NOTHING_COLLECTED), default=NOTHING_COLLECTED)
+
+
+def closing_line(counts: Sequence[str], seconds: float) -> str:
+    """pytest's closing line over several calls, each a line of JSON: outcome -> count (tests/conftest.py)."""
+    total: Counter[str] = Counter()
+    for line in counts:
+        total.update(json.loads(line))
+    shown = [f"{total[name]} {name}" for name in ("failed", "passed", "skipped", "error") if total[name]]
+    return f" {', '.join(shown) or 'no tests ran'} in {seconds:.2f}s ".center(80, "=")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pytest(root: Path, arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
+    argv = [sys.executable, "-m", "pytest", *arguments]
+    return subprocess.run(argv, cwd=root, env=os.environ | (environ or {}), check=False).returncode
 
 
 def need_chromium() -> None:

@@ -5,9 +5,9 @@ LAB_TEST_PROXY_URL and LAB_TEST_MODEL_URL run the contract suite against service
 
 from __future__ import annotations
 
-import gc
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import pytest
 import tiny
 import yaml
 from fixtures_proxy import PATIENT_MS, bench, running  # noqa: F401 - fixtures of the proxy's tests
-from processes import Process, free_port, process, python, redis_server
+from processes import ANSWERS, RUNNING, Process, describe, free_port, process, python, redis_server
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
@@ -29,10 +29,63 @@ CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
 MODEL_START_SECONDS = 180
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: no search for garbage goes through it in the middle of a test that measures time."""
-    gc.collect()
-    gc.freeze()
+# Fixtures behind which stands the one Ray session: whatever asks for them runs on one worker, one after the other.
+RAY = {"model_process", "model_url", "proxy_url", "lab", "target"}
+# Groups that take longest begin first, so that the workers end together.
+LONGEST_FIRST = ("ray", "test_ui", "test_lab")
+
+
+# -- distribution over pytest-xdist's workers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One group a file, whose tests share its fixtures; and the group `ray` of all tests that use the Ray session."""
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    groups: dict[pytest.Item, str] = {}
+    for item in items:
+        groups[item] = "ray" if RAY & set(getattr(item, "fixturenames", ())) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: rank.get(groups[item], len(rank)))
+
+
+# -- what a failure shows
+
+
+_log_sizes: dict[Path, int] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _log_sizes.clear()
+    _log_sizes.update({each.log: each.log.stat().st_size for each in RUNNING if each.log.exists()})
+    ANSWERS.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to a failure what the processes logged since the test began and the last HTTP answers."""
+    report = yield
+    if report.failed:
+        for each in RUNNING:
+            if lines := each.logged_since(_log_sizes.get(each.log, 0)):
+                report.sections.append((f"log of {each.name} on port {each.port}", lines))
+        if ANSWERS:
+            report.sections.append(("last HTTP answers", "\n".join(describe(answer) for answer in ANSWERS)))
+    return report
+
+
+# -- one closing line for a lane of several pytest calls (lab/checks.py)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Append this call's counts to the file in LAB_TEST_COUNTS, as a line of JSON."""
+    if path := os.environ.get("LAB_TEST_COUNTS"):
+        counts = {name: len(found) for name, found in terminalreporter.stats.items() if name}
+        with Path(path).open("a") as file:
+            file.write(json.dumps(counts) + "\n")
 
 
 @dataclass(frozen=True)

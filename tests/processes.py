@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -12,9 +13,53 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import httpx2
+
+# Waits for a state are bounded so that a test ends, not so that it measures: slow machines need the room.
+GENEROUS_SECONDS = 60.0
+# Every process that runs, for the report of a test that fails (conftest.py).
+RUNNING: list[Process] = []
+# The last HTTP answers of clients made with `event_hooks=SHOWN_ON_FAILURE`, for the same report.
+ANSWERS: deque[httpx2.Response] = deque(maxlen=3)
+SHOWN_ON_FAILURE: dict[str, list[Callable[..., Any]]] = {"response": [ANSWERS.append]}
+
+
+def describe(answer: httpx2.Response) -> str:
+    """Request line, status, headers and the start of the body, as far as the test read it."""
+    body = answer.text[:2000] if answer.is_stream_consumed else "(not read)"
+    headers = "\n".join(f"  {name}: {value}" for name, value in answer.headers.items())
+    return f"{answer.request.method} {answer.request.url} -> {answer.status_code}\n{headers}\n  {body}"
+
+
+def eventually(true: Callable[[], object], within: float = GENEROUS_SECONDS, what: str = "it") -> None:
+    """Poll until `true()` is truthy. Raises AssertionError after `within` seconds."""
+    deadline = time.monotonic() + within
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within:.0f} s: {what}")
+        time.sleep(0.02)
+
+
+async def eventually_async(
+    true: Callable[[], object | Awaitable[object]], within: float = GENEROUS_SECONDS, what: str = "it"
+) -> None:
+    """`eventually` on an event loop; `true` may be a coroutine function."""
+    deadline = time.monotonic() + within
+    while True:
+        value = true()
+        if isinstance(value, Awaitable):
+            value = await value
+        if value:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within:.0f} s: {what}")
+        await asyncio.sleep(0.01)
 
 
 def free_port() -> int:
@@ -36,6 +81,12 @@ class Process:
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def logged_since(self, offset: int, lines: int = 30) -> str:
+        """The last lines of the log after byte `offset`."""
+        with self.log.open("rb") as log:
+            log.seek(offset)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
 
     def stop(self, timeout: float = 20) -> None:
         """Ask the process alone to end, as supervisors do, then kill what is left of its group."""
@@ -77,6 +128,7 @@ def process(
             start_new_session=True,
         )
     started = Process(name, popen, f"http://127.0.0.1:{port}", port, log)
+    RUNNING.append(started)
     try:
         deadline = time.monotonic() + timeout
         while not _answers(started, ready):
@@ -87,6 +139,7 @@ def process(
             time.sleep(0.05)
         yield started
     finally:
+        RUNNING.remove(started)
         started.stop()
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from processes import Process, free_port, process, python, redis_server
+from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python, redis_server  # noqa: F401 - for the tests
 
 # A machine that stands still for a moment is not what most tests are about: those that are say HURRIED_MS, the default.
 PATIENT_MS, HURRIED_MS = "2000", "60"
@@ -125,7 +124,7 @@ def bench_on(log_dir: Path) -> Iterator[Bench]:
                 allowed_origins="https://lab.example",
             )
         )
-        http = stack.enter_context(httpx2.Client(base_url=started.url, timeout=20))
+        http = stack.enter_context(httpx2.Client(base_url=started.url, timeout=60, event_hooks=SHOWN_ON_FAILURE))
         yield Bench(started, paid, model, server, http)
 
 
@@ -136,18 +135,9 @@ def second(bench: Bench, tmp_path: Path, redis: str | None = None, **settings: s
     settings = {"model": bench.model.url, "paid": bench.paid.url} | settings
     with (
         proxy(tmp_path, redis=url, **settings) as started,
-        httpx2.Client(base_url=started.url, timeout=20) as http,
+        httpx2.Client(base_url=started.url, timeout=60, event_hooks=SHOWN_ON_FAILURE) as http,
     ):
         yield Bench(started, bench.paid, bench.model, bench.redis, http)
-
-
-def eventually(true: Callable[[], bool], within: float) -> float:
-    """Wait until it is true; how many seconds that took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < within, f"not within {within} s"
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def events(answer: httpx2.Response) -> list[Any]:

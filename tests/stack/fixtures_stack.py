@@ -23,7 +23,7 @@ import yaml
 from docker.models.containers import Container
 from processes import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
 TINY_LAYER = {"services": {name: {"volumes": ["./tiny:/tiny:ro"]} for name in ("model", "weights")}}
 

@@ -28,7 +28,7 @@ from lab.services import Service, environment, redis_binary, refuses, services, 
 from lab.supervise import MARK, Lab
 from lab.terminal import Exit, LabError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 # A service: answers /ready with 200 from `delay` seconds on; with a child in a session of its own, as Ray has them.

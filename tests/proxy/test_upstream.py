@@ -28,7 +28,7 @@ from lab_proxy.breaker import LEAST_CALLS, PROBE_SECONDS, WINDOW_SECONDS, Breake
 from lab_proxy.routes import AutoRow, Routes
 from lab_proxy.settings import Settings
 
-PACKAGED = Path(__file__).parents[1] / "services/proxy/lab_proxy/routes.yaml"
+PACKAGED = Path(__file__).parents[2] / "services/proxy/lab_proxy/routes.yaml"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from pydantic_settings import BaseSettings
 
-BASE = Path(__file__).parents[1] / "k8s/base"
+BASE = Path(__file__).parents[2] / "k8s/base"
 COMPOSE: dict[str, Any] = yaml.safe_load((BASE.parents[1] / "compose.yaml").read_text())
 KUBERNETES = "1.37"
 SETTINGS: dict[str, type[BaseSettings]] = {

@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings
 
 from lab.terminal import MEANING
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SERVICES: dict[str, type[BaseSettings]] = {
     "ui": lab_ui.settings.Settings,
@@ -102,7 +102,7 @@ def part(name: str) -> str:
 
 
 def write() -> None:
-    """`python tests/test_docs.py`: bring the README's generated parts up to date."""
+    """`python tests/docs/test_docs.py`: bring the README's generated parts up to date."""
     text = README
     for name, make in PARTS.items():
         whole = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->\n"
@@ -113,7 +113,7 @@ def write() -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_generated_parts_are_up_to_date(name: str) -> None:
-    """Settings, cache defaults, exit codes and tree say what the code says (python tests/test_docs.py writes them)."""
+    """Settings, cache defaults, exit codes and tree say what the code says (tests/docs/test_docs.py writes them)."""
     assert part(name) == PARTS[name]()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import redis
 from fixtures_proxy import Bench, mock, new, proxy, redis_url
-from processes import Process, python, redis_server
+from processes import SHOWN_ON_FAILURE, Process, python, redis_server
 
 ADMIN_KEY = "hQ7zW2mXv9Lr4KcT8nBf3JyPd6Sg1UeA"
 PRICES = """
@@ -109,7 +109,7 @@ def school_on(folder: Path, redis_port: int | None = None, **settings: str) -> I
                     **{"admin_key": ADMIN_KEY, "prices_file": str(prices), "upstream_retries": "0"} | settings,
                 )
             )
-            http = stack.enter_context(httpx2.Client(base_url=started.url, timeout=20))
+            http = stack.enter_context(httpx2.Client(base_url=started.url, timeout=60, event_hooks=SHOWN_ON_FAILURE))
             benches.append(Bench(started, paid, model, server, http))
         db = stack.enter_context(contextlib.closing(redis.Redis(port=server.port, socket_timeout=5)))
         yield School(benches[0], benches[1], server, folder, db)

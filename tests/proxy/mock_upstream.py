@@ -1,4 +1,4 @@
-"""An OpenAI-compatible upstream that does as it is told: `python tests/mock_upstream.py --port 9000`.
+"""An OpenAI-compatible upstream that does as it is told: `python tests/proxy/mock_upstream.py --port 9000`.
 
 What stands after `mock-` in the model's name is how it behaves (`gpt-mock-reset` resets the stream in its middle): see
 MODES. It is a stand-in for a paid upstream at /v1/… and for the model service at /v1/models, /ready and /m/<id>/v1/….
