@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lab.doctor import chromium
 from lab.terminal import Exit, LabError, say
 
 HEADER = """\
@@ -108,6 +107,19 @@ def need_chromium() -> None:
     if not chromium():
         raise LabError(Exit.BROWSER, "the browser test needs chromium which could not be installed; install it by hand "
                       "(apt-get install chromium), then the same command")  # fmt: skip
+
+
+def chromium() -> str | None:
+    """The browser on PATH, or the one that Playwright fetched; None without."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    folder = os.environ.get("PLAYWRIGHT_BROWSERS_PATH")
+    folders = [Path(folder)] if folder else [Path.home() / ".cache", Path.home() / "Library" / "Caches"]
+    for place in folders:
+        for found_at in place.glob("chromium-*/*" if folder else "ms-playwright/chromium-*/*"):
+            return str(found_at)
+    return None
 
 
 def constraints(root: Path) -> int:
