@@ -23,7 +23,7 @@ from processes import eventually, free_port
 
 from lab import doctor, install
 from lab.__main__ import background
-from lab.logs import Follower
+from lab.logs import follow
 from lab.services import Service, environment, redis_binary, refuses, services, start_timeout
 from lab.supervise import MARK, Lab
 from lab.terminal import Exit, LabError
@@ -296,7 +296,7 @@ def test_a_failed_start_ends_with_the_last_words_and_leaves_nothing_running(begu
 
 # -- the doctor
 
-WELL = doctor.Readings(memory=8 * GIB, disks={"/": 50 * GIB}, now=2e9, python=(3, 11))
+WELL = doctor.Readings(memory=8 * GIB, disks={"/": 50 * GIB}, python=(3, 11))
 
 
 def found(exit_: Exit, *chosen: Service, readings: doctor.Readings = WELL) -> doctor.Finding | None:
@@ -338,10 +338,9 @@ def test_a_system_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("exit_", "readings"),
     [
-        (Exit.MEMORY, doctor.Readings(2 * GIB, WELL.disks, WELL.now, WELL.python)),
-        (Exit.DISK, doctor.Readings(WELL.memory, {"/": GIB // 2}, WELL.now, WELL.python)),
-        (Exit.PYTHON, doctor.Readings(WELL.memory, WELL.disks, WELL.now, (3, 9))),
-        (Exit.CLOCK, doctor.Readings(WELL.memory, WELL.disks, 0, WELL.python)),
+        (Exit.MEMORY, doctor.Readings(2 * GIB, WELL.disks, WELL.python)),
+        (Exit.DISK, doctor.Readings(WELL.memory, {"/": GIB // 2}, WELL.python)),
+        (Exit.PYTHON, doctor.Readings(WELL.memory, WELL.disks, (3, 9))),
     ],
 )
 def test_a_small_machine_is_told_so(exit_: Exit, readings: doctor.Readings) -> None:
@@ -521,19 +520,21 @@ def test_logs_are_followed_over_a_rotation(tmp_path: Path) -> None:
     log = tmp_path / "model.log"
     log.write_text("old\nlast\n")
     (tmp_path / "ui.log").write_text("")
-    follower = Follower(tmp_path, ["model", "ui"], lines=1)
-    assert list(follower.new()) == ["model | last"]
-    with log.open("a") as file:
-        file.write("half a ")
-    assert list(follower.new()) == []
-    with log.open("a") as file:
-        file.write("line\n")
-    (tmp_path / "ui.log").write_text("hello\n")
-    assert list(follower.new()) == ["model | half a line", "ui    | hello"]
-    log.rename(tmp_path / "model.log.1")
-    assert list(follower.new()) == []
-    log.write_text("after\n")
-    assert list(follower.new()) == ["model | after"]
+    with follow(tmp_path, ["model", "ui"], lines=1) as lines:
+        whole = filter(None, lines)  # without the ticks of silence
+        assert next(whole) == "model | last"
+        (tmp_path / "ui.log").write_text("hello\n")
+        assert next(whole) == "ui    | hello"
+        log.rename(tmp_path / "model.log.1")
+        log.write_text("after\n")
+        assert next(whole) == "model | after"
+
+
+def test_one_log_is_followed_without_names_and_says_when_it_is_silent(tmp_path: Path) -> None:
+    (tmp_path / "model.log").write_text("old\nlast\n")
+    with follow(tmp_path, ["model"], lines=1) as lines:
+        assert next(lines) == "last"
+        assert next(lines) == ""
 
 
 # -- the environment
