@@ -139,7 +139,7 @@ def test_the_ui_is_there_and_sees_the_others(stack: Stack) -> None:
 def test_the_proxy_keeps_the_contract_from_outside(stack: Stack, tell: Tell) -> None:
     stack.variables["LAB_TEST_PROXY_URL"] = stack.proxy_url
     said = stack.run(
-        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "proxy", "tests/proxy/test_contract.py",
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "[proxy", "tests/proxy/test_contract.py",
         timeout=240,
     )  # fmt: skip
     tell(f"contract of the proxy: {said.splitlines()[-1]}")
@@ -162,7 +162,7 @@ def test_the_model_keeps_the_contract_from_inside(stack: Stack, tell: Tell) -> N
     said = stack.run(
         "docker", "run", "--rm", f"--network={stack.network('back')}", "--user=10001", f"--volume={stack.root}:/lab:ro",
         "--workdir=/lab", "--env=PYTHONDONTWRITEBYTECODE=1", "--env=LAB_TEST_MODEL_URL=http://model:8000", image,
-        "/opt/venv/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "not proxy",
+        "/opt/venv/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "not [proxy",
         "tests/proxy/test_contract.py", timeout=240,
     )  # fmt: skip
     tell(f"contract of the model: {said.splitlines()[-1]}")
