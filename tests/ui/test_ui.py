@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fixtures_ui import ALIAS, CHAT, PARIS, StandIn, stand_in
 from lab_ui import answer as module
-from lab_ui import formats, snippets, texts
+from lab_ui import chat, formats, snippets, texts
 from lab_ui.__main__ import main
 from lab_ui.answer import ABANDONED_AFTER, Answer, Fault
 from lab_ui.app import PAGES
-from lab_ui.chat import chat_models
 from lab_ui.proxy import Proxy, cache_state
 from lab_ui.session import Session
 from lab_ui.settings import Settings
+from lab_ui.status import Report
 from lab_ui.untrusted import plain
 from processes import eventually, free_port, process, python
 from streamlit.testing.v1 import AppTest
@@ -246,8 +247,30 @@ def test_only_chat_models_can_be_chosen_and_an_alias_says_so(app: Callable[..., 
     assert page.sidebar.selectbox[0].options == [CHAT["id"], f"{ALIAS['id']} → {CHAT['id']}"]
     assert page.sidebar.number_input[0].max == CHAT["context"]
     upstream = {"data": [{"id": "gpt-x", "object": "model"}]}
-    assert list(chat_models(upstream)) == ["gpt-x"]
-    assert chat_models({"data": [{"id": "a", "kind": "classifier"}, "nonsense", {}]}) == {}
+    assert list(chat.chat_models(upstream)) == ["gpt-x"]
+    assert chat.chat_models({"data": [{"id": "a", "kind": "classifier"}, "nonsense", {}]}) == {}
+
+
+def answer(text: str = "", **fields: Any) -> Answer:
+    """An answer as it is after its end."""
+    return Answer({}, Mock(), "id`7`", text, **fields)
+
+
+def test_turns_without_a_text_are_not_sent() -> None:
+    sampling = {"model": "m", "system": " ", "temperature": 0.0, "top_p": 1.0, "max_tokens": 8}
+    turns = [chat.Turn("first", answer("one")), chat.Turn("lost", answer())]
+    sent = [(message["role"], message["content"]) for message in chat.request(turns, "next", sampling)["messages"]]
+    assert sent == [("user", "first"), ("assistant", "one"), ("user", "next")]
+
+
+def test_figures_show_what_is_known() -> None:
+    words = texts.load("en")
+    assert chat.figures(answer(), words) == "request `id'7'`"
+    known = answer("x", started=1.0, first=2.5, last=3.5, prompt_tokens=5, completion_tokens=2001, cache="hit")
+    assert chat.figures(known, words) == (
+        "TTFT 1,500 ms · 2,000.0 tokens/s · 5 + 2001 tokens · :green[:material/bolt: cache hit] · request `id'7'`"
+    )
+    assert "newly fetched" in chat.figures(answer(cache="vary-miss"), words)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -388,9 +411,7 @@ def test_another_question_stops_the_running_answer(app: Callable[..., AppTest], 
     try:
         live = running.ask(request())
         eventually(lambda: live.text)
-        from lab_ui.chat import Turn
-
-        page.session_state.turns = [Turn("before", live)]
+        page.session_state.turns = [chat.Turn("before", live)]
         proxy.mode = "up"
         page = ask(page)
         eventually(lambda: proxy.left)
@@ -552,6 +573,17 @@ def test_status_bears_with_any_answer(
 ) -> None:
     monkeypatch.setattr("fixtures_ui.status", lambda mode: body)
     assert not app(page=STATUS).exception
+
+
+@pytest.mark.parametrize("kind", ["proxy_down", "not_the_proxy"])
+def test_without_a_report_only_ui_and_proxy_are_known(kind: str) -> None:
+    report = Report(Fault(kind), Settings(), words := texts.load("en"))
+    states = {service.name: service.state for service in report.services}
+    assert states == {"ui": "up", "proxy": "down", "redis": "unknown", "model": "unknown"}
+    assert (report.models, report.cache, report.versions) == ([], None, "")
+    advice = report.services[1].advice(words)
+    assert advice[-1] == words("status.do.proxy")
+    assert advice[:-1] == ([] if kind == "proxy_down" else [words("faults.not_the_proxy.what")])
 
 
 # ---- start ----------------------------------------------------------------------------------------------------------
