@@ -19,32 +19,33 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from . import commands, journal
-from .admin import Admin
-from .app import App
-from .batches import Batches
-from .cache import Cache, NoCache, load_secret
-from .files import FilePages, Files
-from .flight import Flights
-from .keyring import Ring
-from .keys import Keys, NoKeys
-from .ledger import Ledger
-from .limits import Limits
-from .link import connect
-from .metrics import Metrics
-from .prices import Prices
-from .routes import Routes
-from .server import serve
+from . import cli
+from .batches.files import FilePages, FileStore
+from .batches.worker import BatchWorker
+from .cache.flight import SingleFlight
+from .cache.store import Cache, NoCache, load_secret
+from .http.app import App
+from .http.pages.keys import KeyPages
+from .http.server import serve
+from .http.workers import SPREADS, Workers
+from .keys.authentication import Authenticator, NoKeys
+from .keys.limits import Limits
+from .keys.store import KeyStore
+from .ledger.ledger import Ledger
+from .ledger.prices import Prices
+from .redis.link import connect
+from .reload import Reloader
 from .settings import Settings
-from .spans import Spans, installed
-from .upstream import Upstreams
-from .watch import Watch
-from .workers import SPREADS, Workers
+from .telemetry import access_log
+from .telemetry.metrics import Metrics
+from .telemetry.traces import Traces, installed
+from .upstreams.client import UpstreamPool
+from .upstreams.routes import Routes
 
 log = logging.getLogger("lab_proxy")
 
 
-class Line(logging.Formatter):
+class LogFormatter(logging.Formatter):
     """One line a record: JSON, or text for a terminal."""
 
     def __init__(self, text: bool) -> None:
@@ -52,7 +53,7 @@ class Line(logging.Formatter):
         self._text = text
 
     def format(self, record: logging.LogRecord) -> str:
-        lines: list[journal.Line] | None = getattr(record, "lines", None)
+        lines: list[access_log.Line] | None = getattr(record, "lines", None)
         if lines is not None:
             return "\n".join(self._line(*line) for line in lines)
         said: dict[str, Any] = getattr(record, "said", None) or {"message": record.getMessage()}
@@ -74,7 +75,7 @@ def start_log(settings: Settings, *, threaded: bool = True) -> None:
     text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     stderr = logging.StreamHandler()
-    stderr.setFormatter(Line(text))
+    stderr.setFormatter(LogFormatter(text))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.handlers = [QueueHandler(lines) if threaded else stderr]
@@ -137,7 +138,7 @@ def command(argv: list[str]) -> int:
     except ValidationError as error:
         print(f"proxy: {_wrong(error)}", file=sys.stderr)  # noqa: T201 on a terminal
         return 2
-    return commands.run(argv, settings)
+    return cli.run(argv, settings)
 
 
 def _wrong(error: ValidationError) -> str:
@@ -175,7 +176,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
     client = connect(settings.redis_url)
     timeout, admin_key = settings.redis_timeout_ms / 1000, settings.operator_key()
     keys = (
-        Keys(client, timeout=max(timeout, 0.1), admin_key=admin_key, on_error=failed)
+        Authenticator(client, timeout=max(timeout, 0.1), admin_key=admin_key, on_error=failed)
         if settings.keys_required
         else NoKeys()
     )
@@ -189,21 +190,23 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
         on_refusal=lambda reason: metrics.count("limits_refused", reason),
         on_error=failed,
     )
-    admin = Admin(keys, Ring(client), book, enabled=admin_key is not None)
-    files = Files(settings.files_folder, max_bytes=settings.files_max_bytes, max_total_bytes=settings.files_total_bytes)
+    admin = KeyPages(keys, KeyStore(client), book, enabled=admin_key is not None)
+    files = FileStore(
+        settings.files_folder, max_bytes=settings.files_max_bytes, max_total_bytes=settings.files_total_bytes
+    )
     uploads = FilePages(files, silence=settings.body_timeout_seconds, total=settings.total_timeout_seconds)
-    batches = Batches(
+    batches = BatchWorker(
         files, uploads, keys, client, at_once=settings.batch_concurrency, max_line_bytes=settings.max_body_bytes
     )
-    upstreams = Upstreams(routes, settings, metrics)
-    flights = Flights(
+    upstreams = UpstreamPool(routes, settings, metrics)
+    flights = SingleFlight(
         settings.redis_url if settings.cache_enabled else None,
         limit=settings.cache_max_entry_bytes,
         drain=settings.drain_timeout_seconds,
         on_error=failed,
     )
-    watch = Watch({"routes": routes, "prices": prices}, metrics, after=upstreams.reloaded)
-    spans = Spans(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    watch = Reloader({"routes": routes, "prices": prices}, metrics, after=upstreams.reloaded)
+    spans = Traces(settings.otlp_endpoint) if settings.otlp_endpoint else None
     return App(
         settings,
         cache,

@@ -50,51 +50,51 @@ class BodyTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
-class CallerGone(InvalidRequest):
+class ClientDisconnected(InvalidRequest):
     """Nobody hears this answer: it is for the log."""
 
     status = 499
     type = "client_gone"
 
 
-class BodyTooSlow(InvalidRequest):
+class BodyTimeout(InvalidRequest):
     status = 408
     code = "request_timeout"
 
 
-class TooSlow(InvalidRequest):
+class SlowReader(InvalidRequest):
     """Others who share the answer were further ahead than the proxy keeps of it."""
 
     status = 408
     code = "read_too_slowly"
 
 
-class NotJson(InvalidRequest):
+class UnsupportedMediaType(InvalidRequest):
     status = 415
     code = "unsupported_media_type"
 
 
-class HostRefused(InvalidRequest):
+class HostNotAllowed(InvalidRequest):
     status = 421
     code = "host_not_allowed"
 
 
-class OriginRefused(InvalidRequest):
+class OriginNotAllowed(InvalidRequest):
     status = 403
     code = "origin_not_allowed"
 
 
-class NoSuchPath(InvalidRequest):
+class PathNotFound(InvalidRequest):
     status = 404
     code = "not_found"
 
 
-class NoSuchMethod(InvalidRequest):
+class MethodNotAllowed(InvalidRequest):
     status = 405
     code = "method_not_allowed"
 
 
-class NoSuchModel(InvalidRequest):
+class ModelNotFound(InvalidRequest):
     """`model` is the name after aliases."""
 
     status = 404
@@ -105,7 +105,7 @@ class NoSuchModel(InvalidRequest):
         self.model = model
 
 
-class KeyRefused(InvalidRequest):
+class InvalidKey(InvalidRequest):
     """No key, an unknown, a revoked or an expired one. Never says anything of the key but what its holder knows."""
 
     status = 401
@@ -147,23 +147,23 @@ class LimitReached(ProxyError):
         self.type = kind
 
 
-class BudgetSpent(ProxyError):
+class BudgetExceeded(ProxyError):
     status = 429
     type = "insufficient_quota"
     code = "insufficient_quota"
 
 
-class NoSuchKey(InvalidRequest):
+class KeyNotFound(InvalidRequest):
     status = 404
     code = "key_not_found"
 
 
-class NoSuchFile(InvalidRequest):
+class UploadNotFound(InvalidRequest):
     status = 404
     code = "file_not_found"
 
 
-class NoSuchBatch(InvalidRequest):
+class BatchNotFound(InvalidRequest):
     status = 404
     code = "batch_not_found"
 
@@ -182,7 +182,7 @@ class NotCached(ProxyError):
     code = "not_cached"
 
 
-class FlushRefused(InvalidRequest):
+class FlushNotAllowed(InvalidRequest):
     """Somebody else's answers."""
 
     status = 403

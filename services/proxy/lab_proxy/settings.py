@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .keys import weakness
+from .keys.authentication import admin_key_weakness
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -197,7 +197,7 @@ class Settings(BaseSettings):
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"PROXY_ADMIN_KEY_FILE cannot be read: {error}") from None
         key = (self.admin_key.get_secret_value() if self.admin_key else text).strip()
-        if key and (why := weakness(key)):
+        if key and (why := admin_key_weakness(key)):
             raise ValueError(f"{name} is weak: {why}. `openssl rand -hex 32` makes a good one")
         return key or None
 
