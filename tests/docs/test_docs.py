@@ -55,7 +55,9 @@ def settings_table() -> str:
 
 
 def defaults_table() -> str:
-    tables: dict[str, Any] = yaml.safe_load((ROOT / "services/proxy/lab_proxy/routes.yaml").read_text())["defaults"]
+    tables: dict[str, Any] = yaml.safe_load((ROOT / "services/proxy/lab_proxy/upstreams/routes.yaml").read_text())[
+        "defaults"
+    ]
     rows = ["| upstream | endpoint | field: default |", "|---|---|---|"]
     for upstream, endpoints in tables.items():
         for endpoint, fields in endpoints.items():

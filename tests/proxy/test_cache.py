@@ -21,8 +21,8 @@ import openai
 import pytest
 import redis
 from fixtures_proxy import CHAT_MODEL, HURRIED_MS, Bench, events, eventually, new, redis_url, second, state
-from lab_proxy import entry
-from lab_proxy.cache import BATCH, Cache
+from lab_proxy.cache import entry
+from lab_proxy.cache.store import BATCH, Cache
 from lab_proxy.canonical import CONTRACT
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from processes import free_port, redis_server

@@ -21,9 +21,9 @@ import httpx2
 import pytest
 import redis.asyncio as aioredis
 from fixtures_proxy import HURRIED_MS, PATIENT_MS, UPSTREAM_KEY, mock, new, proxy, redis_url
-from lab_proxy.entry import Entry
-from lab_proxy.errors import TooSlow, UpstreamDown, UpstreamRefused
-from lab_proxy.flight import CHANNEL, LEASE, LEASE_SECONDS, Flight, FlightLost, Flights, Seat
+from lab_proxy.cache.entry import Entry
+from lab_proxy.cache.flight import CHANNEL, LEASE, LEASE_SECONDS, Flight, FlightLost, SingleFlight, Subscriber
+from lab_proxy.errors import SlowReader, UpstreamDown, UpstreamRefused
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from processes import Process, redis_server
@@ -42,8 +42,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 @contextlib.asynccontextmanager
-async def flights(server: Process | None) -> AsyncIterator[Flights]:
-    made = Flights(redis_url(server) if server else None, limit=LIMIT)
+async def flights(server: Process | None) -> AsyncIterator[SingleFlight]:
+    made = SingleFlight(redis_url(server) if server else None, limit=LIMIT)
     await made.start()
     assert made.connected == bool(server)
     try:
@@ -53,7 +53,7 @@ async def flights(server: Process | None) -> AsyncIterator[Flights]:
 
 
 @pytest.fixture
-async def two(server: Process) -> AsyncIterator[tuple[Flights, Flights]]:
+async def two(server: Process) -> AsyncIterator[tuple[SingleFlight, SingleFlight]]:
     async with flights(server) as one, flights(server) as other:
         yield one, other
 
@@ -86,7 +86,7 @@ class Upstream:
             self.parts.put_nowait(part)
 
 
-async def take_off(seat: Seat, server: Process | None, fetch: Fetch) -> None:
+async def take_off(seat: Subscriber, server: Process | None, fetch: Fetch) -> None:
     """What the exchange does on a miss: the lease's question in one round trip, then off."""
     if seat.first:
         lease = seat.lease(())
@@ -98,7 +98,9 @@ async def take_off(seat: Seat, server: Process | None, fetch: Fetch) -> None:
         await seat.found()
 
 
-async def hear(flights: Flights, name: str, server: Process | None, fetch: Fetch, *, pace: float = 0) -> list[bytes]:
+async def hear(
+    flights: SingleFlight, name: str, server: Process | None, fetch: Fetch, *, pace: float = 0
+) -> list[bytes]:
     with flights.board(name) as seat:
         await take_off(seat, server, fetch)
         await seat.head()
@@ -115,14 +117,14 @@ async def until(true: Callable[[], Any], within: float = 5) -> None:
             await asyncio.sleep(0.01)
 
 
-def heard_by_others(flights: Flights) -> bool:
+def heard_by_others(flights: SingleFlight) -> bool:
     return any(flight.listeners for flight in flights._led.values())
 
 
 # ---- flights alone
 
 
-async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
     """Of 40 in two processes one asks; who comes late gets the prefix at once, then each part as it comes."""
     up, name = Upstream(), new()
     early = [asyncio.create_task(hear(each, name, server, up.fetch)) for each in two for _ in range(20)]
@@ -145,7 +147,7 @@ async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[Flights, F
     assert up.calls == 1
 
 
-async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[Flights, Flights]) -> None:
+async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[SingleFlight, SingleFlight]) -> None:
     """In one process one looks into the cache; who waits gets the entry too, or looks itself where the first left."""
     name, found = new(), [Entry(b"{}", 10, 0.0)]
     with two[0].board(name) as first, two[0].board(name) as second:
@@ -163,7 +165,9 @@ async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[Flights, 
             assert third.first
 
 
-async def test_flight_f2_goes_on_while_another_process_listens(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_f2_goes_on_while_another_process_listens(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
     """The leader's client leaves: the follower gets the rest. Both have left: the upstream is let go."""
     up, name = Upstream(), new()
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -191,7 +195,9 @@ async def test_flight_f2_goes_on_while_another_process_listens(server: Process, 
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
-async def test_flight_f3_errors_are_everybodys(server: Process, two: tuple[Flights, Flights], where: str) -> None:
+async def test_flight_f3_errors_are_everybodys(
+    server: Process, two: tuple[SingleFlight, SingleFlight], where: str
+) -> None:
     """A failed flight gives its error to who follows: status, envelope and Retry-After, across processes too."""
     up, name = Upstream(), new()
     first = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -210,7 +216,9 @@ async def test_flight_f3_errors_are_everybodys(server: Process, two: tuple[Fligh
     assert up.calls == 1
 
 
-async def test_flight_f3_one_takes_over_from_a_dead_lease(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_f3_one_takes_over_from_a_dead_lease(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
     """A lease of a process that is no more: its followers wait for it to run out, then exactly one of them leads."""
     up, name = Upstream(), new()
     async with aioredis.Redis.from_url(redis_url(server)) as client:
@@ -226,7 +234,9 @@ async def test_flight_f3_one_takes_over_from_a_dead_lease(server: Process, two: 
     assert up.calls == 1
 
 
-async def test_flight_f3_a_living_leader_keeps_its_lease(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_f3_a_living_leader_keeps_its_lease(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
     """A flight that takes longer than its lease, with nobody following yet, is still the one to follow."""
     up, name = Upstream(), new()
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -238,7 +248,9 @@ async def test_flight_f3_a_living_leader_keeps_its_lease(server: Process, two: t
     assert up.calls == 1
 
 
-async def test_flight_f3_a_forgotten_lease_costs_nothing(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_f3_a_forgotten_lease_costs_nothing(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
     """A lease whose flight is over (its answer was not stored, or its client left while redis was asked) holds nobody
     up: the leading process says that it does not know it."""
     for leader in two:
@@ -263,7 +275,9 @@ async def test_flight_f4_without_a_name_nobody_joins() -> None:
         assert await tasks[1] == [b"b"]
 
 
-async def test_flight_a_slow_reader_does_not_hold_others_up(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_a_slow_reader_does_not_hold_others_up(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
     """Within the limit everybody gets all, at its own pace; beyond it nobody boards any more, the fastest reader's pace
     is the upstream's, and who is further behind than the limit is told so."""
     up, name = Upstream(), new()
@@ -286,14 +300,14 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(server: Process, two
         assert 9 <= up.parts.qsize() - 80 <= 12  # it waits for the fastest, ten or so parts ahead
         got = [part async for parts in leading for part in parts]
         assert len(got) == 100
-        with pytest.raises(TooSlow):
+        with pytest.raises(SlowReader):
             await anext(lagging)
         with two[0].board(name) as other:
             assert other.first
 
 
 async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
-    server: Process, two: tuple[Flights, Flights]
+    server: Process, two: tuple[SingleFlight, SingleFlight]
 ) -> None:
     """The subscriptions are cut again and again in the middle of a flight: the follower has every part once."""
     up, name = Upstream(), new()
@@ -312,7 +326,7 @@ async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
     assert up.calls == 1
 
 
-async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
     """Garbage in the channel, at the lease's name, or a list there: no flight across processes, no fault."""
     async with aioredis.Redis.from_url(redis_url(server)) as client:
         for junk in (

@@ -20,9 +20,9 @@ import openai
 import pytest
 from fixtures_keys import ADMIN_KEY, Holder, School, school_on
 from fixtures_proxy import CHAT_MODEL, HURRIED_MS, eventually, new, redis_url, state
-from lab_proxy import keyring
-from lab_proxy.keys import weakness
-from lab_proxy.link import connect
+from lab_proxy.keys import store
+from lab_proxy.keys.authentication import admin_key_weakness
+from lab_proxy.redis.link import connect
 from lab_proxy.settings import Settings
 from processes import free_port, python
 
@@ -191,7 +191,7 @@ def test_keys_are_created_listed_changed_and_shown_once(school: School) -> None:
     changed = school.admin("PATCH", f"keys/{said['id']}", json={"rpm": None, "tpm": 5}).json()
     assert (changed["rpm"], changed["tpm"], changed["concurrency"]) == (None, 5, 4)
     everything = school.admin("GET", "keys").text + school.admin("GET", f"keys/{said['id']}").text
-    digest = keyring.digest_of(said["key"]).hex()
+    digest = store.digest_of(said["key"]).hex()
     assert said["key"] not in everything
     assert digest[:12] not in everything
     for wrong, field in (({"rpm": 0}, "rpm"), ({"budgets": 1}, "budgets"), ({"budget_total_usd": "0.0000001"},
@@ -208,7 +208,7 @@ def test_a_key_is_nowhere_but_with_its_holder(school: School) -> None:
     holder.chat()
     holder.chat(model="nobody-knows")
     school.one.chat(headers={"authorization": f"Bearer {holder.key}x"})
-    digest = keyring.digest_of(holder.key).hex()
+    digest = store.digest_of(holder.key).hex()
     stored = b""
     for name in school.db.scan_iter("*"):
         kind = school.db.type(name)
@@ -324,8 +324,8 @@ def test_x1_known_keys_go_on_without_redis_and_unknown_ones_get_503(tmp_path: Pa
 async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) -> None:
     """Twenty changes of one key from as many connections: each is there, and none takes the revocation back."""
     client = connect(redis_url(school.redis))
-    ring = keyring.Ring(client)
-    ((key, _),) = await ring.create([keyring.terms({"owner": new()})])
+    ring = store.KeyStore(client)
+    ((key, _),) = await ring.create([store.key_spec({"owner": new()})])
     await asyncio.gather(
         *(ring.change(key.id, {"rpm": 5}) for _ in range(7)),
         *(ring.change(key.id, {"tpm": 6}) for _ in range(7)),
@@ -349,7 +349,7 @@ async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) ->
 )  # fmt: skip
 def test_a_weak_admin_key_is_refused_at_the_start(key: str) -> None:
     """Short, common, repeated, a sequence: exit code 2 and a line with the variable, never with the key."""
-    assert weakness(key)
+    assert admin_key_weakness(key)
     env = os.environ | {"PROXY_ADMIN_KEY": key}
     done = subprocess.run(python("lab_proxy"), env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
@@ -362,7 +362,7 @@ def test_good_admin_keys_are_taken() -> None:
     """What `openssl rand -hex 32`, uuid4 and a password manager make."""
     for key in ("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
                 "3f2b8c1e-7d4a-4e9b-9c63-1a5f0e8d2b74", ADMIN_KEY, "vR4!kz#T9qLw2@xNp7$Ym5&B"):  # fmt: skip
-        assert weakness(key) is None, key
+        assert admin_key_weakness(key) is None, key
 
 
 def test_with_keys_it_may_listen_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

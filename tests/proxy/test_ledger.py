@@ -24,12 +24,12 @@ import pytest
 import redis.asyncio
 from fixtures_keys import ADMIN_KEY, PRICES, Holder, School, school_on
 from fixtures_proxy import Bench, eventually, new, proxy, redis_url, state
-from lab_proxy import ledger, money
-from lab_proxy.keys import LOCAL, Identity
-from lab_proxy.ledger import METRICS, Charge, Ledger
-from lab_proxy.link import connect
-from lab_proxy.prices import Prices
-from lab_proxy.spool import Spool
+from lab_proxy.keys.authentication import LOCAL, Identity
+from lab_proxy.ledger import ledger, money
+from lab_proxy.ledger.disk_queue import DiskQueue
+from lab_proxy.ledger.ledger import METRICS, Charge, Ledger
+from lab_proxy.ledger.prices import Prices
+from lab_proxy.redis.link import connect
 from processes import Process, free_port, redis_server
 
 
@@ -343,12 +343,12 @@ async def test_a_full_spool_keeps_the_sums_in_memory(server: Process, tmp_path: 
 
 async def test_a_torn_line_of_the_spool_costs_only_itself(server: Process, tmp_path: Path) -> None:
     """A line that a crash cut in two is passed over; those before it are booked."""
-    spool = Spool(tmp_path / "spool", "0123456789abcdef", 10**6)
+    spool = DiskQueue(tmp_path / "spool", "0123456789abcdef", 10**6)
     row = ("2026-11-23", "key_0a", "kim", "openai", "gpt-mock", [1] * len(METRICS))
-    from lab_proxy.spool import Batch
+    from lab_proxy.ledger.disk_queue import LedgerBatch
 
-    spool.append(Batch(spool.writer, 1, [row]))
-    spool.append(Batch(spool.writer, 2, [row]))
+    spool.append(LedgerBatch(spool.writer, 1, [row]))
+    spool.append(LedgerBatch(spool.writer, 2, [row]))
     spool.close(remove=False)
     path = next((tmp_path / "spool").glob("*.jsonl"))
     path.write_bytes(path.read_bytes()[:-20])

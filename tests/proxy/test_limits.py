@@ -19,12 +19,12 @@ import openai
 import pytest
 from fixtures_keys import Holder, School, school_on
 from fixtures_proxy import eventually, new, redis_url, state
-from lab_proxy import limits
-from lab_proxy.entry import CHAT, EMBEDDINGS
-from lab_proxy.keys import Identity
-from lab_proxy.ledger import NoLedger
-from lab_proxy.link import connect
-from lab_proxy.prices import Prices
+from lab_proxy.cache.entry import CHAT, EMBEDDINGS
+from lab_proxy.keys import limits
+from lab_proxy.keys.authentication import Identity
+from lab_proxy.ledger.ledger import NoLedger
+from lab_proxy.ledger.prices import Prices
+from lab_proxy.redis.link import connect
 
 HEADERS = ("limit", "remaining", "reset")
 

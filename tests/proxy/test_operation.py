@@ -20,8 +20,8 @@ import psutil
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
-from lab_proxy.metrics import SHARE_SECONDS, Metrics
-from lab_proxy.watch import LOOK_SECONDS, Watch
+from lab_proxy.reload import LOOK_SECONDS, Reloader
+from lab_proxy.telemetry.metrics import SHARE_SECONDS, Metrics
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
@@ -148,7 +148,7 @@ async def test_what_fails_to_read_is_not_read_twice(tmp_path: Path) -> None:
             if read[-1] != "1":
                 raise ValueError("no good")
 
-    watch = Watch({"reader": Reader()}, Metrics())
+    watch = Reloader({"reader": Reader()}, Metrics())
     file.write_text("22")
     watch._look()
     watch._look()

@@ -30,18 +30,18 @@ from fixtures_proxy import (
     second,
     state,
 )
-from lab_proxy import app as application
-from lab_proxy import exchange
 from lab_proxy.__main__ import main
-from lab_proxy.app import App, Response
-from lab_proxy.bills import Bills
-from lab_proxy.cache import Wishes
-from lab_proxy.call import Account, Call
+from lab_proxy.cache.store import CacheControl
 from lab_proxy.errors import UpstreamTimeout
-from lab_proxy.exchange import Exchange
-from lab_proxy.metrics import MOST_MODELS, Metrics
-from lab_proxy.upstream import passed_on
-from lab_proxy.way import Ways
+from lab_proxy.http import app as application
+from lab_proxy.http.app import App, Response
+from lab_proxy.requests import executor
+from lab_proxy.requests.billing import Billing
+from lab_proxy.requests.context import RequestContext, RequestRecord
+from lab_proxy.requests.executor import Executor
+from lab_proxy.requests.planner import Planner
+from lab_proxy.telemetry.metrics import MOST_MODELS, Metrics
+from lab_proxy.upstreams.client import passed_on
 from processes import free_port, python
 
 NO_STORE = {"cache-control": "no-store"}
@@ -260,17 +260,17 @@ async def never(*_: object) -> None:
 
 async def test_a_caller_who_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the time is up and the error event cannot be sent either, nothing more is tried."""
-    monkeypatch.setattr(exchange, "STALLED_CLIENT_SECONDS", 0.05)
+    monkeypatch.setattr(executor, "STALLED_CLIENT_SECONDS", 0.05)
 
     async def late(*_: object) -> None:
         raise UpstreamTimeout("late")
 
     out = Response(never, {})
     out.started = True
-    answering = object.__new__(Exchange)
-    monkeypatch.setattr(Ways, "find", late)
-    answering._total, answering.ways, answering._bills = 1, object.__new__(Ways), Bills(None, None)
-    call = Call("t", "/v1/chat/completions", b"", {}, "r", Wishes(), False, 0.0)
+    answering = object.__new__(Executor)
+    monkeypatch.setattr(Planner, "find", late)
+    answering._total, answering.ways, answering._bills = 1, object.__new__(Planner), Billing(None, None)
+    call = RequestContext("t", "/v1/chat/completions", b"", {}, "r", CacheControl(), False, 0.0)
     async with asyncio.timeout(2):
         await answering.answer(call, out)
     assert call.account.error == "client_stalled"
@@ -280,7 +280,7 @@ async def test_a_caller_who_does_not_read_is_given_up(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("begun", [False, True])
 async def test_a_fault_is_told_within_a_bound(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
     monkeypatch.setattr(application, "STALLED_CLIENT_SECONDS", 0.05)
-    told: list[Account] = []
+    told: list[RequestRecord] = []
 
     async def broken(*given: Any) -> None:
         given[-1].started = begun
@@ -467,7 +467,7 @@ def test_invented_models_do_not_grow_the_metrics(bench: Bench) -> None:
     assert 'model="other"' in page
     metrics = Metrics()
     for number in range(MOST_MODELS + 50):
-        metrics.record("/v1/embeddings", Account(model=f"m{number}", known=True), 200, 0.1)
+        metrics.record("/v1/embeddings", RequestRecord(model=f"m{number}", known=True), 200, 0.1)
     labels = {sample.labels["model"] for family in metrics.collect() for sample in family.samples if sample.labels}
     assert len(labels) == MOST_MODELS + 1
     assert "other" in labels

@@ -29,8 +29,8 @@ from lab_model.engine import Request
 from lab_model.generator import Work
 from lab_model.tally import SLOTS, Tally, Used, find
 from lab_model.text import Text
-from lab_proxy import tally as asking
 from lab_proxy.errors import UpstreamDown
+from lab_proxy.ledger import reconciliation as asking
 from processes import Process, free_port, process, python, redis_server
 
 MODELS = ("one", "other", "twice")
@@ -287,7 +287,7 @@ async def test_cache_a1_a_model_that_is_down_is_asked_again() -> None:
     model = Model(UpstreamDown("no"), {}, [], {"a": {"prompt": "x"}}, {"a": used | {"cached": None}}, {"a": used})
     heard: asyncio.Queue[Any] = asyncio.Queue()
     ends: list[str] = []
-    tally = asking.Tally(model.get, ends.append)
+    tally = asking.Reconciliation(model.get, ends.append)
     await tally.start()
     try:
         tally.expect("a", heard.put_nowait)
@@ -301,7 +301,7 @@ async def test_cache_a1_a_model_that_is_down_is_asked_again() -> None:
 async def test_cache_a1_what_the_model_does_not_tell_is_given_up() -> None:
     """After a while; what is open is bounded; when the proxy ends it is asked for the last time."""
     ends: asyncio.Queue[str] = asyncio.Queue()
-    tally = asking.Tally(Model({}).get, ends.put_nowait)
+    tally = asking.Reconciliation(Model({}).get, ends.put_nowait)
     await tally.start()
     tally.expect("a", lambda _: pytest.fail("nobody knows"))
     assert await asyncio.wait_for(ends.get(), 5) == "unknown"
@@ -310,7 +310,7 @@ async def test_cache_a1_what_the_model_does_not_tell_is_given_up() -> None:
     assert ends.get_nowait() == "unknown"
     assert ends.empty()
     await tally.stop()
-    last = asking.Tally(Model({}, {"a": {"prompt": 1, "completion": 1, "cached": 0}}).get)
+    last = asking.Reconciliation(Model({}, {"a": {"prompt": 1, "completion": 1, "cached": 0}}).get)
     heard: list[Any] = []
     last.expect("a", heard.append)
     await last.stop()
