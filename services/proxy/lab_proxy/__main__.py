@@ -205,7 +205,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
         drain=settings.drain_timeout_seconds,
         on_error=failed,
     )
-    watch = Reloader({"routes": routes, "prices": prices}, metrics, after=upstreams.reloaded)
+    watch = Reloader({"routes": routes, "prices": prices}, metrics, after=upstreams.on_routes_reloaded)
     spans = Traces(settings.otlp_endpoint) if settings.otlp_endpoint else None
     return App(
         settings,

@@ -60,11 +60,11 @@ class Visit(Protocol):
 
 
 class Out(Protocol):
-    async def whole(
+    async def send(
         self, body: bytes, headers: Mapping[str, str], content_type: str = ..., status: int = ...
     ) -> None: ...
 
-    async def parts(self, headers: Mapping[str, str], content_type: str, parts: AsyncIterator[bytes]) -> None: ...
+    async def send_chunks(self, headers: Mapping[str, str], content_type: str, parts: AsyncIterator[bytes]) -> None: ...
 
 
 Page = Callable[[Any, Any], Awaitable[None]]
@@ -193,7 +193,7 @@ class FilePages:
     async def create(self, visit: Visit, out: Out) -> None:
         with on_disk():
             made = await self._made(visit)
-        await out.whole(orjson.dumps(made), {})
+        await out.send(orjson.dumps(made), {})
 
     async def _made(self, visit: Visit) -> dict[str, Any]:
         home = self._files.home(visit.identity.owner)
@@ -222,26 +222,26 @@ class FilePages:
         found = await asyncio.to_thread(self._files.listed, self._files.home(visit.identity.owner))
         if "purpose" in asked:
             found = [each for each in found if each["purpose"] == asked["purpose"]]
-        await out.whole(page(found if order == "asc" else found[::-1], asked, MOST_LISTED, MOST_LISTED), {})
+        await out.send(page(found if order == "asc" else found[::-1], asked, MOST_LISTED, MOST_LISTED), {})
 
     async def get(self, visit: Visit, out: Out) -> None:
         file_id, _, rest = visit.path.removeprefix("/v1/files/").partition("/")
         home = self._files.home(visit.identity.owner)
         found = self._files.find(home, file_id if rest in {"", "content"} else "")
         if not rest:
-            return await out.whole(orjson.dumps(found), {})
+            return await out.send(orjson.dumps(found), {})
         try:
             content = self._files.content(home, file_id).open("rb")
         except OSError:
             raise UploadNotFound(f"There is no file {file_id} here.", param="file_id") from None
         with content:
             headers = {"content-length": str(os.fstat(content.fileno()).st_size)}
-            return await out.parts(headers, "application/octet-stream", _pieces(content))
+            return await out.send_chunks(headers, "application/octet-stream", _pieces(content))
 
     async def delete(self, visit: Visit, out: Out) -> None:
         file_id = visit.path.removeprefix("/v1/files/")
         self._files.remove(self._files.home(visit.identity.owner), file_id)
-        await out.whole(orjson.dumps({"id": file_id, "object": "file", "deleted": True}), {})
+        await out.send(orjson.dumps({"id": file_id, "object": "file", "deleted": True}), {})
 
     async def _take(self, visit: Visit, form: UploadForm) -> None:
         """The request's body into the form, as it comes."""

@@ -67,7 +67,7 @@ class Holders(Protocol):
 
     required: bool
 
-    async def holder(self, key_id: str) -> Identity:
+    async def identity_of(self, key_id: str) -> Identity:
         """Who holds a key, by its id. Raises KeyRefused, KeysUnavailable."""
 
 
@@ -96,14 +96,14 @@ class BufferedResponse:
     status: int = 200
     body: bytes = b""
 
-    async def whole(self, body: bytes, headers: Mapping[str, str], content_type: str = "", status: int = 200) -> None:
+    async def send(self, body: bytes, headers: Mapping[str, str], content_type: str = "", status: int = 200) -> None:
         self.started = self.ended = True
         self.body, self.status = body, status
 
-    async def head(self, headers: Mapping[str, str]) -> None:
+    async def start_stream(self, headers: Mapping[str, str]) -> None:
         raise TypeError("a batch's line does not stream")
 
-    async def piece(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
         raise TypeError("a batch's line does not stream")
 
     async def end(self) -> None: ...
@@ -167,7 +167,7 @@ class BatchWorker:
         """`at_once`: lines that are asked at the same time; each like a request, of at most `max_line_bytes`."""
         self._files, self._file_pages, self._keys, self._redis = files, pages, keys, client
         self._at_once, self._max_line_bytes = at_once, max_line_bytes
-        self._exchange: Executor
+        self._executor: Executor
         self._traffic: Traffic
         self._worker = secrets.token_hex(8)
         self._owned: dict[str, asyncio.Task[None]] = {}
@@ -181,7 +181,7 @@ class BatchWorker:
 
     def serve(self, exchange: Executor, traffic: Traffic) -> tuple[dict[Any, Page], dict[Any, Page]]:
         """Whom to ask and whom to yield to. Returns the pages and the folders of both routes."""
-        self._exchange, self._traffic = exchange, traffic
+        self._executor, self._traffic = exchange, traffic
         own: dict[Any, Page] = {("POST", "/v1/batches"): self.create, ("GET", "/v1/batches"): self.list}
         below: dict[Any, Page] = {("GET", "/v1/batches/"): self.get, ("POST", "/v1/batches/"): self.cancel}
         return self._file_pages.pages() | own, self._file_pages.folders() | below
@@ -239,15 +239,15 @@ class BatchWorker:
             folder, state = BatchFolder(home, str(batch["id"])), {"batch": batch, **private}
             await asyncio.to_thread(self._open, folder, str(file_id), state)
         self._woken.set()
-        await out.whole(orjson.dumps(batch), {})
+        await out.send(orjson.dumps(batch), {})
 
     async def list(self, visit: Visit, out: Answer) -> None:
         home = self._files.home(visit.identity.owner)
         found = await asyncio.to_thread(_all, home)
-        await out.whole(page(found, query(visit.query, {"after", "limit"}), 20, 100), {})
+        await out.send(page(found, query(visit.query, {"after", "limit"}), 20, 100), {})
 
     async def get(self, visit: Visit, out: Answer) -> None:
-        await out.whole(orjson.dumps(self._folder(visit, visit.path.removeprefix("/v1/batches/")).shown()), {})
+        await out.send(orjson.dumps(self._folder(visit, visit.path.removeprefix("/v1/batches/")).shown()), {})
 
     async def cancel(self, visit: Visit, out: Answer) -> None:
         batch_id, _, verb = visit.path.removeprefix("/v1/batches/").partition("/")
@@ -258,7 +258,7 @@ class BatchWorker:
         if status != "cancelled":
             folder.cancel.touch(mode=0o600)
             self._woken.set()
-        await out.whole(orjson.dumps(folder.shown()), {})
+        await out.send(orjson.dumps(folder.shown()), {})
 
     def _folder(self, visit: Visit, batch_id: str) -> BatchFolder:
         if not _ID.fullmatch(batch_id):
@@ -440,7 +440,7 @@ class BatchWorker:
         """Whose limits and cache the lines use: looked up again, a key may be changed or revoked meanwhile."""
         key_id = job.state["key_id"]
         if key_id is not None:
-            return await self._keys.holder(key_id)
+            return await self._keys.identity_of(key_id)
         if self._keys.required:
             raise InvalidKey("The batch is of a time when no key was asked for.")
         return LOCAL
@@ -475,9 +475,9 @@ class BatchWorker:
             raw = canonical.dump(line.body)
             call = RequestContext(
                 identity=job.identity, endpoint=line.endpoint, raw=raw, body=line.body, request_id=request_id,
-                wishes=NO_DIRECTIVES, store_sampled=False, started=began, account=account, half=True,
+                cache_control=NO_DIRECTIVES, store_sampled=False, started=began, record=account, batch_price=True,
             )  # fmt: skip
-            await self._exchange.answer(call, said)
+            await self._executor.answer(call, said)
             status, body = said.status, said.body
         except ProxyError as error:
             status, body = error.status, error.body()

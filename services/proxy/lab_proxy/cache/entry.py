@@ -104,26 +104,26 @@ class Entry:
 
     body: bytes
     ttl: int
-    at: float
-    about: dict[str, Any] = field(default_factory=dict)
-    stamp: str = ""  # the epoch it belongs to: a flush is a new epoch
+    stored_at: float
+    metadata: dict[str, Any] = field(default_factory=dict)
+    epoch: str = ""  # the epoch it belongs to: a flush is a new epoch
     grace: int = 0  # seconds after the TTL in which a stale answer may still be of use
-    form: bytes = b""  # canonical, of the request: canonical JSON has no line break
+    canonical_form: bytes = b""  # canonical, of the request: canonical JSON has no line break
     weight: int = field(init=False)  # bytes that it takes in this process, about
     replays: dict[bool, list[bytes]] = field(init=False, default_factory=dict)  # by include_usage: see replay_pieces
 
     def __post_init__(self) -> None:
-        self.weight = len(self.body) + len(self.form) + OBJECT_BYTES
+        self.weight = len(self.body) + len(self.canonical_form) + OBJECT_BYTES
 
-    def hold(self, form: bytes, grace: int) -> None:
+    def attach_request(self, form: bytes, grace: int) -> None:
         """Keep the request's canonical form with it, and be of use for `grace` seconds after the TTL."""
-        self.form, self.grace = form, grace
+        self.canonical_form, self.grace = form, grace
         self.weight += len(form)
 
     def pack(self) -> bytes:
-        head = {"v": CONTRACT, "at": self.at, "ttl": self.ttl, "grace": self.grace, "stamp": self.stamp}
-        rest = self.form + b"\n" + self.body
-        return orjson.dumps(head | {"crc": zlib.crc32(rest), "about": self.about}) + b"\n" + rest
+        head = {"v": CONTRACT, "at": self.stored_at, "ttl": self.ttl, "grace": self.grace, "stamp": self.epoch}
+        rest = self.canonical_form + b"\n" + self.body
+        return orjson.dumps(head | {"crc": zlib.crc32(rest), "about": self.metadata}) + b"\n" + rest
 
     @classmethod
     def unpack(cls, raw: Any) -> Entry | None:
@@ -142,7 +142,7 @@ class Entry:
             return None
 
     def age(self, now: float) -> int:
-        return max(0, int(now - self.at))
+        return max(0, int(now - self.stored_at))
 
 
 def of_answer(answer: Mapping[str, Any], ttl: int, now: float, stamp: str) -> Entry:
@@ -214,13 +214,13 @@ def tells(chunk: Mapping[str, Any]) -> bool:
 class PassThroughEvents:
     """Events of a live stream as they came, but for usage that this caller did not ask for."""
 
-    pieces, told = 0, None  # whoever asked the upstream counts for itself
+    content_events, usage = 0, None  # whoever asked the upstream counts for itself
 
     def __init__(self, usage: bool) -> None:
-        self._usage = usage
+        self._include_usage = usage
 
-    def passed(self, event: bytes) -> bytes:
-        if self._usage or b'"usage"' not in event:
+    def rewrite(self, event: bytes) -> bytes:
+        if self._include_usage or b'"usage"' not in event:
             return event
         if event.endswith(_NO_USAGE):  # as OpenAI ends every chunk but the last: no string ends like this
             return event[: -len(_NO_USAGE)] + b"}\n\n"
@@ -233,24 +233,24 @@ class RewrittenEvents:
     only where it asked for it. `pieces`: events that told of the answer; `told`: its usage."""
 
     def __init__(self, endpoint: str, usage: bool, created: int) -> None:
-        self._usage = usage
+        self._include_usage = usage
         self._own = {"id": new_id(endpoint), "created": created}
-        self.pieces = 0
-        self.told: Any = None
+        self.content_events = 0
+        self.usage: Any = None
 
-    def passed(self, event: bytes) -> bytes:
+    def rewrite(self, event: bytes) -> bytes:
         data = event_data(event)
         if data is None or data == b"[DONE]":
             return event
         chunk = orjson.loads(data)
         if chunk.get("error") is not None:
             return event
-        self.pieces += tells(chunk)
-        self.told = chunk.get("usage") or self.told
+        self.content_events += tells(chunk)
+        self.usage = chunk.get("usage") or self.usage
         for name, value in self._own.items():
             if name in chunk:
                 chunk[name] = value
-        return asked_for(b"data: " + dump(chunk) + b"\n\n", chunk, self._usage)
+        return asked_for(b"data: " + dump(chunk) + b"\n\n", chunk, self._include_usage)
 
 
 class StreamAccumulator:
@@ -261,7 +261,7 @@ class StreamAccumulator:
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self.usage: dict[str, Any] | None = None
-        self.pieces = 0  # chunks with something of the answer itself; counted by who feeds it
+        self.content_chunks = 0  # chunks with something of the answer itself; counted by who feeds it
 
     def feed(self, chunk: Mapping[str, Any]) -> None:
         """Add one chunk. Raises TypeError, ValueError or AttributeError for nonsense."""
@@ -452,12 +452,12 @@ def of_vectors(answer: Any, units: list[Any], ttl: int, now: float, stamp: str) 
 
 def to_vectors(kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
     """One answer from single vectors, and its usage: `order` names the vector of each input, duplicates and all."""
-    counts = [kept[place].about["tokens"] for place in order]
+    counts = [kept[place].metadata["tokens"] for place in order]
     usage: dict[str, Any] = {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}
-    if all(entry.about["exact"] for entry in kept):
+    if all(entry.metadata["exact"] for entry in kept):
         usage["per_input_tokens"] = counts
     rows = b",".join(
         b'{"object":"embedding","index":%d,"embedding":%s}' % (index, kept[place].body)
         for index, place in enumerate(order)
     )
-    return b'{"data":[' + rows + b"]," + orjson.dumps(kept[0].about["frame"] | {"usage": usage})[1:], usage
+    return b'{"data":[' + rows + b"]," + orjson.dumps(kept[0].metadata["frame"] | {"usage": usage})[1:], usage

@@ -92,8 +92,8 @@ class _Listener:
     """Another process that follows a flight of this one. `sent`: parts it was given; the ending counts as one more."""
 
     sent: int
-    heard: float  # monotonic: when it last gave a sign of life
-    told: float = 0.0  # monotonic: when it last was given one
+    last_heard: float  # monotonic: when it last gave a sign of life
+    last_told: float = 0.0  # monotonic: when it last was given one
 
 
 class Lease:
@@ -109,11 +109,11 @@ class Lease:
         """Always `whole`: the script is short, and redis knows it by its text."""
         return ("EVAL", _TAKE, len(self._keys), *self._keys, *self._arguments)
 
-    def heard(self, reply: Any) -> None:
+    def on_reply(self, reply: Any) -> None:
         known = isinstance(reply, bytes) and (not reply or _TOKEN.fullmatch(reply))
         self.holder = reply.decode() if known else None  # garbage at the name: nobody leads
 
-    def unheard(self) -> None:
+    def on_failure(self) -> None:
         self.holder = None
 
 
@@ -125,93 +125,93 @@ class Flight:
         self.token = token
         self.head: dict[str, Any] | None = None  # what there is to know before the first part
         self.entries: list[Entry] | None = None  # what the first on board found in the cache
-        self.ending: FlightResult | None = None
-        self.lost = False
-        self.looked_for: Sequence[str] = ()
-        self.leased = False  # redis says that this process leads
-        self.mirrored = False  # another process leads
-        self.aloft = False  # past the look into the cache: somebody asks the upstream
-        self.seats: set[Subscriber] = set()
-        self.listeners: dict[str, _Listener] = {}
-        self.heard = 0.0  # monotonic; a follower's: when its leader last said something
+        self.result: FlightResult | None = None
+        self.abandoned = False
+        self.lookup_names: Sequence[str] = ()
+        self.holds_lease = False  # redis says that this process leads
+        self.remote = False  # another process leads
+        self.started = False  # past the look into the cache: somebody asks the upstream
+        self.subscribers: set[Subscriber] = set()
+        self.remote_subscribers: dict[str, _Listener] = {}
+        self.last_heard = 0.0  # monotonic; a follower's: when its leader last said something
         self.renewed = 0.0
-        self.again = True  # a follower's: the leader must send from `count` on
-        self.gone = False  # a follower's: the leader does not know the flight
+        self.resync = True  # a follower's: the leader must send from `count` on
+        self.unknown_to_leader = False  # a follower's: the leader does not know the flight
         self.count = 0  # parts so far
         self.task: asyncio.Task[None] | None = None
         self._flights = flights
         self._parts: list[bytes] = []  # from `_base` on
-        self._ends: list[int] = []  # bytes up to the end of each of them
-        self._base = self._dropped = 0  # parts that are forgotten, and their bytes
+        self._part_ends: list[int] = []  # bytes up to the end of each of them
+        self._dropped_parts = self._dropped_bytes = 0  # parts that are forgotten, and their bytes
         self._bytes = 0
-        self._moved = asyncio.Event()
+        self._changed = asyncio.Event()
 
     @property
-    def over(self) -> bool:
-        return self.lost or self.ending is not None or self.entries is not None
+    def done(self) -> bool:
+        return self.abandoned or self.result is not None or self.entries is not None
 
     @property
-    def begun(self) -> bool:
+    def has_head(self) -> bool:
         return self.head is not None
 
     @property
     def shared(self) -> bool:
         """Whether more than one wants the answer."""
-        return len(self.seats) + len(self.listeners) > 1
+        return len(self.subscribers) + len(self.remote_subscribers) > 1
 
     # ---- the writer's side
 
     def begin(self, head: dict[str, Any]) -> None:
         """An answer comes. `head` is JSON."""
         self.head = head
-        self.move()
+        self.notify()
 
-    async def put(self, part: bytes) -> None:
+    async def append(self, part: bytes) -> None:
         """One more part. Waits while even the fastest reader is behind by more than the limit."""
         limit = self._flights.limit
         self._append(part)
-        while self._bytes - self._fastest() > limit and (self.seats or self.listeners):
-            await self._moved.wait()
+        while self._bytes - self._fastest() > limit and (self.subscribers or self.remote_subscribers):
+            await self._changed.wait()
 
-    def feed(self, part: bytes) -> None:
+    def append_remote(self, part: bytes) -> None:
         """One more part of a flight that another process leads: it waits for nobody, so the slow ones fall behind."""
         self._append(part)
 
     def end(self, outcome: str | None = None, error: Exception | None = None) -> None:
-        if not self.over:
-            self.ending = FlightResult(outcome, error)
+        if not self.done:
+            self.result = FlightResult(outcome, error)
             self._flights.ended(self)
-            self.move()
+            self.notify()
 
-    def land(self, found: list[Entry]) -> None:
+    def resolve_from_cache(self, found: list[Entry]) -> None:
         """The answer was in the cache: everybody on board is served from there."""
         self.entries = found
         self._flights.ended(self)
-        self.move()
+        self.notify()
 
-    def lose(self) -> None:
-        if not self.over:
-            self.lost = True
+    def abandon(self) -> None:
+        if not self.done:
+            self.abandoned = True
             self._flights.ended(self)
-            self.move()
+            self.notify()
 
     def _append(self, part: bytes) -> None:
         self._bytes += len(part)
         self._parts.append(part)
-        self._ends.append(self._bytes)
+        self._part_ends.append(self._bytes)
         self.count += 1
         if self._bytes > self._flights.limit:
             self._flights.close(self)
             self._forget()
-        self.move()
+        self.notify()
 
     def _readers(self) -> list[int]:
-        return [seat.taken for seat in self.seats] + [each.sent for each in self.listeners.values()]
+        return [seat.taken for seat in self.subscribers] + [each.sent for each in self.remote_subscribers.values()]
 
     def _fastest(self) -> int:
         """Bytes that the fastest reader has taken."""
-        at = min(max(self._readers(), default=0), self.count) - self._base
-        return self._ends[at - 1] if at > 0 else self._dropped
+        at = min(max(self._readers(), default=0), self.count) - self._dropped_parts
+        return self._part_ends[at - 1] if at > 0 else self._dropped_bytes
 
     def _forget(self) -> None:
         """Drop what everybody has taken, and what is further back than the limit: who is there has fallen behind."""
@@ -219,44 +219,46 @@ class Flight:
         slowest, fastest = min(readers, default=0), max(readers, default=0)
         drop = 0
         while drop < len(self._parts) - 1:
-            far = self._bytes - self._ends[drop] > self._flights.limit
-            if not (self._base + drop < slowest or (far and (self.mirrored or self._base + drop < fastest))):
+            far = self._bytes - self._part_ends[drop] > self._flights.limit
+            if not (
+                self._dropped_parts + drop < slowest or (far and (self.remote or self._dropped_parts + drop < fastest))
+            ):
                 break
             drop += 1
         if drop:
-            self._dropped = self._ends[drop - 1]
-            self._base += drop
+            self._dropped_bytes = self._part_ends[drop - 1]
+            self._dropped_parts += drop
             del self._parts[:drop]
-            del self._ends[:drop]
+            del self._part_ends[:drop]
 
     # ---- the readers' side
 
-    def since(self, taken: int) -> list[bytes]:
+    def parts_after(self, taken: int) -> list[bytes]:
         """The parts after the first `taken`. Raises TooSlow where some of them are forgotten."""
-        if taken < self._base:
+        if taken < self._dropped_parts:
             raise SlowReader("The answer was read too slowly, and others did not wait: ask again.")
-        return self._parts[taken - self._base :]
+        return self._parts[taken - self._dropped_parts :]
 
-    async def moved(self, within: float | None = None) -> None:
+    async def wait_change(self, within: float | None = None) -> None:
         """Returns when something has happened, or after `within` seconds."""
         if within is None:
-            await self._moved.wait()
+            await self._changed.wait()
         else:
             with suppress(TimeoutError):
                 async with asyncio.timeout(within):
-                    await self._moved.wait()
+                    await self._changed.wait()
 
-    def move(self) -> None:
-        self._moved.set()  # wakes who waits now
-        self._moved.clear()
-        if self.listeners:
+    def notify(self) -> None:
+        self._changed.set()  # wakes who waits now
+        self._changed.clear()
+        if self.remote_subscribers:
             self._flights.dirty(self)
 
-    def took(self) -> None:
+    def on_taken(self) -> None:
         """A seat has taken parts: a writer that waits for room may go on."""
         if self._bytes > self._flights.limit:
-            self._moved.set()
-            self._moved.clear()
+            self._changed.set()
+            self._changed.clear()
 
 
 class Subscriber:
@@ -269,67 +271,67 @@ class Subscriber:
         self._flights = flights
 
     def __enter__(self) -> Subscriber:
-        self.flight.seats.add(self)
+        self.flight.subscribers.add(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.flight.seats.discard(self)
+        self.flight.subscribers.discard(self)
         self._flights.left(self)
 
     @property
     def outcome(self) -> str | None:
         """What became of the answer, when all of it was taken."""
-        return self.flight.ending.outcome if self.flight.ending else None
+        return self.flight.result.outcome if self.flight.result else None
 
     def lease(self, looked_for: Sequence[str], *, anyway: bool = False) -> Lease | None:
         """The question who leads, to be sent along with the read of `looked_for`; None: nobody else can be asked.
 
         `anyway`: lead also where all of them exist, because they may not be what is wanted.
         """
-        self.flight.looked_for = looked_for
+        self.flight.lookup_names = looked_for
         if not self.flight.name or not self._flights.connected:
             return None
         return Lease(self.flight, () if anyway else looked_for)
 
-    def depart(self, lease: Lease | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
+    def start(self, lease: Lease | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
         """Nothing was found: follow who leads, else lead. `fetch` asks the upstream: it begins, puts and ends."""
-        self._flights.depart(self.flight, lease.holder if lease else None, fetch)
+        self._flights.start_flight(self.flight, lease.holder if lease else None, fetch)
 
-    async def found(self) -> list[Entry] | None:
+    async def cached_entries(self) -> list[Entry] | None:
         """What the first on board finds in the cache. Raises FlightLost where it left without a look."""
-        while not (self.flight.over or self.flight.aloft):
-            await self.flight.moved()
-        if self.flight.lost and not self.flight.aloft:
+        while not (self.flight.done or self.flight.started):
+            await self.flight.wait_change()
+        if self.flight.abandoned and not self.flight.started:
             raise FlightLost
         return self.flight.entries
 
     async def head(self) -> dict[str, Any]:
         """What there is to know before the first part. Raises the flight's error, or FlightLost."""
         while self.flight.head is None:
-            if self.flight.over:
+            if self.flight.done:
                 self._raise()
-            await self.flight.moved()
+            await self.flight.wait_change()
         return self.flight.head
 
     async def parts(self) -> AsyncIterator[list[bytes]]:
         """All parts from the first on, as they come. Raises the flight's error, FlightLost, or TooSlow."""
         flight = self.flight
         while True:
-            if fresh := flight.since(self.taken):
+            if fresh := flight.parts_after(self.taken):
                 self.taken += len(fresh)
                 yield fresh
-                flight.took()
-            elif flight.over:
+                flight.on_taken()
+            elif flight.done:
                 break
             else:
-                await flight.moved()
+                await flight.wait_change()
         self._raise()
 
     def _raise(self) -> None:
-        if self.flight.lost:
+        if self.flight.abandoned:
             raise FlightLost
-        if self.flight.ending and self.flight.ending.error:
-            raise self.flight.ending.error.with_traceback(None)
+        if self.flight.result and self.flight.result.error:
+            raise self.flight.result.error.with_traceback(None)
 
 
 class SingleFlight:
@@ -348,12 +350,12 @@ class SingleFlight:
         follow. Raises ValueError for a URL with options that are not known."""
         self.limit = limit
         self._address = Address(url) if url else None
-        self._wire: Connection | None = None  # subscribed to this process's channel
-        self._me = secrets.token_hex(8)
+        self._connection: Connection | None = None  # subscribed to this process's channel
+        self._process_id = secrets.token_hex(8)
         self._number = 0
-        self._names: dict[str, Flight] = {}  # that can be boarded
-        self._led: dict[str, Flight] = {}  # by token: that others may ask for
-        self._followed: dict[str, Flight] = {}  # by the leader's token
+        self._joinable: dict[str, Flight] = {}  # that can be boarded
+        self._leading: dict[str, Flight] = {}  # by token: that others may ask for
+        self._following: dict[str, Flight] = {}  # by the leader's token
         self._dirty: set[Flight] = set()
         self._queue: list[Command] = []
         self._wake = asyncio.Event()
@@ -364,7 +366,7 @@ class SingleFlight:
     @property
     def connected(self) -> bool:
         """Whether other processes can be heard and asked."""
-        return self._wire is not None
+        return self._connection is not None
 
     async def start(self) -> None:
         if self._address:
@@ -375,14 +377,14 @@ class SingleFlight:
     async def stop(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain):
-                while heard := [flight for flight in self._led.values() if flight.listeners]:
-                    await heard[0].moved(0.1)
+                while heard := [flight for flight in self._leading.values() if flight.remote_subscribers]:
+                    await heard[0].wait_change(0.1)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._wire:
-            self._wire.close()
+        if self._connection:
+            self._connection.close()
 
     def _task(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -392,65 +394,65 @@ class SingleFlight:
 
     # ---- boarding
 
-    def board(self, name: str) -> Subscriber:
+    def join(self, name: str) -> Subscriber:
         """A seat in the flight of this name, in a new one where there is none; `first` says which. No name: alone."""
-        flight = self._names.get(name) if name else None
+        flight = self._joinable.get(name) if name else None
         if flight is not None:
             return Subscriber(self, flight, first=False)
         self._number += 1
-        flight = Flight(self, name, f"{self._me}.{self._number}")
+        flight = Flight(self, name, f"{self._process_id}.{self._number}")
         if name:
-            self._names[name] = self._led[flight.token] = flight
+            self._joinable[name] = self._leading[flight.token] = flight
         return Subscriber(self, flight, first=True)
 
     def aloft(self, name: str) -> Subscriber | None:
         """A seat in a flight of this name that is past its look into the cache; None: there is none."""
-        flight = self._names.get(name)
-        return Subscriber(self, flight, first=False) if flight is not None and flight.aloft else None
+        flight = self._joinable.get(name)
+        return Subscriber(self, flight, first=False) if flight is not None and flight.started else None
 
-    def depart(self, flight: Flight, holder: str | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
-        flight.aloft = True
+    def start_flight(self, flight: Flight, holder: str | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
+        flight.started = True
         if holder == "":  # it was stored while we looked
-            return flight.lose()
+            return flight.abandon()
         flight.task = self._task(self._fly(flight, holder, fetch))
-        return flight.move()
+        return flight.notify()
 
     def left(self, seat: Subscriber) -> None:
         """A seat is empty. The last one ends the flight, unless another process listens or is about to."""
         flight = seat.flight
-        if not flight.aloft:
+        if not flight.started:
             if seat.first:
-                flight.lose()  # before it was known what becomes of it: another one looks
-        elif not flight.over and not flight.seats and not flight.listeners:
-            if flight.leased:
+                flight.abandon()  # before it was known what becomes of it: another one looks
+        elif not flight.done and not flight.subscribers and not flight.remote_subscribers:
+            if flight.holds_lease:
                 asyncio.get_running_loop().call_later(GRACE_SECONDS, self._abandon, flight)
             else:
                 self._abandon(flight)
 
     def _abandon(self, flight: Flight) -> None:
-        if flight.task and not (flight.over or flight.seats or flight.listeners):
+        if flight.task and not (flight.done or flight.subscribers or flight.remote_subscribers):
             flight.task.cancel()
-            flight.lose()
+            flight.abandon()
 
     def close(self, flight: Flight) -> None:
         """Nobody can board any more: who asks for the same opens another flight."""
-        if self._names.get(flight.name) is flight:
-            del self._names[flight.name]
-            if flight.leased:
-                flight.leased = False
+        if self._joinable.get(flight.name) is flight:
+            del self._joinable[flight.name]
+            if flight.holds_lease:
+                flight.holds_lease = False
                 self._send("EVAL", _RELEASE, 1, LEASE + flight.name, flight.token)
 
     def ended(self, flight: Flight) -> None:
-        stored = flight.ending is not None and flight.ending.outcome == "stored"
+        stored = flight.result is not None and flight.result.outcome == "stored"
         if stored:
-            flight.leased = False  # runs out by itself: who looks finds the entry first, and spared a round trip
+            flight.holds_lease = False  # runs out by itself: who looks finds the entry first, and spared a round trip
         self.close(flight)
-        if flight.lost or flight.entries is not None:
-            for process in flight.listeners:
+        if flight.abandoned or flight.entries is not None:
+            for process in flight.remote_subscribers:
                 self._publish(process, {"k": "gone", "f": flight.token})
-            flight.listeners.clear()
-        if not flight.listeners:
-            self._led.pop(flight.token, None)
+            flight.remote_subscribers.clear()
+        if not flight.remote_subscribers:
+            self._leading.pop(flight.token, None)
 
     # ---- a flight's task
 
@@ -458,70 +460,73 @@ class SingleFlight:
         try:
             # 1. While another one leads: follow. Then the lease is whose question comes first.
             while holder is not None and holder != flight.token:
-                if not holder.startswith(f"{self._me}."):  # else a flight of ours that is over
+                if not holder.startswith(f"{self._process_id}."):  # else a flight of ours that is over
                     if not await self._follow(flight, holder):
                         holder = None  # redis is away, and nothing was given out: on alone
                         break
-                    if flight.over:
+                    if flight.done:
                         return
-                lease = Lease(flight, flight.looked_for, displaced=holder)
+                lease = Lease(flight, flight.lookup_names, displaced=holder)
                 replies = await self._ask(lease.command())
-                lease.heard(replies[0] if replies else None)
+                lease.on_reply(replies[0] if replies else None)
                 holder = lease.holder
                 if holder == "":
                     break  # its answer is in the cache
             # 2. Lead, where there is something to fetch.
             if holder != "":
-                flight.leased = holder == flight.token
+                flight.holds_lease = holder == flight.token
                 flight.renewed = time.monotonic()
                 await fetch(flight)
-            flight.lose()  # unless it ended, as it should
+            flight.abandon()  # unless it ended, as it should
         except asyncio.CancelledError:
-            flight.lose()
+            flight.abandon()
             raise
         except Exception as error:  # each seat raises it in its own request
             flight.end(error=error)
 
     async def _follow(self, flight: Flight, leader: str) -> bool:
         """Follow until the flight is over or its leader dead (True), or redis away before anything came (False)."""
-        self._followed[leader] = flight
-        flight.mirrored = True
-        flight.heard, flight.gone, flight.again = time.monotonic(), False, True
+        self._following[leader] = flight
+        flight.remote = True
+        flight.last_heard, flight.unknown_to_leader, flight.resync = time.monotonic(), False, True
         process = leader.partition(".")[0]
         try:
             while True:
-                said = {"k": "join", "f": leader, "p": self._me, "n": flight.count, "again": flight.again}
-                flight.again = False
+                said = {"k": "join", "f": leader, "p": self._process_id, "n": flight.count, "again": flight.resync}
+                flight.resync = False
                 beat = ("PUBLISH", CHANNEL + process, _message(said))
                 replies = await self._ask(("GET", LEASE + flight.name), beat)
                 asked = time.monotonic()
-                while not (flight.over or flight.gone or flight.again) and time.monotonic() < asked + BEAT_SECONDS:
-                    await flight.moved(asked + BEAT_SECONDS - time.monotonic())
-                silent = time.monotonic() - flight.heard
-                if flight.over:
+                while (
+                    not (flight.done or flight.unknown_to_leader or flight.resync)
+                    and time.monotonic() < asked + BEAT_SECONDS
+                ):
+                    await flight.wait_change(asked + BEAT_SECONDS - time.monotonic())
+                silent = time.monotonic() - flight.last_heard
+                if flight.done:
                     return True
-                if replies is None and not flight.begun:
+                if replies is None and not flight.has_head:
                     return False
-                dead = flight.gone or silent > (PATIENCE_SECONDS if replies is None else DEAF_SECONDS)
+                dead = flight.unknown_to_leader or silent > (PATIENCE_SECONDS if replies is None else DEAF_SECONDS)
                 if replies is not None and replies[0] != leader.encode() and silent > SILENCE_SECONDS:
                     dead = True
                 if dead:
-                    if flight.begun:  # what was given out is another answer's beginning
-                        flight.lose()
+                    if flight.has_head:  # what was given out is another answer's beginning
+                        flight.abandon()
                     return True
         finally:
-            self._followed.pop(leader, None)
-            flight.mirrored = False
-            self._publish(process, {"k": "leave", "f": leader, "p": self._me})
+            self._following.pop(leader, None)
+            flight.remote = False
+            self._publish(process, {"k": "leave", "f": leader, "p": self._process_id})
 
     # ---- the line to the others
 
     async def _ask(self, *commands: Command) -> list[Any] | None:
         """The replies of one round trip, an error as None; None where redis does not answer."""
-        if self._wire is None:
+        if self._connection is None:
             return None
         try:
-            batch = await self._wire.ask(commands)
+            batch = await self._connection.execute(commands)
         except (TimeoutError, ConnectionError):
             self._on_error("flight")
             return None
@@ -529,7 +534,7 @@ class SingleFlight:
 
     def _send(self, *command: Any) -> None:
         """One command whose reply nobody needs."""
-        if self._wire is not None:
+        if self._connection is not None:
             self._queue.append(command)
             self._wake.set()
 
@@ -550,9 +555,9 @@ class SingleFlight:
             sent: list[tuple[Flight, str, _Listener, int]] = []
             flights, self._dirty = self._dirty, set()
             for flight in flights:
-                for process, listener in flight.listeners.items():
+                for process, listener in flight.remote_subscribers.items():
                     news = self._news(flight, listener)
-                    if not news and now - listener.told > BEAT_SECONDS / 2:
+                    if not news and now - listener.last_told > BEAT_SECONDS / 2:
                         said = {"k": "ping", "f": flight.token, "n": min(listener.sent, flight.count)}
                         news = [(_message(said), listener.sent)]
                     for message, upto in news:
@@ -566,8 +571,8 @@ class SingleFlight:
                 continue
             receivers = replies[len(commands) - len(sent) :]
             for (flight, process, listener, upto), heard_by in zip(sent, receivers, strict=True):
-                listener.told = now
-                if not heard_by and flight.listeners.get(process) is listener:
+                listener.last_told = now
+                if not heard_by and flight.remote_subscribers.get(process) is listener:
                     self._gone(flight, process)
                 elif listener.sent < upto:
                     listener.sent = upto
@@ -576,10 +581,10 @@ class SingleFlight:
         """Messages with what this listener does not have yet, and how far each of them brings it."""
         made: list[tuple[bytes, int]] = []
         at = listener.sent
-        if flight.head is None and flight.ending is None:
+        if flight.head is None and flight.result is None:
             return made
         try:
-            parts = flight.since(at) if at <= flight.count else []
+            parts = flight.parts_after(at) if at <= flight.count else []
         except SlowReader:
             parts = [b""] * (self.limit + 1)
         if any(len(part) > self.limit for part in parts):
@@ -596,19 +601,19 @@ class SingleFlight:
             made.append((_message(said, parts[:count]), at + count))
             at += count
             parts = parts[count:]
-        if flight.ending is not None and at == flight.count:
-            said = {"k": "end", "f": flight.token, "n": at, "e": flight.ending.wire()}
+        if flight.result is not None and at == flight.count:
+            said = {"k": "end", "f": flight.token, "n": at, "e": flight.result.wire()}
             made.append((_message(said), at + 1))
         return made
 
     def _gone(self, flight: Flight, process: str) -> None:
         """Another process does not listen any more."""
-        if flight.listeners.pop(process, None) is None:
+        if flight.remote_subscribers.pop(process, None) is None:
             return
-        if flight.over:
-            if not flight.listeners:
-                self._led.pop(flight.token, None)
-        elif not flight.seats and not flight.listeners:
+        if flight.done:
+            if not flight.remote_subscribers:
+                self._leading.pop(flight.token, None)
+        elif not flight.subscribers and not flight.remote_subscribers:
             asyncio.get_running_loop().call_later(GRACE_SECONDS, self._abandon, flight)
 
     async def _tick(self, address: Address) -> None:
@@ -616,17 +621,17 @@ class SingleFlight:
         lost connection is made anew."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            if self._wire is None:
+            if self._connection is None:
                 await self._connect(address)
             now = time.monotonic()
-            for flight in list(self._led.values()):
-                if flight.leased and now - flight.renewed > 2 * BEAT_SECONDS:
+            for flight in list(self._leading.values()):
+                if flight.holds_lease and now - flight.renewed > 2 * BEAT_SECONDS:
                     flight.renewed = now
                     self._send("EVAL", _RENEW, 1, LEASE + flight.name, flight.token, int(LEASE_SECONDS * 1000))
-                for process, listener in list(flight.listeners.items()):
-                    if now - listener.heard > DEAF_SECONDS:
+                for process, listener in list(flight.remote_subscribers.items()):
+                    if now - listener.last_heard > DEAF_SECONDS:
                         self._gone(flight, process)
-                if flight.listeners:
+                if flight.remote_subscribers:
                     self.dirty(flight)
             if self._queue or self._dirty:
                 self._wake.set()
@@ -635,18 +640,18 @@ class SingleFlight:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 wire = await address.connect(lambda: Connection(TIMEOUT_SECONDS, self._pushed, self._lost))
-                wire.tell(("SUBSCRIBE", CHANNEL + self._me))
-                await wire.ask([("PING",)])
+                wire.send(("SUBSCRIBE", CHANNEL + self._process_id))
+                await wire.execute([("PING",)])
         except (OSError, TimeoutError, CommandError):
             self._on_error("flight")
             return
-        self._wire = wire
-        for flight in self._followed.values():  # what was said meanwhile was missed
-            flight.again = True
-            flight.move()
+        self._connection = wire
+        for flight in self._following.values():  # what was said meanwhile was missed
+            flight.resync = True
+            flight.notify()
 
     def _lost(self, _: str) -> None:
-        self._wire = None
+        self._connection = None
 
     def _pushed(self, message: list[Any]) -> None:
         if message[0] == b"message":
@@ -659,16 +664,16 @@ class SingleFlight:
         kind, token = said["k"], said["f"]
         if kind in {"join", "leave"}:
             return self._asked(kind, token, said)
-        flight = self._followed.get(token)
+        flight = self._following.get(token)
         if flight is None:
             return None
-        flight.heard = time.monotonic()
+        flight.last_heard = time.monotonic()
         if kind == "gone":
-            flight.gone = True
+            flight.unknown_to_leader = True
         elif said["n"] > flight.count:
-            flight.again = True
+            flight.resync = True
         elif kind == "end":
-            flight.ending = FlightResult.read(said["e"])
+            flight.result = FlightResult.read(said["e"])
             self.ended(flight)
         elif kind == "parts":
             if flight.head is None:
@@ -676,13 +681,13 @@ class SingleFlight:
             at, known = 0, flight.count - said["n"]  # the first ones, where it was sent again
             for place, size in enumerate(said["z"]):
                 if place >= known:
-                    flight.feed(rest[at : at + size])
+                    flight.append_remote(rest[at : at + size])
                 at += size
-        flight.move()
+        flight.notify()
         return None
 
     def _asked(self, kind: str, token: str, said: dict[str, Any]) -> None:
-        flight, process = self._led.get(token), said["p"]
+        flight, process = self._leading.get(token), said["p"]
         if flight is None:
             if kind == "join":
                 self._publish(process, {"k": "gone", "f": token})
@@ -690,10 +695,10 @@ class SingleFlight:
         if kind == "leave":
             self._gone(flight, process)
             return
-        listener = flight.listeners.get(process)
+        listener = flight.remote_subscribers.get(process)
         if listener is None or said["again"]:
-            listener = flight.listeners[process] = _Listener(min(int(said["n"]), flight.count), 0.0)
-        listener.heard = time.monotonic()
+            listener = flight.remote_subscribers[process] = _Listener(min(int(said["n"]), flight.count), 0.0)
+        listener.last_heard = time.monotonic()
         self.dirty(flight)
 
 

@@ -110,9 +110,9 @@ class PipelinedCommand(Protocol):
     def command(self, whole: bool = False) -> tuple[Any, ...]:
         """One command. `whole`: redis does not know the script of the other form."""
 
-    def heard(self, reply: Any) -> None: ...
+    def on_reply(self, reply: Any) -> None: ...
 
-    def unheard(self) -> None:
+    def on_failure(self) -> None:
         """Redis cannot be asked, or refused the command."""
 
 
@@ -182,18 +182,18 @@ class Cache:
         self._on_error = on_error
         self._on_time = on_time
         self._address = Address(url)
-        self._wire: Connection | None = None
+        self._connection: Connection | None = None
         self._detail = ""
         self._watcher: asyncio.Task[None] | None = None
-        self._near = LocalCache(near_bytes)
-        self._told = False  # redis tells of changed entries
+        self._local = LocalCache(near_bytes)
+        self._tracking = False  # redis tells of changed entries
         self._confirmed = float("-inf")  # time.monotonic() when the last question that redis answered was sent
         self._epochs: dict[str, str] = {}
-        self._stamps: dict[tuple[str, str], str] = {}
+        self._epoch_cache: dict[tuple[str, str], str] = {}
 
     @property
     def up(self) -> bool:
-        return self._wire is not None
+        return self._connection is not None
 
     async def start(self) -> None:
         await self._connect("start")
@@ -203,33 +203,33 @@ class Cache:
         if self._watcher:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        if self._wire:
-            self._wire.close()
+        if self._connection:
+            self._connection.close()
 
     # ---- entries
 
-    def stamp(self, tenant: str, model: str) -> str:
+    def epoch(self, tenant: str, model: str) -> str:
         """The epoch of this tenant's answers of this model. Taken when a request begins, and stored with its answer."""
-        stamp = self._stamps.get((tenant, model))
+        stamp = self._epoch_cache.get((tenant, model))
         if stamp is None:
-            if len(self._stamps) >= MOST_STAMPS:
-                self._stamps.clear()
+            if len(self._epoch_cache) >= MOST_STAMPS:
+                self._epoch_cache.clear()
             scopes = (scope(None, None), scope(tenant, None), scope(None, model), scope(tenant, model))
-            stamp = self._stamps[tenant, model] = ".".join(self._epochs.get(each, "") for each in scopes)
+            stamp = self._epoch_cache[tenant, model] = ".".join(self._epochs.get(each, "") for each in scopes)
         return stamp
 
-    def near(self, key: str, stamp: str, now: float) -> Entry | None:
+    def get_local(self, key: str, stamp: str, now: float) -> Entry | None:
         """What this process itself holds, and may give out without asking redis. `now`: time.time()."""
         if time.monotonic() - self._confirmed > TRUSTED_SECONDS:
             return None
-        return _alive(self._near.get(key), stamp, now)
+        return _alive(self._local.get(key), stamp, now)
 
-    def grew(self, key: str, entry: Entry, size: int) -> None:
+    def resize(self, key: str, entry: Entry, size: int) -> None:
         """`entry` has become so many bytes heavier, by a form of it that was made once for all."""
-        if self._near.get(key) is entry:
-            self._near.drop(key)
+        if self._local.get(key) is entry:
+            self._local.drop(key)
             entry.weight += size
-            self._near.put(key, entry)
+            self._local.put(key, entry)
 
     async def read(self, keys: Sequence[str], *asks: PipelinedCommand, stamp: str = "") -> list[Entry | None] | None:
         """An entry or None for each key; None for all when redis cannot be asked. What is no entry counts as none.
@@ -237,11 +237,11 @@ class Cache:
         One round trip for the keys that are not near and for `asks`, which may raise ProxyErrors.
         """
         now = time.time()
-        found = [self.near(key, stamp, now) for key in keys]
+        found = [self.get_local(key, stamp, now) for key in keys]
         missing = [place for place, entry in enumerate(found) if entry is None]
-        if self._wire is None:
+        if self._connection is None:
             for ask in asks:
-                ask.unheard()
+                ask.on_failure()
             return None
         if not missing and not asks:
             return found
@@ -252,11 +252,11 @@ class Cache:
         batch = await self._ask(commands, "read")
         if batch is None:
             for ask in asks:
-                ask.unheard()
+                ask.on_failure()
             return None
         await self._hear(asks, batch.replies)
         raws = self._raws(commands[len(asks) :], batch.replies[len(asks) :])
-        now, fresh = time.time(), self._wire is not None and batch.pushes == self._wire.pushes
+        now, fresh = time.time(), self._connection is not None and batch.pushes == self._connection.pushes
         for place, raw in zip(missing, raws, strict=True):
             entry = found[place] = _alive(Entry.unpack(raw), stamp, now)
             if entry is not None and fresh:
@@ -292,14 +292,14 @@ class Cache:
                 self._on_error("write")
                 log.warning("redis refused an entry: %s", str(refused[0]).partition(" ")[0])
                 return "redis"
-            if self._wire is not None and batch.pushes == self._wire.pushes:
+            if self._connection is not None and batch.pushes == self._connection.pushes:
                 for key, entry, _ in fit:
                     self._keep(key, entry)
         return "size" if len(fit) < len(packed) else None
 
     def _keep(self, key: str, entry: Entry) -> None:
-        if self._told and entry.weight <= self._near.limit:
-            self._near.put(key, entry)
+        if self._tracking and entry.weight <= self._local.limit:
+            self._local.put(key, entry)
 
     async def _hear(self, asks: Sequence[PipelinedCommand], replies: Sequence[Any]) -> None:
         """Raises the first refusal when all have heard theirs: the others may hold something by now."""
@@ -311,12 +311,12 @@ class Cache:
                 reply = batch.replies[0] if batch else None
             try:
                 if reply is not None and not isinstance(reply, CommandError):
-                    ask.heard(reply)
+                    ask.on_reply(reply)
                     continue
                 if reply is not None:
                     self._on_error("script")
                     log.warning("redis refused a script: %s", str(reply).partition(" ")[0])
-                ask.unheard()
+                ask.on_failure()
             except ProxyError as error:
                 refusal = refusal or error
         if refusal is not None:
@@ -324,11 +324,11 @@ class Cache:
 
     async def _ask(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
         """None where redis cannot be asked, or not in time."""
-        if self._wire is None:
+        if self._connection is None:
             return None
         began = time.perf_counter()
         try:
-            return await self._wire.ask(commands)
+            return await self._connection.execute(commands)
         except (TimeoutError, ConnectionError):
             self._on_error(operation)
             return None
@@ -350,21 +350,21 @@ class Cache:
     def _learn(self, epochs: dict[str, str]) -> None:
         if epochs != self._epochs:
             self._epochs = epochs
-            self._stamps.clear()
+            self._epoch_cache.clear()
 
     # ---- the connection
 
     def _pushed(self, message: list[Any]) -> None:
         """Redis's own message: these keys have changed; None: all."""
         if message[0] == b"invalidate" and message[1] is None:
-            self._near.clear()
+            self._local.clear()
         for name in (message[1] or ()) if message[0] == b"invalidate" else ():
-            self._near.drop(name[len(PREFIX) :].decode("ascii", "replace"))
+            self._local.drop(name[len(PREFIX) :].decode("ascii", "replace"))
 
     def _lost(self, why: str) -> None:
         """What changes from here on is not heard of: nothing that is near counts any more."""
-        self._wire = None
-        self._near.clear()
+        self._connection = None
+        self._local.clear()
         self._confirmed = float("-inf")
         self._detail = f"{why}; answers are not cached until it is back (make logs, or PROXY_REDIS_URL)"
         log.warning("redis is down: %s", why)
@@ -375,7 +375,9 @@ class Cache:
                 wire = await self._address.connect(lambda: Connection(PROBE_TIMEOUT, self._pushed, self._lost))
                 tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
                 sent = time.monotonic()
-                batch = await wire.ask([tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)])
+                batch = await wire.execute(
+                    [tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)]
+                )
         except (OSError, TimeoutError, CommandError) as error:
             self._on_error(operation)
             why = "no answer in time" if isinstance(error, TimeoutError) else "no connection"
@@ -383,18 +385,18 @@ class Cache:
             if not self._detail:
                 self._lost(why)
             return
-        wire.settle(self._timeout)
-        self._told = not isinstance(batch.replies[0], CommandError)
+        wire.set_timeout(self._timeout)
+        self._tracking = not isinstance(batch.replies[0], CommandError)
         if self._detail:
             log.warning("redis is back")
-        self._wire, self._detail = wire, ""
+        self._connection, self._detail = wire, ""
         self._hear_epochs(batch.replies[2], sent)
 
     async def _watch(self) -> None:
         """Look at redis all the time: for new epochs while it is there, for itself while it is not."""
         tries = 0
         while True:
-            if self._wire is None:
+            if self._connection is None:
                 await asyncio.sleep(PROBE_SECONDS[min(tries, len(PROBE_SECONDS) - 1)])
                 tries += 1
                 await self._connect("probe")
@@ -438,7 +440,7 @@ def scope(tenant: str | None, model: str | None) -> str:
 
 def _alive(entry: Entry | None, stamp: str, now: float) -> Entry | None:
     """The entry, unless it is of an older epoch or past all use. It may be stale: its age says so."""
-    if entry is None or entry.stamp != stamp or entry.age(now) >= entry.ttl + entry.grace:
+    if entry is None or entry.epoch != stamp or entry.age(now) >= entry.ttl + entry.grace:
         return None
     return entry
 
@@ -454,17 +456,17 @@ class NoCache:
 
     async def stop(self) -> None: ...
 
-    def stamp(self, tenant: str, model: str) -> str:
+    def epoch(self, tenant: str, model: str) -> str:
         return ""
 
-    def near(self, key: str, stamp: str, now: float) -> Entry | None:
+    def get_local(self, key: str, stamp: str, now: float) -> Entry | None:
         return None
 
-    def grew(self, key: str, entry: Entry, size: int) -> None: ...
+    def resize(self, key: str, entry: Entry, size: int) -> None: ...
 
     async def read(self, keys: Sequence[str], *asks: PipelinedCommand, stamp: str = "") -> list[Entry | None] | None:
         for ask in asks:
-            ask.unheard()
+            ask.on_failure()
         return None
 
     async def write(self, entries: Mapping[str, Entry]) -> str | None:

@@ -70,7 +70,7 @@ class Part(Protocol):
 class Doorkeeper(Part, Protocol):
     """keys.Keys as the application sees it."""
 
-    async def identify(self, headers: Mapping[str, str]) -> Identity:
+    async def authenticate(self, headers: Mapping[str, str]) -> Identity:
         """Who asks. Raises KeyRefused and KeysUnavailable."""
 
     def is_admin(self, headers: Mapping[str, str]) -> bool: ...
@@ -92,40 +92,40 @@ class Response:
         """`headers`: those of every answer to this request, `x-request-id` among them."""
         self._send = send
         self.headers = headers
-        self.account = RequestRecord()
-        self.began = time.perf_counter()
+        self.record = RequestRecord()
+        self.started_at = time.perf_counter()
         self.status = 0
         self.started = False
         self.ended = False
 
-    async def whole(self, body: bytes, headers: Mapping[str, str], content_type: str = JSON, status: int = 200) -> None:
+    async def send(self, body: bytes, headers: Mapping[str, str], content_type: str = JSON, status: int = 200) -> None:
         await self._start(status, {"content-type": content_type, "content-length": str(len(body)), **headers})
         self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
-    async def ready(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         self.started, self.status = True, 200
         own = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers + own})
         self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
-    async def head(self, headers: Mapping[str, str]) -> None:
+    async def start_stream(self, headers: Mapping[str, str]) -> None:
         # x-accel-buffering: a reverse proxy in front must not hold events back.
         await self._start(200, {"content-type": SSE, "cache-control": "no-store", "x-accel-buffering": "no", **headers})
 
-    async def piece(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         self.ended = True
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def parts(self, headers: Mapping[str, str], content_type: str, parts: AsyncIterator[bytes]) -> None:
+    async def send_chunks(self, headers: Mapping[str, str], content_type: str, parts: AsyncIterator[bytes]) -> None:
         """A body that is not held in memory; `headers` say its length."""
         await self._start(200, {"content-type": content_type, **headers})
         async for part in parts:
-            await self.piece(part)
+            await self.write(part)
         await self.end()
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
@@ -182,15 +182,15 @@ class App:
         """
         self._settings = settings
         self._keys = keys or NoKeys()
-        self._local = local = ModelList(upstreams, settings.model_poll_seconds)
+        self._model_list = local = ModelList(upstreams, settings.model_poll_seconds)
         self._cache, self._upstreams, self._routes = cache, upstreams, routes
         self._metrics = metrics
-        self._journal = AccessLog()
+        self._access_log = AccessLog()
         self._reports = dict(reports or {})
         self._trace = trace
         metrics.watch(self._gauges)
         tally = Reconciliation(self._ask_model, lambda outcome: metrics.count("reconciled", outcome))
-        self._exchange = Executor(
+        self._executor = Executor(
             settings, cache, upstreams, routes, local, limits=limits, ledger=ledger, flights=flights, tally=tally
         )
         self._parts: list[Part] = [upstreams, cache, local, self._keys, *parts, tally, *([flights] if flights else [])]
@@ -202,16 +202,16 @@ class App:
             ("GET", "/v1/models"): self._models,
         }
         self._folders: dict[tuple[str, str], Page] = {("GET", "/v1/models/"): self._model}  # and all below
-        self._pages |= CachePages(self._exchange, cache, self._keys).pages()
+        self._pages |= CachePages(self._executor, cache, self._keys).pages()
         for (method, place), page in (pages or {}).items():
             (self._folders if place.endswith("/") else self._pages)[method, place] = page
         self.begun = self.ended = 0  # requests to the exchange: batches stand behind them
         if batches is not None:
-            pages, folders = batches.serve(self._exchange, self)
+            pages, folders = batches.serve(self._executor, self)
             self._pages |= pages
             self._folders |= folders
             self._parts.append(batches)
-        self._welcome: set[str] = set()  # `host` headers that were found good
+        self._accepted_hosts: set[str] = set()  # `host` headers that were found good
         self._hosts = LOOPBACK | {"proxy"} | set(settings.allowed_hosts)
         self._started = time.time()
 
@@ -230,7 +230,7 @@ class App:
                 await part.start()
             await send({"type": "lifespan.startup.complete"})
             await receive()
-        self._journal.flush()
+        self._access_log.flush()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -250,7 +250,7 @@ class App:
         if self.draining:
             always["connection"] = "close"
         out = Response(send, always)
-        account = out.account
+        account = out.record
         path: str = scope["path"]
         status = 0
         try:
@@ -260,7 +260,7 @@ class App:
             status = out.status or 499
         except ProxyError as error:
             status, account.error = error.status, error.code or error.type
-            await out.whole(error.body(), error.headers, status=status)
+            await out.send(error.body(), error.headers, status=status)
         except asyncio.CancelledError:
             status, account.error = 499, "cancelled"
             raise
@@ -272,12 +272,12 @@ class App:
             with suppress(TimeoutError):
                 async with asyncio.timeout(STALLED_CLIENT_SECONDS):
                     if not out.started:
-                        await out.whole(fault.body(), {}, status=500)
+                        await out.send(fault.body(), {}, status=500)
                     elif not out.ended:
-                        await out.piece(b"data: " + fault.body() + b"\n\n")
+                        await out.write(b"data: " + fault.body() + b"\n\n")
                         await out.end()
         finally:
-            self.tell(path, request_id, account, status, time.perf_counter() - out.began)
+            self.tell(path, request_id, account, status, time.perf_counter() - out.started_at)
 
     async def _dispatch(self, scope: Message, headers: Mapping[str, str], receive: Receive, out: Response) -> None:
         method, path = scope["method"], scope["path"]
@@ -287,11 +287,11 @@ class App:
         if method == "OPTIONS" and headers.get("origin") and not path.startswith(OPERATOR):
             allow = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
             allow["access-control-allow-headers"] = headers.get("access-control-request-headers", "content-type")
-            return await out.whole(b"", allow)
+            return await out.send(b"", allow)
         # 2. What lies here, and whose request it is.
         page = None if path in ENDPOINTS else self._page(method, path)
         keyed = path.startswith(KEYED) and not (path == FLUSH and self._keys.is_admin(headers))
-        identity = await self._keys.identify(headers) if keyed else LOCAL
+        identity = await self._keys.authenticate(headers) if keyed else LOCAL
         if page is not None:
             visit = PageRequest(
                 method, path, scope["query_string"], headers, identity, lambda: self._body(headers, receive), receive
@@ -304,50 +304,50 @@ class App:
                 "The body must be application/json, and the header `content-type` must say so."
             )
         # 3. What is asked.
-        due = _due(headers[DEADLINE], out.began) if DEADLINE in headers else None
+        due = _due(headers[DEADLINE], out.started_at) if DEADLINE in headers else None
         raw = await self._body(headers, receive, due)
         plain = "cache-control" not in headers and "x-cache-sampled" not in headers
-        known = self._exchange.ways.recall(identity.tenant, path, raw) if plain else None
+        known = self._executor.planner.cached_plan(identity.tenant, path, raw) if plain else None
         call = RequestContext(
             identity=identity,
             endpoint=path,
             raw=raw,
             body=canonical.parse(raw) if known is None else known.body,
             request_id=out.headers["x-request-id"],
-            wishes=CacheControl.read(headers.get("cache-control", "")),
+            cache_control=CacheControl.read(headers.get("cache-control", "")),
             store_sampled=headers.get("x-cache-sampled", "").lower() == "true",
-            started=out.began,
-            account=out.account,
-            known=known,
-            plain=plain,
-            due=due,
+            started=out.started_at,
+            record=out.record,
+            cached_plan=known,
+            plan_cacheable=plain,
+            caller_deadline=due,
         )
-        if await self._exchange.near(call, out):
+        if await self._executor.serve_local_hit(call, out):
             return None
         # 4. Answer it, unless the caller leaves first.
         self.begun += 1
         watch = DisconnectWatch(receive, out)
         gone = asyncio.ensure_future(watch.run())
         try:
-            await self._exchange.answer(call, out)
+            await self._executor.answer(call, out)
         except asyncio.CancelledError:
             if not watch.left or watch.task.uncancel():  # somebody else ends it
                 raise
-            out.account.error = "client_gone"
+            out.record.error = "client_gone"
         finally:
             self.ended += 1
             gone.cancel()
 
     def _check_caller(self, headers: Mapping[str, str]) -> None:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if origin is None and host in self._welcome:
+        if origin is None and host in self._accepted_hosts:
             return
         name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts and "*" not in self._hosts:
             raise errors.HostNotAllowed("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
         if origin is None:
-            if len(self._welcome) < MOST_HOSTS:
-                self._welcome.add(host)
+            if len(self._accepted_hosts) < MOST_HOSTS:
+                self._accepted_hosts.add(host)
             return
         allowed = self._settings.allowed_origins
         if origin.lower() not in allowed and "*" not in allowed and origin.lower().partition("://")[2] != host:
@@ -378,7 +378,7 @@ class App:
             raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
 
     async def _ask_model(self, path: str, limit: float) -> tuple[int, Any]:
-        return await self._upstreams.local.get(path, limit)
+        return await self._upstreams.model_service.get_json(path, limit)
 
     # ---- pages
 
@@ -397,19 +397,19 @@ class App:
         raise errors.MethodNotAllowed(f"{path[:200]} takes {', '.join(takes)}.", headers={"allow": ", ".join(takes)})
 
     async def _health(self, _: PageRequest, out: Response) -> None:
-        await out.whole(b'{"status":"ok"}', {})
+        await out.send(b'{"status":"ok"}', {})
 
     async def _ready(self, _: PageRequest, out: Response) -> None:
-        model = await self._local.ready()
+        model = await self._model_list.ready()
         ready = model["state"] == "up"
         if self.draining:
             ready, model = False, model | {"state": "draining"}
         word = ("ready" if self._cache.up or not self._cache.enabled else "degraded") if ready else model["state"]
         said = {"status": word, "model": model["state"], "redis": "up" if self._cache.up else "down"}
-        await out.whole(orjson.dumps(said), {}, status=200 if ready else 503)
+        await out.send(orjson.dumps(said), {}, status=200 if ready else 503)
 
     async def _status(self, _: PageRequest, out: Response) -> None:
-        model, redis = await asyncio.gather(self._local.ready(), self._cache.report())
+        model, redis = await asyncio.gather(self._model_list.ready(), self._cache.report())
         entries = redis.pop("entries", None)
         hits, misses = self._metrics.totals()
         cache = {"enabled": self._cache.enabled, "hits": hits, "misses": misses}
@@ -418,7 +418,7 @@ class App:
                 "version": __version__,
                 "python": platform.python_version(),
                 "started": int(self._started),
-                "upstreams": self._upstreams.report(),
+                "upstreams": self._upstreams.status(),
                 "draining": self.draining,
                 **{name: report() for name, report in self._reports.items()},
             },
@@ -426,15 +426,15 @@ class App:
             "model": model,
             "cache": cache if entries is None else cache | {"entries": entries},
         }
-        await out.whole(orjson.dumps(said), {})
+        await out.send(orjson.dumps(said), {})
 
     async def _metrics_page(self, visit: PageRequest, out: Response) -> None:
         page, form = self._metrics.page(visit.headers.get("accept", ""))
-        await out.whole(page, {}, form)
+        await out.send(page, {}, form)
 
     def _listed(self, who: Identity) -> dict[str, dict[str, Any]]:
         """The names that `who` may use."""
-        local = self._local.entries
+        local = self._model_list.entries
         aliases = self._routes.aliases(local)
         every = {**local, **{name: {**local[model], "id": name, "alias_of": model} for name, model in aliases.items()}}
         if who.models is None:
@@ -442,7 +442,7 @@ class App:
         return {name: each for name, each in every.items() if who.allows(name, each.get("alias_of", name))}
 
     async def _models(self, visit: PageRequest, out: Response) -> None:
-        await out.whole(orjson.dumps({"object": "list", "data": list(self._listed(visit.identity).values())}), {})
+        await out.send(orjson.dumps({"object": "list", "data": list(self._listed(visit.identity).values())}), {})
 
     async def _model(self, visit: PageRequest, out: Response) -> None:
         name = visit.path.removeprefix("/v1/models/")
@@ -450,16 +450,16 @@ class App:
         if entry is None and not visit.identity.allows(name):
             raise errors.ModelNotAllowed(f"This key is not for the model `{name[:200]}`.", param="model")
         if entry is None:
-            self._routes.resolve(name, self._local.entries)  # says why not, or that an upstream takes the name
+            self._routes.resolve(name, self._model_list.entries)  # says why not, or that an upstream takes the name
             raise errors.ModelNotFound(f"`{name[:200]}` goes to an upstream, which is not asked for its list.", name)
-        await out.whole(orjson.dumps(entry), {})
+        await out.send(orjson.dumps(entry), {})
 
     def _gauges(self) -> dict[str, dict[tuple[str, ...], float]]:
         return {
             "in_flight": {(): float(self.begun - self.ended)},
             "draining": {(): float(self.draining)},
             "redis_up": {(): float(self._cache.up)} if self._cache.enabled else {},
-            "breaker_open": {(name,): float(is_open) for name, is_open in self._upstreams.breakers().items()},
+            "breaker_open": {(name,): float(is_open) for name, is_open in self._upstreams.breaker_states().items()},
         }
 
     # ---- the record of a request
@@ -471,7 +471,7 @@ class App:
             self._trace(route, account, status, seconds, request_id)
         if route in QUIET and status < 400:
             return
-        self._journal.tell(route, request_id, account, status, seconds)
+        self._access_log.write(route, request_id, account, status, seconds)
 
 
 def _due(given: str, began: float) -> float:

@@ -75,10 +75,10 @@ class NoKeys:
 
     async def stop(self) -> None: ...
 
-    async def identify(self, headers: Mapping[str, str]) -> Identity:
+    async def authenticate(self, headers: Mapping[str, str]) -> Identity:
         return LOCAL
 
-    async def holder(self, key_id: str) -> Identity:
+    async def identity_of(self, key_id: str) -> Identity:
         raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
@@ -126,7 +126,7 @@ class Authenticator:
             return False
         return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._admin)
 
-    async def identify(self, headers: Mapping[str, str]) -> Identity:
+    async def authenticate(self, headers: Mapping[str, str]) -> Identity:
         """Who asks. Raises KeyRefused, or KeysUnavailable for an unknown key while redis is down."""
         secret = _bearer(headers)
         if secret is None:
@@ -148,7 +148,7 @@ class Authenticator:
             asked.add_done_callback(lambda done: (self._asked.pop(digest), done.exception()))
         return await asyncio.shield(asked)
 
-    async def holder(self, key_id: str) -> Identity:
+    async def identity_of(self, key_id: str) -> Identity:
         """Who holds this key, as redis has it now: for work that goes on without its caller.
 
         Raises KeyRefused for a key that is gone, KeysUnavailable while redis is down.

@@ -61,7 +61,7 @@ Without a member: one that redis has heard of as over, and what it used was not 
 class Unbooked(Protocol):
     """The ledger as the limits see it."""
 
-    def unbooked(self, key_id: str) -> int:
+    def unflushed_cost(self, key_id: str) -> int:
         """Pico-dollars that are not in redis yet."""
 
 
@@ -82,19 +82,19 @@ class Admission:
 
     def command(self, whole: bool = False) -> tuple[Any, ...]:
         if self._carried is None:
-            self._carried = self._limits.carry(self.identity)
+            self._carried = self._limits.take_finished(self.identity)
         return self._limits.command(self.identity, self._carried, whole, self)
 
-    def heard(self, reply: Any) -> None:
+    def on_reply(self, reply: Any) -> None:
         """Raises LimitReached and BudgetSpent."""
         try:
             verdict, now, wait, *left = (int(each) for each in reply)
             requests, requests_full, tokens, tokens_full = left
         except (TypeError, ValueError):
-            return self.unheard()
+            return self.on_failure()
         self._carried = None
         limits, who, headers = self._limits, self.identity, self.headers
-        limits.answers(now)
+        limits.mark_up(now)
         if who.rpm is not None:
             headers["x-ratelimit-limit-requests"] = str(who.rpm)
             headers["x-ratelimit-remaining-requests"] = str(requests)
@@ -109,16 +109,16 @@ class Admission:
             raise _refusal(self, verdict, wait=wait, now=now, left=tokens)
         if self.member:
             self._at = now
-            limits.runs(self)
+            limits.track(self)
         return None
 
-    def unheard(self) -> None:
+    def on_failure(self) -> None:
         """Raises LimitsUnavailable where that is what the operator wants."""
         limits = self._limits
-        limits.take_back(self.identity, self._carried or [])
+        limits.restore_finished(self.identity, self._carried or [])
         self._carried = None
         self._at = _UNKNOWN  # redis may have admitted it all the same
-        limits.silent()
+        limits.mark_down()
         self.headers["x-lab-limits"] = limits.when_down
         if limits.when_down == "closed":
             raise LimitsUnavailable(
@@ -133,12 +133,12 @@ class Admission:
         self._over = True
         if self._at:
             self._used = tokens
-            self._limits.ended(self, (self.member, tokens, self.reserved, self._at))
+            self._limits.release(self, (self.member, tokens, self.reserved, self._at))
 
     def correct(self, tokens: int) -> None:
         """A request that is over really used so many tokens. Before its end it changes nothing."""
         if self._over and self._at and tokens != self._used and self.identity.tpm is not None:
-            self._limits.corrected(self, ("", tokens, self._used, self._at))
+            self._limits.add_correction(self, ("", tokens, self._used, self._at))
             self._used = tokens
 
 
@@ -179,8 +179,8 @@ class Limits:
         self._up = True
         self._worker = secrets.token_hex(6)
         self._numbers = itertools.count(1)
-        self._over: dict[Identity, list[Ended]] = {}  # what redis has not heard of
-        self._untold = 0
+        self._finished: dict[Identity, list[Ended]] = {}  # what redis has not heard of
+        self._unsent = 0
         self._running: dict[str, Admission] = {}
         self._skew = 0.0  # seconds that redis's clock is ahead
         self._some, self._soon = asyncio.Event(), asyncio.Event()
@@ -227,8 +227,8 @@ class Limits:
             async with asyncio.timeout(self._timeout):
                 reply = await self._redis.execute_command(*admission.command(whole=True))  # type: ignore[no-untyped-call]
         except FAULTS:
-            return admission.unheard()
-        return admission.heard(reply)
+            return admission.on_failure()
+        return admission.on_reply(reply)
 
     # ---- what an admission tells
 
@@ -247,53 +247,53 @@ class Limits:
             *((0, 0, "") if claim is None else (claim.reserved, claim.cost, claim.member)),
             SLOT_SECONDS,
             f"day:{datetime.now(UTC).date().isoformat()}" if who.budget_day is not None else "-",
-            self._ledger.unbooked(who.key_id or ""),
+            self._ledger.unflushed_cost(who.key_id or ""),
             *itertools.chain.from_iterable(over),
         )
 
-    def carry(self, who: Identity) -> list[Ended]:
+    def take_finished(self, who: Identity) -> list[Ended]:
         """What is over of this key: it rides along with the next question."""
-        taken = self._over.pop(who, [])
-        self._untold -= len(taken)
+        taken = self._finished.pop(who, [])
+        self._unsent -= len(taken)
         return taken
 
-    def take_back(self, who: Identity, carried: list[Ended]) -> None:
+    def restore_finished(self, who: Identity, carried: list[Ended]) -> None:
         """Redis may not have heard it; what is told twice counts once, but for corrections, which are told once."""
         for each in carried:
             if each[0]:
                 self._put(who, each)
 
-    def runs(self, admission: Admission) -> None:
+    def track(self, admission: Admission) -> None:
         self._running[admission.member] = admission
 
-    def ended(self, admission: Admission, told: Ended) -> None:
+    def release(self, admission: Admission, told: Ended) -> None:
         self._running.pop(admission.member, None)
         self._put(admission.identity, told)
         if admission.identity.concurrency is not None:
             self._soon.set()
         self._some.set()
 
-    def corrected(self, admission: Admission, told: Ended) -> None:
+    def add_correction(self, admission: Admission, told: Ended) -> None:
         self._put(admission.identity, told)
         self._some.set()
 
-    def answers(self, now: int) -> None:
+    def mark_up(self, now: int) -> None:
         """`now`: redis's clock, microseconds."""
         self._skew = now / 1e6 - time.time()
         if not self._up:
             self._up = True
             log.warning("limits: redis is back")
 
-    def silent(self) -> None:
+    def mark_down(self) -> None:
         self._on_error("limits")
         if self._up:
             self._up = False
             log.warning("limits: redis is down; requests of limited keys are %s", _WHEN_DOWN[self.when_down])
 
     def _put(self, who: Identity, told: Ended) -> None:
-        if self._untold < MOST_UNTOLD:
-            self._over.setdefault(who, []).append(told)
-            self._untold += 1
+        if self._unsent < MOST_UNTOLD:
+            self._finished.setdefault(who, []).append(told)
+            self._unsent += 1
 
     # ---- in the background
 
@@ -314,7 +314,7 @@ class Limits:
 
     async def _settle(self) -> bool:
         """Tell redis what is over. False when it does not listen."""
-        told = [(who, self.carry(who)) for who in list(self._over)]
+        told = [(who, self.take_finished(who)) for who in list(self._finished)]
         if not told:
             return True
         pipe = self._redis.pipeline(transaction=False)
@@ -326,7 +326,7 @@ class Limits:
                 await pipe.execute()
         except FAULTS:
             for who, over in told:
-                self.take_back(who, over)
+                self.restore_finished(who, over)
             return False
         return True
 

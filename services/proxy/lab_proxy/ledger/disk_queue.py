@@ -97,7 +97,7 @@ class DiskQueue:
             log.error("ledger: a line of %s is not whole and not booked", self._path.name)  # noqa: TRY400 one line
             return None, end
 
-    def booked(self, end: int) -> None:
+    def acknowledge(self, end: int) -> None:
         """All up to `end` is in redis."""
         self._read = end
         if self.empty and self._file is not None:

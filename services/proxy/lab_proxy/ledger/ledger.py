@@ -103,7 +103,7 @@ class NoLedger:
 
     def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None: ...
 
-    def unbooked(self, key_id: str) -> int:
+    def unflushed_cost(self, key_id: str) -> int:
         return 0
 
 
@@ -212,7 +212,7 @@ class Ledger:
             self._some.set()
         return row
 
-    def unbooked(self, key_id: str) -> int:
+    def unflushed_cost(self, key_id: str) -> int:
         """Pico-dollars of this key that only this process knows of."""
         return self._costs.get(key_id, 0)
 
@@ -310,7 +310,7 @@ class Ledger:
                         return False
                     if spool is self._spool:
                         self._forget(batch)
-                await asyncio.to_thread(spool.booked, end)
+                await asyncio.to_thread(spool.acknowledge, end)
             if spool.empty and spool is not self._spool:
                 self._orphans.remove(spool)
                 spool.close(remove=True)

@@ -43,7 +43,7 @@ class Tariff(_Strict):
     output: Price
     cached: Price | None = None
 
-    def of(self, prompt: int, cached: int, completion: int) -> int:
+    def cost(self, prompt: int, cached: int, completion: int) -> int:
         """Pico-dollars; `cached` of the `prompt` tokens came from the upstream's own cache."""
         cheap = min(cached, prompt)
         again = self.input if self.cached is None else self.cached
@@ -118,5 +118,5 @@ class Prices:
         quote = self.quote(upstream, model, prompt)
         if quote is None:
             return None
-        whole = quote.tariff.of(prompt, cached, completion)
+        whole = quote.tariff.cost(prompt, cached, completion)
         return -(-whole // 2) if half else whole

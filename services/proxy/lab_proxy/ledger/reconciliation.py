@@ -71,7 +71,7 @@ class Reconciliation:
                         await self._ask(list(self._open)[at : at + AT_ONCE])
                     await asyncio.sleep(FIRST_SECONDS if self._open else 0)
 
-    def expect(self, call_id: str, told: Told) -> None:
+    def enqueue(self, call_id: str, told: Told) -> None:
         """A call broke off: `told` hears what it used, should the model tell."""
         if len(self._open) >= MOST_OPEN:
             return self._on_end("unknown")

@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.pushes = 0
 
-    def ask(self, commands: Sequence[Command]) -> asyncio.Future[Pipeline]:
+    def execute(self, commands: Sequence[Command]) -> asyncio.Future[Pipeline]:
         """The batch with one reply for each command, refusals among them.
 
         Raises (from the future) TimeoutError when not all have come in time, ConnectionError when the connection ends.
@@ -68,18 +68,18 @@ class Connection(asyncio.Protocol):
         self._waiting.append(batch)
         self._unsent.append(batch)
         if not self._out:
-            self._loop.call_soon(self._send)
+            self._loop.call_soon(self._flush)
         for command in commands:
             self._out.append(hiredis.pack_command(command))
         return done
 
-    def tell(self, command: Command) -> None:
+    def send(self, command: Command) -> None:
         """A command that redis answers with a message of its own (SUBSCRIBE), or not at all."""
         if not self._out:
-            self._loop.call_soon(self._send)
+            self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(command))
 
-    def settle(self, timeout: float) -> None:
+    def set_timeout(self, timeout: float) -> None:
         """From now on this much patience. Nothing may be under way."""
         self._timeout = timeout
         if self._timer is not None:
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
         if why:
             self._on_lost(why)
 
-    def _send(self) -> None:
+    def _flush(self) -> None:
         if self._transport is not None:
             self._transport.write(b"".join(self._out))
             deadline = time.monotonic() + self._timeout  # the loop's own clock stands still while a callback runs
@@ -195,7 +195,7 @@ class Address:
         else:
             _, wire = await loop.create_connection(make, self._host, self._port, ssl=self._tls)
         try:
-            batch = await wire.ask(list(self.hello()))
+            batch = await wire.execute(list(self.hello()))
             for reply in batch.replies:
                 if isinstance(reply, CommandError):
                     raise reply

@@ -21,17 +21,17 @@ class Billing:
     def __init__(self, ledger: Recorder | None, tally: Reconciliation | None) -> None:
         """`tally`: who asks the model what calls that broke off really used."""
         self._ledger = ledger
-        self._tally = tally
+        self._reconciliation = tally
 
-    def charge(self, call: RequestContext) -> None:
+    def close_request(self, call: RequestContext) -> None:
         """The request is over: what it got without a call of its own."""
-        account = call.account
+        account = call.record
         source: Literal["upstream", "hit", "collapsed"]
-        if account.asked:
+        if account.upstream_called:
             # Real calls are billed at their end, by `bill`; some vectors of the answer may come from the cache.
-            saved = account.prompt_tokens - account.billed
-            if self._ledger is not None and call.endpoint == EMBEDDINGS and account.billed and saved > 0:
-                who, half = call.identity, call.half
+            saved = account.prompt_tokens - account.billed_tokens
+            if self._ledger is not None and call.endpoint == EMBEDDINGS and account.billed_tokens and saved > 0:
+                who, half = call.identity, call.batch_price
                 self._ledger.record(
                     Charge(who, account.upstream, account.model, "hit", saved, request=False, half=half)
                 )
@@ -50,16 +50,16 @@ class Billing:
             self._ledger.record(
                 Charge(
                     call.identity, account.upstream, account.model, source, len(call.raw) // 4 if untold else prompt,
-                    completion, cached, estimated=untold, half=call.half,
+                    completion, cached, estimated=untold, half=call.batch_price,
                 )
             )  # fmt: skip
 
-    def bill(self, call: RequestContext, real: UpstreamCall, usage: Any, pieces: int) -> None:
+    def add_call(self, call: RequestContext, real: UpstreamCall, usage: Any, pieces: int) -> None:
         """One real call, by the usage that its upstream told, else by the pieces that came of it until the model tells
         more. One that was not answered costs what the model tells."""
         if self._ledger is None:
             return
-        account = call.account
+        account = call.record
         if isinstance(usage, dict):
             prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
             cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
@@ -67,32 +67,32 @@ class Billing:
             prompt, completion, cached = len(call.raw) // 4, pieces, 0
         charge = Charge(
             call.identity, real.upstream, real.model, "upstream", prompt, completion, cached,
-            estimated=not isinstance(usage, dict), half=call.half,
+            estimated=not isinstance(usage, dict), half=call.batch_price,
         )  # fmt: skip
         if real.answered:
-            account.billed += prompt + completion
+            account.billed_tokens += prompt + completion
             self._ledger.record(charge)
-        if charge.estimated and real.id and self._tally is not None:
-            self._tally.expect(real.id, partial(self._reconcile, call, real, charge))
+        if charge.estimated and real.id and self._reconciliation is not None:
+            self._reconciliation.enqueue(real.id, partial(self._reconcile, call, real, charge))
         elif call.admission is not None:
-            call.admission.correct(account.spent)  # who asked may have left before those who wanted the same
+            call.admission.correct(account.upstream_tokens)  # who asked may have left before those who wanted the same
 
     def _reconcile(self, call: RequestContext, real: UpstreamCall, charge: Charge, used: TokenUsage) -> None:
         """The model has told what a call that broke off really used."""
         if self._ledger is None:
             return
-        account, tokens = call.account, used.prompt + used.completion
+        account, tokens = call.record, used.prompt + used.completion
         if real.answered:
-            account.billed += tokens - charge.prompt - charge.completion
+            account.billed_tokens += tokens - charge.prompt - charge.completion
             self._ledger.correct(charge, *used)
         elif tokens:
-            account.billed += tokens
+            account.billed_tokens += tokens
             day = day_of(real.began)
             self._ledger.record(
-                Charge(call.identity, real.upstream, real.model, "upstream", *used, half=call.half, day=day)
+                Charge(call.identity, real.upstream, real.model, "upstream", *used, half=call.batch_price, day=day)
             )
         if call.admission is not None:
-            call.admission.correct(account.spent)
+            call.admission.correct(account.upstream_tokens)
 
 
 def _count(usage: Any, name: str) -> int:

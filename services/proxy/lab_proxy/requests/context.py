@@ -17,7 +17,7 @@ class RequestRecord:
     """What the log line and the metrics tell of one request. Never a prompt, an answer or a key."""
 
     model: str = ""
-    known: bool = False  # `model` is one of the model service's, or an upstream answered to the name
+    model_known: bool = False  # `model` is one of the model service's, or an upstream answered to the name
     upstream: str = ""
     cache: str = ""
     error: str = ""
@@ -25,21 +25,21 @@ class RequestRecord:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, that the upstream had in a cache of its own; of a Response alone
-    asked: bool = False  # an upstream was really asked: its tokens count
-    billed: int = 0  # tokens of the real calls that are in the ledger
+    upstream_called: bool = False  # an upstream was really asked: its tokens count
+    billed_tokens: int = 0  # tokens of the real calls that are in the ledger
     upstream_seconds: float = 0.0  # waited for upstreams
     calls: list[UpstreamCall] = field(default_factory=list)  # that upstreams really got for this request
 
-    def called(self, call: UpstreamCall) -> None:
+    def add_call(self, call: UpstreamCall) -> None:
         self.calls.append(call)
         self.upstream_seconds += call.seconds
 
     @property
-    def spent(self) -> int:
+    def upstream_tokens(self) -> int:
         """Tokens that this request cost."""
-        return self.billed or (self.prompt_tokens + self.completion_tokens if self.asked else 0)
+        return self.billed_tokens or (self.prompt_tokens + self.completion_tokens if self.upstream_called else 0)
 
-    def count(self, usage: Any) -> None:
+    def set_usage(self, usage: Any) -> None:
         if isinstance(usage, dict):
             self.prompt_tokens = usage.get("prompt_tokens") or 0
             self.completion_tokens = usage.get("completion_tokens") or 0
@@ -54,15 +54,15 @@ class RequestContext:
     raw: bytes
     body: dict[str, Any]
     request_id: str
-    wishes: CacheControl
+    cache_control: CacheControl
     store_sampled: bool
     started: float  # time.perf_counter()
-    account: RequestRecord = field(default_factory=RequestRecord)
+    record: RequestRecord = field(default_factory=RequestRecord)
     admission: Admission | None = None
-    known: CachedPlan | None = None  # decided before, about the same bytes
-    plain: bool = False  # its headers ask nothing of the cache
-    half: bool = False  # at half price: a line of a batch
-    due: float | None = None  # time.perf_counter() when the caller's own time is over, where it said so
+    cached_plan: CachedPlan | None = None  # decided before, about the same bytes
+    plan_cacheable: bool = False  # its headers ask nothing of the cache
+    batch_price: bool = False  # at half price: a line of a batch
+    caller_deadline: float | None = None  # time.perf_counter() when the caller's own time is over, where it said so
 
     @property
     def tenant(self) -> str:

@@ -20,71 +20,71 @@ STREAM_ERROR = "stream-error"  # how a flight ended whose last event is the upst
 
 async def deliver(way: Plan, seat: Subscriber, out: ResponseWriter) -> None:
     """What one caller gets of a flight: who asked has the upstream's own events, others theirs."""
-    call, account = way.call, way.call.account
+    call, account = way.request, way.request.record
     if not seat.first:
         account.cache = "collapsed"
     head = await seat.head()
-    mine = account.asked
+    mine = account.upstream_called
     if mine:
-        headers = head["headers"] | way.said()
+        headers = head["headers"] | way.miss_headers()
     else:
-        account.cache, account.known = "collapsed", True
-        headers = way.followed(head["headers"])
+        account.cache, account.model_known = "collapsed", True
+        headers = way.collapsed_headers(head["headers"])
     if not head["streams"]:
         return await _deliver_whole(way, seat, headers, head.get("usage"), out)
     events = (
-        entry.PassThroughEvents(way.usage)
+        entry.PassThroughEvents(way.include_usage)
         if mine
-        else entry.RewrittenEvents(call.endpoint, way.usage, int(time.time()))
+        else entry.RewrittenEvents(call.endpoint, way.include_usage, int(time.time()))
     )
     async for parts in seat.parts():
-        passed = b"".join([events.passed(event) for event in parts])
+        passed = b"".join([events.rewrite(event) for event in parts])
         if not mine:
-            account.completion_tokens = events.pieces
-            account.count(events.told)
-            if events.pieces and account.ttft is None:
+            account.completion_tokens = events.content_events
+            account.set_usage(events.usage)
+            if events.content_events and account.ttft is None:
                 account.ttft = time.perf_counter() - call.started
         if passed:
             if not out.started:
-                await out.head(headers)
-            await out.piece(passed)
+                await out.start_stream(headers)
+            await out.write(passed)
     if seat.outcome == STREAM_ERROR:
         account.error = "upstream_stream_error"
     return await out.end()
 
 
 async def _deliver_whole(way: Plan, seat: Subscriber, headers: dict[str, str], usage: Any, out: ResponseWriter) -> None:
-    call, account = way.call, way.call.account
+    call, account = way.request, way.request.record
     raw = b"".join([part async for parts in seat.parts() for part in parts])
-    if account.asked:
-        headers |= way.said(seat.outcome)
+    if account.upstream_called:
+        headers |= way.miss_headers(seat.outcome)
         if not way.stream:
-            return await out.whole(raw, headers)
+            return await out.send(raw, headers)
     if call.endpoint == EMBEDDINGS:  # nothing of its own, and it may be large
-        account.count(usage)
-        return await out.whole(raw, headers)
+        account.set_usage(usage)
+        return await out.send(raw, headers)
     answer = orjson.loads(raw)
-    account.count(answer.get("usage"))
+    account.set_usage(answer.get("usage"))
     if way.stream:
         return await _replay(way, answer, headers, out)
     fresh = {"id": entry.new_id(call.endpoint), "created": int(time.time())}
     own = answer | {name: value for name, value in fresh.items() if name in answer}
-    return await out.whole(canonical.dump(own), headers)
+    return await out.send(canonical.dump(own), headers)
 
 
 async def hit(way: Plan, found: Entry, out: ResponseWriter, failed: int | None = None) -> None:
     """`failed`: the status of an upstream's failure, for which a stale answer stands in."""
-    account, endpoint = way.call.account, way.call.endpoint
-    account.cache, account.known = "hit" if failed is None else "stale", True
-    account.count(found.about.get("usage"))
-    headers = way.found(found.ttl, found.age(time.time()), way.key, failed)
+    account, endpoint = way.request.record, way.request.endpoint
+    account.cache, account.model_known = "hit" if failed is None else "stale", True
+    account.set_usage(found.metadata.get("usage"))
+    headers = way.hit_headers(found.ttl, found.age(time.time()), way.key, failed)
     if way.stream:
         return await _replay(way, orjson.loads(found.body), headers, out)
-    return await out.whole(entry.renewed(found.body, entry.new_id(endpoint), int(time.time())), headers)
+    return await out.send(entry.renewed(found.body, entry.new_id(endpoint), int(time.time())), headers)
 
 
 async def _replay(way: Plan, answer: Mapping[str, Any], headers: Mapping[str, str], out: ResponseWriter) -> None:
-    endpoint = way.call.endpoint
-    events = entry.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), way.usage)
-    way.call.account.ttft = time.perf_counter() - way.call.started
-    await out.whole(b"".join(events), headers, SSE)
+    endpoint = way.request.endpoint
+    events = entry.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), way.include_usage)
+    way.request.record.ttft = time.perf_counter() - way.request.started
+    await out.send(b"".join(events), headers, SSE)

@@ -40,12 +40,12 @@ class CachedPlan:
     body: dict[str, Any]
     target: Target
     stream: bool
-    usage: bool
+    include_usage: bool
     bypass: str | None
-    form: bytes
+    canonical_form: bytes
     key: str
     samples: int = 1
-    shown: PreparedHit | None = field(default=None, compare=False)
+    prepared_hit: PreparedHit | None = field(default=None, compare=False)
 
 
 class PlanCache:

@@ -28,20 +28,20 @@ MOST_INPUTS = 2048  # OpenAI's limit of embedding inputs
 class Plan:
     """What was decided about one call before anybody was asked."""
 
-    call: RequestContext
+    request: RequestContext
     target: Target
     stream: bool
-    usage: bool
+    include_usage: bool
     bypass: str | None
     forward: str = "miss"
-    stamp: str = ""  # the epoch in which this request began: what it stores is of then
-    form: bytes = b""  # canonical, under the target's revision
-    admitted: bool = False  # the limits were asked
-    since: float = 0.0  # time.perf_counter() when the upstream was asked once more, on behalf of others
+    epoch: str = ""  # the epoch in which this request began: what it stores is of then
+    canonical_form: bytes = b""  # canonical, under the target's revision
+    limits_checked: bool = False  # the limits were asked
+    retried_at: float = 0.0  # time.perf_counter() when the upstream was asked once more, on behalf of others
     key: str = ""  # of `form`; empty for embeddings, which have one for each input, and where there is a bypass
     samples: int = 1  # answers that are kept side by side
     slot: int = 0  # which of them this request's answer becomes
-    shared: bool = False  # others may board the flight that asks for it
+    shareable: bool = False  # others may board the flight that asks for it
 
     @property
     def keys(self) -> list[str]:
@@ -53,7 +53,7 @@ class Plan:
         said = {"x-model-alias": self.target.alias} if self.target.alias else {}
         return said | {"x-model-auto": self.target.auto} if self.target.auto else said
 
-    def said(self, outcome: str | None = None) -> dict[str, str]:
+    def miss_headers(self, outcome: str | None = None) -> dict[str, str]:
         """Headers of an answer that came from an upstream. `outcome`: `stored`, or why not."""
         if self.bypass:
             status = f"llm-lab; fwd=bypass; detail={self.bypass}"
@@ -62,12 +62,12 @@ class Plan:
             status = f"llm-lab; fwd={self.forward}{end}"
         return {"cache-status": status, **self._alias}
 
-    def followed(self, headers: Mapping[str, str]) -> dict[str, str]:
+    def collapsed_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Headers of an answer that another request's upstream call gives; `headers`: those of that call."""
         kept = {name: headers[name] for name in ("x-model-revision", "x-model-fallback") if name in headers}
         return {"cache-status": f"llm-lab; fwd={self.forward}; collapsed", **kept, **self._alias}
 
-    def found(self, ttl: int, age: int, key: str | None, failed: int | None = None) -> dict[str, str]:
+    def hit_headers(self, ttl: int, age: int, key: str | None, failed: int | None = None) -> dict[str, str]:
         """Headers of an answer from the cache. `failed`: it stands in for this status of the upstream's."""
         status = f"llm-lab; hit; ttl={ttl - age}" + (f'; key="{key}"' if key else "")
         if failed is not None:
@@ -78,7 +78,7 @@ class Plan:
     @property
     def targets(self) -> list[Target]:
         """Who may be asked, in this order."""
-        allows = self.call.identity.allows
+        allows = self.request.identity.allows
         return [self.target, *(each for each in self.target.fallbacks if allows(each.model))]
 
 
@@ -86,9 +86,9 @@ class Plan:
 class Preview:
     """What the cache makes of a request: its canonical form, where its answer would lie, and why not."""
 
-    form: bytes
+    canonical_form: bytes
     keys: list[str]
-    stamp: str
+    epoch: str
     bypass: str | None
 
 
@@ -105,64 +105,77 @@ class Planner:
         self._cache = cache
         self._routes = routes
         self._local = local
-        self._recall = PlanCache()
+        self._plan_cache = PlanCache()
 
-    def recall(self, tenant: str, endpoint: str, raw: bytes) -> CachedPlan | None:
+    def cached_plan(self, tenant: str, endpoint: str, raw: bytes) -> CachedPlan | None:
         """What was decided about the same bytes, if it still holds."""
-        return self._recall.get((tenant, endpoint, raw), self._generation)
+        return self._plan_cache.get((tenant, endpoint, raw), self._generation)
 
     @property
     def _generation(self) -> tuple[int, int]:
         return self._routes.generation, self._local.generation
 
-    async def weigh(self, call: RequestContext) -> Preview:
+    async def preview(self, call: RequestContext) -> Preview:
         """What the cache would make of `call`, without asking anybody. Raises what `answer` raises before it asks."""
-        way = await self.find(call)
+        way = await self.plan(call)
         permit(call, way.target)
         revision = way.target.revision
         units = entry.inputs(call.body.get("input")) if call.endpoint == EMBEDDINGS else None
         if units is None:
-            form = self.form(way, revision)
+            form = self.canonical_form(way, revision)
             keys = way.keys if way.key else [canonical.key_of(self._cache.secret, form)]
-            return Preview(form, keys, way.stamp, way.bypass)
+            return Preview(form, keys, way.epoch, way.bypass)
         given = list(dict.fromkeys(canonical.encode(unit) for unit in units[:MOST_INPUTS]))
-        form = canonical.with_input(self.form(way, revision, without="input"), b",".join(given))
-        return Preview(form, self.keys(way, revision, given), way.stamp, way.bypass)
+        form = canonical.with_input(self.canonical_form(way, revision, without="input"), b",".join(given))
+        return Preview(form, self.input_keys(way, revision, given), way.epoch, way.bypass)
 
-    def model_of(self, name: str) -> str:
+    def resolve_alias(self, name: str) -> str:
         """The model that a name stands for."""
         return self._routes.aliases(self._local.entries).get(name, name)
 
-    async def find(self, call: RequestContext) -> Plan:
+    async def plan(self, call: RequestContext) -> Plan:
         """What is decided about `call`. Raises InvalidRequest, NoSuchModel or UpstreamDown."""
-        if call.known is not None:
-            return self._again(call, call.known)
+        if call.cached_plan is not None:
+            return self._replan(call, call.cached_plan)
         try:
             generation, way = self._generation, self._decide(call)
         except ModelNotFound as unknown:
             # Loaded since the last look, or still loading: only the service itself can tell.
-            await self._local.look_again(unknown.model)
+            await self._local.refresh(unknown.model)
             generation, way = self._generation, self._decide(call)
         if way.bypass is None and call.endpoint != EMBEDDINGS:
-            way.form = self.form(way, way.target.revision)
-            way.key = canonical.key_of(self._cache.secret, way.form)
-        if call.plain:
-            known = CachedPlan(call.body, way.target, way.stream, way.usage, way.bypass, way.form, way.key, way.samples)
-            self._recall.put((call.tenant, call.endpoint, call.raw), known, generation)
+            way.canonical_form = self.canonical_form(way, way.target.revision)
+            way.key = canonical.key_of(self._cache.secret, way.canonical_form)
+        if call.plan_cacheable:
+            known = CachedPlan(
+                call.body,
+                way.target,
+                way.stream,
+                way.include_usage,
+                way.bypass,
+                way.canonical_form,
+                way.key,
+                way.samples,
+            )
+            self._plan_cache.put((call.tenant, call.endpoint, call.raw), known, generation)
         return way
 
-    def _again(self, call: RequestContext, known: CachedPlan) -> Plan:
+    def _replan(self, call: RequestContext, known: CachedPlan) -> Plan:
         target = known.target
-        call.account.model, call.account.upstream, call.account.known = target.model, target.upstream, target.versioned
-        stamp = self._cache.stamp(call.tenant, target.model)
+        call.record.model, call.record.upstream, call.record.model_known = (
+            target.model,
+            target.upstream,
+            target.versioned,
+        )
+        stamp = self._cache.epoch(call.tenant, target.model)
         return Plan(
             call,
             target,
             known.stream,
-            known.usage,
+            known.include_usage,
             known.bypass,
-            stamp=stamp,
-            form=known.form,
+            epoch=stamp,
+            canonical_form=known.canonical_form,
             key=known.key,
             samples=known.samples,
         )
@@ -180,33 +193,38 @@ class Planner:
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise InvalidRequest("`n` must be a whole number from 1.", param="n")
         target = self._routes.resolve(model, self._local.entries, body)
-        call.account.model, call.account.upstream = target.model, target.upstream
-        call.account.known = target.versioned
+        call.record.model, call.record.upstream = target.model, target.upstream
+        call.record.model_known = target.versioned
         kind = self._local.entries.get(target.model, {}).get("kind") if target.versioned else None
         if kind and (kind == "embedding") != (call.endpoint == EMBEDDINGS):
             raise InvalidRequest(f"`{model}` is of kind {kind}, which {call.endpoint} does not take.", param="model")
         bypass = None if self._cache.enabled else "disabled"
-        if call.wishes.no_store:
+        if call.cache_control.no_store:
             bypass = "no-store"
         if call.endpoint == RESPONSES:
             responses.check(body, target)
             bypass = bypass or "endpoint"
         bypass = bypass or entry.bypass_reason(
-            call.endpoint, body, target.temperature.get(call.endpoint), target.keep_sampled or call.store_sampled
+            call.endpoint,
+            body,
+            target.default_temperature.get(call.endpoint),
+            target.store_sampled or call.store_sampled,
         )
-        forward = "request" if call.wishes.no_cache else "miss"
-        stamp = self._cache.stamp(call.tenant, target.model)
+        forward = "request" if call.cache_control.no_cache else "miss"
+        stamp = self._cache.epoch(call.tenant, target.model)
         way = Plan(call, target, bool(stream), bool((options or {}).get("include_usage")), bypass, forward, stamp)
         if target.samples > 1 and bypass is None:
-            kept_anyway = entry.bypass_reason(call.endpoint, body, target.temperature.get(call.endpoint), False) is None
+            kept_anyway = (
+                entry.bypass_reason(call.endpoint, body, target.default_temperature.get(call.endpoint), False) is None
+            )
             way.samples = 1 if kept_anyway else target.samples
         return way
 
-    def form(self, way: Plan, revision: str | None, *, without: str = "") -> bytes:
+    def canonical_form(self, way: Plan, revision: str | None, *, without: str = "") -> bytes:
         """The canonical form of the whole request, or of what is left `without` a field."""
-        call, target = way.call, way.target
-        if way.form and not without and revision == target.revision:
-            return way.form
+        call, target = way.request, way.target
+        if way.canonical_form and not without and revision == target.revision:
+            return way.canonical_form
         body = {name: value for name, value in call.body.items() if name != without} if without else call.body
         return canonical.form(
             tenant=call.tenant,
@@ -219,22 +237,22 @@ class Planner:
 
     def _key(self, way: Plan, revision: str | None, *, without: str = "") -> str:
         """The key of that form."""
-        return canonical.key_of(self._cache.secret, self.form(way, revision, without=without))
+        return canonical.key_of(self._cache.secret, self.canonical_form(way, revision, without=without))
 
-    def keys(self, way: Plan, revision: str | None, inputs: Iterable[bytes]) -> list[str]:
+    def input_keys(self, way: Plan, revision: str | None, inputs: Iterable[bytes]) -> list[str]:
         """One key for each canonical input."""
         return canonical.input_keys(self._cache.secret, self._key(way, revision, without="input"), inputs)
 
-    def flight(self, way: Plan, key: str) -> str:
+    def flight_name(self, way: Plan, key: str) -> str:
         """The name of the flight that this request may share; empty: none. Who has the same name wants the same of the
         upstream, and may have the same answer from the cache."""
-        wishes = way.call.wishes
+        wishes = way.request.cache_control
         if way.bypass or not key or wishes.no_cache or wishes.only_if_cached:
             return ""
         mode = "stream" if way.stream else "json"
-        if way.usage and not way.target.access.stream_usage:
+        if way.include_usage and not way.target.config.stream_usage:
             mode += ":usage"
         if wishes.max_age is not None:
             mode += f":{wishes.max_age}"
         stand_ins = [f":{each.upstream}/{each.model}" for each in way.targets[1:]]
-        return ":".join((key, way.stamp, mode)) + "".join(stand_ins)
+        return ":".join((key, way.epoch, mode)) + "".join(stand_ins)

@@ -25,11 +25,11 @@ class Out(Protocol):
 
     started: bool
 
-    async def whole(self, body: bytes, headers: Mapping[str, str]) -> None: ...
+    async def send(self, body: bytes, headers: Mapping[str, str]) -> None: ...
 
-    async def head(self, headers: Mapping[str, str]) -> None: ...
+    async def start_stream(self, headers: Mapping[str, str]) -> None: ...
 
-    async def piece(self, data: bytes) -> None: ...
+    async def write(self, data: bytes) -> None: ...
 
     async def end(self) -> None: ...
 
@@ -40,12 +40,12 @@ class Account(Protocol):
     ttft: float | None
     cached_tokens: int
 
-    def count(self, usage: Any) -> None: ...
+    def set_usage(self, usage: Any) -> None: ...
 
 
 def check(body: Mapping[str, Any], target: Target) -> None:
     """Raises InvalidRequest for what the proxy does not pass through."""
-    if not target.access.responses:
+    if not target.config.responses:
         raise InvalidRequest(
             f"`{target.model}` is served by `{target.upstream}`, which has no Responses API: "
             "use /v1/chat/completions, or another model.",
@@ -63,14 +63,14 @@ async def relay(
 ) -> None:
     """The answer as it comes. `started`: the request's time.perf_counter(). Raises UpstreamBroken for half a stream."""
     name = reply.target.upstream
-    if not reply.streams:
+    if not reply.is_stream:
         raw, answer = await reply.json()
         if not isinstance(answer, dict):
             raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is no object.")
         _count(account, answer)
-        return await out.whole(raw, headers)
+        return await out.send(raw, headers)
     events = SseParser()
-    async for piece in reply.pieces():
+    async for piece in reply.chunks():
         passed, over = [], False
         try:
             for event in events.feed(piece):
@@ -81,13 +81,13 @@ async def relay(
                     account.ttft = time.perf_counter() - started
                 _count(account, said.get("response") or {})
                 over = over or kind in _LAST
-                passed.append(reply.redacted(event))
+                passed.append(reply.redact(event))
         except (ValueError, TypeError, AttributeError):
             raise UpstreamBroken(f"The upstream `{name}` streams something that is not OpenAI's.") from None
         if passed:
             if not out.started:
-                await out.head(headers)
-            await out.piece(b"".join(passed))
+                await out.start_stream(headers)
+            await out.write(b"".join(passed))
         if over:
             await out.end()
             return await reply.drain()
@@ -97,6 +97,6 @@ async def relay(
 def _count(account: Account, response: Mapping[str, Any]) -> None:
     usage = response.get("usage")
     if isinstance(usage, dict):
-        account.count({"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")})
+        account.set_usage({"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")})
         details = usage.get("input_tokens_details")
         account.cached_tokens = (details.get("cached_tokens") or 0) if isinstance(details, dict) else 0

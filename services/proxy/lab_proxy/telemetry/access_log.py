@@ -35,7 +35,7 @@ class AccessLog:
     def __init__(self) -> None:
         self._lines: list[Line] = []
 
-    def tell(self, route: str, request_id: str, account: Told, status: int, seconds: float) -> None:
+    def write(self, route: str, request_id: str, account: Told, status: int, seconds: float) -> None:
         said = {
             "request_id": request_id,
             "route": route,

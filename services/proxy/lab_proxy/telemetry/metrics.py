@@ -63,7 +63,7 @@ class Counted(Protocol):
     """What the metrics read of a request's account; call.Account is one."""
 
     model: str
-    known: bool
+    model_known: bool
     cache: str
     ttft: float | None
     upstream_seconds: float
@@ -144,7 +144,7 @@ class Metrics:
         """One request is over."""
         model = account.model
         if model not in self._models:
-            if account.known and len(self._models) <= MOST_MODELS:
+            if account.model_known and len(self._models) <= MOST_MODELS:
                 self._models.add(model)
             else:
                 model = "other"

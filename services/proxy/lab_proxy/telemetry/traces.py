@@ -30,7 +30,7 @@ class Account(Protocol):
     """What a span tells of one request; call.Account is one."""
 
     model: str
-    known: bool
+    model_known: bool
     upstream: str
     cache: str
     error: str
@@ -75,7 +75,7 @@ class Traces:
         """One request is over: a span of it, and one below it for each call that an upstream got."""
         now = time.time()
         operation = _OPERATIONS[route]
-        model = account.model if account.known else "other"
+        model = account.model if account.model_known else "other"
         told: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.request.model": model,

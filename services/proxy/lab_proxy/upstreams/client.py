@@ -62,7 +62,7 @@ class UpstreamCall:
     id: str = ""  # of this call alone, by which the model service tells what it used; others tell nothing
 
     @property
-    def lost(self) -> bool:
+    def possibly_processed(self) -> bool:
         """It gave no answer, and may have been worked on all the same: it was cut off, or failed on the way."""
         return bool(self.id) and not self.answered and self.status in {0, 500, 504}
 
@@ -77,7 +77,9 @@ class UpstreamRequest:
     deadline: float  # time.perf_counter() at which the whole answer is due
     body: Callable[[Target], bytes]
     on_call: Callable[[UpstreamCall], None] = lambda _: None  # hears of each real call when it is over
-    due: float | None = None  # like `deadline`, the caller's own, for upstreams that know of such; nobody waits by it
+    caller_deadline: float | None = (
+        None  # like `deadline`, the caller's own, for upstreams that know of such; nobody waits by it
+    )
 
 
 class _Fault(Exception):  # noqa: N818 - it never leaves this module
@@ -100,15 +102,15 @@ class UpstreamResponse:
         self.target = target  # who answered: what is kept of the answer belongs to it, not to who was asked first
         self.headers = passed_on(answer.headers)
         self.revision = answer.headers.get("x-model-revision")
-        self.streams = _content_type(answer) == "text/event-stream"
-        self.ended = False
+        self.is_stream = _content_type(answer) == "text/event-stream"
+        self.complete = False
         self.on_close: Callable[[UpstreamResponse], None] = _nobody
 
     async def json(self) -> tuple[bytes, Any]:
         """The body, as it came and parsed. Raises UpstreamBroken when it is not JSON."""
         with self._reading():
             raw = await _whole(self._answer)
-        self.ended = True
+        self.complete = True
         try:
             return raw, orjson.loads(raw)
         except orjson.JSONDecodeError:
@@ -117,14 +119,14 @@ class UpstreamResponse:
                 f"{_content_type(self._answer)} instead of JSON: check its base URL."
             ) from None
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises UpstreamTimeout after too long a silence, UpstreamBroken for a broken end."""
         limit = self._settings.first_byte_timeout_seconds
         while True:
             with self._reading():
                 piece = await self._answer.read(limit)
             if not piece:
-                self.ended = True
+                self.complete = True
                 return
             yield piece
             limit = self._settings.idle_timeout_seconds
@@ -133,12 +135,12 @@ class UpstreamResponse:
         """Read to the end, which is near: the connection can then be used again."""
         with contextlib.suppress(ProxyError, TimeoutError):
             async with asyncio.timeout(1):
-                async for _ in self.pieces():
+                async for _ in self.chunks():
                     pass
-        self.ended = True
+        self.complete = True
         self.call.outcome = ""
 
-    def redacted(self, data: bytes) -> bytes:
+    def redact(self, data: bytes) -> bytes:
         """`data` without the upstream's key, should an error message repeat it."""
         return data.replace(self._redact, b"[redacted]") if self._redact else data
 
@@ -165,7 +167,7 @@ class UpstreamClient:
     """One OpenAI-compatible API. Made where an event loop runs; its connections are kept and reused."""
 
     def __init__(self, access: UpstreamConfig, settings: Settings, metrics: Metrics) -> None:
-        self.access = access
+        self.config = access
         self._settings = settings
         self._metrics = metrics
         self._key = (access.key or "").encode()
@@ -182,7 +184,7 @@ class UpstreamClient:
     async def stop(self) -> None:
         await self._origin.stop()
 
-    async def ask(self, question: UpstreamRequest, target: Target) -> UpstreamResponse:
+    async def send(self, question: UpstreamRequest, target: Target) -> UpstreamResponse:
         """The answer's head, asked for again where that may help. Who gets it closes it.
 
         Raises _Fault. Every real call is told to `question.on_call` when it is over.
@@ -193,11 +195,11 @@ class UpstreamClient:
         turn = 0
         while True:
             if wait := breaker.wait():
-                raise last or _closed_to(self.access.name, wait)
+                raise last or _closed_to(self.config.name, wait)
             if last:
-                self._metrics.count("upstream_retries", self.access.name)
-            call, began = UpstreamCall(self.access.name, target.model, time.time()), breaker.began()
-            if self.access.kind == "model":
+                self._metrics.count("upstream_retries", self.config.name)
+            call, began = UpstreamCall(self.config.name, target.model, time.time()), breaker.began()
+            if self.config.kind == "model":
                 call.id = f"{self._me}.{next(self._numbers)}"
             try:
                 reply = await self._once(question, target, body, call)
@@ -226,10 +228,10 @@ class UpstreamClient:
         call = reply.call
         if call.outcome == "broken":
             breaker.failed(began, answered=True)
-        call.outcome = call.outcome or ("ok" if reply.ended else "cancelled")
+        call.outcome = call.outcome or ("ok" if reply.complete else "cancelled")
         self._tell(question, call)
 
-    async def get(self, path: str, limit: float) -> tuple[int, Any]:
+    async def get_json(self, path: str, limit: float) -> tuple[int, Any]:
         """Status and parsed body of a GET at the upstream's root, within `limit` seconds.
 
         Raises UpstreamDown, UpstreamTimeout or UpstreamBroken.
@@ -242,16 +244,16 @@ class UpstreamClient:
                 finally:
                     answer.close()
         except (Failed, TimeoutError) as error:
-            raise _told(self.access.name, error) from None
+            raise _told(self.config.name, error) from None
         try:
             return answer.status, orjson.loads(raw)
         except orjson.JSONDecodeError:
-            raise UpstreamBroken(f"`{self.access.name}` answers {path} with something that is not JSON.") from None
+            raise UpstreamBroken(f"`{self.config.name}` answers {path} with something that is not JSON.") from None
 
     async def _once(
         self, question: UpstreamRequest, target: Target, body: bytes, call: UpstreamCall
     ) -> UpstreamResponse:
-        access, settings = self.access, self._settings
+        access, settings = self.config, self._settings
         since = time.perf_counter()
         left = max(0.0, question.deadline - since)
         headers = {
@@ -260,13 +262,13 @@ class UpstreamClient:
             "x-request-id": question.request_id,
         }
         if access.kind == "model":
-            own = left if question.due is None else min(left, question.due - since)
+            own = left if question.caller_deadline is None else min(left, question.caller_deadline - since)
             headers["x-request-timeout-ms"] = str(max(1, int(own * 1000)))
             headers["x-call-id"] = call.id
         # JSON has its first byte when it is whole: the total bounds it.
         limit = min(left, settings.first_byte_timeout_seconds) if question.stream else left
         try:
-            way = self._way(question.endpoint, target.model)
+            way = self._path(question.endpoint, target.model)
             answer = await self._origin.ask("POST", way, headers, body, within=limit)
             call.status = answer.status
             if answer.status >= 300:
@@ -290,9 +292,9 @@ class UpstreamClient:
             del reply.headers["x-upstream-request-id"]
         return reply
 
-    def _way(self, endpoint: str, model: str) -> str:
+    def _path(self, endpoint: str, model: str) -> str:
         """The path below the base URL."""
-        if self.access.kind != "model":
+        if self.config.kind != "model":
             return endpoint[3:]
         found = self._ways.get((endpoint, model))
         if found is None:
@@ -301,7 +303,7 @@ class UpstreamClient:
 
     def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
         """Raise what a status from 300 says."""
-        name, status = self.access.name, answer.status
+        name, status = self.config.name, answer.status
         headers = passed_on(answer.headers)
         envelope: dict[str, Any] | None = None
         with contextlib.suppress(orjson.JSONDecodeError):
@@ -337,7 +339,7 @@ class UpstreamClient:
 
     def _breaker(self, model: str) -> CircuitBreaker:
         """The model service's models are applications of their own, each of which may be down; others have one."""
-        name = f"{self.access.name}/{model}" if self.access.kind == "model" else self.access.name
+        name = f"{self.config.name}/{model}" if self.config.kind == "model" else self.config.name
         found = self.breakers.get(name)
         if found is None:
             found = self.breakers[name] = CircuitBreaker(lambda: self._metrics.count("breaker_opened", name))
@@ -358,7 +360,7 @@ class PendingResponse:
         self._reply: UpstreamResponse | None = None
 
     async def __aenter__(self) -> UpstreamResponse:
-        self._reply = await self._upstreams.first(self._targets, self._question)
+        self._reply = await self._upstreams.send_first(self._targets, self._question)
         return self._reply
 
     async def __aexit__(self, *_: object) -> None:
@@ -373,20 +375,20 @@ class UpstreamPool:
         self._routes = routes
         self._settings = settings
         self._metrics = metrics
-        self._open: dict[UpstreamConfig, UpstreamClient] = {}
+        self._clients: dict[UpstreamConfig, UpstreamClient] = {}
 
     async def start(self) -> None: ...
 
     async def stop(self) -> None:
-        for upstream in self._open.values():
+        for upstream in self._clients.values():
             await upstream.stop()
 
     @property
-    def local(self) -> UpstreamClient:
+    def model_service(self) -> UpstreamClient:
         """The model service."""
-        return self._at(next(access for access in self._routes.access.values() if access.kind == "model"))
+        return self._client(next(access for access in self._routes.upstreams.values() if access.kind == "model"))
 
-    def ask(self, targets: Sequence[Target], question: UpstreamRequest) -> PendingResponse:
+    def send(self, targets: Sequence[Target], question: UpstreamRequest) -> PendingResponse:
         """`async with` it: the first of `targets` that answers. `reply.target` says which, and so does the header
         `x-model-fallback`. Leaving the block early closes the connection: so an upstream learns to stop.
 
@@ -395,14 +397,14 @@ class UpstreamPool:
         """
         return PendingResponse(self, targets, question)
 
-    async def first(self, targets: Sequence[Target], question: UpstreamRequest) -> UpstreamResponse:
+    async def send_first(self, targets: Sequence[Target], question: UpstreamRequest) -> UpstreamResponse:
         """The same answer, to be closed by who gets it."""
         heard: _Fault | None = None
         for target in targets:
             if target is not targets[0] and not _stands_in(target, targets[0], question.endpoint):
                 continue
             try:
-                reply = await self._at(target.access).ask(question, target)
+                reply = await self._client(target.config).send(question, target)
             except _Fault as fault:
                 heard = heard or fault
                 if not fault.elsewhere or time.perf_counter() >= question.deadline:
@@ -414,34 +416,34 @@ class UpstreamPool:
             return reply
         raise heard.error if heard else UpstreamDown("Nobody can be asked.")
 
-    def report(self) -> list[dict[str, Any]]:
+    def status(self) -> list[dict[str, Any]]:
         """For the status page, without a key: who there is, and whose breaker is open."""
         told = []
-        for name, access in self._routes.access.items():
-            found = self._open.get(access)
+        for name, access in self._routes.upstreams.items():
+            found = self._clients.get(access)
             broken = sorted(which for which, each in found.breakers.items() if each.is_open) if found else []
             told.append({"name": name, "configured": access.configured} | ({"open": broken} if broken else {}))
         return told
 
-    def breakers(self) -> dict[str, bool]:
+    def breaker_states(self) -> dict[str, bool]:
         """Which breakers there are, and whether each is open."""
-        return {name: each.is_open for upstream in self._open.values() for name, each in upstream.breakers.items()}
+        return {name: each.is_open for upstream in self._clients.values() for name, each in upstream.breakers.items()}
 
-    def reloaded(self) -> None:
+    def on_routes_reloaded(self) -> None:
         """The routes file was read anew: let go of upstreams that it does not know, when their last answer is over."""
-        kept = set(self._routes.access.values())
-        for access in [access for access in self._open if access not in kept]:
+        kept = set(self._routes.upstreams.values())
+        for access in [access for access in self._clients if access not in kept]:
             asyncio.get_running_loop().call_later(self._settings.total_timeout_seconds, self._retire, access)
 
     def _retire(self, access: UpstreamConfig) -> None:
-        if access in self._open and access not in self._routes.access.values():
-            gone = asyncio.ensure_future(self._open.pop(access).stop())
+        if access in self._clients and access not in self._routes.upstreams.values():
+            gone = asyncio.ensure_future(self._clients.pop(access).stop())
             gone.add_done_callback(lambda _: None)
 
-    def _at(self, access: UpstreamConfig) -> UpstreamClient:
-        found = self._open.get(access)
+    def _client(self, access: UpstreamConfig) -> UpstreamClient:
+        found = self._clients.get(access)
         if found is None:
-            found = self._open[access] = UpstreamClient(access, self._settings, self._metrics)
+            found = self._clients[access] = UpstreamClient(access, self._settings, self._metrics)
         return found
 
 
@@ -449,7 +451,7 @@ def _stands_in(target: Target, first: Target, endpoint: str) -> bool:
     if endpoint == EMBEDDINGS:
         return target.model == first.model  # vectors of two models do not compare
     if endpoint == "/v1/responses":
-        return target.access.responses
+        return target.config.responses
     return target.kind != "embedding"
 
 

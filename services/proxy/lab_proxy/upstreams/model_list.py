@@ -31,7 +31,7 @@ class ModelList:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    def learn(self, model: str, revision: str | None) -> None:
+    def observe_revision(self, model: str, revision: str | None) -> None:
         """An answer carried this revision: the next request is keyed on it."""
         entry = self.entries.get(model)
         if entry is not None and revision and entry.get("revision") != revision:
@@ -41,7 +41,7 @@ class ModelList:
     async def ready(self) -> dict[str, Any]:
         """`state` (up, loading, down) with the service's own report, or with what to do."""
         try:
-            status, said = await self._upstreams.local.get("/ready", 2.0)
+            status, said = await self._upstreams.model_service.get_json("/ready", 2.0)
         except ProxyError as error:
             return {"state": "down", "detail": error.message}
         if not isinstance(said, dict):
@@ -51,7 +51,7 @@ class ModelList:
             await self._read()  # whoever hears that it is up may ask at once
         return {"state": state, **said}
 
-    async def look_again(self, model: str) -> None:
+    async def refresh(self, model: str) -> None:
         """Read the ids now. Raises UpstreamDown where the service has `model` but does not serve it yet."""
         await self._read()
         if model in self.entries:
@@ -71,7 +71,7 @@ class ModelList:
 
     async def _read(self) -> None:
         try:
-            status, said = await self._upstreams.local.get("/v1/models", 1.0)
+            status, said = await self._upstreams.model_service.get_json("/v1/models", 1.0)
             entries = {entry["id"]: entry for entry in said["data"]} if status == 200 else self.entries
             if entries != self.entries:
                 self.entries = entries

@@ -154,14 +154,16 @@ class Target:
     versioned: bool  # the upstream names a revision with every answer
     alias: str | None  # the name that was asked for, where it is not `model`
     ttl: int
-    keep_sampled: bool
+    store_sampled: bool
     defaults: Mapping[str, Mapping[str, bytes]]  # endpoint -> field -> canonical bytes
-    temperature: Mapping[str, Any]  # endpoint -> the default, where it is known
-    access: UpstreamConfig
+    default_temperature: Mapping[str, Any]  # endpoint -> the default, where it is known
+    config: UpstreamConfig
     kind: str | None = None  # what the model service says its model is
     auto: str | None = None  # `small` or `large` and why, where `auto` was asked for
     samples: int = 1  # answers kept side by side where sampled ones are stored
-    swr: int = 0  # seconds after the TTL in which a stale answer is served while a new one is fetched
+    stale_while_revalidate: int = (
+        0  # seconds after the TTL in which a stale answer is served while a new one is fetched
+    )
     stale_if_error: int = 0  # seconds after the TTL in which a stale answer is served where the upstream fails
     fallbacks: tuple[Target, ...] = ()
 
@@ -188,7 +190,7 @@ class Routes:
         self.generation = 1  # what was decided by an earlier one is decided anew
 
     @property
-    def access(self) -> Mapping[str, UpstreamConfig]:
+    def upstreams(self) -> Mapping[str, UpstreamConfig]:
         return self._now.access
 
     def files(self) -> list[Path]:
@@ -272,13 +274,15 @@ class Routes:
             versioned=access.kind == "model",
             alias=asked if who.model != asked else None,
             ttl=route.ttl_seconds or self._ttl,
-            keep_sampled=route.store_sampled,
+            store_sampled=route.store_sampled,
             defaults=now.canonical[who.upstream],
-            temperature={path: fields.get("temperature") for path, fields in now.defaults[who.upstream].items()},
-            access=access,
+            default_temperature={
+                path: fields.get("temperature") for path, fields in now.defaults[who.upstream].items()
+            },
+            config=access,
             kind=listed.get("kind"),
             samples=route.samples,
-            swr=route.stale_while_revalidate_seconds,
+            stale_while_revalidate=route.stale_while_revalidate_seconds,
             stale_if_error=route.stale_if_error_seconds,
         )
 

@@ -45,7 +45,7 @@ class CachePages:
     """`pages` are for the application."""
 
     def __init__(self, exchange: Executor, cache: Shelves, keys: Doorkeeper) -> None:
-        self._exchange, self._cache, self._keys = exchange, cache, keys
+        self._executor, self._cache, self._keys = exchange, cache, keys
 
     def pages(self) -> dict[tuple[str, str], Page]:
         return {("POST", "/cache/explain"): self._explain, ("POST", FLUSH): self._flush}
@@ -64,33 +64,33 @@ class CachePages:
         if against is not None and not isinstance(against, (dict, str)):
             raise InvalidRequest("`against` must be another request's body, or a key.", param="against")
         # 2. What the cache has of it.
-        weighed = await self._exchange.ways.weigh(_call(visit.identity, endpoint, request))
+        weighed = await self._executor.planner.preview(_call(visit.identity, endpoint, request))
         answer: dict[str, Any] = {
             "endpoint": endpoint,
-            "canonical": weighed.form.decode(),
+            "canonical": weighed.canonical_form.decode(),
             "key": weighed.keys[0] if len(weighed.keys) == 1 else weighed.keys,
             "cacheable": weighed.bypass is None,
             "why": weighed.bypass,
         }
-        found = await self._cache.read(weighed.keys, stamp=weighed.stamp) if weighed.bypass is None else []
+        found = await self._cache.read(weighed.keys, stamp=weighed.epoch) if weighed.bypass is None else []
         now = time.time()
         hit = bool(found) and all(each is not None and each.age(now) < each.ttl for each in found or ())
         answer["state"] = "unknown" if found is None else "hit" if hit else "miss"
         # 3. In what they differ.
         if isinstance(against, dict):
-            other = (await self._exchange.ways.weigh(_call(visit.identity, endpoint, against))).form
-            answer["differs"] = _differs(weighed.form, other)
+            other = (await self._executor.planner.preview(_call(visit.identity, endpoint, against))).canonical_form
+            answer["differs"] = _differs(weighed.canonical_form, other)
         elif against is not None:
-            answer["differs"] = _differs(weighed.form, await self._form(visit.identity, against))
-        await out.whole(orjson.dumps(answer), {"cache-control": "no-store"})
+            answer["differs"] = _differs(weighed.canonical_form, await self._form(visit.identity, against))
+        await out.send(orjson.dumps(answer), {"cache-control": "no-store"})
 
     async def _form(self, identity: Identity, key: str) -> bytes:
         """The canonical form under this key. Raises InvalidRequest where this tenant has no such entry."""
         entry = await self._cache.peek(key) if len(key) <= 80 and key.isascii() else None  # with a sample's number
-        if entry is not None and entry.form:
-            _, tenant, _, model, *_ = orjson.loads(entry.form)
-            if tenant == identity.tenant and entry.stamp == self._cache.stamp(tenant, model):
-                return entry.form
+        if entry is not None and entry.canonical_form:
+            _, tenant, _, model, *_ = orjson.loads(entry.canonical_form)
+            if tenant == identity.tenant and entry.epoch == self._cache.epoch(tenant, model):
+                return entry.canonical_form
         raise InvalidRequest(
             "Nothing is stored under this key: the key of a hit is in its `cache-status`.",
             param="against",
@@ -107,7 +107,7 @@ class CachePages:
                 raise InvalidRequest(f"`{name}` must be a name.", param=name)
         if not isinstance(everything, bool) or (everything and (tenant or model)):
             raise InvalidRequest("`all` is true or false, and goes with nothing else.", param="all")
-        model = self._exchange.ways.model_of(model) if model else None
+        model = self._executor.planner.resolve_alias(model) if model else None
         if not self._keys.is_admin(visit.headers):
             own = visit.identity.tenant
             if everything or visit.identity.shared or (tenant is not None and tenant != own):
@@ -118,7 +118,7 @@ class CachePages:
         elif not everything and tenant is None and model is None:
             raise InvalidRequest('Say what to flush: {"tenant": …}, {"model": …}, both, or {"all": true}.')
         await self._cache.flush(tenant, model)
-        await out.whole(orjson.dumps({"flushed": {"tenant": tenant, "model": model}}), {})
+        await out.send(orjson.dumps({"flushed": {"tenant": tenant, "model": model}}), {})
 
 
 async def _object(visit: PageRequest) -> dict[str, Any]:

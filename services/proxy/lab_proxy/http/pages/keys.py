@@ -223,9 +223,9 @@ def _budget(limit: int | None, spent: int) -> dict[str, float | None]:
 
 
 async def _answer(out: Response, said: Any, status: int = 200) -> None:
-    await out.whole(orjson.dumps(said), _PRIVATE, status=status)
+    await out.send(orjson.dumps(said), _PRIVATE, status=status)
 
 
 async def _answer_csv(out: Response, rows: list[dict[str, Any]]) -> None:
     headers = _PRIVATE | {"content-disposition": 'attachment; filename="usage.csv"'}
-    await out.whole(ledger.as_csv(rows).encode(), headers, "text/csv; charset=utf-8")
+    await out.send(ledger.as_csv(rows).encode(), headers, "text/csv; charset=utf-8")
