@@ -76,7 +76,7 @@ class Upstream:
                     flight.begin({"by": self.calls})
                 if part is None:
                     return flight.end("stored")
-                await flight.put(part)
+                await flight.append(part)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -92,16 +92,16 @@ async def take_off(seat: Subscriber, server: Process | None, fetch: Fetch) -> No
         lease = seat.lease(())
         if lease and server:
             async with aioredis.Redis.from_url(redis_url(server)) as client:
-                lease.heard(await client.execute_command(*lease.command()))
-        seat.depart(lease, fetch)
+                lease.on_reply(await client.execute_command(*lease.command()))
+        seat.start(lease, fetch)
     else:
-        await seat.found()
+        await seat.cached_entries()
 
 
 async def hear(
     flights: SingleFlight, name: str, server: Process | None, fetch: Fetch, *, pace: float = 0
 ) -> list[bytes]:
-    with flights.board(name) as seat:
+    with flights.join(name) as seat:
         await take_off(seat, server, fetch)
         await seat.head()
         said = []
@@ -118,7 +118,7 @@ async def until(true: Callable[[], Any], within: float = 5) -> None:
 
 
 def heard_by_others(flights: SingleFlight) -> bool:
-    return any(flight.listeners for flight in flights._led.values())
+    return any(flight.remote_subscribers for flight in flights._leading.values())
 
 
 # ---- flights alone
@@ -131,7 +131,7 @@ async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[SingleFlig
     up.say(b"a", b"b")
     await until(lambda: up.calls)
     await asyncio.sleep(0.1)
-    with two[1].board(name) as late:
+    with two[1].join(name) as late:
         assert not late.first
         await take_off(late, server, up.fetch)
         stream = late.parts()
@@ -141,8 +141,8 @@ async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[SingleFlig
         up.say(None)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        assert late.flight.ending is not None
-        assert late.flight.ending.outcome == "stored"
+        assert late.flight.result is not None
+        assert late.flight.result.outcome == "stored"
     assert await asyncio.gather(*early) == [[b"a", b"b", b"c"]] * 40
     assert up.calls == 1
 
@@ -150,18 +150,18 @@ async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[SingleFlig
 async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[SingleFlight, SingleFlight]) -> None:
     """In one process one looks into the cache; who waits gets the entry too, or looks itself where the first left."""
     name, found = new(), [Entry(b"{}", 10, 0.0)]
-    with two[0].board(name) as first, two[0].board(name) as second:
+    with two[0].join(name) as first, two[0].join(name) as second:
         assert (first.first, second.first) == (True, False)
-        first.flight.land(found)
-        assert await second.found() is found
-    with two[0].board(name) as first:
-        with two[0].board(name) as second:
-            waiting = asyncio.create_task(second.found())
+        first.flight.resolve_from_cache(found)
+        assert await second.cached_entries() is found
+    with two[0].join(name) as first:
+        with two[0].join(name) as second:
+            waiting = asyncio.create_task(second.cached_entries())
             await asyncio.sleep(0)
             first.__exit__(None, None, None)
             with pytest.raises(FlightLost):
                 await waiting
-        with two[0].board(name) as third:
+        with two[0].join(name) as third:
             assert third.first
 
 
@@ -182,7 +182,7 @@ async def test_flight_f2_goes_on_while_another_process_listens(
         if end == "stay":
             up.say(b"b", None)
             assert await follower == [b"a", b"b"]
-            await until(lambda: not two[0]._led)
+            await until(lambda: not two[0]._leading)
             name = new()
             leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
             up.say(b"a")
@@ -190,8 +190,8 @@ async def test_flight_f2_goes_on_while_another_process_listens(
         else:
             follower.cancel()
             await until(lambda: up.cancelled == 1, within=1)
-    assert not two[0]._led
-    assert not two[1]._led
+    assert not two[0]._leading
+    assert not two[1]._leading
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
@@ -256,7 +256,7 @@ async def test_flight_f3_a_forgotten_lease_costs_nothing(
     for leader in two:
         up, name = Upstream(), new()
         async with aioredis.Redis.from_url(redis_url(server)) as client:
-            await client.set(LEASE + name, f"{leader._me}.99999", px=60_000)
+            await client.set(LEASE + name, f"{leader._process_id}.99999", px=60_000)
         up.say(b"a", None)
         async with asyncio.timeout(1):
             assert await hear(two[0], name, server, up.fetch) == [b"a"]
@@ -290,7 +290,7 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(
     assert await slow == await quick
 
     up, name = Upstream(), new()
-    with two[0].board(name) as slow_seat, two[0].board(name) as quick_seat:
+    with two[0].join(name) as slow_seat, two[0].join(name) as quick_seat:
         await take_off(slow_seat, server, up.fetch)
         up.say(b"first")
         lagging, leading = slow_seat.parts(), quick_seat.parts()
@@ -302,7 +302,7 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(
         assert len(got) == 100
         with pytest.raises(SlowReader):
             await anext(lagging)
-        with two[0].board(name) as other:
+        with two[0].join(name) as other:
             assert other.first
 
 
@@ -337,19 +337,19 @@ async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[
             b'{"k":"parts","f":"x"}',
             b'{"k":"join","f":1,"p":2,"n":[]}',
         ):
-            await client.publish(CHANNEL + two[0]._me, junk)
+            await client.publish(CHANNEL + two[0]._process_id, junk)
         for spoil in (lambda name: client.set(name, b"\xff garbage"), lambda name: client.rpush(name, "a")):
             up, name = Upstream(), new()
             await spoil(LEASE + name)
             up.say(b"a", None)
-            with two[0].board(name) as seat:
+            with two[0].join(name) as seat:
                 lease = seat.lease(())
                 assert lease
                 try:
-                    lease.heard(await client.execute_command(*lease.command()))
+                    lease.on_reply(await client.execute_command(*lease.command()))
                 except aioredis.ResponseError:
-                    lease.unheard()
-                seat.depart(lease, up.fetch)
+                    lease.on_failure()
+                seat.start(lease, up.fetch)
                 assert [part async for parts in seat.parts() for part in parts] == [b"a"]
         up, name = Upstream(), new()
         leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -372,7 +372,9 @@ async def test_flight_x1_redis_gone_each_process_goes_on_alone(tmp_path: Path, f
             stream = Upstream()
             told = [asyncio.create_task(hear(each, running, server, stream.fetch)) for each in (one, other)]
             stream.say(b"a")
-            await until(lambda: all(seat.taken for f in other._followed.values() for seat in f.seats if f.begun))
+            await until(
+                lambda: all(seat.taken for f in other._following.values() for seat in f.subscribers if f.has_head)
+            )
             await asyncio.sleep(0.2)
             if fault == "paused":
                 os.kill(server.popen.pid, signal.SIGSTOP)

@@ -234,11 +234,11 @@ async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp
         change = paid - (1000 * 3 + 900 * 7) * 10**6 + (19 * 3 + 29 * 7) * 10**6
         await made.flush()
         assert [each for each in (tmp_path / "spool").glob("*") if each.stat().st_size], "it waits on the disk"
-        assert made.unbooked(PRICED.key_id or "") == change + 65 * 10**6 < 0
+        assert made.unflushed_cost(PRICED.key_id or "") == change + 65 * 10**6 < 0
         os.kill(server.popen.pid, signal.SIGCONT)
         await made.flush()
         await made.flush()
-        assert made.unbooked(PRICED.key_id or "") == 0
+        assert made.unflushed_cost(PRICED.key_id or "") == 0
         (row,) = await made.usage(day, day)
         names = ("requests", "upstream_calls", "estimated_calls", "prompt_tokens", "cached_prompt_tokens",
                  "completion_tokens", "cost_picodollars")  # fmt: skip
@@ -310,7 +310,7 @@ async def test_what_redis_refuses_is_spooled_and_booked_in_order(server: Process
             if eventually_spooled:
                 break
         assert eventually_spooled
-        assert made.unbooked(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
+        assert made.unflushed_cost(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
         if fault == "full":
             await client.config_set("maxmemory", "0")
         elif fault == "read-only":
@@ -319,10 +319,10 @@ async def test_what_redis_refuses_is_spooled_and_booked_in_order(server: Process
             os.kill(server.popen.pid, signal.SIGCONT)
         for _ in range(100):
             await asyncio.sleep(0.05)
-            if not made.unbooked(PRICED.key_id or ""):
+            if not made.unflushed_cost(PRICED.key_id or ""):
                 break
         assert await calls_booked(made) == 1001
-        assert made.unbooked(PRICED.key_id or "") == 0
+        assert made.unflushed_cost(PRICED.key_id or "") == 0
         assert (await made.spent(PRICED.key_id or ""))[1] == 1001 * 65 * 10**6
 
 

@@ -268,12 +268,12 @@ async def test_a_caller_who_does_not_read_is_given_up(monkeypatch: pytest.Monkey
     out = Response(never, {})
     out.started = True
     answering = object.__new__(Executor)
-    monkeypatch.setattr(Planner, "find", late)
-    answering._total, answering.ways, answering._bills = 1, object.__new__(Planner), Billing(None, None)
+    monkeypatch.setattr(Planner, "plan", late)
+    answering._total, answering.planner, answering._billing = 1, object.__new__(Planner), Billing(None, None)
     call = RequestContext("t", "/v1/chat/completions", b"", {}, "r", CacheControl(), False, 0.0)
     async with asyncio.timeout(2):
         await answering.answer(call, out)
-    assert call.account.error == "client_stalled"
+    assert call.record.error == "client_stalled"
     assert not out.ended
 
 
@@ -467,7 +467,7 @@ def test_invented_models_do_not_grow_the_metrics(bench: Bench) -> None:
     assert 'model="other"' in page
     metrics = Metrics()
     for number in range(MOST_MODELS + 50):
-        metrics.record("/v1/embeddings", RequestRecord(model=f"m{number}", known=True), 200, 0.1)
+        metrics.record("/v1/embeddings", RequestRecord(model=f"m{number}", model_known=True), 200, 0.1)
     labels = {sample.labels["model"] for family in metrics.collect() for sample in family.samples if sample.labels}
     assert len(labels) == MOST_MODELS + 1
     assert "other" in labels

@@ -290,7 +290,7 @@ async def test_cache_a1_a_model_that_is_down_is_asked_again() -> None:
     tally = asking.Reconciliation(model.get, ends.append)
     await tally.start()
     try:
-        tally.expect("a", heard.put_nowait)
+        tally.enqueue("a", heard.put_nowait)
         assert await asyncio.wait_for(heard.get(), 5) == (3, 4, 1)
     finally:
         await tally.stop()
@@ -303,16 +303,16 @@ async def test_cache_a1_what_the_model_does_not_tell_is_given_up() -> None:
     ends: asyncio.Queue[str] = asyncio.Queue()
     tally = asking.Reconciliation(Model({}).get, ends.put_nowait)
     await tally.start()
-    tally.expect("a", lambda _: pytest.fail("nobody knows"))
+    tally.enqueue("a", lambda _: pytest.fail("nobody knows"))
     assert await asyncio.wait_for(ends.get(), 5) == "unknown"
     for number in range(asking.MOST_OPEN + 1):
-        tally.expect(f"{number}", lambda _: None)
+        tally.enqueue(f"{number}", lambda _: None)
     assert ends.get_nowait() == "unknown"
     assert ends.empty()
     await tally.stop()
     last = asking.Reconciliation(Model({}, {"a": {"prompt": 1, "completion": 1, "cached": 0}}).get)
     heard: list[Any] = []
-    last.expect("a", heard.append)
+    last.enqueue("a", heard.append)
     await last.stop()
     assert heard == [(1, 1, 0)]
 
