@@ -1,6 +1,6 @@
-"""Files that may change while the proxy runs: read anew at SIGHUP, and when their time or size differs.
+"""Reload of files that may change while the proxy runs: at SIGHUP, or when modification time, size or inode change.
 
-Knows paths and that a file can be wrong. What is in it is its reader's affair: one that is no good changes nothing.
+Knows paths and faults of files; their readers know the content. A faulty file changes nothing: the old content stays.
 """
 
 from __future__ import annotations
@@ -18,39 +18,40 @@ from typing import Any, Protocol, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .telemetry.metrics import Metrics
-
 log = logging.getLogger("lab_proxy.watch")
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
 class Readable(Protocol):
-    """What is read from files."""
+    """An object that is read from files."""
 
     def files(self) -> list[Path]:
-        """The files it is read from, now."""
+        """The files it is currently read from."""
 
     def reload(self) -> None:
-        """Read them again, as a whole. Raises ValueError and changes nothing where they are no good."""
+        """Read all of them again. Raises ValueError and changes nothing if one is faulty."""
 
 
 class Reloader:
-    """Keeps what was read from files as the files are. `after` hears of each good reading."""
+    """Reloads `read` when its files change. A part: start and stop it."""
 
     def __init__(
-        self, read: Mapping[str, Readable], metrics: Metrics, after: Callable[[], None] = lambda: None
+        self,
+        read: Mapping[str, Readable],
+        *,
+        after: Callable[[], None] = lambda: None,
+        on_reload: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
+        """`after` runs after each successful reload; `on_reload(name, outcome)` after each attempt: read or refused."""
         self._read = dict(read)
-        self._metrics = metrics
-        self._after = after
-        self._seen = {name: _looks(each) for name, each in self._read.items()}
+        self._after, self._on_reload = after, on_reload
+        self._signatures = {name: _signature(each) for name, each in self._read.items()}
         self._trouble: dict[str, str] = {}
         self._times: dict[str, tuple[int, float]] = {name: (1, time.time()) for name in self._read}
         self._task: asyncio.Task[None] | None = None
-        metrics.watch(self._gauges)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -64,12 +65,12 @@ class Reloader:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def reload(self) -> None:
-        """Read all files again, whether they look different or not."""
+        """Read all files again, changed or not."""
         for name, each in self._read.items():
-            self._again(name, each)
+            self._reload_one(name, each)
 
     def report(self) -> dict[str, Any]:
-        """For the status page: how often each was read, when last, and what is wrong with what lies there now."""
+        """For the status page: number of reads, time of the last one, and the fault of the current file, if any."""
         return {
             name: {"generation": turn, "read": int(at)}
             | ({"trouble": self._trouble[name]} if name in self._trouble else {})
@@ -78,53 +79,53 @@ class Reloader:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            self._look()
+            await asyncio.sleep(POLL_SECONDS)
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         for name, each in self._read.items():
-            if _looks(each) != self._seen[name]:
-                self._again(name, each)
+            if _signature(each) != self._signatures[name]:
+                self._reload_one(name, each)
 
-    def _again(self, name: str, each: Readable) -> None:
-        self._seen[name] = _looks(each)
+    def _reload_one(self, name: str, each: Readable) -> None:
+        self._signatures[name] = _signature(each)
         try:
             each.reload()
         except ValueError as error:
             self._trouble[name] = str(error)
-            self._metrics.count("reloads", name, "refused")
-            log.error("%s: the file is no good, the one before it stays in use: %s", name, error)  # noqa: TRY400
+            self._on_reload(name, "refused")
+            log.error("%s: the file is faulty, its previous content stays in use: %s", name, error)  # noqa: TRY400
             return
-        self._seen[name] = _looks(each)  # it may name other files now
+        self._signatures[name] = _signature(each)  # the new content may name other files
         self._trouble.pop(name, None)
         self._times[name] = (self._times[name][0] + 1, time.time())
-        self._metrics.count("reloads", name, "read")
-        log.info("%s: read anew", name)
+        self._on_reload(name, "read")
+        log.info("%s: reloaded", name)
         self._after()
 
-    def _gauges(self) -> Mapping[str, Mapping[tuple[str, ...], float]]:
+    def gauges(self) -> Mapping[str, Mapping[tuple[str, ...], float]]:
         failing: dict[tuple[str, ...], float] = {(name,): float(name in self._trouble) for name in self._read}
         turns: dict[tuple[str, ...], float] = {(name,): float(turn) for name, (turn, _) in self._times.items()}
         return {"reload_failing": failing, "generation": turns}
 
 
-def _looks(each: Readable) -> list[tuple[int, int, int] | None]:
-    """What tells a changed file: time, size, and which file it is, as editors and ConfigMaps put a new one in place."""
-    looks: list[tuple[int, int, int] | None] = []
+def _signature(each: Readable) -> list[tuple[int, int, int] | None]:
+    """Modification time, size and inode of each file: editors and ConfigMaps replace files by new ones."""
+    signature: list[tuple[int, int, int] | None] = []
     for path in each.files():
         try:
             found = path.stat()
         except OSError:
-            looks.append(None)
+            signature.append(None)
         else:
-            looks.append((found.st_mtime_ns, found.st_size, found.st_ino))
-    return looks
+            signature.append((found.st_mtime_ns, found.st_size, found.st_ino))
+    return signature
 
 
 def read_yaml(shape: type[Shape], path: Path | None, packaged: str, variable: str) -> Shape:
-    """The file at `path`, else the one in the package. Raises ValueError in one line that names the variable."""
+    """The YAML file at `path`, or the packaged one. Raises ValueError with one line that names the variable."""
     try:
-        text = (path or resources.files("lab_proxy").joinpath(packaged)).read_text("utf-8")
+        text = (path or resources.files(__package__).joinpath(packaged)).read_text("utf-8")
         return shape.model_validate(yaml.safe_load(text))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{variable} cannot be read: {' '.join(str(error).split())}") from None

@@ -1,161 +1,83 @@
-"""Where answers rest: this process and redis, a secret for the keys, and what a caller may ask (RFC 9111, RFC 9211).
+"""Cache storage: entries in redis, and local copies of them in this process.
 
-Redis may be absent, dead, paused or full: a request then goes on without it, later by at most one timeout, and a look
-every second finds out when it is back. Knows entries as bytes under a key; does not know what is in them or what may
-be stored.
+Redis may be absent, down, slow or full: requests then go on without it, delayed by at most one timeout, and a probe
+every second detects its return. Knows entries under keys; not what is in them or what may be stored.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
-from ..errors import CacheUnavailable, ProxyError
-from ..redis.connection import Address, Command, CommandError, Connection, Pipeline
+from ..errors import CacheUnavailable
+from ..redis.address import Address
+from ..redis.client import PipelinedCommand, deliver
+from ..redis.connection import Command, CommandError, Connection, Pipeline
 from .entry import Entry
 
 log = logging.getLogger("lab_proxy.cache")
 
 PREFIX = "lab:entry:"
+BATCH = 64  # keys in one command: redis serves other clients in between
+PROBE_SECONDS = (0.2, 0.5, 1.0)  # between probes while redis is down; the last one repeats
+PROBE_TIMEOUT = 1.0
+EPOCHS = "lab:epoch"
+POLL_SECONDS = 0.25  # between reads of the epochs
+TRUSTED_SECONDS = 1.0  # after redis's last reply: local copies are not served beyond that
+MAX_EPOCHS = 10_000
 
 
 def entry_name(key: str) -> str:
-    """Where redis keeps the entry of this key."""
+    """The entry's name in redis."""
     return PREFIX + key
 
 
-def sample_key(key: str, slot: int) -> str:
-    """The key of one of several samples; the first has the request's own."""
-    return f"{key}:{slot}" if slot else key
-
-
-BATCH = 64  # keys in one command: redis serves others in between
-PROBE_SECONDS = (0.2, 0.5, 1.0)  # between looks at a redis that failed; the last one repeats
-PROBE_TIMEOUT = 1.0
-EPOCHS = "lab:epoch"
-LOOK_SECONDS = 0.25  # between looks at the epochs
-TRUSTED_SECONDS = 1.0  # after redis's last word: what is near counts no longer than that
-MOST_STAMPS = 10_000
-
-
-def load_secret(path: Path) -> bytes:
-    """The secret of the cache keys, made once: of several processes that start together one makes it, all read it.
-
-    Raises ValueError naming the variable when the file can be neither read nor made, or is too short to be a secret.
-    """
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-            descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            try:
-                with os.fdopen(descriptor, "w") as out:
-                    out.write(secrets.token_hex(32))
-                with contextlib.suppress(FileExistsError):
-                    os.link(draft, path)  # appears whole, and only if nobody was faster
-            finally:
-                draft.unlink()
-        secret = path.read_bytes().strip()
-    except OSError as error:
-        raise ValueError(f"PROXY_CACHE_SECRET_FILE cannot be read or made: {error}") from None
-    if len(secret) < 32:
-        raise ValueError(f"PROXY_CACHE_SECRET_FILE {path} holds fewer than 32 bytes: remove it and a new one is made")
-    return secret
-
-
-@dataclass(frozen=True, slots=True)
-class CacheControl:
-    """What the caller's `Cache-Control` asks. Unknown or malformed directives are ignored, as HTTP wants it."""
-
-    no_store: bool = False
-    no_cache: bool = False
-    only_if_cached: bool = False
-    max_age: int | None = None
-
-    @classmethod
-    def read(cls, header: str) -> CacheControl:
-        if not header:
-            return NO_DIRECTIVES
-        said = {}
-        for part in header.lower().split(","):
-            name, _, value = part.strip().partition("=")
-            said[name.strip()] = value.strip().strip('"')
-        age = said.get("max-age", "")
-        return cls(
-            no_store="no-store" in said,
-            no_cache="no-cache" in said,
-            only_if_cached="only-if-cached" in said,
-            max_age=int(age[:12]) if age.isascii() and age.isdigit() else None,
-        )
-
-
-NO_DIRECTIVES = CacheControl()
-
-
-class PipelinedCommand(Protocol):
-    """A redis command that rides along with a read, so that it costs no round trip of its own. May raise ProxyErrors:
-    nothing of the cache is given out before `heard` or `unheard` has returned."""
-
-    def command(self, whole: bool = False) -> tuple[Any, ...]:
-        """One command. `whole`: redis does not know the script of the other form."""
-
-    def on_reply(self, reply: Any) -> None: ...
-
-    def on_failure(self) -> None:
-        """Redis cannot be asked, or refused the command."""
-
-
 class LocalCache:
-    """Entries in this process, at most so many bytes of them: the ones used last."""
+    """Entries in this process: the most recently used ones, within a limit of bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.size = 0
-        self._kept: OrderedDict[str, Entry] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
 
     def get(self, key: str) -> Entry | None:
-        entry = self._kept.get(key)
+        entry = self._entries.get(key)
         if entry is not None:
-            self._kept.move_to_end(key)
+            self._entries.move_to_end(key)
         return entry
 
     def put(self, key: str, entry: Entry) -> None:
         self.drop(key)
-        self._kept[key] = entry
+        self._entries[key] = entry
         self.size += entry.weight
         while self.size > self.limit:
-            self.size -= self._kept.popitem(last=False)[1].weight
+            self.size -= self._entries.popitem(last=False)[1].weight
 
     def drop(self, key: str) -> None:
-        old = self._kept.pop(key, None)
+        old = self._entries.pop(key, None)
         if old is not None:
             self.size -= old.weight
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._entries.clear()
         self.size = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
 
 class Cache:
-    """Entries in redis, and copies of them in this process (L1). Fail-soft: nothing here raises for redis's sake, but
-    `flush`.
+    """Entries in redis, and local copies (L1). A part. Only `flush` raises when redis fails.
 
-    A copy counts only while redis has spoken within the last second on the connection on which it also tells of every
-    changed entry: so none outlives a change by more than that, not even where redis cannot be reached.
+    A local copy is served only if redis has replied within the last second on the connection that also carries its
+    invalidations. So no copy outlives a change by more than that, even if redis is unreachable.
     """
 
     enabled = True
@@ -171,10 +93,10 @@ class Cache:
         on_error: Callable[[str], None] = lambda _: None,
         on_time: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
-        """`timeout`: seconds that one read or one write takes at most. `on_error` hears of each failed operation,
-        `on_time` of each round trip and its seconds.
+        """`timeout`: of one read or write, in seconds. `near_bytes`: limit of the local copies. `on_error` gets each
+        failed operation, `on_time` each round trip with its seconds.
 
-        Raises ValueError for a URL with options that are not known.
+        Raises ValueError for a URL with unsupported options.
         """
         self.secret = secret
         self._timeout = timeout
@@ -184,10 +106,10 @@ class Cache:
         self._address = Address(url)
         self._connection: Connection | None = None
         self._detail = ""
-        self._watcher: asyncio.Task[None] | None = None
+        self._poller: asyncio.Task[None] | None = None
         self._local = LocalCache(near_bytes)
-        self._tracking = False  # redis tells of changed entries
-        self._confirmed = float("-inf")  # time.monotonic() when the last question that redis answered was sent
+        self._tracking = False  # redis sends invalidations
+        self._confirmed = float("-inf")  # time.monotonic() at which the last answered command was sent
         self._epochs: dict[str, str] = {}
         self._epoch_cache: dict[tuple[str, str], str] = {}
 
@@ -197,102 +119,112 @@ class Cache:
 
     async def start(self) -> None:
         await self._connect("start")
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="redis-watch")
+        self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="redis-watch")
 
     async def stop(self) -> None:
-        if self._watcher:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._poller:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
         if self._connection:
             self._connection.close()
 
     # ---- entries
 
     def epoch(self, tenant: str, model: str) -> str:
-        """The epoch of this tenant's answers of this model. Taken when a request begins, and stored with its answer."""
-        stamp = self._epoch_cache.get((tenant, model))
-        if stamp is None:
-            if len(self._epoch_cache) >= MOST_STAMPS:
+        """The current epoch of a tenant's entries of a model: read when a request begins, stored with its answer."""
+        epoch = self._epoch_cache.get((tenant, model))
+        if epoch is None:
+            if len(self._epoch_cache) >= MAX_EPOCHS:
                 self._epoch_cache.clear()
             scopes = (scope(None, None), scope(tenant, None), scope(None, model), scope(tenant, model))
-            stamp = self._epoch_cache[tenant, model] = ".".join(self._epochs.get(each, "") for each in scopes)
-        return stamp
+            epoch = self._epoch_cache[tenant, model] = ".".join(self._epochs.get(each, "") for each in scopes)
+        return epoch
 
-    def get_local(self, key: str, stamp: str, now: float) -> Entry | None:
-        """What this process itself holds, and may give out without asking redis. `now`: time.time()."""
+    def get_local(self, key: str, epoch: str, now: float) -> Entry | None:
+        """The local copy, if it may be served without asking redis. `now`: time.time()."""
         if time.monotonic() - self._confirmed > TRUSTED_SECONDS:
             return None
-        return _alive(self._local.get(key), stamp, now)
+        return _alive(self._local.get(key), epoch, now)
 
     def resize(self, key: str, entry: Entry, size: int) -> None:
-        """`entry` has become so many bytes heavier, by a form of it that was made once for all."""
+        """Count `size` more bytes for a local copy: a prepared form of it is kept with it."""
         if self._local.get(key) is entry:
             self._local.drop(key)
             entry.weight += size
             self._local.put(key, entry)
 
-    async def read(self, keys: Sequence[str], *asks: PipelinedCommand, stamp: str = "") -> list[Entry | None] | None:
-        """An entry or None for each key; None for all when redis cannot be asked. What is no entry counts as none.
+    async def read(
+        self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
+    ) -> list[Entry | None] | None:
+        """An entry or None for each key; None if redis is unavailable. What is no valid entry counts as none.
 
-        One round trip for the keys that are not near and for `asks`, which may raise ProxyErrors.
+        One round trip for the keys without a local copy and for the `piggyback` commands, which may raise ProxyErrors.
         """
         now = time.time()
-        found = [self.get_local(key, stamp, now) for key in keys]
+        found = [self.get_local(key, epoch, now) for key in keys]
         missing = [place for place, entry in enumerate(found) if entry is None]
         if self._connection is None:
-            for ask in asks:
-                ask.on_failure()
+            for command in piggyback:
+                command.on_failure()
             return None
-        if not missing and not asks:
+        if not missing and not piggyback:
             return found
-        commands: list[Command] = [ask.command() for ask in asks]
+        commands: list[Command] = [command.command() for command in piggyback]
         for start in range(0, len(missing), BATCH):
             names = [entry_name(keys[place]) for place in missing[start : start + BATCH]]
             commands.append(("GET", names[0]) if len(names) == 1 else ("MGET", *names))
-        batch = await self._ask(commands, "read")
-        if batch is None:
-            for ask in asks:
-                ask.on_failure()
+        pipeline = await self._execute(commands, "read")
+        if pipeline is None:
+            for command in piggyback:
+                command.on_failure()
             return None
-        await self._hear(asks, batch.replies)
-        raws = self._raws(commands[len(asks) :], batch.replies[len(asks) :])
-        now, fresh = time.time(), self._connection is not None and batch.pushes == self._connection.pushes
+        if piggyback:
+            await deliver(
+                piggyback,
+                pipeline.replies,
+                lambda command: self._execute([command], "script"),
+                lambda: self._on_error("script"),
+            )
+        raws = self._raws(commands[len(piggyback) :], pipeline.replies[len(piggyback) :])
+        now = time.time()
+        # An invalidation that came in between may concern one of these entries.
+        unchanged = self._connection is not None and pipeline.pushes == self._connection.pushes
         for place, raw in zip(missing, raws, strict=True):
-            entry = found[place] = _alive(Entry.unpack(raw), stamp, now)
-            if entry is not None and fresh:
+            entry = found[place] = _alive(Entry.unpack(raw), epoch, now)
+            if entry is not None and unchanged:
                 self._keep(keys[place], entry)
         return found
 
     def _raws(self, commands: Sequence[Command], replies: Sequence[Any]) -> list[Any]:
         raws: list[Any] = []
-        for (name, *given), reply in zip(commands, replies, strict=True):
-            if isinstance(reply, CommandError):  # a foreign type at our key: a miss, and the next write replaces it
+        for (name, *names), reply in zip(commands, replies, strict=True):
+            if isinstance(reply, CommandError):  # another type at this name: a miss, and the next write replaces it
                 self._on_error("read")
-                raws += [None] * len(given)
+                raws += [None] * len(names)
             else:
                 raws += [reply] if name == "GET" else reply
         return raws
 
     async def peek(self, key: str) -> Entry | None:
-        """What redis holds under this key, of whatever epoch."""
-        batch = await self._ask([("GET", entry_name(key))], "read")
-        return Entry.unpack(batch.replies[0]) if batch else None
+        """The entry in redis, of any epoch."""
+        pipeline = await self._execute([("GET", entry_name(key))], "read")
+        return Entry.unpack(pipeline.replies[0]) if pipeline else None
 
     async def write(self, entries: Mapping[str, Entry]) -> str | None:
-        """Store entries under their keys; a word for `detail=` where one could not be, else None."""
+        """Store entries under their keys. A word for `detail=` if one was not stored, else None."""
         packed = [(key, entry, entry.pack()) for key, entry in entries.items()]
         fit = [item for item in packed if len(item[2]) <= self._max_entry_bytes]
         if fit:
             commands = [("SET", entry_name(key), raw, "EX", entry.ttl + entry.grace) for key, entry, raw in fit]
-            batch = await self._ask(commands, "write")
-            if batch is None:
+            pipeline = await self._execute(commands, "write")
+            if pipeline is None:
                 return "redis"
-            refused = [reply for reply in batch.replies if isinstance(reply, CommandError)]
-            if refused:  # full or read-only: it still reads
+            refused = [reply for reply in pipeline.replies if isinstance(reply, CommandError)]
+            if refused:  # full or read-only: reads still work
                 self._on_error("write")
                 log.warning("redis refused an entry: %s", str(refused[0]).partition(" ")[0])
                 return "redis"
-            if self._connection is not None and batch.pushes == self._connection.pushes:
+            if self._connection is not None and pipeline.pushes == self._connection.pushes:
                 for key, entry, _ in fit:
                     self._keep(key, entry)
         return "size" if len(fit) < len(packed) else None
@@ -301,29 +233,8 @@ class Cache:
         if self._tracking and entry.weight <= self._local.limit:
             self._local.put(key, entry)
 
-    async def _hear(self, asks: Sequence[PipelinedCommand], replies: Sequence[Any]) -> None:
-        """Raises the first refusal when all have heard theirs: the others may hold something by now."""
-        refusal: ProxyError | None = None
-        for ask, said in zip(asks, replies, strict=False):
-            reply = said
-            if isinstance(said, CommandError) and str(said).startswith("NOSCRIPT"):
-                batch = await self._ask([ask.command(whole=True)], "script")
-                reply = batch.replies[0] if batch else None
-            try:
-                if reply is not None and not isinstance(reply, CommandError):
-                    ask.on_reply(reply)
-                    continue
-                if reply is not None:
-                    self._on_error("script")
-                    log.warning("redis refused a script: %s", str(reply).partition(" ")[0])
-                ask.on_failure()
-            except ProxyError as error:
-                refusal = refusal or error
-        if refusal is not None:
-            raise refusal
-
-    async def _ask(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
-        """None where redis cannot be asked, or not in time."""
+    async def _execute(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
+        """None if redis is unavailable or too slow."""
         if self._connection is None:
             return None
         began = time.perf_counter()
@@ -338,31 +249,33 @@ class Cache:
     # ---- deletion
 
     async def flush(self, tenant: str | None = None, model: str | None = None) -> None:
-        """Begin a new epoch for one tenant, one model, one tenant's answers of one model, or all. What is of an older
-        one is never given out again, and goes by its TTL. Raises CacheUnavailable where redis does not take it."""
+        """Begin a new epoch for one tenant, one model, one tenant's entries of one model, or all.
+
+        Entries of older epochs are never served again and expire by their TTL. Raises CacheUnavailable if redis fails.
+        """
         where = scope(tenant, model)
         token = secrets.token_hex(8)
-        batch = await self._ask([("HSET", EPOCHS, where, token)], "flush")
-        if batch is None or isinstance(batch.replies[0], CommandError):
+        pipeline = await self._execute([("HSET", EPOCHS, where, token)], "flush")
+        if pipeline is None or isinstance(pipeline.replies[0], CommandError):
             raise CacheUnavailable("Redis does not take the flush: nothing was deleted. Try again in a moment.")
-        self._learn(self._epochs | {where: token})
+        self._set_epochs(self._epochs | {where: token})
 
-    def _learn(self, epochs: dict[str, str]) -> None:
+    def _set_epochs(self, epochs: dict[str, str]) -> None:
         if epochs != self._epochs:
             self._epochs = epochs
             self._epoch_cache.clear()
 
     # ---- the connection
 
-    def _pushed(self, message: list[Any]) -> None:
-        """Redis's own message: these keys have changed; None: all."""
+    def _on_push(self, message: list[Any]) -> None:
+        """An invalidation: these names have changed; None means all."""
         if message[0] == b"invalidate" and message[1] is None:
             self._local.clear()
         for name in (message[1] or ()) if message[0] == b"invalidate" else ():
             self._local.drop(name[len(PREFIX) :].decode("ascii", "replace"))
 
-    def _lost(self, why: str) -> None:
-        """What changes from here on is not heard of: nothing that is near counts any more."""
+    def _on_lost(self, why: str) -> None:
+        """Without a connection no invalidations arrive: local copies are dropped."""
         self._connection = None
         self._local.clear()
         self._confirmed = float("-inf")
@@ -372,10 +285,12 @@ class Cache:
     async def _connect(self, operation: str) -> None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
-                wire = await self._address.connect(lambda: Connection(PROBE_TIMEOUT, self._pushed, self._lost))
+                connection = await self._address.connect(
+                    lambda: Connection(PROBE_TIMEOUT, self._on_push, self._on_lost)
+                )
                 tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
                 sent = time.monotonic()
-                batch = await wire.execute(
+                pipeline = await connection.execute(
                     [tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)]
                 )
         except (OSError, TimeoutError, CommandError) as error:
@@ -383,17 +298,17 @@ class Cache:
             why = "no answer in time" if isinstance(error, TimeoutError) else "no connection"
             why = f"it refuses ({str(error).partition(' ')[0]})" if isinstance(error, CommandError) else why
             if not self._detail:
-                self._lost(why)
+                self._on_lost(why)
             return
-        wire.set_timeout(self._timeout)
-        self._tracking = not isinstance(batch.replies[0], CommandError)
+        connection.set_timeout(self._timeout)
+        self._tracking = not isinstance(pipeline.replies[0], CommandError)
         if self._detail:
             log.warning("redis is back")
-        self._connection, self._detail = wire, ""
-        self._hear_epochs(batch.replies[2], sent)
+        self._connection, self._detail = connection, ""
+        self._on_epochs(pipeline.replies[2], sent)
 
-    async def _watch(self) -> None:
-        """Look at redis all the time: for new epochs while it is there, for itself while it is not."""
+    async def _poll_forever(self) -> None:
+        """Read the epochs while redis is up; try to connect while it is down."""
         tries = 0
         while True:
             if self._connection is None:
@@ -402,26 +317,26 @@ class Cache:
                 await self._connect("probe")
                 continue
             tries = 0
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             sent = time.monotonic()
-            batch = await self._ask([("HGETALL", EPOCHS)], "epoch")
-            if batch is not None:
-                self._hear_epochs(batch.replies[0], sent)
+            pipeline = await self._execute([("HGETALL", EPOCHS)], "epoch")
+            if pipeline is not None:
+                self._on_epochs(pipeline.replies[0], sent)
 
-    def _hear_epochs(self, reply: Any, sent: float) -> None:
+    def _on_epochs(self, reply: Any, sent: float) -> None:
         if isinstance(reply, dict):
-            self._learn({name.decode(): token.decode() for name, token in reply.items()})
+            self._set_epochs({name.decode(): token.decode() for name, token in reply.items()})
             self._confirmed = sent
 
     async def report(self) -> dict[str, Any]:
-        """For the status page: `state`, and what redis says of itself."""
+        """For the status page: `state`, and what redis reports of itself."""
         started = time.perf_counter()
-        pong = await self._ask([("PING",)], "report")
+        pong = await self._execute([("PING",)], "report")
         latency = (time.perf_counter() - started) * 1000
-        batch = await self._ask([("INFO",), ("DBSIZE",)], "report") if pong else None
-        if batch is None or any(isinstance(reply, CommandError) for reply in batch.replies):
+        pipeline = await self._execute([("INFO",), ("DBSIZE",)], "report") if pong else None
+        if pipeline is None or any(isinstance(reply, CommandError) for reply in pipeline.replies):
             return {"state": "down", "detail": self._detail or "it does not tell of itself"}
-        info = dict(line.split(":", 1) for line in str(batch.replies[0], "utf-8").splitlines() if ":" in line)
+        info = dict(line.split(":", 1) for line in str(pipeline.replies[0], "utf-8").splitlines() if ":" in line)
         server = "valkey" if "valkey_version" in info else "redis"
         return {
             "state": "up",
@@ -429,24 +344,24 @@ class Cache:
             "version": info.get(f"{server}_version"),
             "used_memory_bytes": int(info.get("used_memory", 0)),
             "latency_ms": round(latency, 3),
-            "entries": batch.replies[1],
+            "entries": pipeline.replies[1],
         }
 
 
 def scope(tenant: str | None, model: str | None) -> str:
-    """The name of what a flush is about. JSON, so that no two scopes have one name; all: the empty name."""
+    """The name of a flush's scope, as JSON, so that no two scopes share a name. All entries: the empty name."""
     return "" if tenant is None and model is None else orjson.dumps([tenant, model]).decode()
 
 
-def _alive(entry: Entry | None, stamp: str, now: float) -> Entry | None:
-    """The entry, unless it is of an older epoch or past all use. It may be stale: its age says so."""
-    if entry is None or entry.epoch != stamp or entry.age(now) >= entry.ttl + entry.grace:
+def _alive(entry: Entry | None, epoch: str, now: float) -> Entry | None:
+    """The entry, unless it is of an older epoch or past its grace. It may be stale: see its age."""
+    if entry is None or entry.epoch != epoch or entry.age(now) >= entry.ttl + entry.grace:
         return None
     return entry
 
 
 class NoCache:
-    """What stands in for a cache that is switched off."""
+    """Stands in for a Cache that is turned off."""
 
     enabled = False
     up = False
@@ -459,14 +374,16 @@ class NoCache:
     def epoch(self, tenant: str, model: str) -> str:
         return ""
 
-    def get_local(self, key: str, stamp: str, now: float) -> Entry | None:
+    def get_local(self, key: str, epoch: str, now: float) -> Entry | None:
         return None
 
     def resize(self, key: str, entry: Entry, size: int) -> None: ...
 
-    async def read(self, keys: Sequence[str], *asks: PipelinedCommand, stamp: str = "") -> list[Entry | None] | None:
-        for ask in asks:
-            ask.on_failure()
+    async def read(
+        self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
+    ) -> list[Entry | None] | None:
+        for command in piggyback:
+            command.on_failure()
         return None
 
     async def write(self, entries: Mapping[str, Entry]) -> str | None:

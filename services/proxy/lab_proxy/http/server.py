@@ -1,8 +1,8 @@
-"""uvicorn with an end that callers hardly notice: who is being answered is answered, who comes late is told to go on.
+"""uvicorn with graceful drain: running answers finish, new requests are refused.
 
-From SIGTERM on new work gets a 503 with `connection: close` and /ready says `draining`, while running answers go on, at
-most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. Who takes nothing of its answer is cut off like one whose live
-stream takes too long. Knows connections and tasks, not what they carry.
+From SIGTERM on new requests get a 503 with `connection: close` and /ready reports `draining`, while running answers
+go on for at most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. A client that reads nothing is disconnected. Knows
+connections and tasks, not what they carry.
 """
 
 from __future__ import annotations
@@ -16,29 +16,27 @@ import socket
 import sys
 import time
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ..requests.context import Traffic
 from ..settings import Settings
+from .app import App
 
 log = logging.getLogger("lab_proxy")
 
-WRITE_BYTES = 65_536  # what waits for the end of the loop's turn: from here on a caller who does not read is noticed
-LOOK_SECONDS = 0.02
-STALL_TICKS = 5  # of uvicorn's clock, 0.1 s each, between two looks at what waits to be taken
-IDLE_SECONDS = 75  # above the 5 s after which httpx, and with it the openai SDK, closes: none meets a closed connection
-CUT_SECONDS = 2  # for what was cut off to let go of its upstream
-
-
-class Application(Protocol):
-    draining: bool
+WRITE_BYTES = 65_536  # buffered until the end of the loop's turn; above it uvicorn's flow control sees slow clients
+POLL_SECONDS = 0.02
+STALL_TICKS = 5  # ticks of uvicorn, 0.1 s each, between two checks for stalled clients
+IDLE_SECONDS = 75  # above the 5 s after which httpx (so the openai SDK) closes idle connections itself
+CANCEL_SECONDS = 2  # for cancelled requests to close their upstream calls
 
 
 class Gathering(asyncio.Transport):
-    """What is said to one caller in one turn of the loop leaves in one write: uvicorn writes head and body apart, and a
-    write costs more than all else that the proxy does for a hit."""
+    """Joins the writes of one turn of the loop: uvicorn writes head and body separately, and a write costs more than
+    everything else that the proxy does for a hit."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -90,20 +88,20 @@ class Connection(HttpToolsProtocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """`parent`: a descriptor whose end says that the parent is gone; then this process ends too."""
+    """`parent`: a file descriptor that reaches its end when the parent process has died; then this process ends too."""
 
     def __init__(
-        self, config: uvicorn.Config, app: Application, drain_seconds: float, stall_seconds: float, parent: int | None
+        self, config: uvicorn.Config, traffic: Traffic, drain_seconds: float, stall_seconds: float, parent: int | None
     ) -> None:
         super().__init__(config)
         self._stall_seconds = stall_seconds
-        self._waiting: dict[Any, tuple[int, float]] = {}  # connection -> bytes that wait to be taken, since when
-        self._app = app
+        self._waiting: dict[Any, tuple[int, float]] = {}  # connection -> bytes not yet read by the client, since when
+        self._traffic = traffic
         self._drain_seconds = drain_seconds
         self._parent = parent
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._app.draining = True
+        self._traffic.draining = True
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
@@ -112,8 +110,8 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _cut_stalled(self) -> None:
-        """Nothing else bounds it: an answer from the cache is whole at once, and a connection that closes waits until
-        what was written is taken."""
+        """Disconnect clients that have read nothing for `stall_seconds`. Nothing else bounds them: a hit is written at
+        once, and a closing connection waits until its client has read everything."""
         now, waiting = time.monotonic(), {}
         for connection in list(self.server_state.connections):
             left = connection.transport.get_write_buffer_size()
@@ -131,36 +129,36 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         gc.collect()
-        # In slices: most of what is young lives on in the cache, and 10,000 of it held everybody up for 2 to 5 ms.
+        # Small steps: most young objects live on in the cache, and a collection of 10,000 took 2 to 5 ms.
         gc.set_threshold(1_000, 5, 1_000)
-        gc.freeze()  # what is there now stays: to look at it again and again cost a miss a twentieth of its time
+        gc.freeze()  # objects of the start live on: scanning them again cost 5 % of a miss
         if self._parent is not None:
-            asyncio.get_running_loop().add_reader(self._parent, self._orphaned, self._parent)
+            asyncio.get_running_loop().add_reader(self._parent, self._on_parent_death, self._parent)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._app.draining = True
+        self._traffic.draining = True
         for connection in list(self.server_state.connections):
-            connection.shutdown()  # an idle one closes, one in use closes with its answer
+            connection.shutdown()  # idle ones close now, busy ones after their answer
         try:
             async with asyncio.timeout(self._drain_seconds):
                 while self.server_state.tasks and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event for it
-                    await asyncio.sleep(LOOK_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
             log.warning("%d answers are cut off: PROXY_DRAIN_TIMEOUT_SECONDS are over", len(self.server_state.tasks))
             for task in list(self.server_state.tasks):
                 task.cancel()
         await super().shutdown(sockets)
 
-    def _orphaned(self, parent: int) -> None:
+    def _on_parent_death(self, parent: int) -> None:
         asyncio.get_running_loop().remove_reader(parent)
-        log.warning("the parent is gone: ending")
+        log.warning("the parent process has died: shutting down")
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def serve(app: Application, settings: Settings, listener: socket.socket, parent: int | None = None) -> int:
-    """Serve until a signal ends it. The exit code."""
+def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socket, parent: int | None = None) -> int:
+    """Serve until a signal. Returns the exit code."""
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # an ASGI application, too
+        app,
         loop="uvloop",
         http=Connection,
         ws="none",
@@ -170,12 +168,18 @@ def serve(app: Application, settings: Settings, listener: socket.socket, parent:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=CUT_SECONDS,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = DrainingServer(config, app, settings.drain_timeout_seconds, settings.total_timeout_seconds, parent)
+    server = DrainingServer(config, traffic, settings.drain_timeout_seconds, settings.total_timeout_seconds, parent)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal again when it has drained: leave by exit, which flushes the log
+        # uvicorn raises the signal again after the drain: exit, which flushes the log
         signal.signal(number, lambda *_: sys.exit(0))
     server.run([listener])
     return 0 if server.started else 1
+
+
+def listen(settings: Settings, *, shared: bool) -> socket.socket:
+    """A listening socket. `shared`: other processes of this user may listen on the same port. Raises OSError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host, settings.port), family=family, backlog=2048, reuse_port=shared)

@@ -1,22 +1,18 @@
-"""Who asks: a virtual key becomes an identity, without a redis round trip for a key that was seen before.
+"""Authentication: a virtual key becomes an identity, without a redis round trip for a key that was verified before.
 
-What was verified is remembered while redis says that no key has changed (a counter, polled four times a second), and
-for five minutes when redis says nothing. Knows headers; does not know what a request wants.
+Verified keys are cached while redis reports no change of keys (a version, polled four times a second), and for five
+minutes while redis is down. Knows headers; not what is requested.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import hashlib
 import hmac
-import itertools
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import redis.asyncio as redis
 from pydantic import ValidationError
@@ -24,50 +20,19 @@ from pydantic import ValidationError
 from ..errors import InvalidKey, KeysUnavailable
 from ..ledger import money
 from ..redis.link import FAULTS
+from .identity import LOCAL, Identity
 from .store import DIGESTS, PREFIX, RECORDS, VERSION, Key, digest_of
 
 log = logging.getLogger("lab_proxy.keys")
 
-POLL_SECONDS = 0.25  # a revocation is everywhere within 1 s
+POLL_SECONDS = 0.25  # a revocation takes effect everywhere within 1 s
 POLL_TIMEOUT = 0.5
-REMEMBERED_SECONDS = 300.0  # without redis
-MOST_REMEMBERED = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who asks, and on what terms. Budgets are pico-dollars; None: no limit."""
-
-    tenant: str
-    owner: str
-    key_id: str | None = None
-    models: tuple[str, ...] | None = None
-    rpm: int | None = None
-    tpm: int | None = None
-    concurrency: int | None = None
-    budget_day: int | None = None
-    budget_total: int | None = None
-    expires: float | None = None
-    shared: bool = False  # the tenant is a namespace of several owners: only the admin flushes it
-
-    limited: bool = field(init=False)  # the key has a limit that redis keeps count of; asked for with every request
-
-    def __post_init__(self) -> None:
-        limits = (self.rpm, self.tpm, self.concurrency, self.budget_day, self.budget_total)
-        object.__setattr__(self, "limited", any(limit is not None for limit in limits))
-
-    def allows(self, *names: str) -> bool:
-        """One of these names of a model (its alias, say) is among those that the key is good for."""
-        models = self.models
-        return models is None or any(fnmatch.fnmatchcase(name, model) for model in models for name in names)
-
-
-LOCAL = Identity(tenant="local", owner="local")
-"""Everybody, where no key is asked for."""
+VERIFIED_SECONDS = 300.0  # while redis is down
+MAX_VERIFIED = 10_000
 
 
 class NoKeys:
-    """What stands in for keys where none are asked for."""
+    """Stands in for Authenticator where no key is required."""
 
     required = False
 
@@ -79,14 +44,14 @@ class NoKeys:
         return LOCAL
 
     async def identity_of(self, key_id: str) -> Identity:
-        raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
+        raise InvalidKey(f"{key_id} means nothing while no key is lookup for.")
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
         return False
 
 
 class Authenticator:
-    """Every caller shows a virtual key."""
+    """Every caller needs a virtual key. A part: start and stop it."""
 
     required = True
 
@@ -98,60 +63,60 @@ class Authenticator:
         admin_key: str | None = None,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`timeout`: seconds for the look-up of a key that is not remembered. `on_error` hears of redis's failures."""
+        """`timeout`: seconds to look up a key that is not cached. `on_error` is called for each failure of redis."""
         self._redis = client
         self._timeout = timeout
         self._admin = hashlib.sha256(admin_key.encode()).digest() if admin_key else None
         self._on_error = on_error
         self._up = True
         self._version: bytes | str | None = None
-        self._confirmed = 0.0  # time.monotonic() of redis's last word
-        self._known: dict[bytes, tuple[Identity, float]] = {}  # digest -> who, and until when (unix seconds)
-        self._asked: dict[bytes, asyncio.Future[Identity]] = {}  # look-ups under way
-        self._watcher: asyncio.Task[None] | None = None
+        self._confirmed = 0.0  # time.monotonic() of redis's last reply
+        self._verified: dict[bytes, tuple[Identity, float]] = {}  # digest -> identity, and its end (unix seconds)
+        self._lookups: dict[bytes, asyncio.Future[Identity]] = {}  # look-ups in flight
+        self._poller: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self._look()
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(), name="keys")
+        await self._poll()
+        self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="keys")
 
     async def stop(self) -> None:
-        if self._watcher:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        if self._poller:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
-        """The caller shows the admin key. Compared in constant time."""
+        """The request carries the admin key. Compared in constant time."""
         given = _bearer(headers)
         if self._admin is None or given is None:
             return False
         return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._admin)
 
     async def authenticate(self, headers: Mapping[str, str]) -> Identity:
-        """Who asks. Raises KeyRefused, or KeysUnavailable for an unknown key while redis is down."""
+        """The caller's identity. Raises InvalidKey, or KeysUnavailable for an unverified key while redis is down."""
         secret = _bearer(headers)
         if secret is None:
             raise InvalidKey("This proxy wants a key: send `Authorization: Bearer sk-lab-…`.")
         if not secret.startswith(PREFIX) or len(secret) > 200:
             raise InvalidKey("Not a key of this proxy: they begin with `sk-lab-`.")
-        digest = digest_of(secret)  # the table is searched by digest: its timing tells nothing of a secret
-        known = self._known.get(digest)
-        if known is not None and time.monotonic() - self._confirmed < REMEMBERED_SECONDS:
+        digest = digest_of(secret)  # looked up by digest, so that timing reveals nothing of the secret
+        known = self._verified.get(digest)
+        if known is not None and time.monotonic() - self._confirmed < VERIFIED_SECONDS:
             identity, until = known
             if until > time.time():
                 return identity
         if not self._up:
             raise _unavailable()
-        # One look-up for all who come with this key now; the one that asks may leave before the others.
-        asked = self._asked.get(digest)
-        if asked is None:
-            asked = self._asked[digest] = asyncio.ensure_future(self._verify(digest))
-            asked.add_done_callback(lambda done: (self._asked.pop(digest), done.exception()))
-        return await asyncio.shield(asked)
+        # Requests with the same key share one look-up. It is shielded: its first caller may leave before the others.
+        lookup = self._lookups.get(digest)
+        if lookup is None:
+            lookup = self._lookups[digest] = asyncio.ensure_future(self._verify(digest))
+            lookup.add_done_callback(lambda done: (self._lookups.pop(digest), done.exception()))
+        return await asyncio.shield(lookup)
 
     async def identity_of(self, key_id: str) -> Identity:
-        """Who holds this key, as redis has it now: for work that goes on without its caller.
+        """The identity of a key by its id, as currently stored: for work that runs without its caller.
 
-        Raises KeyRefused for a key that is gone, KeysUnavailable while redis is down.
+        Raises InvalidKey for a revoked or expired key, KeysUnavailable while redis is down.
         """
         try:
             async with asyncio.timeout(POLL_TIMEOUT):
@@ -159,7 +124,7 @@ class Authenticator:
         except FAULTS as error:
             self._fail(error)
             raise _unavailable() from None
-        return _admitted(raw)[0]
+        return _identity_of(raw)[0]
 
     async def _verify(self, digest: bytes) -> Identity:
         try:
@@ -170,21 +135,21 @@ class Authenticator:
             except TimeoutError:
                 if time.monotonic() - began < self._timeout * 1.5:
                     raise
-                async with asyncio.timeout(self._timeout):  # not redis was late, but this process
+                async with asyncio.timeout(self._timeout):  # not redis was late, but this process: try once more
                     version, raw = await self._record(digest)
         except FAULTS as error:
             self._fail(error)
             raise _unavailable() from None
-        found = _admitted(raw, digest)
-        # Not remembered where the watcher is further: it has reviewed what was remembered then, and will not again.
+        found = _identity_of(raw, digest)
+        # Not cached if the poller has seen a later version: it has reviewed the cached keys of that version already.
         if int(version or 0) >= int(self._version or 0):
-            while len(self._known) >= MOST_REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[digest] = found
+            while len(self._verified) >= MAX_VERIFIED:
+                del self._verified[next(iter(self._verified))]
+            self._verified[digest] = found
         return found[0]
 
     async def _record(self, digest: bytes) -> tuple[bytes | str | None, bytes | str | None]:
-        """The version, and the key's record as of that version."""
+        """The version, and the key's record at that version."""
         key_id = await self._redis.hget(DIGESTS, digest.hex()[:32])
         if key_id is None:
             return None, None
@@ -194,19 +159,19 @@ class Authenticator:
         version, raw = await pipe.execute()
         return version, raw
 
-    async def _watch(self) -> None:
+    async def _poll_forever(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            await self._look()
+            await self._poll()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
             async with asyncio.timeout(POLL_TIMEOUT):
                 version = await self._redis.get(VERSION)
             if version != self._version:
                 async with asyncio.timeout(POLL_TIMEOUT * 10):
                     await self._review()
-                self._version = version  # read before the records: a change in between is another version
+                self._version = version  # read before the records: a later change has another version
         except FAULTS as error:
             self._fail(error)
             return
@@ -216,8 +181,8 @@ class Authenticator:
             log.warning("keys: redis is back")
 
     async def _review(self) -> None:
-        """Some key has changed: look up again those that are remembered."""
-        digests = list(self._known)
+        """Some key has changed: look up all cached keys again."""
+        digests = list(self._verified)
         if not digests:
             return
         ids = await self._redis.hmget(DIGESTS, [digest.hex()[:32] for digest in digests])
@@ -226,45 +191,17 @@ class Authenticator:
         raws = dict(zip(there, found, strict=True))
         for digest, key_id in zip(digests, ids, strict=True):
             try:
-                self._known[digest] = _admitted(raws.get(key_id) if key_id else None, digest)
+                self._verified[digest] = _identity_of(raws.get(key_id) if key_id else None, digest)
             except InvalidKey:
-                self._known.pop(digest, None)
+                self._verified.pop(digest, None)
 
     def _fail(self, error: BaseException) -> None:
         self._on_error("keys")
         if self._up:
             self._up = False
-            log.warning("keys: redis is down (%s); keys of the last 5 minutes go on", type(error).__name__)
-
-
-def admin_key_weakness(admin_key: str) -> str | None:
-    """Why this admin key could be guessed, or None. Never says the key."""
-    if len(admin_key) < 24:
-        return "it has fewer than 24 characters"
-    lower = admin_key.lower()
-    rest = lower
-    for word in _COMMON:
-        rest = rest.replace(word, "")
-    if len(rest) < 20:
-        return "most of it is common words"
-    if admin_key in (admin_key + admin_key)[1:-1]:
-        return "it repeats itself"
-    steps = [ord(b) - ord(a) for a, b in itertools.pairwise(lower)]
-    if sum(step in {-1, 0, 1} for step in steps) > len(steps) / 2:
-        return "it runs through the alphabet or the digits"
-    counts = Counter(admin_key)
-    if len(counts) < 10 or max(counts.values()) > len(admin_key) / 3:
-        return "it uses too few different characters"
-    return None
-
-
-_COMMON = (
-    "administrator", "correct", "horse", "battery", "staple", "changeme", "change", "password", "passw0rd",
-    "qwertyuiop", "qwerty", "letmein", "welcome", "default", "example", "insecure", "secret", "master", "replace",
-    "student", "teacher", "admin", "dummy", "proxy", "openai", "litellm", "virtual", "token", "guest", "test",
-    "root", "user", "sk-lab-", "sk-", "llm-lab", "llm", "lab", "key", "123456789", "12345678", "1234567", "123456",
-    "12345", "1234", "abcdef", "abc",
-)  # fmt: skip
+            log.warning(
+                "keys: redis is down (%s); keys verified in the last 5 minutes stay valid", type(error).__name__
+            )
 
 
 def _bearer(headers: Mapping[str, str]) -> str | None:
@@ -273,15 +210,15 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
     return secret if scheme.lower() == "bearer" and re.fullmatch(r"[!-~]+", secret) else None
 
 
-def _admitted(raw: bytes | str | None, digest: bytes | None = None) -> tuple[Identity, float]:
-    """Who the key belongs to, and until when (unix seconds). Without a `digest` any of its secrets will do.
+def _identity_of(raw: bytes | str | None, digest: bytes | None = None) -> tuple[Identity, float]:
+    """The identity of a stored key, and its end (unix seconds). Without a `digest` any of its secrets counts.
 
-    Raises KeyRefused.
+    Raises InvalidKey.
     """
     try:
         key = Key.model_validate_json(raw) if raw else None
     except ValidationError:
-        log.error("keys: a record in redis is not one of ours")  # noqa: TRY400 its message would show the record
+        log.error("keys: a record in redis is not a key")  # noqa: TRY400 its message would show the record
         key = None
     ours = digest.hex() if digest else key.secrets[0].digest if key else ""
     secret = next((each for each in key.secrets if hmac.compare_digest(each.digest, ours)), None) if key else None

@@ -1,20 +1,21 @@
--- Admit one request of a key, or say what it must wait for. One script: several workers ask at once.
+-- Admit one request of a key, or report which limit refuses it and for how long. One script, because several workers
+-- call it concurrently.
 --
 -- KEYS 1  hash: r, t   the theoretical arrival times (GCRA) of requests and of tokens, microseconds
 --               full   when the bucket of tokens was last seen full
 --               held   pico-dollars that admitted requests may still cost
---      2  sorted set: one member for each admitted request, by the time at which its slot is lost
+--      2  sorted set: one member for each admitted request, scored by the time at which its slot expires
 --      3  hash of the ledger: `total` and `day:…`, pico-dollars
 -- ARGV 1-5  rpm, tpm, concurrency, budget of a day, budget in all; '' for none
 --      6    tokens reserved      7  pico-dollars reserved      9  seconds of a slot
---      8    the request's member; '' for one that is over as soon as it is admitted, or for none at all
+--      8    the request's member; '' for a local hit, which ends as soon as it is admitted, or for no request
 --      10   the ledger's field for today      11  pico-dollars that the ledger does not have yet
---      12…  requests that are over, four values each: member, tokens used, tokens reserved, when it was admitted;
---           without a member a correction: what was over already, used and not what was said then (`reserved`)
+--      12…  finished requests, four values each: member, tokens used, tokens reserved, time of admission;
+--           without a member a correction: `reserved` is then the number of tokens that was sent before
 --
 -- Answers {verdict, now, wait, requests left, until requests are full, tokens left, until tokens are full}, times in
 -- microseconds. Verdicts: 0 admitted, 1 budget of the day, 2 budget in all, 3 concurrency, 4 rpm, 5 tpm, 6 too large.
--- Nothing is written for a refused request but what is over.
+-- For a refused request only the finished ones are written.
 
 local MINUTE = 60000000
 local state, slots, sums = KEYS[1], KEYS[2], KEYS[3]
@@ -29,7 +30,7 @@ local r, t = tonumber(read[1] or 0), tonumber(read[2] or 0)
 local full, held = tonumber(read[3] or 0), tonumber(read[4] or 0)
 local changed = false
 
--- 1. What is over: its slot and its reservation go, the tokens it used stay. Once: the member is there only once.
+-- 1. Finished requests: release slot and reservation, keep the used tokens. Each counts once: its member exists once.
 local function over(member)
   held = math.max(0, held - tonumber(string.match(member, ':(%d+)$') or 0))
   changed = true
@@ -41,14 +42,14 @@ for i = 12, #ARGV, 4 do
   if correction or redis.call('ZREM', slots, ARGV[i]) == 1 then
     if correction then changed = true else over(ARGV[i]) end
     local unused = tonumber(ARGV[i + 2]) - tonumber(ARGV[i + 1])
-    -- A bucket that has been full since then has forgotten the reservation: giving it back would be a second burst.
+    -- A bucket that has been full since then no longer holds the reservation: a refund would allow a second burst.
     if tpm and not (unused > 0 and full > tonumber(ARGV[i + 3])) then
       t = t - unused * MINUTE / tpm
     end
   end
 end
 
--- 2. Whether it may.
+-- 2. Check the limits.
 local verdict, wait = 0, 0
 local function refuse(why, time)
   if verdict == 0 or (verdict >= 3 and time > wait) then verdict, wait = why, time end
@@ -75,7 +76,7 @@ if verdict == 0 then
   end
 end
 
--- 3. Take it.
+-- 3. Admit the request.
 if verdict == 0 and rpm then
   r = math.max(r, now) + MINUTE / rpm
   changed = true

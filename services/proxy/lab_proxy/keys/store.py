@@ -1,8 +1,8 @@
-"""Virtual keys as the operator sees them: made, listed, changed, rotated, revoked. Kept in redis, secrets hashed.
+"""Storage of virtual keys in redis: create, list, change, rotate, revoke. Secrets are stored as hashes.
 
-A secret is 256 random bits, so its plain SHA-256 cannot be guessed from: a slow hash protects short passwords, and
-would only cost every request's first look here. The secret leaves `create` and `rotate` once and is kept nowhere.
-Below the command line and the admin's HTTP alike. Knows nothing of requests.
+A secret is 256 random bits, so a plain SHA-256 is safe: a slow hash protects short passwords and would only cost time
+at a key's first use. `create` and `rotate` return the secret once; it is stored nowhere. Used by the command line and
+the operator's pages. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ..ledger import money
 PREFIX = "sk-lab-"
 RECORDS = "lab:key:records"  # hash: id -> record
 DIGESTS = "lab:key:digests"  # hash: the first half of a secret's SHA-256 -> id
-VERSION = "lab:key:version"  # grows with every change: what workers poll
-MOST_AT_ONCE = 10_000
+VERSION = "lab:key:version"  # grows with every change; workers poll it
+MAX_AT_ONCE = 10_000
 MAX_GRACE = 30 * 86400
-RESERVED = frozenset({"local"})  # the tenant of a proxy without keys
+RESERVED = frozenset({"local"})  # the tenant of callers without keys
 _NAME = re.compile(r"[\w.@+-](?:[\w .@+-]{0,62}[\w.@+-])?")
 _MODEL = re.compile(r"[\w./:@*?\[\]+-]{1,200}")
 
 
 def _name(value: object) -> object:
-    """One spelling (NFC), printable, and without `:`, which parts redis's names."""
+    """NFC, printable, and without `:`, which separates parts of redis names."""
     if not isinstance(value, str):
         return value
     name = unicodedata.normalize("NFC", value.strip())
@@ -60,7 +60,7 @@ def _list(value: object) -> object:
 
 def _usd(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("must be an amount in USD")  # noqa: TRY004 pydantic's way of a refusal
+        raise ValueError("must be an amount in USD")  # noqa: TRY004 - pydantic expects ValueError
     if isinstance(value, int | float | str):
         value = Decimal(str(value)) if re.fullmatch(r"\s*[0-9.]+\s*", str(value)) else value
     if isinstance(value, Decimal):
@@ -70,12 +70,12 @@ def _usd(value: object) -> object:
 
 def _count(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("must be a whole number")  # noqa: TRY004 as above
+        raise ValueError("must be a whole number")  # noqa: TRY004 - as above
     return value
 
 
 def _time(value: object) -> object:
-    """A day is its last second, UTC; a time without a zone is UTC."""
+    """A day means its last second in UTC; a time without a zone is UTC."""
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value.strip()):
         value = f"{value.strip()}T23:59:59Z"
     if isinstance(value, str) and re.fullmatch(r"\d{1,5}d", value.strip()):
@@ -93,7 +93,7 @@ Count = Annotated[int, BeforeValidator(_count), Field(ge=1, le=1_000_000_000)]
 
 
 class KeySpec(BaseModel):
-    """What a key is good for. None: no limit."""
+    """Owner, models and limits of a key. None: no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -106,7 +106,7 @@ class KeySpec(BaseModel):
     budget_per_day_usd: Usd | None = None
     budget_total_usd: Usd | None = None
     expires: Annotated[datetime | None, BeforeValidator(_time)] = None
-    namespace: Name | None = None  # owners that share it share cached answers
+    namespace: Name | None = None  # owners with the same namespace share cached answers
 
 
 SPEC_FIELDS = tuple(KeySpec.model_fields)
@@ -114,11 +114,11 @@ SPEC_FIELDS = tuple(KeySpec.model_fields)
 
 class Secret(BaseModel):
     digest: str  # SHA-256, hex
-    until: float | None = None  # unix seconds: the end of its grace after a rotation
+    until: float | None = None  # unix seconds: end of the grace period after a rotation
 
 
 class Key(KeySpec):
-    """One key as it lies in redis."""
+    """One key as stored in redis."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -133,8 +133,8 @@ class Key(KeySpec):
             return "revoked"
         return "expired" if self.expires and self.expires.timestamp() <= now else "active"
 
-    def shown(self) -> dict[str, Any]:
-        """For the operator: everything but the digests."""
+    def public_fields(self) -> dict[str, Any]:
+        """For the operator: all fields but the digests."""
         said = self.model_dump(mode="json", exclude={"secrets", "created", "rotated", "revoked"})
         times = {"created": self.created, "rotated": self.rotated, "revoked": self.revoked}
         return {
@@ -150,7 +150,7 @@ def digest_of(secret: str) -> bytes:
 
 
 def key_spec(given: dict[str, Any]) -> KeySpec:
-    """Terms from JSON or a CSV line. Raises InvalidRequest that names the field."""
+    """A KeySpec from JSON or a CSV line. Raises InvalidRequest that names the field."""
     try:
         return KeySpec.model_validate(given)
     except ValidationError as error:
@@ -161,15 +161,15 @@ def key_spec(given: dict[str, Any]) -> KeySpec:
 
 
 class KeyStore:
-    """All virtual keys, in redis. Raises link.FAULTS when redis does not answer: there is no other place for keys."""
+    """All virtual keys. Raises link.FAULTS if redis fails: keys are stored nowhere else."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._redis = client
 
     async def create(self, wanted: Sequence[KeySpec]) -> list[tuple[Key, str]]:
-        """All of them or none, each with its secret, which cannot be had again."""
-        if len(wanted) > MOST_AT_ONCE:
-            raise InvalidRequest(f"At most {MOST_AT_ONCE} keys at once.")
+        """Create all keys or none. Each comes with its secret, which cannot be read again."""
+        if len(wanted) > MAX_AT_ONCE:
+            raise InvalidRequest(f"At most {MAX_AT_ONCE} keys at once.")
         made = []
         for each in wanted:
             secret = PREFIX + secrets.token_urlsafe(32)
@@ -184,7 +184,7 @@ class KeyStore:
         return made
 
     async def list(self) -> list[Key]:
-        """The oldest first."""
+        """All keys, the oldest first."""
         raws = await self._redis.hgetall(RECORDS)
         return sorted((Key.model_validate_json(raw) for raw in raws.values()), key=lambda key: (key.created, key.id))
 
@@ -193,7 +193,7 @@ class KeyStore:
         return _read(await self._redis.hget(RECORDS, key_id), key_id)
 
     async def change(self, key_id: str, given: dict[str, Any]) -> Key:
-        """New values for some terms; null takes a limit away. The owner stays: the ledger's rows are his."""
+        """Set some fields; null removes a limit. The owner cannot change, because the ledger refers to it."""
         if "owner" in given:
             raise InvalidRequest("A key keeps its owner: revoke it and make another.", param="owner")
 
@@ -204,7 +204,7 @@ class KeyStore:
         return await self._alter(key_id, changed)
 
     async def rotate(self, key_id: str, grace: float = 0) -> tuple[Key, str]:
-        """A new secret; older ones go on for `grace` seconds."""
+        """Add a new secret; older ones stay valid for `grace` seconds."""
         if not 0 <= grace <= MAX_GRACE:
             raise InvalidRequest(f"The grace is 0 to {MAX_GRACE} seconds.", param="grace_seconds")
         secret = PREFIX + secrets.token_urlsafe(32)
@@ -222,13 +222,13 @@ class KeyStore:
         return await self._alter(key_id, rotated), secret
 
     async def revoke(self, key_id: str) -> Key:
-        """For ever. The record stays, for the ledger's sake."""
+        """Revoke for ever. The record stays, because the ledger refers to it."""
         return await self._alter(
             key_id, lambda key: key if key.revoked else key.model_copy(update={"revoked": time.time()})
         )
 
     async def _alter(self, key_id: str, change: Callable[[Key], Key]) -> Key:
-        """Read, change, write; anew when somebody else changed a key in between."""
+        """Read, change, write; again if another writer changed a key in between."""
 
         async def attempt(pipe: Pipeline) -> Key:
             key = _read(await pipe.hget(RECORDS, key_id), key_id)

@@ -1,7 +1,7 @@
-"""What redis would not take, on disk until it does: one file a writer, one batch a line, in order.
+"""Ledger batches on disk while redis does not accept them: one file for each writer, one batch a line, in order.
 
-A writer holds its file locked as long as it lives; the next start adopts the files that nobody holds. Knows batches of
-rows; does not know what is in a row.
+A writer locks its file while it runs; the next start adopts the files that are not locked. Knows batches of rows; not
+what is in a row.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ log = logging.getLogger("lab_proxy.ledger")
 Row = tuple[str, str, str, str, str, list[int]]  # day, key, owner, upstream, model, metrics
 
 
-class DiskQueueFull(Exception):  # noqa: N818 the name says what happened
+class DiskQueueFull(Exception):  # noqa: N818 - as in errors
     """The batch is not on disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerBatch:
-    """Rows that are booked together, once: `number` grows within a `writer`, and redis keeps the last one it booked."""
+    """Rows that are booked together, once: `number` grows for each `writer`; redis keeps the last one it booked."""
 
     writer: str
     number: int
@@ -35,37 +35,37 @@ class LedgerBatch:
 
 
 class DiskQueue:
-    """One file of batches. Its methods block for the disk: call them in a thread."""
+    """One file of batches. Its methods block on the disk: call them in a thread."""
 
     def __init__(self, folder: Path, writer: str, max_bytes: int) -> None:
         self.writer = writer
         self._path = folder / f"ledger-{writer}.jsonl"
         self._max_bytes = max_bytes
         self._file: BinaryIO | None = None
-        self._read = 0  # bytes that are booked
+        self._read = 0  # bytes of booked batches
 
     @classmethod
     def orphans(cls, folder: Path, max_bytes: int) -> Iterator[DiskQueue]:
-        """The files that dead writers left, now held by this process."""
+        """The files of ended writers, now locked by this process."""
         for path in sorted(folder.glob("ledger-*.jsonl"), key=lambda each: each.name):
-            spool = cls(folder, path.stem.removeprefix("ledger-"), max_bytes)
+            queue = cls(folder, path.stem.removeprefix("ledger-"), max_bytes)
             try:
-                held = path.open("r+b")
+                file = path.open("r+b")
             except OSError:
-                log.error("ledger: %s cannot be read: what it holds is not booked", path.name)  # noqa: TRY400 one line
+                log.error("ledger: %s cannot be read: its batches are not booked", path.name)  # noqa: TRY400 one line
                 continue
-            if not _lock(held) or not path.exists():  # its writer lives, or another worker has just booked it
-                held.close()
+            if not _lock(file) or not path.exists():  # its writer runs, or another worker has just booked it
+                file.close()
                 continue
-            spool._file = held
-            yield spool
+            queue._file = file
+            yield queue
 
     @property
     def empty(self) -> bool:
         return self._file is None or self._read >= os.fstat(self._file.fileno()).st_size
 
     def append(self, batch: LedgerBatch) -> None:
-        """On disk when it returns. Raises SpoolFull, or OSError."""
+        """Write the batch to disk. Raises DiskQueueFull, or OSError."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -78,34 +78,34 @@ class DiskQueue:
         try:
             self._file.write(line)
             self._file.flush()
-        except OSError:  # the disk is full: half a line must not stay before the next one
+        except OSError:  # the disk is full: a partial line must not precede the next one
             self._file.truncate(end)
             raise
         os.fsync(self._file.fileno())
 
     def first(self) -> tuple[LedgerBatch | None, int]:
-        """The first batch that is not booked, and where it ends. None for a line that is none (torn by a crash)."""
+        """The first batch that is not booked, and its end. None for a partial line (after a crash)."""
         assert self._file is not None  # noqa: S101 only called while not empty
         self._file.seek(self._read)
         line = self._file.readline()
         end = self._read + len(line)
         try:
-            said: dict[str, Any] = orjson.loads(line)
-            rows: list[Row] = [(*map(str, row[:5]), [int(n) for n in row[5]]) for row in said["rows"]]  # type: ignore[misc]
-            return LedgerBatch(self.writer, int(said["number"]), rows), end
+            parsed: dict[str, Any] = orjson.loads(line)
+            rows: list[Row] = [(*map(str, row[:5]), [int(n) for n in row[5]]) for row in parsed["rows"]]  # type: ignore[misc]
+            return LedgerBatch(self.writer, int(parsed["number"]), rows), end
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, IndexError):
-            log.error("ledger: a line of %s is not whole and not booked", self._path.name)  # noqa: TRY400 one line
+            log.error("ledger: a partial line of %s is not booked", self._path.name)  # noqa: TRY400 one line
             return None, end
 
     def acknowledge(self, end: int) -> None:
-        """All up to `end` is in redis."""
+        """Redis has booked everything up to `end`."""
         self._read = end
         if self.empty and self._file is not None:
             self._file.truncate(0)
             self._read = 0
 
     def close(self, *, remove: bool) -> None:
-        """Let go of the file; without it when all is booked."""
+        """Close the file; `remove` deletes it."""
         if self._file is None:
             return
         if remove:

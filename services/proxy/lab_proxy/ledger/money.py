@@ -1,4 +1,4 @@
-"""Money as whole pico-dollars (10^-12 USD): a price per million tokens is a whole number of them per token.
+"""Money as integer pico-dollars (10^-12 USD): a price per million tokens is an integer number of them per token.
 
 Integers add up exactly, in Python and in redis (64 bits hold 9.2 million USD).
 """
@@ -12,7 +12,7 @@ DECIMALS = 6  # of a price in USD per million tokens, and of a budget in USD
 
 
 def from_usd(usd: Decimal) -> int:
-    """Pico-dollars. Raises ValueError for what is no amount, or finer than a millionth."""
+    """Pico-dollars. Raises ValueError for a negative or infinite amount, or more than 6 decimals."""
     if not usd.is_finite() or usd < 0 or usd != round(usd, DECIMALS):
         raise ValueError(f"{usd} is no amount in USD with at most {DECIMALS} decimals")
     return int(usd * PICO)

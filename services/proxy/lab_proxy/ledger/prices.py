@@ -1,6 +1,6 @@
-"""What a call costs: one YAML file of prices per million tokens, each with its source and date.
+"""Prices of upstream calls: one YAML file of prices per million tokens, each with its source and date.
 
-Knows upstreams, names and tokens. Does not know who pays.
+Knows upstreams, model names and token counts. Does not know keys or owners.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SNAPSHOT = re.compile(r"-\d{4}-\d\d-\d\d$")
 
 
 def _per_token(value: object) -> object:
-    """USD per million tokens as whole pico-dollars per token."""
+    """USD per million tokens as integer pico-dollars per token."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("must be a price in USD per million tokens")  # noqa: TRY004 pydantic's way of a refusal
     if not re.fullmatch(r"[0-9.]+", str(value)):
@@ -78,7 +78,7 @@ class Table(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """Where a price stands and when it was looked up."""
+    """A price, its source and when it was checked."""
 
     tariff: Tariff
     source: str
@@ -86,14 +86,14 @@ class Quote:
 
 
 class Prices:
-    """The prices file. `reload` keeps the old table when the new one is wrong."""
+    """The prices file. `reload` keeps the old table if the new one is faulty."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._table = read_yaml(Table, path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
 
     def files(self) -> list[Path]:
-        """What to watch for changes."""
+        """The files to watch for changes."""
         return [self._path] if self._path else []
 
     def reload(self) -> None:
@@ -101,7 +101,7 @@ class Prices:
         self._table = read_yaml(Table, self._path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
 
     def quote(self, upstream: str, model: str, prompt: int = 0) -> Quote | None:
-        """None: nobody has said what this model costs there."""
+        """The price of a model at an upstream, or None."""
         there = self._table.upstreams.get(upstream)
         if there is None:
             return None
@@ -114,7 +114,7 @@ class Prices:
     def cost(
         self, upstream: str, model: str, prompt: int, completion: int, *, cached: int = 0, half: bool = False
     ) -> int | None:
-        """Pico-dollars, `half` rounded up to a whole one; None without a price."""
+        """Pico-dollars, or None without a price. `half`: half price, rounded up."""
         quote = self.quote(upstream, model, prompt)
         if quote is None:
             return None

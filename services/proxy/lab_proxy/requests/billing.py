@@ -1,101 +1,100 @@
-"""What a request costs: each real call by what its upstream used, each answer that cost none as what it saved.
+"""Billing: each upstream call is charged by its usage, each hit and each shared answer by what it saved.
 
-Owns when something is written into the ledger, and what of it is put right later. Knows nothing of prices.
+Decides when a charge is recorded and when it is corrected. Knows no prices.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from ..cache.entry import EMBEDDINGS
-from ..ledger.ledger import Charge, day_of
+from ..endpoints import ENDPOINTS
+from ..ledger.ledger import Charge, Ledger, day_of
 from ..ledger.reconciliation import Reconciliation, TokenUsage
-from ..upstreams.client import UpstreamCall
+from ..ledger.usage import NOBODY
+from ..telemetry.record import UpstreamCall
 from .context import RequestContext
-from .responses import RESPONSES
-from .roles import Recorder
 
 
 class Billing:
-    def __init__(self, ledger: Recorder | None, tally: Reconciliation | None) -> None:
-        """`tally`: who asks the model what calls that broke off really used."""
+    def __init__(self, ledger: Ledger | None, reconciliation: Reconciliation | None) -> None:
+        """`reconciliation` reports the real usage of interrupted calls."""
         self._ledger = ledger
-        self._reconciliation = tally
+        self._reconciliation = reconciliation
 
-    def close_request(self, call: RequestContext) -> None:
-        """The request is over: what it got without a call of its own."""
-        account = call.record
-        source: Literal["upstream", "hit", "collapsed"]
-        if account.upstream_called:
-            # Real calls are billed at their end, by `bill`; some vectors of the answer may come from the cache.
-            saved = account.prompt_tokens - account.billed_tokens
-            if self._ledger is not None and call.endpoint == EMBEDDINGS and account.billed_tokens and saved > 0:
-                who, half = call.identity, call.batch_price
-                self._ledger.record(
-                    Charge(who, account.upstream, account.model, "hit", saved, request=False, half=half)
-                )
-            if call.endpoint != RESPONSES:
+    def close_request(self, request: RequestContext) -> None:
+        """The request has ended: charge what it got without an upstream call of its own."""
+        ledger, record, endpoint = self._ledger, request.record, ENDPOINTS[request.endpoint]
+        if ledger is None:
+            return
+        charge = _charge(request, record.upstream, record.model)
+        if record.upstream_called:
+            # `add_call` charges upstream calls. Some inputs of the answer may have come from the cache.
+            saved = record.prompt_tokens - record.billed_tokens
+            if endpoint.per_input and record.billed_tokens and saved > 0:
+                charge.source, charge.prompt, charge.request = "hit", saved, False
+                ledger.record(charge)
+            if endpoint.billing == "call":
                 return
-            source = "upstream"
-        elif account.cache in {"hit", "stale"}:
-            source = "hit"
-        elif account.cache == "collapsed" and account.prompt_tokens + account.completion_tokens:
-            source = "collapsed"
+        elif record.cache in {"hit", "stale"}:
+            charge.source = "hit"
+        elif record.cache == "collapsed" and record.prompt_tokens + record.completion_tokens:
+            charge.source = "collapsed"
         else:
             return
-        if self._ledger is not None:
-            prompt, completion, cached = account.prompt_tokens, account.completion_tokens, account.cached_tokens
-            untold = source == "upstream" and not prompt + completion  # a Response that broke off before its usage
-            self._ledger.record(
-                Charge(
-                    call.identity, account.upstream, account.model, source, len(call.raw) // 4 if untold else prompt,
-                    completion, cached, estimated=untold, half=call.batch_price,
-                )
-            )  # fmt: skip
+        charge.prompt, charge.completion = record.prompt_tokens, record.completion_tokens
+        charge.cached = record.cached_tokens
+        if charge.source == "upstream" and not charge.prompt + charge.completion:  # it broke off before its usage
+            charge.prompt, charge.estimated = len(request.raw) // 4, True
+        ledger.record(charge)
 
-    def add_call(self, call: RequestContext, real: UpstreamCall, usage: Any, pieces: int) -> None:
-        """One real call, by the usage that its upstream told, else by the pieces that came of it until the model tells
-        more. One that was not answered costs what the model tells."""
+    def add_call(self, request: RequestContext, call: UpstreamCall, usage: Any, chunks: int) -> None:
+        """Charge one upstream call by its reported `usage`, or estimate it by its `chunks` until reconciliation.
+
+        A call without an answer is charged only by reconciliation.
+        """
         if self._ledger is None:
             return
-        account = call.record
+        record = request.record
+        charge = _charge(request, call.upstream, call.model)
         if isinstance(usage, dict):
-            prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
-            cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+            charge.prompt, charge.completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+            charge.cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
         else:
-            prompt, completion, cached = len(call.raw) // 4, pieces, 0
-        charge = Charge(
-            call.identity, real.upstream, real.model, "upstream", prompt, completion, cached,
-            estimated=not isinstance(usage, dict), half=call.batch_price,
-        )  # fmt: skip
-        if real.answered:
-            account.billed_tokens += prompt + completion
+            charge.prompt, charge.completion, charge.estimated = len(request.raw) // 4, chunks, True
+        if call.answered:
+            record.billed_tokens += charge.prompt + charge.completion
             self._ledger.record(charge)
-        if charge.estimated and real.id and self._reconciliation is not None:
-            self._reconciliation.enqueue(real.id, partial(self._reconcile, call, real, charge))
-        elif call.admission is not None:
-            call.admission.correct(account.upstream_tokens)  # who asked may have left before those who wanted the same
+        if charge.estimated and call.id and self._reconciliation is not None:
+            self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))
+        elif request.admission is not None:
+            # The caller may have left before its followers.
+            request.admission.correct(record.upstream_tokens)
 
-    def _reconcile(self, call: RequestContext, real: UpstreamCall, charge: Charge, used: TokenUsage) -> None:
-        """The model has told what a call that broke off really used."""
+    def _reconcile(self, request: RequestContext, call: UpstreamCall, charge: Charge, usage: TokenUsage) -> None:
+        """The model service has reported the usage of an interrupted call."""
         if self._ledger is None:
             return
-        account, tokens = call.record, used.prompt + used.completion
-        if real.answered:
-            account.billed_tokens += tokens - charge.prompt - charge.completion
-            self._ledger.correct(charge, *used)
+        record, tokens = request.record, usage.prompt + usage.completion
+        if call.answered:
+            record.billed_tokens += tokens - charge.prompt - charge.completion
+            self._ledger.correct(charge, *usage)
         elif tokens:
-            account.billed_tokens += tokens
-            day = day_of(real.began)
-            self._ledger.record(
-                Charge(call.identity, real.upstream, real.model, "upstream", *used, half=call.batch_price, day=day)
-            )
-        if call.admission is not None:
-            call.admission.correct(account.upstream_tokens)
+            record.billed_tokens += tokens
+            made = _charge(request, call.upstream, call.model)
+            made.prompt, made.completion, made.cached = usage
+            made.day = day_of(call.began)
+            self._ledger.record(made)
+        if request.admission is not None:
+            request.admission.correct(record.upstream_tokens)
+
+
+def _charge(request: RequestContext, upstream: str, model: str) -> Charge:
+    who = request.identity
+    return Charge(who.key_id or NOBODY, who.owner, upstream, model, "upstream", batch_price=request.batch_price)
 
 
 def _count(usage: Any, name: str) -> int:
-    """A count of tokens as an upstream told it; 0 for nonsense."""
+    """A token count as an upstream reported it; 0 for anything else."""
     value = usage.get(name) if isinstance(usage, dict) else None
     return value if isinstance(value, int) and value > 0 else 0

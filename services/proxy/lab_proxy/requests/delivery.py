@@ -1,90 +1,117 @@
-"""What one caller gets: the parts of a flight or an entry of the cache, as JSON or as a stream, under its own id."""
+"""Delivery: one caller's answer, from a flight or a cache entry, as JSON or as a stream, under an id of its own.
+
+Knows plans and wire modes. Knows HTTP only as a ResponseWriter.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
 from .. import canonical
-from ..cache import entry
-from ..cache.entry import EMBEDDINGS, Entry
+from ..cache import entry, streams
+from ..cache.entry import Entry
 from ..cache.flight import Subscriber
+from ..endpoints import ENDPOINTS
 from .planner import Plan
-from .roles import SSE, ResponseWriter
 
-STREAM_ERROR = "stream-error"  # how a flight ended whose last event is the upstream's error
+JSON = "application/json"
+SSE = "text/event-stream; charset=utf-8"
+STREAM_ERROR = "stream-error"  # outcome of a flight whose last event is the upstream's error
 
 
-async def deliver(way: Plan, seat: Subscriber, out: ResponseWriter) -> None:
-    """What one caller gets of a flight: who asked has the upstream's own events, others theirs."""
-    call, account = way.request, way.request.record
-    if not seat.first:
-        account.cache = "collapsed"
-    head = await seat.head()
-    mine = account.upstream_called
-    if mine:
-        headers = head["headers"] | way.miss_headers()
+class ResponseWriter(Protocol):
+    """Where an answer goes: an HTTP response, or a line of a batch."""
+
+    headers: dict[str, str]  # sent with every answer to this request
+    started: bool
+    ended: bool
+
+    async def send(self, body: bytes, headers: Mapping[str, str], content_type: str = JSON) -> None:
+        """A whole answer."""
+
+    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """A whole answer with encoded headers."""
+
+    async def start_stream(self, headers: Mapping[str, str]) -> None: ...
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def end(self) -> None: ...
+
+
+async def deliver(plan: Plan, subscriber: Subscriber, writer: ResponseWriter) -> None:
+    """Deliver a flight: the upstream's own events to the request that called it, rewritten ones to the others."""
+    request, record = plan.request, plan.request.record
+    if not subscriber.first:
+        record.cache = "collapsed"
+    head = await subscriber.head()
+    own = record.upstream_called
+    if own:
+        headers = head["headers"] | plan.miss_headers()
     else:
-        account.cache, account.model_known = "collapsed", True
-        headers = way.collapsed_headers(head["headers"])
+        record.cache, record.model_known = "collapsed", True
+        headers = plan.collapsed_headers(head["headers"])
     if not head["streams"]:
-        return await _deliver_whole(way, seat, headers, head.get("usage"), out)
+        return await _deliver_json(plan, subscriber, headers, head.get("usage"), writer)
     events = (
-        entry.PassThroughEvents(way.include_usage)
-        if mine
-        else entry.RewrittenEvents(call.endpoint, way.include_usage, int(time.time()))
+        streams.PassThroughEvents(plan.include_usage)
+        if own
+        else streams.RewrittenEvents(request.endpoint, plan.include_usage, int(time.time()))
     )
-    async for parts in seat.parts():
-        passed = b"".join([events.rewrite(event) for event in parts])
-        if not mine:
-            account.completion_tokens = events.content_events
-            account.set_usage(events.usage)
-            if events.content_events and account.ttft is None:
-                account.ttft = time.perf_counter() - call.started
-        if passed:
-            if not out.started:
-                await out.start_stream(headers)
-            await out.write(passed)
-    if seat.outcome == STREAM_ERROR:
-        account.error = "upstream_stream_error"
-    return await out.end()
+    async for parts in subscriber.parts():
+        data = b"".join([events.rewrite(event) for event in parts])
+        if not own:
+            record.completion_tokens = events.content_events
+            record.set_usage(events.usage)
+            if events.content_events and record.ttft is None:
+                record.ttft = time.perf_counter() - request.started
+        if data:
+            if not writer.started:
+                await writer.start_stream(headers)
+            await writer.write(data)
+    if subscriber.outcome == STREAM_ERROR:
+        record.error = "upstream_stream_error"
+    return await writer.end()
 
 
-async def _deliver_whole(way: Plan, seat: Subscriber, headers: dict[str, str], usage: Any, out: ResponseWriter) -> None:
-    call, account = way.request, way.request.record
-    raw = b"".join([part async for parts in seat.parts() for part in parts])
-    if account.upstream_called:
-        headers |= way.miss_headers(seat.outcome)
-        if not way.stream:
-            return await out.send(raw, headers)
-    if call.endpoint == EMBEDDINGS:  # nothing of its own, and it may be large
-        account.set_usage(usage)
-        return await out.send(raw, headers)
+async def _deliver_json(
+    plan: Plan, subscriber: Subscriber, headers: dict[str, str], usage: Any, writer: ResponseWriter
+) -> None:
+    request, record = plan.request, plan.request.record
+    raw = b"".join([part async for parts in subscriber.parts() for part in parts])
+    if record.upstream_called:
+        headers |= plan.miss_headers(subscriber.outcome)
+        if not plan.stream:
+            return await writer.send(raw, headers)
+    if ENDPOINTS[request.endpoint].per_input:  # without an id of its own, and possibly large
+        record.set_usage(usage)
+        return await writer.send(raw, headers)
     answer = orjson.loads(raw)
-    account.set_usage(answer.get("usage"))
-    if way.stream:
-        return await _replay(way, answer, headers, out)
-    fresh = {"id": entry.new_id(call.endpoint), "created": int(time.time())}
+    record.set_usage(answer.get("usage"))
+    if plan.stream:
+        return await _replay(plan, answer, headers, writer)
+    fresh = {"id": entry.new_id(request.endpoint), "created": int(time.time())}
     own = answer | {name: value for name, value in fresh.items() if name in answer}
-    return await out.send(canonical.dump(own), headers)
+    return await writer.send(canonical.dump(own), headers)
 
 
-async def hit(way: Plan, found: Entry, out: ResponseWriter, failed: int | None = None) -> None:
-    """`failed`: the status of an upstream's failure, for which a stale answer stands in."""
-    account, endpoint = way.request.record, way.request.endpoint
-    account.cache, account.model_known = "hit" if failed is None else "stale", True
-    account.set_usage(found.metadata.get("usage"))
-    headers = way.hit_headers(found.ttl, found.age(time.time()), way.key, failed)
-    if way.stream:
-        return await _replay(way, orjson.loads(found.body), headers, out)
-    return await out.send(entry.renewed(found.body, entry.new_id(endpoint), int(time.time())), headers)
+async def deliver_hit(plan: Plan, found: Entry, writer: ResponseWriter, failed: int | None = None) -> None:
+    """Deliver an entry. `failed`: status of the failed upstream call that a stale entry replaces."""
+    record, endpoint = plan.request.record, plan.request.endpoint
+    record.cache, record.model_known = "hit" if failed is None else "stale", True
+    record.set_usage(found.metadata.get("usage"))
+    headers = plan.hit_headers(found.ttl, found.age(time.time()), plan.key, failed)
+    if plan.stream:
+        return await _replay(plan, orjson.loads(found.body), headers, writer)
+    return await writer.send(entry.with_identity(found.body, entry.new_id(endpoint), int(time.time())), headers)
 
 
-async def _replay(way: Plan, answer: Mapping[str, Any], headers: Mapping[str, str], out: ResponseWriter) -> None:
-    endpoint = way.request.endpoint
-    events = entry.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), way.include_usage)
-    way.request.record.ttft = time.perf_counter() - way.request.started
-    await out.send(b"".join(events), headers, SSE)
+async def _replay(plan: Plan, answer: Mapping[str, Any], headers: Mapping[str, str], writer: ResponseWriter) -> None:
+    endpoint = plan.request.endpoint
+    events = streams.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), plan.include_usage)
+    plan.request.record.ttft = time.perf_counter() - plan.request.started
+    await writer.send(b"".join(events), headers, SSE)

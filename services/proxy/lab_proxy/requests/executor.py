@@ -1,6 +1,6 @@
-"""One request's way: look it up, else ask the upstream, pass the answer on, store what is whole.
+"""Execution of one request: plan, limits, cache lookup, flight, upstream call, delivery, billing.
 
-Owns the order of these steps. Knows HTTP only as `Out`, redis only as `Store`.
+Owns the order of these steps. Knows HTTP only as a ResponseWriter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from dataclasses import replace
 from functools import partial
 from random import choice, randrange
 
-from ..cache import entry
-from ..cache.entry import EMBEDDINGS, Entry
-from ..cache.flight import Flight, FlightLost, SingleFlight
-from ..cache.store import BATCH, CacheControl, PipelinedCommand, entry_name
+from ..cache import entry, streams
+from ..cache.entry import Entry
+from ..cache.flight import Flight, FlightLost
+from ..cache.policy import CacheControl
+from ..cache.single_flight import SingleFlight
+from ..cache.store import BATCH, Cache, NoCache, entry_name
+from ..endpoints import ENDPOINTS
 from ..errors import (
     DeadlineExceeded,
     NotCached,
@@ -26,329 +29,331 @@ from ..errors import (
     UpstreamRefused,
     UpstreamTimeout,
 )
+from ..keys.limits import Limits
+from ..ledger.ledger import Ledger
 from ..ledger.reconciliation import Reconciliation
+from ..redis.client import PipelinedCommand
 from ..settings import Settings
-from ..upstreams.client import UpstreamPool
+from ..telemetry.record import RequestRecord
+from ..upstreams.failover import UpstreamPool
 from ..upstreams.model_list import ModelList
 from ..upstreams.routes import Routes, Target
 from . import responses
 from .billing import Billing
 from .completions import CompletionFetch
-from .context import RequestContext, RequestRecord
-from .delivery import deliver, hit
+from .context import RequestContext
+from .delivery import JSON, SSE, ResponseWriter, deliver, deliver_hit
 from .embeddings import EmbeddingFetch
 from .plan_cache import CachedPlan, PreparedHit
-from .planner import Plan, Planner, permit
-from .responses import RESPONSES
-from .roles import JSON, SSE, Limiter, NoLimits, Quick, Recorder, ResponseWriter, Store
+from .planner import Plan, Planner, check_permission
 
-STALLED_CLIENT_SECONDS = 5.0  # to take the last event of a stream whose time is up
+STALLED_CLIENT_SECONDS = 5.0  # for a client to read the last event of a stream that has timed out
 REFRESH = CacheControl(no_cache=True)
-MOST_FLIGHTS = 4  # that a request boards before it flies alone
+MAX_FLIGHTS = 4  # that a request joins before it goes alone
+
+Serve = Callable[[list[Entry]], Awaitable[None]]
+Fetch = Callable[[list[Entry | None], Flight], Awaitable[None]]
 
 
 class Executor:
     def __init__(
         self,
         settings: Settings,
-        cache: Store,
+        cache: Cache | NoCache,
         upstreams: UpstreamPool,
         routes: Routes,
-        local: ModelList,
+        models: ModelList,
         *,
-        limits: Limiter | None = None,
-        ledger: Recorder | None = None,
+        limits: Limits | None = None,
+        ledger: Ledger | None = None,
         flights: SingleFlight | None = None,
-        tally: Reconciliation | None = None,
+        reconciliation: Reconciliation | None = None,
     ) -> None:
         self._flights = flights or SingleFlight(None, limit=settings.cache_max_entry_bytes)
-        self._limits = limits or NoLimits()
+        self._limits = limits
         self._total = settings.total_timeout_seconds
         self._cache = cache
         self._upstreams = upstreams
-        self.planner = Planner(cache, routes, local)  # also for who wants to know what would be decided
-        self._billing = Billing(ledger, tally)
+        self.planner = Planner(cache, routes, models)  # also for previews
+        self._billing = Billing(ledger, reconciliation)
         self._completions = CompletionFetch(
-            cache, upstreams, local, self.planner, self._billing, total_seconds=self._total
+            cache, upstreams, models, self.planner, self._billing, total_seconds=self._total
         )
         self._embeddings = EmbeddingFetch(cache, upstreams, self.planner, self._billing, self._completions)
         self._refreshes: set[asyncio.Task[None]] = set()
+        self._handlers = {"completions": self._generate, "embeddings": self._embed, "responses": self._relay}
 
-    async def serve_local_hit(self, call: RequestContext, out: Quick) -> bool:
-        """Answer from what this process holds, if it can: the way of most hits, and it waits for nothing but limits.
+    async def serve_local_hit(self, request: RequestContext, writer: ResponseWriter) -> bool:
+        """Answer from this process's own copies, if possible: the path of most hits. It waits for nothing but limits.
 
-        Raises what these say. False: nothing was done.
+        False: nothing was done. Raises the ProxyErrors of permission and limits.
         """
-        known = call.cached_plan
-        if known is None or not known.key or known.samples > 1:
+        cached = request.cached_plan
+        if cached is None or not cached.key or cached.samples > 1:
             return False
-        target, account = known.target, call.record
+        target, record = cached.target, request.record
         now = time.time()
-        found = self._cache.get_local(known.key, self._cache.epoch(call.identity.tenant, target.model), now)
+        found = self._cache.get_local(cached.key, self._cache.epoch(request.identity.tenant, target.model), now)
         if found is None:
             return False
         age = found.age(now)
         if age >= found.ttl:
             return False
-        account.model, account.upstream, account.model_known = target.model, target.upstream, True
+        record.model, record.upstream, record.model_known = target.model, target.upstream, True
         try:
-            self._claim(call, target, at_once=True)
-            if call.admission is not None:
-                await self._cache.read((), call.admission)
-                out.headers.update(call.admission.headers)
-            account.cache = "hit"
-            account.set_usage(found.metadata.get("usage"))
-            shown = known.prepared_hit
-            if shown is None or shown.entry is not found or shown.age != age:
-                shown = known.prepared_hit = self._shown(call, known, found, age)
-            mark = b'"id":"%s","created":%d,' % (entry.new_id(call.endpoint).encode(), now)
-            if known.stream:
-                account.ttft = time.perf_counter() - call.started
-            await out.send_prepared(mark.join(shown.pieces), shown.headers)
+            self._claim(request, target, at_once=True)
+            if request.admission is not None:
+                await self._cache.read((), request.admission)
+                writer.headers.update(request.admission.headers)
+            record.cache = "hit"
+            record.set_usage(found.metadata.get("usage"))
+            prepared = cached.prepared_hit
+            if prepared is None or prepared.entry is not found or prepared.age != age:
+                prepared = cached.prepared_hit = self._prepare_hit(request, cached, found, age)
+            identity = b'"id":"%s","created":%d,' % (entry.new_id(request.endpoint).encode(), now)
+            if cached.stream:
+                record.ttft = time.perf_counter() - request.started
+            await writer.send_prepared(identity.join(prepared.pieces), prepared.headers)
         except ProxyError as error:
-            account.error = error.code or error.type
+            record.error = error.code or error.type
             raise
         finally:
-            self._billing.close_request(call)
+            self._billing.close_request(request)
         return True
 
-    def _shown(self, call: RequestContext, known: CachedPlan, found: Entry, age: int) -> PreparedHit:
-        if known.stream:
-            pieces = found.replays.get(known.include_usage)
+    def _prepare_hit(self, request: RequestContext, cached: CachedPlan, found: Entry, age: int) -> PreparedHit:
+        if cached.stream:
+            pieces = found.replays.get(cached.include_usage)
             if pieces is None:
-                pieces = found.replays[known.include_usage] = entry.replay_pieces(
-                    call.endpoint, found.body, known.include_usage
-                )
-                self._cache.resize(known.key, found, sum(map(len, pieces)))
+                pieces = streams.replay_pieces(request.endpoint, found.body, cached.include_usage)
+                found.replays[cached.include_usage] = pieces
+                self._cache.resize(cached.key, found, sum(map(len, pieces)))
         else:
             pieces = [b"{", found.body[1:]]
-        mark = len(b'"id":"","created":,') + len(entry.new_id(call.endpoint)) + 10  # digits, until the year 2286
-        size = sum(map(len, pieces)) + mark * (len(pieces) - 1)
-        headers = {"content-type": SSE if known.stream else JSON, "content-length": str(size)}
-        headers |= Plan(call, known.target, known.stream, known.include_usage, None).hit_headers(
-            found.ttl, age, known.key
-        )
+        identity = len(b'"id":"","created":,') + len(entry.new_id(request.endpoint)) + 10  # digits, until year 2286
+        size = sum(map(len, pieces)) + identity * (len(pieces) - 1)
+        headers = {"content-type": SSE if cached.stream else JSON, "content-length": str(size)}
+        plan = Plan(request, cached.target, cached.stream, cached.include_usage, None)
+        headers |= plan.hit_headers(found.ttl, age, cached.key)
         return PreparedHit(found, age, [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()], pieces)
 
-    async def answer(self, call: RequestContext, out: ResponseWriter) -> None:
-        """Answer `call` on `out`. Faults are raised before the first byte; after it they end the stream."""
-        left = self._total if call.caller_deadline is None else call.caller_deadline - time.perf_counter()
+    async def answer(self, request: RequestContext, writer: ResponseWriter) -> None:
+        """Answer a request. Errors before the first byte are raised; later ones end the stream."""
+        record = request.record
+        left = self._total if request.caller_deadline is None else request.caller_deadline - time.perf_counter()
         try:
             try:
                 async with asyncio.timeout(min(self._total, left)):
-                    way = await self.planner.plan(call)
-                    self._claim(call, way.target)
-                    answers = {EMBEDDINGS: self._embed, RESPONSES: self._relay}
-                    await answers.get(call.endpoint, self._generate)(way, out)
+                    plan = await self.planner.plan(request)
+                    self._claim(request, plan.target)
+                    await self._handlers[ENDPOINTS[request.endpoint].handler](plan, writer)
             except TimeoutError:
                 if left < self._total:
                     raise DeadlineExceeded from None
                 raise UpstreamTimeout("The answer took too long: PROXY_TOTAL_TIMEOUT_SECONDS is the limit.") from None
         except ProxyError as error:
-            call.record.error = error.code or error.type
-            if not out.started:
+            record.error = error.code or error.type
+            if not writer.started:
                 raise
             try:
                 async with asyncio.timeout(STALLED_CLIENT_SECONDS):
-                    await out.write(b"data: " + error.body() + b"\n\n")
-                    await out.end()
-            except TimeoutError:  # it does not read: whatever is sent more would wait too
-                call.record.error = "client_stalled"
+                    await writer.write(b"data: " + error.body() + b"\n\n")
+                    await writer.end()
+            except TimeoutError:  # the client does not read: anything more would wait too
+                record.error = "client_stalled"
         finally:
-            if call.admission is not None:
-                call.admission.settle(call.record.upstream_tokens)
-            self._billing.close_request(call)
+            if request.admission is not None:
+                request.admission.settle(record.upstream_tokens)
+            self._billing.close_request(request)
 
-    def _claim(self, call: RequestContext, target: Target, *, at_once: bool = False) -> None:
-        """Permission first, then the claim on the limits: both before anything of the cache is given out."""
-        permit(call, target)
-        call.admission = self._limits.admission(
-            call.identity, call.endpoint, target.model, call.body, len(call.raw), target.upstream, at_once=at_once
-        )
+    def _claim(self, request: RequestContext, target: Target, *, at_once: bool = False) -> None:
+        """Check the permission and claim the limits, both before anything of the cache is served."""
+        check_permission(request, target)
+        if self._limits is not None:
+            request.admission = self._limits.admission(
+                request.identity,
+                request.endpoint,
+                target.model,
+                request.body,
+                len(request.raw),
+                target.upstream,
+                at_once=at_once,
+            )
 
     async def _lookup(
-        self, way: Plan, keys: Sequence[str], out: ResponseWriter, *riders: PipelinedCommand
+        self, plan: Plan, keys: Sequence[str], writer: ResponseWriter, *piggyback: PipelinedCommand
     ) -> list[Entry | None]:
-        """What is stored under `keys` and fresh enough for this caller, who is within the limits: else it raises."""
+        """The entries under `keys` that are fresh enough for this caller. Raises if a limit refuses the request."""
+        request, directives = plan.request, plan.request.cache_control
         found: list[Entry | None] = [None] * len(keys)
-        skips = way.bypass is not None or way.request.cache_control.no_cache
-        admission = None if way.limits_checked else way.request.admission
-        way.limits_checked = True  # limits are asked once, however often the cache is
-        asks = [*riders] if admission is None else [admission, *riders]
-        if not self._cache.enabled and admission is not None:
-            await self._limits.ask(admission)
-        elif not skips or asks:
-            read = await self._cache.read([] if skips else keys, *asks, stamp=way.epoch)
-            if skips:
+        skip = plan.bypass is not None or directives.no_cache
+        admission = None if plan.limits_checked else request.admission
+        plan.limits_checked = True  # once for each request, however often it reads the cache
+        commands = [*piggyback] if admission is None else [admission, *piggyback]
+        if not self._cache.enabled and admission is not None and self._limits is not None:
+            await self._limits.check(admission)
+        elif not skip or commands:
+            read = await self._cache.read([] if skip else keys, *commands, epoch=plan.epoch)
+            if skip:
                 pass
             elif read is None:
-                way.bypass = "redis"
+                plan.bypass = "redis"
             else:
-                now, limit, target = time.time(), way.request.cache_control.max_age, way.target
-                longest = [
-                    0 if limit is not None else target.stale_while_revalidate if each and each.grace else 0
-                    for each in read
-                ]
+                now, limit, target = time.time(), directives.max_age, plan.target
+                stale = 0 if limit is not None else target.stale_while_revalidate
                 found = [
-                    each if each and each.age(now) < each.ttl + more else None
-                    for each, more in zip(read, longest, strict=True)
+                    each if each and each.age(now) < each.ttl + (stale if each.grace else 0) else None for each in read
                 ]
-                if limit is not None and any(e and e.age(now) > limit for e in found):
-                    way.forward = "request"
-                    found = [e if e and e.age(now) <= limit else None for e in found]
+                if limit is not None and any(each and each.age(now) > limit for each in found):
+                    plan.forward = "request"
+                    found = [each if each and each.age(now) <= limit else None for each in found]
         if admission is not None:
-            out.headers.update(admission.headers)
-        way.request.record.cache = "bypass" if way.bypass else way.forward
-        if way.request.cache_control.only_if_cached and way.samples > 1 and any(found):
+            writer.headers.update(admission.headers)
+        request.record.cache = "bypass" if plan.bypass else plan.forward
+        if directives.only_if_cached and plan.samples > 1 and any(found):
             found = [each or next(filter(None, found)) for each in found]
-        if way.request.cache_control.only_if_cached and not all(found):
-            way.request.record.cache = "miss"
+        if directives.only_if_cached and not all(found):
+            request.record.cache = "miss"
             raise NotCached(
                 "Nothing fresh is cached for this request, and `only-if-cached` forbids to ask an upstream.",
                 headers={"cache-status": "llm-lab; detail=only-if-cached"},
             )
         return found
 
-    # ---- chat and text
+    # ---- handlers
 
-    async def _generate(self, way: Plan, out: ResponseWriter) -> None:
+    async def _generate(self, plan: Plan, writer: ResponseWriter) -> None:
         async def serve(found: list[Entry]) -> None:
-            one = choice(found)  # noqa: S311 no secret
+            one = choice(found)  # noqa: S311 - no secret
             if one.age(time.time()) >= one.ttl:
-                self._refresh(way)
-            await hit(way, one, out)
+                self._refresh(plan)
+            await deliver_hit(plan, one, writer)
 
-        async def ask(looked: list[Entry | None], flight: Flight) -> None:
-            empty = [slot for slot, each in enumerate(looked) if each is None]
-            way.slot = choice(empty) if way.request.cache_control.no_cache else empty[0]  # noqa: S311 no secret
-            await self._completions.fetch(way, flight)
+        async def fetch(found: list[Entry | None], flight: Flight) -> None:
+            empty = [slot for slot, each in enumerate(found) if each is None]
+            plan.slot = choice(empty) if plan.request.cache_control.no_cache else empty[0]  # noqa: S311 - no secret
+            await self._completions.fetch(plan, flight)
 
         try:
-            await self._share(way, out, way.keys, self.planner.flight_name(way, way.key), serve=serve, ask=ask)
+            name = self.planner.flight_name(plan, plan.key)
+            await self._share(plan, writer, plan.keys, name, serve=serve, fetch=fetch)
         except (UpstreamDown, UpstreamTimeout, UpstreamBroken, UpstreamRefused) as error:
-            stale = await self._stale(way) if error.status >= 500 and not out.started else None
+            stale = await self._stale_entry(plan) if error.status >= 500 and not writer.started else None
             if stale is None:
                 raise
-            await hit(way, stale, out, failed=error.status)
+            await deliver_hit(plan, stale, writer, failed=error.status)
 
-    async def _stale(self, way: Plan) -> Entry | None:
-        """What may stand in where the upstream fails. Looked for by everybody who heard of the failure."""
-        wishes, allowed = way.request.cache_control, way.target.stale_if_error
-        if not allowed or way.bypass or wishes.no_cache or wishes.max_age is not None:
+    async def _embed(self, plan: Plan, writer: ResponseWriter) -> None:
+        inputs = self._embeddings.inputs(plan)
+        if inputs is None:
+            await self._lookup(plan, [""], writer)
+            raw, answer, response = await self._embeddings.fetch(plan, None)
+            if isinstance(answer, dict):
+                plan.request.record.set_usage(answer.get("usage"))
+            return await writer.send(raw, response.headers | plan.miss_headers())
+        return await self._share(
+            plan,
+            writer,
+            inputs.keys,
+            self.planner.flight_name(plan, inputs.key),
+            serve=lambda found: self._embeddings.serve(plan, inputs, found, writer),
+            fetch=lambda found, flight: self._embeddings.fetch_missing(plan, inputs, [*found], flight),
+        )
+
+    async def _relay(self, plan: Plan, writer: ResponseWriter) -> None:
+        record = plan.request.record
+        await self._lookup(plan, [""], writer)
+        call = self._completions.upstream_request(plan, self._completions.renamed_body(plan))
+        async with self._upstreams.send(plan.targets, call) as response:
+            record.model_known = record.upstream_called = True
+            headers = response.headers | plan.miss_headers()
+            await responses.relay(response, writer, record, headers, plan.request.started)
+
+    # ---- stale entries
+
+    async def _stale_entry(self, plan: Plan) -> Entry | None:
+        """A stale entry that may replace a failed answer. Each request of the flight looks for it."""
+        directives, allowed = plan.request.cache_control, plan.target.stale_if_error
+        if not allowed or plan.bypass or directives.no_cache or directives.max_age is not None:
             return None
         now = time.time()
-        found = await self._cache.read(way.keys, stamp=way.epoch) or []
+        found = await self._cache.read(plan.keys, epoch=plan.epoch) or []
         return next((each for each in found if each and each.age(now) < each.ttl + allowed), None)
 
-    def _refresh(self, way: Plan) -> None:
-        """Fetch anew in the background, once for all who get the stale answer meanwhile."""
-        call = replace(
-            way.request,
+    def _refresh(self, plan: Plan) -> None:
+        """Revalidate in the background, once for all requests that get the stale entry meanwhile."""
+        request = replace(
+            plan.request,
             record=RequestRecord(),
             admission=None,
             cache_control=REFRESH,
             started=time.perf_counter(),
             caller_deadline=None,
         )
-        task = asyncio.ensure_future(self._refreshed(replace(way, request=call, limits_checked=True)))
+        task = asyncio.ensure_future(self._run_refresh(replace(plan, request=request, limits_checked=True)))
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
 
-    async def _refreshed(self, way: Plan) -> None:
-        way.slot = randrange(way.samples)  # noqa: S311 no secret
+    async def _run_refresh(self, plan: Plan) -> None:
+        plan.slot = randrange(plan.samples)  # noqa: S311 - no secret
         with suppress(ProxyError, FlightLost, TimeoutError):
             async with asyncio.timeout(self._total):
-                with self._flights.join(f"{way.key}:{way.epoch}:refresh") as seat:
-                    if not seat.first:
+                with self._flights.join(f"{plan.key}:{plan.epoch}:refresh") as subscriber:
+                    if not subscriber.first:
                         return
-                    lease = seat.lease(())
+                    lease = subscriber.lease(())
                     if lease is not None:
                         await self._cache.read((), lease)
-                    seat.start(lease, partial(self._fetch, way, partial(self._completions.fetch, way)))
-                    async for _ in seat.parts():
+                    subscriber.start(lease, partial(self._fetch, plan, partial(self._completions.fetch, plan)))
+                    async for _ in subscriber.parts():
                         pass
 
+    # ---- single flight
+
     async def _share(
-        self,
-        way: Plan,
-        out: ResponseWriter,
-        keys: list[str],
-        name: str,
-        *,
-        serve: Callable[[list[Entry]], Awaitable[None]],
-        ask: Callable[[list[Entry | None], Flight], Awaitable[None]],
+        self, plan: Plan, writer: ResponseWriter, keys: list[str], name: str, *, serve: Serve, fetch: Fetch
     ) -> None:
-        """What is stored under `keys` by `serve`; else what `ask` has from the upstream, once for all on board."""
-        # What is stored may be too old for this request, and then is no reason to stay.
+        """Answer by `serve` if all `keys` have entries; else `fetch`, once for all requests of the flight `name`."""
+        # Entries may be too old for this request, and then do not make an upstream call unnecessary.
         aged = (
-            way.request.cache_control.max_age is not None
-            or way.target.stale_while_revalidate > 0
-            or way.target.stale_if_error > 0
+            plan.request.cache_control.max_age is not None
+            or plan.target.stale_while_revalidate > 0
+            or plan.target.stale_if_error > 0
         )
-        for turn in range(MOST_FLIGHTS + 1):
-            # 1. A seat: who wants the same at the same time flies together, who was out of luck too often alone.
-            way.shareable = bool(name) and turn < MOST_FLIGHTS
-            with self._flights.join(name if turn < MOST_FLIGHTS else "") as seat:
+        for attempt in range(MAX_FLIGHTS + 1):
+            # 1. Join the flight of identical requests. A request whose flights were lost too often goes alone.
+            plan.shareable = bool(name) and attempt < MAX_FLIGHTS
+            with self._flights.join(name if attempt < MAX_FLIGHTS else "") as subscriber:
                 try:
-                    # 2. The cache: the first on board looks for all.
-                    if seat.first:
+                    # 2. The first subscriber looks into the cache for all.
+                    if subscriber.first:
                         names = [entry_name(key) for key in keys] if name else []
-                        lease = seat.lease(names, anyway=turn > 0 or aged) if len(keys) <= BATCH else None
-                        looked = await self._lookup(way, keys, out, *([lease] if lease else []))
-                        found = [each for each in looked if each is not None]
+                        lease = subscriber.lease(names, anyway=attempt > 0 or aged) if len(keys) <= BATCH else None
+                        entries = await self._lookup(plan, keys, writer, *([lease] if lease else []))
+                        found = [each for each in entries if each is not None]
                         if len(found) == len(keys):
-                            seat.flight.resolve_from_cache(found)
+                            subscriber.flight.resolve_from_cache(found)
                             return await serve(found)
-                        seat.start(lease, partial(self._fetch, way, partial(ask, looked)))
+                        subscriber.start(lease, partial(self._fetch, plan, partial(fetch, entries)))
                     else:
-                        if way.request.admission is not None:
-                            await self._lookup(way, [], out)
-                        landed = await seat.cached_entries()
-                        if landed is not None:
-                            return await serve(landed)
-                    # 3. The answer on its way, whoever asks the upstream for it.
-                    return await deliver(way, seat, out)
+                        if plan.request.admission is not None:
+                            await self._lookup(plan, [], writer)
+                        cached = await subscriber.cached_entries()
+                        if cached is not None:
+                            return await serve(cached)
+                    # 3. Deliver the flight, whichever request calls the upstream.
+                    return await deliver(plan, subscriber, writer)
                 except FlightLost:
-                    if out.started:
+                    if writer.started:
                         raise UpstreamBroken("Who asked the upstream is gone: the answer is not whole.") from None
         raise UpstreamDown("The proxy is ending: ask again.", headers={"retry-after": "1"})
 
-    async def _fetch(self, way: Plan, ask: Callable[[Flight], Awaitable[None]], flight: Flight) -> None:
-        """The flight's own task: ask the upstream, pass on what comes. One more try where others wait too."""
+    async def _fetch(self, plan: Plan, fetch: Callable[[Flight], Awaitable[None]], flight: Flight) -> None:
+        """The fetch of a flight. It is repeated once if other requests wait for it too."""
         try:
-            await ask(flight)
+            await fetch(flight)
         except ProxyError as error:
             if flight.has_head or error.status < 500 or not flight.shared:
                 raise
-            way.retried_at = time.perf_counter()
-            await ask(flight)
-
-    # ---- responses
-
-    async def _relay(self, way: Plan, out: ResponseWriter) -> None:
-        call = way.request
-        await self._lookup(way, [""], out)
-        async with self._upstreams.send(
-            way.targets, self._completions.upstream_request(way, self._completions.renamed_body(way))
-        ) as reply:
-            call.record.model_known = call.record.upstream_called = True
-            await responses.relay(reply, out, call.record, reply.headers | way.miss_headers(), call.started)
-
-    # ---- embeddings
-
-    async def _embed(self, way: Plan, out: ResponseWriter) -> None:
-        inputs = self._embeddings.inputs(way)
-        if inputs is None:
-            await self._lookup(way, [""], out)
-            raw, answer, reply = await self._embeddings.fetch(way, None)
-            if isinstance(answer, dict):
-                way.request.record.set_usage(answer.get("usage"))
-            return await out.send(raw, reply.headers | way.miss_headers())
-        return await self._share(
-            way,
-            out,
-            inputs.keys,
-            self.planner.flight_name(way, inputs.key),
-            serve=lambda found: self._embeddings.serve(way, inputs, found, out),
-            ask=lambda found, flight: self._embeddings.fetch_missing(way, inputs, [*found], flight),
-        )
+            plan.retried_at = time.perf_counter()
+            await fetch(flight)

@@ -1,7 +1,7 @@
-"""What was decided about a request is true of every request of the same bytes, until the routes or the models change.
+"""Plan cache: requests with the same bytes have the same plan, until the routes or the model list change.
 
-Programs send the same bytes again where they send the same request again; to parse them, to resolve the model and to
-take the HMAC of a canonical form would be most of the cost of a hit. Knows requests as bytes.
+Programs repeat requests byte by byte. Parsing the body, resolving the model and computing the HMAC of the canonical
+form would be most of the cost of a hit. Knows requests as bytes.
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ from typing import Any
 from ..cache.entry import Entry
 from ..upstreams.routes import Target
 
-LONGEST = 65_536  # bytes of a body: to parse a longer one is little beside what it asks for
-LIMIT = 32 * 1024 * 1024  # bytes of all of them, with what was made of them
-PARSED = 6  # how much larger a parsed body is than its bytes, about; with its canonical form
+MAX_BODY_BYTES = 65_536  # parsing a longer body costs little compared with its answer
+MAX_BYTES = 32 * 1024 * 1024  # of all requests, with their parsed bodies and canonical forms
+PARSED_FACTOR = 6  # size of a parsed body and its canonical form, in sizes of its bytes
 
-Place = tuple[str, str, bytes]  # tenant, endpoint, body
-Generation = tuple[int, int]  # of the routes, of the model service's list
-
+RequestBytes = tuple[str, str, bytes]  # tenant, endpoint, body
+Generation = tuple[int, int]  # of the routes, of the model list
 Header = tuple[bytes, bytes]
 
 
 @dataclass(slots=True)
 class PreparedHit:
-    """How one entry is given out on one request's terms for as long as its age in whole seconds is the same."""
+    """A hit ready to be sent, valid while the entry's age in whole seconds stays the same."""
 
     entry: Entry
     age: int
     headers: list[Header]
-    pieces: list[bytes]  # what is to be joined by `"id":…,"created":…,`
+    pieces: list[bytes]  # to be joined by `"id":…,"created":…,`
 
 
 @dataclass(slots=True)
 class CachedPlan:
-    """What was decided. `key` is empty where no single entry can answer."""
+    """The plan of a request, without what depends on the moment. `key` is empty if no single entry can answer."""
 
     body: dict[str, Any]
     target: Target
@@ -49,32 +48,32 @@ class CachedPlan:
 
 
 class PlanCache:
-    """Decisions by the bytes they were made on, the ones used last."""
+    """The plans of the most recently seen requests."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Place, CachedPlan] = OrderedDict()
+        self._plans: OrderedDict[RequestBytes, CachedPlan] = OrderedDict()
         self._generation: Generation = (0, 0)
         self._size = 0
 
-    def get(self, place: Place, generation: Generation) -> CachedPlan | None:
+    def get(self, request: RequestBytes, generation: Generation) -> CachedPlan | None:
         if generation != self._generation:
-            self._known.clear()
+            self._plans.clear()
             self._generation, self._size = generation, 0
             return None
-        known = self._known.get(place)
-        if known is not None:
-            self._known.move_to_end(place)
-        return known
+        plan = self._plans.get(request)
+        if plan is not None:
+            self._plans.move_to_end(request)
+        return plan
 
-    def put(self, place: Place, known: CachedPlan, generation: Generation) -> None:
-        """`generation`: of before the decision. A body that is too long is not kept."""
-        if len(place[2]) > LONGEST or generation != self._generation or place in self._known:
+    def put(self, request: RequestBytes, plan: CachedPlan, generation: Generation) -> None:
+        """`generation`: from before the plan was made. Long bodies are not kept."""
+        if len(request[2]) > MAX_BODY_BYTES or generation != self._generation or request in self._plans:
             return
-        self._known[place] = known
-        self._size += _weight(place)
-        while self._size > LIMIT:
-            self._size -= _weight(self._known.popitem(last=False)[0])
+        self._plans[request] = plan
+        self._size += _weight(request)
+        while self._size > MAX_BYTES:
+            self._size -= _weight(self._plans.popitem(last=False)[0])
 
 
-def _weight(place: Place) -> int:
-    return 1000 + PARSED * len(place[2])
+def _weight(request: RequestBytes) -> int:
+    return 1000 + PARSED_FACTOR * len(request[2])

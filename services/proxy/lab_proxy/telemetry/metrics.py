@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,6 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.samples import Exemplar
+
+from .record import RequestRecord
 
 MOST_MODELS = 200  # names that are told apart: a caller may invent any number of them
 MOST_SERIES = 5_000  # of one family: beyond it new combinations of labels are not kept
@@ -57,18 +59,6 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], Callable[[Iterable[float]], float
     "generation": ("How often a file was read.", ("file",), max),
     "reload_failing": ("1 while a changed file is no good and the one before it is in use.", ("file",), max),
 }  # fmt: skip
-
-
-class Counted(Protocol):
-    """What the metrics read of a request's account; call.Account is one."""
-
-    model: str
-    model_known: bool
-    cache: str
-    ttft: float | None
-    upstream_seconds: float
-    prompt_tokens: int
-    completion_tokens: int
 
 
 class Times:
@@ -140,24 +130,24 @@ class Metrics:
 
     # ---- while requests run
 
-    def record(self, route: str, account: Counted, status: int, seconds: float, request_id: str = "") -> None:
+    def record(self, route: str, record: RequestRecord, status: int, seconds: float, request_id: str = "") -> None:
         """One request is over."""
-        model = account.model
+        model = record.model
         if model not in self._models:
-            if account.model_known and len(self._models) <= MOST_MODELS:
+            if record.model_known and len(self._models) <= MOST_MODELS:
                 self._models.add(model)
             else:
                 model = "other"
-        cache = account.cache
+        cache = record.cache
         series = self._series.get((route, model, cache)) or self._made(route, model, cache)
         series.statuses[status] = series.statuses.get(status, 0) + 1
-        series.prompt += account.prompt_tokens
-        series.completion += account.completion_tokens
+        series.prompt += record.prompt_tokens
+        series.completion += record.completion_tokens
         now = time.time()
         series.request.add(seconds, request_id, now)
-        if account.ttft is not None:
-            series.ttft.add(account.ttft, request_id, now)
-        waited = account.upstream_seconds
+        if record.ttft is not None:
+            series.ttft.add(record.ttft, request_id, now)
+        waited = record.upstream_seconds
         if waited:
             series.upstream.add(waited)
         series.overhead.add(seconds - waited if seconds > waited else 0.0)

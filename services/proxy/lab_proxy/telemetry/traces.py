@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of requests and of the real calls they took, by the GenAI semantic conventions, over OTLP/HTTP.
+"""OpenTelemetry traces over OTLP/HTTP: a span for each request and one below it for each upstream call.
 
-Names, counts, times and outcomes; never what was asked or answered. The opentelemetry packages are an extra of this
-package (`lab-proxy[otel]`) and are imported only where PROXY_OTLP_ENDPOINT is set.
+Follows the GenAI semantic conventions: names, counts, times and outcomes; no prompts or answers. The opentelemetry
+packages are an extra (`lab-proxy[otel]`) and are imported only if PROXY_OTLP_ENDPOINT is set.
 """
 
 from __future__ import annotations
@@ -9,39 +9,20 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..upstreams.client import UpstreamCall
+from ..endpoints import ENDPOINTS
+from .record import RequestRecord, UpstreamCall
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 SEND_SECONDS = 5.0  # for one batch to the collector
-_OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/responses": "chat",
-}
-
-
-class Account(Protocol):
-    """What a span tells of one request; call.Account is one."""
-
-    model: str
-    model_known: bool
-    upstream: str
-    cache: str
-    error: str
-    ttft: float | None
-    prompt_tokens: int
-    completion_tokens: int
-    calls: list[UpstreamCall]
 
 
 def installed() -> bool:
-    """Whether the extra is there."""
+    """The opentelemetry packages are installed."""
     try:
         return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
     except ModuleNotFoundError:
@@ -49,7 +30,7 @@ def installed() -> bool:
 
 
 class Traces:
-    """A part: made before the event loop runs, its thread sends what was recorded. `exporter`: another way out."""
+    """A part. A thread of the SDK sends the spans. `exporter` replaces OTLP/HTTP, for tests."""
 
     def __init__(self, endpoint: str, exporter: SpanExporter | None = None) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - an extra
@@ -71,59 +52,59 @@ class Traces:
     async def stop(self) -> None:
         await asyncio.to_thread(self._provider.shutdown)
 
-    def record(self, route: str, account: Account, status: int, seconds: float, request_id: str) -> None:
-        """One request is over: a span of it, and one below it for each call that an upstream got."""
+    def record(self, route: str, record: RequestRecord, status: int, seconds: float, request_id: str) -> None:
+        """One request has ended: a span for it, and one below it for each upstream call."""
         now = time.time()
-        operation = _OPERATIONS[route]
-        model = account.model if account.model_known else "other"
-        told: dict[str, Any] = {
+        operation = ENDPOINTS[route].operation
+        model = record.model if record.model_known else "other"
+        attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.request.model": model,
             "http.route": route,
             "http.response.status_code": status,
             "lab.request_id": request_id,
-            "lab.cache": account.cache,
+            "lab.cache": record.cache,
         }
-        if account.upstream:
-            told["gen_ai.provider.name"] = _provider(account.upstream)
+        if record.upstream:
+            attributes["gen_ai.provider.name"] = _provider(record.upstream)
         if status < 400:
-            told["gen_ai.response.model"] = model
-        if account.prompt_tokens or account.completion_tokens:
-            told["gen_ai.usage.input_tokens"] = account.prompt_tokens
-            told["gen_ai.usage.output_tokens"] = account.completion_tokens
-        if account.ttft is not None:
-            told["gen_ai.response.time_to_first_chunk"] = account.ttft
-        if account.error:
-            told["error.type"] = account.error
+            attributes["gen_ai.response.model"] = model
+        if record.prompt_tokens or record.completion_tokens:
+            attributes["gen_ai.usage.input_tokens"] = record.prompt_tokens
+            attributes["gen_ai.usage.output_tokens"] = record.completion_tokens
+        if record.ttft is not None:
+            attributes["gen_ai.response.time_to_first_chunk"] = record.ttft
+        if record.error:
+            attributes["error.type"] = record.error
         span = self._tracer.start_span(
             f"{operation} {model}".strip(),
             kind=self._kinds.SERVER,
-            attributes=told,
+            attributes=attributes,
             start_time=_nanoseconds(now - seconds),
         )
-        for call in account.calls:
-            self._below(span, operation, call)
-        if account.error or status >= 500:
+        for call in record.calls:
+            self._child_span(span, operation, call)
+        if record.error or status >= 500:
             span.set_status(self._failed)
         span.end(_nanoseconds(now))
 
-    def _below(self, span: Any, operation: str, call: UpstreamCall) -> None:
-        told: dict[str, Any] = {
+    def _child_span(self, span: Any, operation: str, call: UpstreamCall) -> None:
+        attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.request.model": call.model,
             "gen_ai.provider.name": _provider(call.upstream),
             "lab.outcome": call.outcome,
         }
         if call.status:
-            told["http.response.status_code"] = call.status
+            attributes["http.response.status_code"] = call.status
         good = call.outcome == "ok"
         if not good:
-            told["error.type"] = str(call.status) if call.status >= 400 else call.outcome
+            attributes["error.type"] = str(call.status) if call.status >= 400 else call.outcome
         made = self._tracer.start_span(
             f"{operation} {call.model}",
             context=self._within(span),
             kind=self._kinds.CLIENT,
-            attributes=told,
+            attributes=attributes,
             start_time=_nanoseconds(call.began),
         )
         if not good:

@@ -1,7 +1,7 @@
-"""Which upstream answers a model's name, who stands in for it, and what the cache may do there: one YAML file.
+"""Routes: the upstream of each model name, its fallbacks and cache rules, from one YAML file.
 
-Knows names, patterns, aliases and tables of defaults. Speaks to nobody: the ids of the model service are handed in.
-Read anew it changes as a whole, or not at all.
+Knows names, patterns, aliases and tables of defaults. Makes no calls: the model list is passed in. A reload replaces
+the whole table or nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..canonical import encode
+from ..endpoints import default_tables
 from ..errors import ModelNotFound, UpstreamDown
 from ..reload import read_yaml
 from ..settings import Settings, is_http
 
 OPENAI_URL = "https://api.openai.com/v1"
 AUTO = "auto"
-MOST_NAMES = 1000  # of models, whose targets are kept: callers may invent any number of them
+MAX_CACHED_NAMES = 1000  # cached targets: callers may invent any number of names
 
-Listed = Mapping[str, Mapping[str, Any]]  # the model service's entries by id
+Listed = Mapping[str, Mapping[str, Any]]  # the model service's models by id
 
 
 class _Strict(BaseModel):
@@ -70,7 +71,7 @@ class AliasRow(_Strict):
 
 
 class AutoRow(_Strict):
-    """What `model: "auto"` stands for. None of a threshold: it is not looked at."""
+    """What `model: "auto"` stands for. A threshold of None is ignored."""
 
     small: str
     large: str
@@ -80,7 +81,7 @@ class AutoRow(_Strict):
     large_for: list[Literal["tools", "response_format", "images"]] = []
 
     def size(self, body: Mapping[str, Any]) -> str:
-        """`small`, or `large` and why: the first of the reasons that holds."""
+        """`small`, or `large` with the first reason that holds."""
         messages = body.get("messages")
         messages = messages if isinstance(messages, list) else []
         form = body.get("response_format")
@@ -126,14 +127,14 @@ class Table(_Strict):
             if row.match is None and self.upstreams[row.upstream].kind != "model":
                 raise ValueError(f"the route to {row.upstream!r} needs `match`")
         for name, upstream in self.upstreams.items():
-            if upstream.defaults is not None and upstream.defaults not in self.defaults:
+            if upstream.defaults is not None and upstream.defaults not in self.defaults | default_tables():
                 raise ValueError(f"upstream {name!r} names the defaults {upstream.defaults!r}, which are not there")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamConfig:
-    """How one upstream is reached. `base_url` ends before the endpoint's path; `key` is None for a keyless one."""
+    """Address and features of one upstream. `base_url` ends before the endpoint's path; `key`: None if keyless."""
 
     name: str
     kind: str
@@ -146,78 +147,82 @@ class UpstreamConfig:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one request goes, and on what terms its answer is cached."""
+    """Upstream and model of one request, and the rules for caching its answer."""
 
     upstream: str
     model: str
-    revision: str | None  # None at an upstream that tells of none
-    versioned: bool  # the upstream names a revision with every answer
-    alias: str | None  # the name that was asked for, where it is not `model`
+    revision: str | None  # None if the upstream reports none
+    versioned: bool  # the upstream sends a revision with every answer
+    alias: str | None  # the requested name, if it is not `model`
     ttl: int
     store_sampled: bool
     defaults: Mapping[str, Mapping[str, bytes]]  # endpoint -> field -> canonical bytes
-    default_temperature: Mapping[str, Any]  # endpoint -> the default, where it is known
+    default_temperature: Mapping[str, Any]  # endpoint -> default temperature, if known
     config: UpstreamConfig
-    kind: str | None = None  # what the model service says its model is
-    auto: str | None = None  # `small` or `large` and why, where `auto` was asked for
-    samples: int = 1  # answers kept side by side where sampled ones are stored
+    kind: str | None = None  # kind of the model, as the model service reports it
+    auto: str | None = None  # `small` or `large` with its reason, if `auto` was requested
+    samples: int = 1  # number of sampled answers stored for one request
     stale_while_revalidate: int = (
-        0  # seconds after the TTL in which a stale answer is served while a new one is fetched
+        0  # seconds after the TTL in which a stale entry is served while a new answer is fetched
     )
-    stale_if_error: int = 0  # seconds after the TTL in which a stale answer is served where the upstream fails
+    stale_if_error: int = 0  # seconds after the TTL in which a stale entry is served if the upstream fails
     fallbacks: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """The routes file as it was read once, joined with the settings."""
+    """One reading of the routes file, joined with the settings."""
 
     table: Table
-    access: Mapping[str, UpstreamConfig]
+    configs: Mapping[str, UpstreamConfig]
     defaults: Mapping[str, Mapping[str, Mapping[str, Any]]]
     canonical: Mapping[str, Mapping[str, Mapping[str, bytes]]]
 
 
 class Routes:
-    """The routes file, joined with the settings. Raises ValueError with one line that says what is wrong."""
+    """The routes file, joined with the settings. Raises ValueError with one line that names the fault."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._ttl = settings.cache_ttl_seconds
         self._now = _read(settings)
-        self._known: dict[str, Target] = {}
-        self._known_for: tuple[_Read, Listed] = (self._now, {})
-        self.generation = 1  # what was decided by an earlier one is decided anew
+        self._targets: dict[str, Target] = {}
+        self._targets_of: tuple[_Read, Listed] = (self._now, {})
+        self.generation = 1  # grows with each reload: cached plans become invalid
 
     @property
     def upstreams(self) -> Mapping[str, UpstreamConfig]:
-        return self._now.access
+        return self._now.configs
 
     def files(self) -> list[Path]:
-        """What `reload` reads: the routes file and the files of keys."""
+        """The routes file and the key files that it names."""
         rows = self._now.table.upstreams.values()
         named = (self._settings.routes_file, self._settings.openai_api_key_file, *(row.api_key_file for row in rows))
         return [path for path in named if path is not None]
 
     def reload(self) -> None:
-        """Read the files again. Raises ValueError and changes nothing where they are no good."""
+        """Read the files again. Raises ValueError and changes nothing if one is faulty."""
         self._now = _read(self._settings)
         self.generation += 1
 
     def resolve(self, asked: str, local: Listed, body: Mapping[str, Any] | None = None) -> Target:
-        """`local`: the model service's entries by id, empty while they are not known. `body`: what `auto` looks at.
+        """The target of the requested name. `local`: the model list, empty while unknown. `body`: read for `auto`.
 
-        What was found for a name holds as long as the table and `local` are the same objects.
+        Targets are cached as long as the table and `local` are the same objects.
 
-        Raises NoSuchModel, or UpstreamDown where the name may be one of the ids that are not known yet.
+        Raises ModelNotFound, or UpstreamDown if the name may belong to a model of the unknown list.
         """
-        if self._known_for[0] is not self._now or self._known_for[1] is not local or len(self._known) > MOST_NAMES:
-            self._known, self._known_for = {}, (self._now, local)
-        target = self._known.get(asked)
+        if (
+            self._targets_of[0] is not self._now
+            or self._targets_of[1] is not local
+            or len(self._targets) > MAX_CACHED_NAMES
+        ):
+            self._targets, self._targets_of = {}, (self._now, local)
+        target = self._targets.get(asked)
         if target is None:
             target = self._find(asked, local, body)
             if target.auto is None:
-                self._known[asked] = target
+                self._targets[asked] = target
         return target
 
     def _find(self, asked: str, local: Listed, body: Mapping[str, Any] | None) -> Target:
@@ -226,37 +231,37 @@ class Routes:
             auto = now.table.auto.size(body or {})
             name = now.table.auto.small if auto == "small" else now.table.auto.large
         for row in now.table.aliases:
-            if row.name == name and not _on(now, row.unless):
+            if row.name == name and not _is_on(now, row.unless):
                 name = row.model
                 break
         for route in now.table.routes:
-            access = now.access[route.upstream]
-            if not access.configured:
+            config = now.configs[route.upstream]
+            if not config.configured:
                 continue
-            if name in local if access.kind == "model" else _fits(route, name):
-                listed = local.get(name, {}) if access.kind == "model" else {}
+            if name in local if config.kind == "model" else _matches(route, name):
+                listed = local.get(name, {}) if config.kind == "model" else {}
                 first = self._target(now, route, FallbackRow(upstream=route.upstream, model=name), listed, asked=asked)
                 return replace(first, auto=auto, fallbacks=self._fallbacks(now, route, local, first))
-        if not local and any(access.kind == "model" for access in now.access.values()):
+        if not local and any(config.kind == "model" for config in now.configs.values()):
             raise UpstreamDown(
                 f"The model service does not answer, so it is not known whether it has `{asked}`. "
                 "Start the lab with `make start`, or look at `make logs`; in containers: `docker compose ps`.",
                 param="model",
                 headers={"retry-after": "2"},
             )
-        raise ModelNotFound(f"The model `{asked}` does not exist here. {self._there_is(local)}", name)
+        raise ModelNotFound(f"The model `{asked}` does not exist here. {self._available(local)}", name)
 
     def aliases(self, local: Mapping[str, Any]) -> dict[str, str]:
-        """The aliases that work now, with the model each stands for."""
+        """The aliases that are active now, and their models."""
         now = self._now
-        return {row.name: row.model for row in now.table.aliases if not _on(now, row.unless) and row.model in local}
+        return {row.name: row.model for row in now.table.aliases if not _is_on(now, row.unless) and row.model in local}
 
     def _fallbacks(self, now: _Read, route: RouteRow, local: Listed, first: Target) -> tuple[Target, ...]:
-        """Those that can be asked now."""
+        """The fallbacks that are available now."""
         found = []
         for row in route.fallbacks:
-            is_local = now.access[row.upstream].kind == "model"
-            there = row.model in local if is_local else now.access[row.upstream].configured
+            is_local = now.configs[row.upstream].kind == "model"
+            there = row.model in local if is_local else now.configs[row.upstream].configured
             if there and (row.upstream, row.model) != (first.upstream, first.model):
                 listed = local[row.model] if is_local else {}
                 found.append(self._target(now, route, row, listed, asked=first.alias or first.model))
@@ -265,13 +270,13 @@ class Routes:
     def _target(
         self, now: _Read, route: RouteRow, who: FallbackRow, listed: Mapping[str, Any], *, asked: str
     ) -> Target:
-        """`who` on the route's terms. `listed`: what the model service tells of the model."""
-        access = now.access[who.upstream]
+        """The target `who` with the route's rules. `listed`: the model's entry in the model list."""
+        config = now.configs[who.upstream]
         return Target(
             upstream=who.upstream,
             model=who.model,
             revision=listed.get("revision"),
-            versioned=access.kind == "model",
+            versioned=config.kind == "model",
             alias=asked if who.model != asked else None,
             ttl=route.ttl_seconds or self._ttl,
             store_sampled=route.store_sampled,
@@ -279,47 +284,48 @@ class Routes:
             default_temperature={
                 path: fields.get("temperature") for path, fields in now.defaults[who.upstream].items()
             },
-            config=access,
+            config=config,
             kind=listed.get("kind"),
             samples=route.samples,
             stale_while_revalidate=route.stale_while_revalidate_seconds,
             stale_if_error=route.stale_if_error_seconds,
         )
 
-    def _there_is(self, local: Mapping[str, Any]) -> str:
+    def _available(self, local: Mapping[str, Any]) -> str:
         now = self._now
         names = ", ".join([*local, *self.aliases(local)])
-        said = [f"There is: {names}."]
+        text = [f"There is: {names}."]
         for route in now.table.routes:
             if route.match:
-                way = "" if now.access[route.upstream].configured else " once it has a key (PROXY_OPENAI_API_KEY)"
-                said.append(f"Names like {', '.join(route.match)} go to {route.upstream}{way}.")
-        return " ".join(said)
+                until = "" if now.configs[route.upstream].configured else " once it has a key (PROXY_OPENAI_API_KEY)"
+                text.append(f"Names like {', '.join(route.match)} go to {route.upstream}{until}.")
+        return " ".join(text)
 
 
-def _on(now: _Read, upstream: str | None) -> bool:
-    return upstream is not None and upstream in now.access and now.access[upstream].configured
+def _is_on(now: _Read, upstream: str | None) -> bool:
+    return upstream is not None and upstream in now.configs and now.configs[upstream].configured
 
 
-def _fits(route: RouteRow, name: str) -> bool:
+def _matches(route: RouteRow, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in route.match or ())
 
 
 def _read(settings: Settings) -> _Read:
     table = read_yaml(Table, settings.routes_file, "upstreams/routes.yaml", "PROXY_ROUTES_FILE")
-    access = {name: _access(name, row, settings) for name, row in table.upstreams.items()}
+    configs = {name: _config(name, row, settings) for name, row in table.upstreams.items()}
+    tables: dict[str, Mapping[str, Mapping[str, Any]]] = {**default_tables(), **table.defaults}
     defaults: dict[str, Mapping[str, Mapping[str, Any]]] = {}
     for name, row in table.upstreams.items():
         known = row.defaults and (row.base_url or row.kind == "model" or settings.openai_base_url == OPENAI_URL)
-        defaults[name] = table.defaults[row.defaults] if row.defaults and known else {}
+        defaults[name] = tables[row.defaults] if row.defaults and known else {}
     canonical = {
-        name: {path: {k: encode(v) for k, v in fields.items()} for path, fields in tables.items()}
-        for name, tables in defaults.items()
+        name: {path: {k: encode(v) for k, v in fields.items()} for path, fields in each.items()}
+        for name, each in defaults.items()
     }
-    return _Read(table, access, defaults, canonical)
+    return _Read(table, configs, defaults, canonical)
 
 
-def _access(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
+def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
     if row.kind == "model":
         return UpstreamConfig(
             name, row.kind, row.base_url or settings.model_url, None, True, row.stream_usage, row.responses
