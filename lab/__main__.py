@@ -19,7 +19,7 @@ try:
 
     from lab import checks, doctor
     from lab.install import one_at_a_time
-    from lab.logs import Follower
+    from lab.logs import follow
     from lab.services import Service, environment, probe, services, start_timeout
     from lab.supervise import Lab, NotRunningError
 except ImportError as error:
@@ -27,6 +27,8 @@ except ImportError as error:
     sys.exit(Exit.ENVIRONMENT)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+LOOK_SECONDS = 0.5  # between looks at the services while their logs are followed
 
 Choose = Callable[[Mapping[str, str], Path], list[Service]]  # environment and state folder -> what to run
 
@@ -140,21 +142,24 @@ def _nothing_left(lab: Lab) -> Iterator[None]:
 
 def _follow(lab: Lab) -> None:
     """Print what the services log and what becomes of them, until the lab is stopped."""
-    follower = Follower(lab.logs, [service.name for service in lab.started()])
     pids: dict[str, int] = {}
-    while True:
-        for line in follower.new():
-            say(line)
-        try:
-            now = {state.name: state.pid for state in lab.states().values()}
-        except NotRunningError:
-            say("lab: stopped by another command")
-            return
-        for name, pid in now.items():
-            if pid != pids.get(name, pid):
-                say(f"lab: {name} is back (pid {pid})" if pid else f"lab: {name} died and is started again")
-        pids = now
-        time.sleep(0.5)
+    looked = time.monotonic()
+    with follow(lab.logs, [service.name for service in lab.started()]) as lines:
+        for line in lines:
+            if line:
+                say(line)
+            if time.monotonic() - looked < LOOK_SECONDS:
+                continue
+            looked = time.monotonic()
+            try:
+                now = {state.name: state.pid for state in lab.states().values()}
+            except NotRunningError:
+                say("lab: stopped by another command")
+                return
+            for name, pid in now.items():
+                if pid != pids.get(name, pid):
+                    say(f"lab: {name} is back (pid {pid})" if pid else f"lab: {name} died and is started again")
+            pids = now
 
 
 def stop(lab: Lab) -> int:
@@ -188,17 +193,17 @@ def logs(lab: Lab, service: str | None) -> int:
     names = [known.name for known in lab.started()]
     if service and service not in names:
         raise LabError(Exit.WRONG_SETTING, f"there is no service {service}; there are {', '.join(names) or 'none yet'}")
-    follower = Follower(lab.logs, [service] if service else names, lines=200 if service else 20)
     try:
-        while True:
-            for line in follower.new():
-                say(line)
-            if not lab.running():
-                say("lab: not running; these were its last lines")
-                return Exit.FINE
-            time.sleep(0.5)
+        with follow(lab.logs, [service] if service else names, lines=200 if service else 20) as lines:
+            for line in lines:
+                if line:
+                    say(line)
+                elif not lab.running():
+                    say("lab: not running; these were its last lines")
+                    break
     except KeyboardInterrupt:
-        return Exit.FINE
+        pass
+    return Exit.FINE
 
 
 def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:

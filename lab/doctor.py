@@ -29,7 +29,6 @@ DISK_NEEDED = 2**30  # bytes: logs, redis's file, Ray's session
 PACKAGES = ("supervisor", "lab_model", "lab_proxy", "lab_ui", "torch", "transformers", "ray", "streamlit")
 RAY_FOLDERS = "lab-ray-*"  # in the temporary folder: the model service makes one a run and removes it at its end
 RAY_STARTS = 120  # seconds from such a folder to processes that name it, generously
-EARLIEST = 1_760_000_000  # unix time: no clock that is right shows an earlier one
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Readings:
-    """Of this machine. Bytes; `now` is unix time."""
+    """Of this machine, in bytes."""
 
     memory: int
     disks: Mapping[str, int]
-    now: float
     python: tuple[int, int]
 
 
@@ -61,7 +59,6 @@ def read_machine(root: Path) -> Readings:
     return Readings(
         memory=free_memory(),
         disks={str(place): shutil.disk_usage(place).free for place in places},
-        now=time.time(),
         python=sys.version_info[:2],
     )
 
@@ -77,8 +74,6 @@ def examine(services: Sequence[Service], readings: Readings, packages: Sequence[
         *_redis(),
         *_ray(),
         *_ray_folders(Path(tempfile.gettempdir())),
-        *_clock(readings),
-        *_browser(),
         *_compiler(),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
@@ -208,28 +203,6 @@ def _ray_folders(temporary: Path) -> Iterator[Finding]:
         )
 
 
-def _clock(readings: Readings) -> Iterator[Finding]:
-    if readings.now < EARLIEST:
-        yield Finding(
-            Exit.CLOCK,
-            f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(readings.now))}",
-            "certificates and the ages of cached answers go by it",
-            "set it (timedatectl set-ntp true)",
-            stops=False,
-        )
-
-
-def _browser() -> Iterator[Finding]:
-    if chromium() is None:
-        yield Finding(
-            Exit.BROWSER,
-            "no chromium on PATH",
-            "the browser test of `make test` needs one",
-            "`make test` installs it where it may, else: apt-get install chromium",
-            stops=False,
-        )
-
-
 def _compiler() -> Iterator[Finding]:
     # The model's kernels are for Linux on x86; others run torch's.
     fits = platform.system() == "Linux" and platform.machine().lower() in {"x86_64", "amd64"}
@@ -241,19 +214,6 @@ def _compiler() -> Iterator[Finding]:
             "install one (apt-get install gcc libc6-dev)",
             stops=False,
         )
-
-
-def chromium() -> str | None:
-    """The browser on PATH, or the one that Playwright fetched; None without."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
-    folder = os.environ.get("PLAYWRIGHT_BROWSERS_PATH")
-    folders = [Path(folder)] if folder else [Path.home() / ".cache", Path.home() / "Library" / "Caches"]
-    for place in folders:
-        for found_at in place.glob("chromium-*/*" if folder else "ms-playwright/chromium-*/*"):
-            return str(found_at)
-    return None
 
 
 def free_memory(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> int:

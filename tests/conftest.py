@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import tiny
 import yaml
 from fixtures_proxy import PATIENT_MS, bench, running  # noqa: F401 - fixtures of the proxy's tests
-from processes import ANSWERS, RUNNING, Process, describe, free_port, process, python, redis_server
+from processes import ANSWERS, RUNNING, SHOWN_ON_FAILURE, Process, describe, free_port, process, python, redis_server
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     from lab_model.gguf import File
 
 CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
+# Two replicas, and a context so long that an answer may be as good as endless: for what breaks off.
+PAIR = "pair"
 # Ray Serve and the embedded models on two busy cores.
-MODEL_START_SECONDS = 180
+MODEL_START_SECONDS = 270
 
 
 # Fixtures behind which stands the one Ray session: whatever asks for them runs on one worker, one after the other.
-RAY = {"model_process", "model_url", "proxy_url", "lab", "target"}
+RAY = {"model_process", "model_url", "proxy_url", "lab", "target", "model_to_stop"}
+# The group's last: a test that asks for it ends the Ray session.
+LAST = "model_to_stop"
 # Groups that take longest begin first, so that the workers end together.
 LONGEST_FIRST = ("ray", "test_ui", "test_lab")
 
@@ -46,7 +51,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         groups[item] = "ray" if RAY & set(getattr(item, "fixturenames", ())) else item.path.stem
         item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: rank.get(groups[item], len(rank)))
+    items.sort(key=lambda item: (rank.get(groups[item], len(rank)), LAST in getattr(item, "fixturenames", ())))
+
+
+class _Grouped:
+    """Runs after pytest-xdist has written the groups into the tests' ids."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if getattr(config.option, "loadgroup", False) and any("@" not in item.nodeid for item in items):
+            pytest.exit("pytest-xdist does not group the tests: is pytest older than 9.2?", returncode=3)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Grouped())
 
 
 # -- what a failure shows
@@ -103,12 +121,16 @@ def logs(tmp_path_factory: TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def catalogue(logs: Path) -> Path:
-    """The packaged catalogue, and a tiny model beside it for what needs speed rather than sense."""
+    """The packaged catalogue, and beside it tiny models for what needs speed rather than sense."""
     packaged = Path(__file__).parents[1] / "services/model/lab_model/models.yaml"
     folder = tiny.write(logs / "tiny")
-    added = {"id": TINY, "kind": "chat", "source": f"file:{folder}", "dtype": "float32"}
+    endless = tiny.lengthen(shutil.copytree(folder, logs / "pair"))
+    added = [
+        {"id": TINY, "kind": "chat", "source": f"file:{folder}", "dtype": "float32"},
+        {"id": PAIR, "kind": "chat", "source": f"file:{endless}", "dtype": "float32", "replicas": 2},
+    ]
     path = logs / "models.yaml"
-    path.write_text(yaml.safe_dump([*yaml.safe_load(packaged.read_text()), added]))
+    path.write_text(yaml.safe_dump([*yaml.safe_load(packaged.read_text()), *added]))
     return path
 
 
@@ -129,6 +151,12 @@ def model_process(logs: Path, request: pytest.FixtureRequest) -> Iterator[Proces
         "model", python("lab_model"), port=port, log_dir=logs, env=env, ready="/ready", timeout=MODEL_START_SECONDS
     ) as started:
         yield started
+
+
+@pytest.fixture
+def model_to_stop(model_process: Process) -> Process:
+    """The same, for the test that ends it: of the tests that use the Ray session it runs last."""
+    return model_process
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +200,10 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def client(target: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{target}/v1", api_key="any", max_retries=0, timeout=60) as made:
+    with (
+        openai.DefaultHttpxClient(event_hooks=SHOWN_ON_FAILURE) as http,
+        openai.OpenAI(base_url=f"{target}/v1", api_key="any", max_retries=0, timeout=60, http_client=http) as made,
+    ):
         yield made
 
 

@@ -32,7 +32,10 @@ SHOWN_ON_FAILURE: dict[str, list[Callable[..., Any]]] = {"response": [ANSWERS.ap
 
 def describe(answer: httpx2.Response) -> str:
     """Request line, status, headers and the start of the body, as far as the test read it."""
-    body = answer.text[:2000] if answer.is_stream_consumed else "(not read)"
+    try:
+        body = answer.text[:2000]
+    except httpx2.ResponseNotRead:  # a stream, also one whose lines were read to its end
+        body = "(not read)"
     headers = "\n".join(f"  {name}: {value}" for name, value in answer.headers.items())
     return f"{answer.request.method} {answer.request.url} -> {answer.status_code}\n{headers}\n  {body}"
 

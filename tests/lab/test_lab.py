@@ -13,17 +13,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import free_port
+from processes import eventually, free_port
 
 from lab import doctor, install
 from lab.__main__ import background
-from lab.logs import Follower
+from lab.logs import follow
 from lab.services import Service, environment, redis_binary, refuses, services, start_timeout
 from lab.supervise import MARK, Lab
 from lab.terminal import Exit, LabError
@@ -31,25 +31,28 @@ from lab.terminal import Exit, LabError
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
-# A service: answers /ready with 200 from `delay` seconds on; with a child in a session of its own, as Ray has them.
+# A service: its first `not_ready` answers and those to /never are 503, the others 200; with a child in a session of its
+# own, as Ray has them.
 SMALL = """
 import http.server, subprocess, sys, time
-port, delay = int(sys.argv[1]), float(sys.argv[2])
+port, not_ready = int(sys.argv[1]), int(sys.argv[2])
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-began = time.monotonic()
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if time.monotonic() - began > delay else 503)
+        global not_ready
+        not_ready -= 1
+        self.send_response(503 if not_ready >= 0 or self.path == "/never" else 200)
         self.end_headers()
         self.wfile.write(b'{"status": "loading"}')
 print("listening", flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
+FOR_EVER = 10**9
 
 
-def small(name: str = "small", *, delay: float = 0, code: str = SMALL) -> Service:
+def small(name: str = "small", *, not_ready: int = 0, code: str = SMALL) -> Service:
     url = f"http://127.0.0.1:{free_port()}"
-    argv = (sys.executable, "-c", f"exec({code!r})", url.rsplit(":", 1)[1], str(delay))
+    argv = (sys.executable, "-c", f"exec({code!r})", url.rsplit(":", 1)[1], str(not_ready))
     return Service(name, argv, url, f"{url}/ready", f"{name.upper()}_PORT", stop_seconds=5)
 
 
@@ -63,57 +66,78 @@ def belonging(state: Path) -> list[psutil.Process]:
     return found
 
 
-def eventually(what: Callable[[], object], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    lab = Lab(tmp_path / "with a space %s")
+    lab = Lab(tmp_path / "lab")
     yield lab
     lab.stop()
     assert not belonging(lab.state), "stop left processes behind"
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("shared") / "with a space %s")
+    yield lab
+    lab.stop()
+    assert not belonging(lab.state), "stop left processes behind"
+
+
+@pytest.fixture
+def running(shared: Lab) -> Lab:
+    """A lab of two services, started for the first test and for those after one that ended it."""
+    if not shared.running():
+        shared.start([small("one"), small("two", not_ready=1)], os.environ)
+    shared.wait(shared.started(), timeout=60)
+    return shared
+
+
 # -- supervision
 
 
-def test_starts_shows_and_stops_without_a_trace(lab: Lab) -> None:
-    """start: every service ready; stop: no process left, one in its own session neither; stop again is fine."""
-    chosen = [small("one"), small("two", delay=1)]
-    lab.start(chosen, os.environ)
-    lab.wait(chosen, timeout=20)
-    assert [state.state for state in lab.states().values()] == ["RUNNING", "RUNNING"]
-    assert len(belonging(lab.state)) == 5, "supervisord, two services, a child of each"
-    assert "listening" in lab.tail("one")
-    assert lab.state.stat().st_mode & 0o077 == 0
-    assert lab.stop() == 5
-    assert not belonging(lab.state)
-    assert not lab.running()
-    assert lab.stop() == 0
+def test_a_started_lab_shows_what_runs(running: Lab) -> None:
+    eventually(lambda: [state.state for state in running.states().values()] == ["RUNNING", "RUNNING"])
+    assert len(belonging(running.state)) == 5, "supervisord, two services, a child of each"
+    assert "listening" in running.tail("one")
+    assert running.state.stat().st_mode & 0o077 == 0
 
 
-def test_a_killed_service_comes_back(lab: Lab) -> None:
+def test_a_service_that_does_not_get_ready_is_named(running: Lab) -> None:
+    one = running.started()[0]
+    never = replace(one, ready=f"{one.url}/never")
+    with pytest.raises(LabError, match=r"not ready after 0 s: one \(loading\); the end of .*one.log:\nlistening"):
+        running.wait([never], timeout=0)
+
+
+def test_a_killed_service_comes_back(running: Lab) -> None:
     """SIGKILL to a service: supervisord starts it again by itself."""
-    service = small()
-    lab.start([service], os.environ)
-    lab.wait([service], timeout=20)
-    eventually(lambda: lab.states()["small"].state == "RUNNING")  # past the second in which any death is tried again
-    first = lab.states()["small"].pid
+    eventually(lambda: running.states()["one"].state == "RUNNING")  # past the second in which any death is tried again
+    first = running.states()["one"].pid
     os.kill(first, signal.SIGKILL)
-    eventually(lambda: lab.states()["small"].pid not in {0, first})
-    lab.wait([service], timeout=20)
+    eventually(lambda: running.states()["one"].pid not in {0, first})
+    running.wait(running.started(), timeout=60)
 
 
-def test_a_service_that_keeps_dying_ends_the_start_with_its_last_words(lab: Lab) -> None:
-    service = small(code="import sys; print('no luck', flush=True); sys.exit(3)")
-    lab.start([service], os.environ)
-    with pytest.raises(LabError, match=r"(?s)small died 3 times, last by exit status 3; .*no luck") as caught:
-        lab.wait([service], timeout=30)
-    assert caught.value.code is Exit.SERVICE
+def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(running: Lab) -> None:
+    chosen, left = running.started(), [state.pid for state in running.states().values()]
+    psutil.Process(left[0]).parent().kill()  # type: ignore[union-attr]
+    eventually(lambda: not running.running())
+    assert all(psutil.pid_exists(pid) for pid in left)
+    running.start(chosen, os.environ)
+    running.wait(chosen, timeout=60)
+    assert not set(left) & {process.pid for process in belonging(running.state)}
+    assert len(belonging(running.state)) == 5
+
+
+def test_what_another_version_started_is_stopped(running: Lab) -> None:
+    """After an upgrade lab.json may hold fields that a Service no longer has, or lack some."""
+    one, rows = running.started()[0], json.loads((running.state / "lab.json").read_text())
+    known, newer = rows[0], rows[1] | {"colour": "red"}
+    (running.state / "lab.json").write_text(json.dumps([newer, {"name": "two"}, 7, known]))
+    assert running.started() == [one]
+    (running.state / "lab.json").write_text(json.dumps([newer]))
+    assert running.started() == []
+    assert running.stop() == 5
+    assert not belonging(running.state)
 
 
 def test_a_wrong_setting_is_not_tried_again(lab: Lab) -> None:
@@ -121,53 +145,24 @@ def test_a_wrong_setting_is_not_tried_again(lab: Lab) -> None:
     service = small(code="import sys; print('SMALL_PORT is no port', flush=True); sys.exit(2)")
     lab.start([service], os.environ)
     with pytest.raises(LabError, match=r"(?s)died by exit status 2; .*SMALL_PORT is no port") as caught:
-        lab.wait([service], timeout=30)
+        lab.wait([service], timeout=60)
     assert caught.value.code is Exit.WRONG_SETTING
 
 
-def test_a_service_that_never_gets_ready_is_named(lab: Lab) -> None:
-    service = small(delay=600)
-    lab.start([service], os.environ)
-    with pytest.raises(LabError, match=r"not ready after 2 s: small \(loading\)"):
-        lab.wait([service], timeout=2)
-
-
-def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(lab: Lab) -> None:
-    service = small()
-    lab.start([service], os.environ)
-    lab.wait([service], timeout=20)
-    left = lab.states()["small"].pid
-    psutil.Process(left).parent().kill()  # type: ignore[union-attr]
-    eventually(lambda: not lab.running())
-    assert psutil.pid_exists(left)
-    lab.start([service], os.environ)
-    lab.wait([service], timeout=20)
-    assert lab.states()["small"].pid != left
-    assert left not in {process.pid for process in belonging(lab.state)}
-
-
-def test_what_another_version_started_is_stopped(lab: Lab) -> None:
-    """After an upgrade lab.json may hold fields that a Service no longer has, or lack some."""
-    service = small()
-    lab.start([service], os.environ)
-    lab.wait([service], timeout=20)
-    (row,) = json.loads((lab.state / "lab.json").read_text())
-    (lab.state / "lab.json").write_text(json.dumps([row | {"colour": "red"}, {"name": "small"}, 7, row]))
-    assert lab.started() == [service]
-    (lab.state / "lab.json").write_text(json.dumps([row | {"colour": "red"}]))
-    assert lab.started() == []
-    assert lab.stop() == 3
-
-
-def test_a_deep_folder_gets_its_socket_elsewhere(tmp_path: Path) -> None:
-    """Unix sockets take 107 bytes of path; a checkout may lie deeper."""
+def test_a_lab_in_a_deep_folder_stops_without_a_trace(tmp_path: Path) -> None:
+    """Unix sockets take 107 bytes of path; a checkout may lie deeper. No process is left, one in its own session
+    neither; stop again is fine."""
     lab = Lab(tmp_path / ("deep" * 30))
     assert len(str(lab.socket)) < 104
     assert lab.socket.parent.stat().st_mode & 0o777 == 0o700
     service = small()
     try:
         lab.start([service], os.environ)
-        lab.wait([service], timeout=20)
+        lab.wait([service], timeout=60)
+        assert lab.stop() == 3
+        assert not belonging(lab.state)
+        assert not lab.running()
+        assert lab.stop() == 0
     finally:
         lab.stop()
         lab.socket.parent.rmdir()
@@ -205,7 +200,7 @@ def test_start_twice_status_and_stop_twice(tmp_path: Path) -> None:
 
     def run(name: str) -> str:
         with command(tmp_path, name, service) as process:
-            said, _ = process.communicate(timeout=40)
+            said, _ = process.communicate(timeout=60)
         assert process.returncode == 0, said
         return said
 
@@ -224,49 +219,84 @@ def test_start_twice_status_and_stop_twice(tmp_path: Path) -> None:
     assert not belonging(tmp_path / ".state")
 
 
-@pytest.mark.parametrize("delay", [0, 600], ids=["when ready", "while loading"])
-def test_ctrl_c_ends_the_foreground_lab_and_all_of_it(tmp_path: Path, delay: float) -> None:
-    state = tmp_path / ".state"
-    with command(tmp_path, "lab", small(delay=delay)) as process:
-        assert process.stdout is not None
-        waits_for = "Ctrl-C stops all" if delay == 0 else "lab: starting"
-        while waits_for not in (line := process.stdout.readline()):
-            assert line, "ended too early"
-        eventually(lambda: len(belonging(state)) >= 3)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=30)
+CHATTY = SMALL.replace(
+    "http.server.ThreadingHTTPServer",
+    "import itertools, threading\n"
+    "talk = lambda: [(print(n, flush=True), time.sleep(0.05)) for n in itertools.count()]\n"
+    "threading.Thread(target=talk, daemon=True).start()\n"
+    "http.server.ThreadingHTTPServer",
+)
+
+
+@dataclass
+class Begun:
+    root: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def left(self) -> list[psutil.Process]:
+        return belonging(self.root / ".state")
+
+    def reads(self, words: str) -> None:
+        """What the command prints, up to the line with `words`."""
+        assert self.process.stdout is not None
+        while words not in (line := self.process.stdout.readline()):
+            assert line, f"ended without {words!r}"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Begun]]:
+    """Four commands side by side, a test for each: mostly they wait."""
+    bad = small("bad", code="import sys; print('no luck', flush=True); sys.exit(3)")
+    wanted: dict[str, tuple[str, list[Service]]] = {
+        "failing": ("start", [small("good"), bad]),
+        "ready": ("lab", [small()]),
+        "loading": ("lab", [small(not_ready=FOR_EVER)]),
+        "chatty": ("lab", [small(code=CHATTY)]),
+    }
+    roots = {name: tmp_path_factory.mktemp(name) for name in wanted}
+    running = {name: Begun(roots[name], command(roots[name], verb, *of)) for name, (verb, of) in wanted.items()}
+    yield running
+    for each in running.values():
+        with each.process:
+            each.process.kill()
+        Lab(each.root).stop()
+
+
+@pytest.mark.parametrize("state", ["ready", "loading"])
+def test_ctrl_c_ends_the_foreground_lab_and_all_of_it(begun: dict[str, Begun], state: str) -> None:
+    lab = begun[state]
+    lab.reads("Ctrl-C stops all" if state == "ready" else "lab: starting")
+    eventually(lambda: len(lab.left) >= 3)
+    lab.process.send_signal(signal.SIGINT)
+    said, _ = lab.process.communicate(timeout=60)
     assert "nothing is left running" in said
-    assert process.returncode == (Exit.FINE if delay == 0 else Exit.INTERRUPTED)
-    assert not belonging(state)
+    assert lab.process.returncode == (Exit.FINE if state == "ready" else Exit.INTERRUPTED)
+    assert not lab.left
 
 
-def test_who_stops_reading_ends_the_lab(tmp_path: Path) -> None:
+def test_who_stops_reading_ends_the_lab(begun: dict[str, Begun]) -> None:
     """`make lab | head`, or a terminal that is gone: all stops, as with Ctrl-C."""
-    chatty = SMALL.replace('print("listening"', 'import threading\nprint("listening"').replace(
-        "http.server.ThreadingHTTPServer",
-        "threading.Thread(target=lambda: [(print(n, flush=True), time.sleep(0.2)) for n in range(600)]).start()\n"
-        "http.server.ThreadingHTTPServer",
-    )
-    with command(tmp_path, "lab", small(code=chatty)) as process:
-        assert process.stdout is not None
-        while "Ctrl-C stops all" not in process.stdout.readline():
-            pass
-        process.stdout.close()
-        assert process.wait(30) == Exit.FINE
-    assert not belonging(tmp_path / ".state")
+    lab = begun["chatty"]
+    lab.reads("Ctrl-C stops all")
+    assert lab.process.stdout is not None
+    lab.process.stdout.close()
+    assert lab.process.wait(60) == Exit.FINE
+    assert not lab.left
 
 
-def test_a_failed_start_leaves_nothing_running(tmp_path: Path) -> None:
-    with command(tmp_path, "start", small("good"), small("bad", code="raise SystemExit(1)")) as process:
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == Exit.SERVICE
-    assert "bad died" in said
-    assert not belonging(tmp_path / ".state")
+def test_a_failed_start_ends_with_the_last_words_and_leaves_nothing_running(begun: dict[str, Begun]) -> None:
+    """A service that keeps dying is tried three times."""
+    lab = begun["failing"]
+    said, _ = lab.process.communicate(timeout=60)
+    assert lab.process.returncode == Exit.SERVICE
+    assert re.search(r"(?s)bad died 3 times, last by exit status 3; .*no luck", said), said
+    assert not lab.left
 
 
 # -- the doctor
 
-WELL = doctor.Readings(memory=8 * GIB, disks={"/": 50 * GIB}, now=time.time(), python=(3, 11))
+WELL = doctor.Readings(memory=8 * GIB, disks={"/": 50 * GIB}, python=(3, 11))
 
 
 def found(exit_: Exit, *chosen: Service, readings: doctor.Readings = WELL) -> doctor.Finding | None:
@@ -308,10 +338,9 @@ def test_a_system_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("exit_", "readings"),
     [
-        (Exit.MEMORY, doctor.Readings(2 * GIB, WELL.disks, WELL.now, WELL.python)),
-        (Exit.DISK, doctor.Readings(WELL.memory, {"/": GIB // 2}, WELL.now, WELL.python)),
-        (Exit.PYTHON, doctor.Readings(WELL.memory, WELL.disks, WELL.now, (3, 9))),
-        (Exit.CLOCK, doctor.Readings(WELL.memory, WELL.disks, 0, WELL.python)),
+        (Exit.MEMORY, doctor.Readings(2 * GIB, WELL.disks, WELL.python)),
+        (Exit.DISK, doctor.Readings(WELL.memory, {"/": GIB // 2}, WELL.python)),
+        (Exit.PYTHON, doctor.Readings(WELL.memory, WELL.disks, (3, 9))),
     ],
 )
 def test_a_small_machine_is_told_so(exit_: Exit, readings: doctor.Readings) -> None:
@@ -491,19 +520,21 @@ def test_logs_are_followed_over_a_rotation(tmp_path: Path) -> None:
     log = tmp_path / "model.log"
     log.write_text("old\nlast\n")
     (tmp_path / "ui.log").write_text("")
-    follower = Follower(tmp_path, ["model", "ui"], lines=1)
-    assert list(follower.new()) == ["model | last"]
-    with log.open("a") as file:
-        file.write("half a ")
-    assert list(follower.new()) == []
-    with log.open("a") as file:
-        file.write("line\n")
-    (tmp_path / "ui.log").write_text("hello\n")
-    assert list(follower.new()) == ["model | half a line", "ui    | hello"]
-    log.rename(tmp_path / "model.log.1")
-    assert list(follower.new()) == []
-    log.write_text("after\n")
-    assert list(follower.new()) == ["model | after"]
+    with follow(tmp_path, ["model", "ui"], lines=1) as lines:
+        whole = filter(None, lines)  # without the ticks of silence
+        assert next(whole) == "model | last"
+        (tmp_path / "ui.log").write_text("hello\n")
+        assert next(whole) == "ui    | hello"
+        log.rename(tmp_path / "model.log.1")
+        log.write_text("after\n")
+        assert next(whole) == "model | after"
+
+
+def test_one_log_is_followed_without_names_and_says_when_it_is_silent(tmp_path: Path) -> None:
+    (tmp_path / "model.log").write_text("old\nlast\n")
+    with follow(tmp_path, ["model"], lines=1) as lines:
+        assert next(lines) == "last"
+        assert next(lines) == ""
 
 
 # -- the environment
@@ -549,8 +580,13 @@ def installing(root: Path, **environ: str) -> subprocess.Popen[str]:
     )
 
 
-def test_without_a_network_the_install_says_what_is_missing(tmp_path: Path) -> None:
-    root = checkout(tmp_path)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose environment the first install makes, which takes seconds."""
+    return checkout(tmp_path_factory.mktemp("checkout"))
+
+
+def test_without_a_network_the_install_says_what_is_missing(root: Path) -> None:
     with installing(root, PIP_INDEX_URL=f"http://127.0.0.1:{free_port()}/simple") as process:
         said, _ = process.communicate(timeout=60)
     assert process.returncode == Exit.INSTALL, said
@@ -559,8 +595,7 @@ def test_without_a_network_the_install_says_what_is_missing(tmp_path: Path) -> N
     assert not (root / ".venv" / ".stamp").exists()
 
 
-def test_ctrl_c_while_installing_leaves_no_pip(tmp_path: Path) -> None:
-    root = checkout(tmp_path)
+def test_ctrl_c_while_installing_leaves_no_pip(root: Path) -> None:
     with socket.socket() as silent:  # an index that accepts and never answers
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -569,7 +604,7 @@ def test_ctrl_c_while_installing_leaves_no_pip(tmp_path: Path) -> None:
             children = psutil.Process(process.pid).children(recursive=True)
             assert children
             process.send_signal(signal.SIGINT)
-            said, _ = process.communicate(timeout=30)
+            said, _ = process.communicate(timeout=60)
             connection.close()
     assert process.returncode == Exit.INTERRUPTED
     assert "interrupted while installing" in said

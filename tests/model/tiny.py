@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -11,6 +15,17 @@ TEMPLATE = (
 )
 VOCABULARY = 512
 CONTEXT = 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the modules that import it: tiny models are no quicker on two threads, and other workers need the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def config(architecture: str) -> Any:
@@ -72,4 +87,11 @@ def write(folder: Path, architecture: str = "llama") -> Path:
     """A Hugging Face folder that `from_pretrained` reads."""
     model(architecture).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def lengthen(folder: Path, context: int = 16_000) -> Path:
+    """Let the Llama in this folder answer at such length: rotary positions know no end."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": context}))
     return folder

@@ -1,8 +1,9 @@
-"""The proxy with a mock upstream, a mock model service and a real redis, for test_proxy.py and test_cache.py."""
+"""The proxy with a mock upstream, a mock model service and a real redis, for most of the proxy's tests."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import redis as redis_py
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python, redis_server  # noqa: F401 - for the tests
 
 # A machine that stands still for a moment is not what most tests are about: those that are say HURRIED_MS, the default.
@@ -21,6 +23,23 @@ MOCK = Path(__file__).with_name("mock_upstream.py")
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 CHAT_MODEL = "smollm2-135m-instruct"
 EMBEDDING_MODEL = "all-minilm-l6-v2"
+# For tests of what upstreams and clients that are too slow meet.
+SHORT_TIMEOUTS = {
+    "connect_timeout_seconds": "1",
+    "first_byte_timeout_seconds": "1",
+    "idle_timeout_seconds": "1",
+    "total_timeout_seconds": "1.6",
+    "body_timeout_seconds": "1",
+}
+
+
+@functools.cache
+def control_client() -> httpx2.Client:
+    """Client of the mocks' own pages. One for all: a client's TLS context takes 20 ms to make.
+
+    No connection is kept: the mock closes an idle one after 5 s, perhaps just when it is asked again.
+    """
+    return httpx2.Client(timeout=60, limits=httpx2.Limits(max_keepalive_connections=0))
 
 
 @dataclass
@@ -47,17 +66,34 @@ class Bench:
         return self.http.post("/v1/embeddings", json=body, headers=headers or {})
 
     def calls(self, of: Process | None = None) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx2.get(f"{(of or self.paid).url}/calls").json()
+        answer: dict[str, Any] = control_client().get(f"{(of or self.paid).url}/calls").json()
         return answer
 
     def forget(self) -> None:
         """Each test counts its own calls."""
         for each in (self.paid, self.model):
-            httpx2.post(f"{each.url}/reset")
+            control_client().post(f"{each.url}/reset")
 
     def control(self, of: Process | None = None, **values: Any) -> None:
         """Of the stand-in for the model service, unless another is named."""
-        httpx2.post(f"{(of or self.model).url}/control", json=values)
+        control_client().post(f"{(of or self.model).url}/control", json=values)
+
+    def catch_up(self) -> None:
+        """Wait until this proxy has read what redis pushed so far: pushes come before later replies."""
+        body = {"model": "gpt-mock", "messages": [{"role": "user", "content": new()}], "temperature": 0}
+        answer = self.http.post("/cache/explain", json=body)
+        assert answer.json().get("state") == "miss", answer.text
+
+    def age(self, key: str, seconds: float) -> None:
+        """Make the entry under this cache key older than it is, and wait until this proxy knows."""
+        with redis_py.Redis(port=self.redis.port) as client:
+            packed = client.get(f"lab:entry:{key}")
+            assert isinstance(packed, bytes), f"nothing is stored under {key}"
+            head, _, rest = packed.partition(b"\n")
+            told = json.loads(head)
+            told["at"] -= seconds
+            client.set(f"lab:entry:{key}", json.dumps(told).encode() + b"\n" + rest, keepttl=True)
+        self.catch_up()
 
 
 def new() -> str:
@@ -71,6 +107,11 @@ def state(answer: httpx2.Response) -> str:
     assert status.startswith("llm-lab; "), status
     parts = [part for part in status.split("; ")[1:] if not part.startswith(("ttl=", "key="))]
     return " ".join(part.removeprefix("fwd=").removeprefix("detail=") for part in parts)
+
+
+def key_of(answer: httpx2.Response) -> str:
+    """The cache key of a hit."""
+    return str(answer.headers["cache-status"].partition('key="')[2].rstrip('"'))
 
 
 @contextlib.contextmanager
@@ -90,7 +131,6 @@ def proxy(log_dir: Path, *, redis: str, model: str, paid: str | None = None, **s
         "PROXY_REDIS_URL": redis,
         "PROXY_CACHE_SECRET_FILE": str(log_dir / "cache-secret"),
         "PROXY_FILES_DIR": str(log_dir / "files"),
-        "PROXY_MODEL_POLL_SECONDS": "0.1",
         "PROXY_REDIS_TIMEOUT_MS": PATIENT_MS,
     }
     if paid:
@@ -105,25 +145,14 @@ def redis_url(server: Process) -> str:
 
 
 @contextlib.contextmanager
-def bench_on(log_dir: Path) -> Iterator[Bench]:
+def bench_on(log_dir: Path, *, short_timeouts: bool = True, **settings: str) -> Iterator[Bench]:
+    """`settings` as in `proxy`. Without `short_timeouts` the proxy has those that it ships with."""
+    given = {"max_body_bytes": "100000", "allowed_origins": "https://lab.example"}
+    given |= (SHORT_TIMEOUTS if short_timeouts else {}) | settings
     with contextlib.ExitStack() as stack:
         paid, model = stack.enter_context(mock(log_dir)), stack.enter_context(mock(log_dir))
         server = stack.enter_context(redis_server(log_dir))
-        started = stack.enter_context(
-            proxy(
-                log_dir,
-                redis=redis_url(server),
-                model=model.url,
-                paid=paid.url,
-                connect_timeout_seconds="1",
-                first_byte_timeout_seconds="1",
-                idle_timeout_seconds="1",
-                total_timeout_seconds="1.6",
-                body_timeout_seconds="1",
-                max_body_bytes="100000",
-                allowed_origins="https://lab.example",
-            )
-        )
+        started = stack.enter_context(proxy(log_dir, redis=redis_url(server), model=model.url, paid=paid.url, **given))
         http = stack.enter_context(httpx2.Client(base_url=started.url, timeout=60, event_hooks=SHOWN_ON_FAILURE))
         yield Bench(started, paid, model, server, http)
 

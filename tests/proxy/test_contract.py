@@ -13,6 +13,7 @@ import openai
 import pytest
 from conftest import CHAT, EMBEDDING, TINY
 from openai.types.chat import ChatCompletionMessageParam
+from processes import SHOWN_ON_FAILURE
 
 PARIS: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -22,8 +23,13 @@ def events(response: httpx2.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
 
 
+def request(method: str, url: str, **fields: Any) -> httpx2.Response:
+    with httpx2.Client(timeout=60, event_hooks=SHOWN_ON_FAILURE) as http:
+        return http.request(method, url, **fields)
+
+
 def post(target: str, path: str, body: Any, **headers: str) -> httpx2.Response:
-    return httpx2.post(f"{target}{path}", json=body, headers=headers, timeout=60)
+    return request("POST", f"{target}{path}", json=body, headers=headers)
 
 
 def refused(client: openai.OpenAI, **fields: Any) -> openai.APIStatusError:
@@ -422,15 +428,15 @@ def test_a_model_of_another_kind_is_refused(client: openai.OpenAI) -> None:
     ids=["cut", "empty", "list", "nan", "bytes", "no model", "not json", "too large"],
 )
 def test_garbage_gets_a_clear_error(target: str, body: bytes, kind: str, status: int) -> None:
-    response = httpx2.post(f"{target}/v1/chat/completions", content=body, headers={"content-type": kind}, timeout=30)
+    response = request("POST", f"{target}/v1/chat/completions", content=body, headers={"content-type": kind})
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert response.json()["error"]["message"]
 
 
 def test_wrong_paths_and_methods_are_enveloped(target: str) -> None:
-    assert httpx2.get(f"{target}/v1/chat/completions").status_code == 405
-    lost = httpx2.post(f"{target}/v1/images/generations", json={})
+    assert request("GET", f"{target}/v1/chat/completions").status_code == 405
+    lost = post(target, "/v1/images/generations", {})
     assert lost.status_code == 404
     assert lost.json()["error"]["message"]
 
@@ -440,6 +446,8 @@ def test_request_id_goes_through(target: str) -> None:
     assert post(target, "/v1/chat/completions", body, **{"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     ids = {post(target, "/v1/chat/completions", body).headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
+    odd = request("POST", f"{target}/v1/chat/completions", json=body, headers={"x-request-id": b"\xe9" * 300})
+    assert odd.status_code == 200, "a request id that is no text"
 
 
 def test_what_has_no_meaning_in_a_text_is_still_a_text(client: openai.OpenAI) -> None:

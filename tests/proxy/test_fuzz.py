@@ -1,13 +1,16 @@
-"""Ten thousand bodies and headers that nobody should send: no 500, nothing hangs, the next request works.
+"""Bodies and headers that nobody should send, to the proxy and to the model: no 500, nothing hangs, the next request
+works.
 
-FUZZ=20000 digs deeper: so many examples, other ones each time.
+Ten thousand to each of them in `make test-all`. FUZZ=100000 sends so many, other ones each time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +20,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import EMBEDDING, TINY
+from counts import cases
 from fixtures_proxy import mock, new, proxy, redis_url
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from processes import Process, redis_server
 
-EXAMPLES = int(os.environ.get("FUZZ", "2100"))
+BODIES = int(os.environ.get("FUZZ") or cases(300, 10_000))  # for each target
+SEED = random.SystemRandom().randrange(10**9) if "FUZZ" in os.environ else 7
 STEPS = 5  # an example is a sound request and so many changes, one upon the other: each of them is sent
-SECONDS = 10  # for one answer; the proxy's own limits end it after 2
+SECONDS = 60  # for one answer; the proxy's own limits end it after 2
 
 ASKED: Any = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -43,6 +49,23 @@ SOUND: list[tuple[str, Any]] = [
     ("/v1/files", {"purpose": "batch"}),
     ("/cache/explain", {"endpoint": "/v1/embeddings", "request": {"model": "gpt-mock", "input": "a"}, "against": {}}),
     ("/cache/flush", {"model": "gpt-mock"}),
+]  # fmt: skip
+FEW = {"temperature": 0, "max_tokens": 4}
+LOCAL: list[tuple[str, Any]] = [
+    ("/v1/chat/completions", {"model": TINY, "messages": [ASKED], "seed": 7, **FEW}),
+    (f"/m/{TINY}/v1/chat/completions", {
+        "model": TINY, "messages": [{"role": "system", "content": "Be brief."}, ASKED], "stream": True, "n": 2,
+        "stream_options": {"include_usage": True}, "stop": ["x"], "logprobs": True, "top_logprobs": 2,
+        "tools": [TOOL], "tool_choice": "none", "metadata": {"a": "b"}, "user": "u", "logit_bias": {"80": 5}, **FEW,
+    }),
+    ("/v1/chat/completions", {
+        "model": TINY, "messages": [ASKED], **FEW,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": {"type": "object"}}},
+    }),
+    ("/v1/completions", {"model": TINY, "prompt": ["a", "b"], "echo": False, "logprobs": 1, **FEW}),
+    (f"/m/{TINY}/v1/completions", {"model": TINY, "prompt": [5, 6], "top_k": 3, "min_p": 0.1, **FEW}),
+    ("/v1/embeddings", {"model": EMBEDDING, "input": ["a", [1, 2]], "encoding_format": "float"}),
+    (f"/m/{EMBEDDING}/v1/embeddings", {"model": EMBEDDING, "input": "a"}),
 ]  # fmt: skip
 NAMES = (
     "model", "messages", "input", "prompt", "stream", "stream_options", "n", "temperature", "seed", "tools", "store",
@@ -83,21 +106,19 @@ of_bytes = (
     st.tuples(st.just("bytes"), st.integers(0, 400), st.binary(min_size=1, max_size=6)),
     st.tuples(st.just("form"), st.integers(0, 400), st.binary(max_size=20)),
 )
-changes = st.one_of(*of_values, *of_values, *of_values, *of_bytes)
-examples = st.tuples(
-    st.sampled_from(SOUND), st.sampled_from(HEADERS), st.lists(changes, min_size=STEPS, max_size=STEPS)
-)
+changes = st.lists(st.one_of(*of_values, *of_values, *of_values, *of_bytes), min_size=STEPS, max_size=STEPS)
 
 
 @dataclass
 class Target:
-    """The proxy under fire, and a connection for each thread that fires."""
+    """The service under fire, and a connection for each thread that fires."""
 
     process: Process
     pool: ThreadPoolExecutor
     kept: threading.local = field(default_factory=threading.local)
     opened: list[http.client.HTTPConnection] = field(default_factory=list)
     sent: int = 0
+    repeats: bool = False  # its answers hold the question
 
     def post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         """One answer. Raises TimeoutError where there is none."""
@@ -113,11 +134,15 @@ class Target:
                 return answer.status, answer.read()
             except (ConnectionError, http.client.RemoteDisconnected, http.client.CannotSendRequest):
                 connection.close()  # one that had been idle for too long, or ended by an early refusal
-        raise AssertionError("the proxy closes its connections without an answer")
+        raise AssertionError(f"seed {SEED}: connections are closed without an answer: {path} {headers} {body!r}")
+
+    def close(self) -> None:
+        for connection in self.opened:
+            connection.close()
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+@pytest.fixture
+def before_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     folder = tmp_path_factory.mktemp("fuzz")
     with (
         mock(folder) as upstream,
@@ -128,11 +153,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
             allowed_origins="https://lab.example",
         ) as started,
         ThreadPoolExecutor(STEPS) as pool,
+        contextlib.closing(Target(started, pool, repeats=True)) as made,
     ):  # fmt: skip
-        target = Target(started, pool)
-        yield target
-        for connection in target.opened:
-            connection.close()
+        yield made
+
+
+@pytest.fixture
+def before_model(model_process: Process) -> Iterator[Target]:
+    with ThreadPoolExecutor(STEPS) as pool, contextlib.closing(Target(model_process, pool)) as made:
+        yield made
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -175,43 +204,66 @@ def bodies(sound: Any, made: list[tuple[str, Any, Any]]) -> Iterator[bytes]:
         yield raw
 
 
-def test_no_body_and_no_header_makes_a_500(target: Target) -> None:
-    """Every answer is whole and says in OpenAI's envelope what is wrong; a request between them is served as ever."""
+def fire(target: Target, sound: list[tuple[str, Any]], unwell: set[str]) -> None:
+    """Every answer is whole and says in OpenAI's envelope what is wrong; a request between them is served as ever.
+    `unwell`: the codes of errors beyond 500."""
+    examples = st.tuples(st.sampled_from(sound), st.sampled_from(HEADERS), changes)
 
+    @seed(SEED)
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=BODIES // STEPS,
         deadline=None,
-        derandomize="FUZZ" not in os.environ,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
     @given(examples)
-    def fire(example: tuple[tuple[str, Any], dict[str, str], list[tuple[str, Any, Any]]]) -> None:
-        (path, sound), headers, made = example
+    def one(example: tuple[tuple[str, Any], dict[str, str], list[tuple[str, Any, Any]]]) -> None:
+        (path, body), headers, made = example
         if path == "/v1/files" and "content-type" not in headers:
             headers = {**headers, "content-type": "multipart/form-data; boundary=b"}
-        sent = list(bodies(sound, made))
+        sent = list(bodies(body, made))
         answers = target.pool.map(lambda body: target.post(path, body, headers), sent)
         for body, (status, answer) in zip(sent, answers, strict=True):
             target.sent += 1
-            assert status != 500, (path, headers, body, answer)
+            shown = f"seed {SEED}: {path} {headers} {body!r} -> {status} {answer!r}"
+            assert status != 500, shown
             if status >= 400:
-                error = json.loads(answer)["error"]
-                assert error["message"], (path, headers, body)
-                assert status < 500 or error["code"] in {"upstream_error", "not_cached", "upstream_timeout"}, error
+                try:
+                    error = json.loads(answer)["error"]
+                except (ValueError, KeyError, TypeError):
+                    raise AssertionError(shown) from None
+                assert error["message"], shown
+                assert status < 500 or error["code"] in unwell, shown
         if target.sent % 500 == 0:
-            served(target)
+            served(target, sound)
 
-    fire()
-    assert target.sent >= min(10_000, EXAMPLES * STEPS)
-    served(target)
-    assert target.process.popen.poll() is None
-    assert "fault in the proxy" not in target.process.log.read_text(errors="replace")
+    one()
+    assert target.sent >= BODIES // STEPS * STEPS, f"seed {SEED}"
+    served(target, sound)
+    assert target.process.popen.poll() is None, f"seed {SEED}"
 
 
-def served(target: Target) -> None:
+def served(target: Target, sound: list[tuple[str, Any]]) -> None:
+    path, body = sound[0]
     text = new()
-    body = json.dumps({"model": "gpt-mock", "temperature": 0, "messages": [{"role": "user", "content": text}]}).encode()
-    status, answer = target.post("/v1/chat/completions", body, {})
-    assert (status, text in json.loads(answer)["choices"][0]["message"]["content"]) == (200, True)
+    body = body | {"messages": [{"role": "user", "content": text}]}
+    status, answer = target.post(path, json.dumps(body).encode(), {})
+    assert status == 200, f"seed {SEED}: {answer!r}"
+    choice = json.loads(answer)["choices"][0]
+    assert choice["finish_reason"] in {"stop", "length"}, f"seed {SEED}: {answer!r}"
+    if target.repeats:
+        assert text in choice["message"]["content"], f"seed {SEED}: {answer!r}"
+
+
+def test_no_body_and_no_header_makes_a_500_of_the_proxy(before_proxy: Target) -> None:
+    fire(before_proxy, SOUND, {"upstream_error", "not_cached", "upstream_timeout"})
+    assert "fault in the proxy" not in before_proxy.process.log.read_text(errors="replace"), f"seed {SEED}"
+
+
+def test_no_body_and_no_header_makes_a_500_of_the_model(before_model: Target) -> None:
+    begins = before_model.process.log.stat().st_size
+    fire(before_model, LOCAL, {"deadline_exceeded"})
+    log = before_model.process.log.read_bytes()[begins:].decode(errors="replace")
+    for fault in ("failed unexpectedly", "broke off"):
+        assert fault not in log, f"seed {SEED}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import csv
@@ -12,7 +11,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -22,15 +20,15 @@ from typing import Any
 import httpx2
 import pytest
 import redis.asyncio
-from fixtures_keys import ADMIN_KEY, PRICES, Holder, School, school_on
-from fixtures_proxy import Bench, eventually, new, proxy, redis_url, state
-from lab_proxy.keys.authentication import LOCAL, Identity
-from lab_proxy.ledger import ledger, money
-from lab_proxy.ledger.disk_queue import DiskQueue
-from lab_proxy.ledger.ledger import METRICS, Charge, Ledger
-from lab_proxy.ledger.prices import Prices
-from lab_proxy.redis.link import connect
-from processes import Process, free_port, redis_server
+from fixtures_keys import ADMIN_KEY, PRICES, Holder, School, changed, school_on
+from fixtures_proxy import Bench, new, proxy, redis_url, state
+from lab_proxy import ledger, money
+from lab_proxy.keys import LOCAL, Identity
+from lab_proxy.ledger import METRICS, Charge, Ledger
+from lab_proxy.link import connect
+from lab_proxy.prices import Prices
+from lab_proxy.spool import Batch, Spool
+from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, free_port, redis_server
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +38,8 @@ def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
 
 
 def everybody(school: School, **query: str) -> dict[str, Any]:
-    """/admin/usage after both proxies have booked."""
-    time.sleep(0.5)
+    """/admin/usage after both proxies have booked: a proxy books what it has before it answers."""
+    school.admin("GET", "usage", at=school.two)
     said: dict[str, Any] = school.admin("GET", "usage", params=query).json()
     return said
 
@@ -57,126 +55,137 @@ def leave_early(holder: Holder, model: str) -> None:
 # ---- A1
 
 
-def test_a1_after_a_load_run_the_ledger_is_the_upstreams_own_count(tmp_path: Path) -> None:
+def test_a1_after_a_load_run_the_ledger_is_the_upstreams_own_count(school: School) -> None:
     """Hits, misses, collapsed, embeddings, streams and ones broken off by their callers, over two proxies: for whole
     answers the ledger equals the upstream's counters exactly, and served = upstream + cache + collapsed."""
-    with school_on(tmp_path) as school:
-        holders = [school.key(f"student {n}") for n in range(3)]
-        texts = [new() for _ in range(8)]
-        chance = random.Random(5)
-        served = {"prompt": 0, "completion": 0}
-        lock = threading.Lock()
+    holders = [school.key(f"student {n} {new()[-8:]}") for n in range(3)]
+    texts = [new() for _ in range(8)]
+    chance = random.Random(5)
+    served = {"prompt": 0, "completion": 0}
+    lock = threading.Lock()
+    school.one.forget()
 
-        def ask(n: int) -> None:
-            holder = holders[n % 3]
-            at = school.at_two(holder) if chance.random() < 0.5 else holder
-            text = texts[n % len(texts)] if n % 4 else new()
-            if n % 11 == 0:
-                return leave_early(at, "gpt-mock-slow")
-            if n % 7 == 0:
-                answer = at.bench.embed([text, "the same", "the same"], headers=at.headers)
-            else:
-                answer = at.chat(
-                    text, stream=n % 3 == 0, stream_options={"include_usage": True} if n % 3 == 0 else None
-                )
-            assert answer.status_code == 200, answer.text
-            lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
-            usage = json.loads(lines[-1] if lines else answer.text)["usage"]
-            with lock:
-                served["prompt"] += usage["prompt_tokens"]
-                served["completion"] += usage.get("completion_tokens", 0)
-            return None
+    def ask(n: int) -> None:
+        holder = holders[n % 3]
+        at = school.at_two(holder) if chance.random() < 0.5 else holder
+        text = texts[n % len(texts)] if n % 4 else new()
+        if n % 11 == 0:
+            return leave_early(at, "gpt-mock-endless")
+        if n % 7 == 0:
+            answer = at.bench.embed([text, "the same", "the same"], headers=at.headers)
+        else:
+            answer = at.chat(text, stream=n % 3 == 0, stream_options={"include_usage": True} if n % 3 == 0 else None)
+        assert answer.status_code == 200, answer.text
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        usage = json.loads(lines[-1] if lines else answer.text)["usage"]
+        with lock:
+            served["prompt"] += usage["prompt_tokens"]
+            served["completion"] += usage.get("completion_tokens", 0)
+        return None
 
-        with concurrent.futures.ThreadPoolExecutor(12) as pool:
-            list(pool.map(ask, range(220)))
-        left = 20  # n % 11 == 0
-        eventually(lambda: school.one.calls()["left"] == left, 5)
-        report = everybody(school)
-        total, rows = report["total"], report["rows"]
-        broken = [row for row in rows if row["estimated_calls"]]
-        whole = [row for row in rows if not row["estimated_calls"]]
-        counted = [school.one.calls(each)["tokens"] for each in (school.one.paid, school.one.model)]
-        # 1. Whole answers: exactly.
-        for name in ("prompt_tokens", "completion_tokens"):
-            assert sum(row[name] for row in whole) == sum(each[name] for each in counted), name
-        # 2. Broken-off streams: flagged, and at least what their callers saw.
-        assert sum(row["estimated_calls"] for row in broken) == left
-        assert all(row["model"] == "gpt-mock-slow" and row["completion_tokens"] >= 2 for row in broken)
-        # 3. Real calls, and what was served.
-        calls = school.one.calls()["total"] + school.one.calls(school.one.model)["total"]
-        assert total["upstream_calls"] == calls
-        assert total["requests"] == 220
-        for kind in ("prompt", "completion"):
-            booked = sum(row[f"{part}{kind}_tokens"] for row in whole for part in ("", "hit_", "collapsed_"))
-            assert booked == served[kind], kind
-        assert total["hits"] > 20
-        # 4. The money, exactly.
-        for row in rows:
-            if row["upstream"] == "openai":
-                paid = row["prompt_tokens"] * 3 * 10**6 + row["completion_tokens"] * 7 * 10**6
-                assert row["cost_picodollars"] == paid
-            else:
-                assert (row["cost_usd"], row["unpriced"]) == (0, False)
-        # 5. A key's own page is its part of it.
-        for holder in holders:
-            own = holder.usage()
-            mine = [row for row in rows if row["key_id"] == holder.id]
-            assert own["rows"] == mine
-            assert own["budget_usd"]["total"]["spent"] == pytest.approx(sum(row["cost_usd"] for row in mine))
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(220)))
+    left = 20  # n % 11 == 0
+
+    def rows_of_holders() -> list[dict[str, Any]]:
+        ids = {holder.id for holder in holders}
+        return [row for row in everybody(school)["rows"] if row["key_id"] in ids]
+
+    eventually(lambda: school.one.calls()["left"] == left, what="the upstream saw each caller leave")
+    eventually(lambda: sum(row["requests"] for row in rows_of_holders()) >= 220, what="the charges of 220 requests")
+    rows = rows_of_holders()
+    total = ledger.total(rows)
+    broken = [row for row in rows if row["estimated_calls"]]
+    whole = [row for row in rows if not row["estimated_calls"]]
+    counted = [school.one.calls(each)["tokens"] for each in (school.one.paid, school.one.model)]
+    # 1. Whole answers: exactly.
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert sum(row[name] for row in whole) == sum(each[name] for each in counted), name
+    # 2. Broken-off streams: flagged, and at least what their callers saw.
+    assert sum(row["estimated_calls"] for row in broken) == left
+    assert all(row["model"] == "gpt-mock-endless" and row["completion_tokens"] >= 2 for row in broken)
+    # 3. Real calls, and what was served.
+    calls = school.one.calls()["total"] + school.one.calls(school.one.model)["total"]
+    assert total["upstream_calls"] == calls
+    assert total["requests"] == 220
+    for kind in ("prompt", "completion"):
+        booked = sum(row[f"{part}{kind}_tokens"] for row in whole for part in ("", "hit_", "collapsed_"))
+        assert booked == served[kind], kind
+    assert total["hits"] > 20
+    # 4. The money, exactly.
+    for row in rows:
+        if row["upstream"] == "openai":
+            paid = row["prompt_tokens"] * 3 * 10**6 + row["completion_tokens"] * 7 * 10**6
+            assert row["cost_picodollars"] == paid
+        else:
+            assert (row["cost_usd"], row["unpriced"]) == (0, False)
+    # 5. A key's own page is its part of it; the operator's total is the sum of all rows.
+    for holder in holders:
+        own = holder.usage()
+        mine = [row for row in rows if row["key_id"] == holder.id]
+        assert own["rows"] == mine
+        assert own["budget_usd"]["total"]["spent"] == pytest.approx(sum(row["cost_usd"] for row in mine))
+    report = everybody(school)
+    for name in ("requests", "upstream_calls", "prompt_tokens", "completion_tokens", "hits"):
+        assert report["total"][name] == sum(row[name] for row in report["rows"]), name
 
 
-def test_a1_redis_killed_in_the_middle_of_a_load_run_loses_nothing(tmp_path: Path) -> None:
+def test_a1_redis_killed_in_the_middle_of_a_load_run_loses_nothing(school: School, tmp_path: Path) -> None:
     """What redis does not take waits on disk, also over the proxy's own end, and is booked once."""
-    with school_on(tmp_path) as school:
-        holder = school.key()
-        port = school.redis.port
-        dump = tmp_path / "kept"
-        dump.mkdir()
-        assert holder.chat().status_code == 200
-        for _ in range(20):
-            holder.chat()
-        time.sleep(0.4)
-        # The data must outlive the kill, as with an append-only file.
-        school.db.config_set("appendonly", "yes")
-        school.db.config_set("appendfsync", "always")
-        eventually(lambda: school.db.info("persistence")["aof_rewrite_in_progress"] == 0, 5)
-        school.redis.popen.kill()
-        school.redis.popen.wait(5)
-        for _ in range(20):
-            assert holder.chat().status_code == 200
-        eventually(lambda: bool(list(school.folder.glob("ledger-*.jsonl"))), 5)
-        time.sleep(1)
-        school.one.proxy.popen.kill()  # not asked to end: what is on disk is all there is
-        with redis_server(school.folder, "--appendonly", "yes", port=port):
+    school.one.forget()
+    admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+
+    def usage(bench: Bench) -> dict[str, int]:
+        said: dict[str, int] = bench.http.get("/admin/usage", headers=admin).json()["total"]
+        return said
+
+    def on_disk() -> int:
+        """Calls that wait in the files of the ledger."""
+        lines = [line for path in tmp_path.glob("ledger-*.jsonl") for line in path.read_text().splitlines()]
+        at = METRICS.index("upstream_calls")
+        return sum(row[5][at] for line in lines for row in json.loads(line)["rows"])
+
+    # 1. Redis keeps its data over the kill, as with an append-only file.
+    with redis_server(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as server:
+        port = server.port
+        with school.another(tmp_path, server) as first:
+            key = first.http.post("/admin/keys", json={"owner": new()}, headers=admin).json()["key"]
+            holder = Holder(first, key)
+            for _ in range(20):
+                assert holder.chat().status_code == 200
+            assert usage(first)["upstream_calls"] == 20
             for _ in range(5):
-                assert school.at_two(holder).chat().status_code in {200, 503}
-            calls = school.one.calls()["total"]
-            model = school.one.model.url
-            with proxy(
-                school.folder, redis=f"redis://127.0.0.1:{port}/0", model=model, paid=school.one.paid.url,
-                admin_key=ADMIN_KEY, prices_file=str(school.folder / "prices.yaml"),
-            ) as again, httpx2.Client(base_url=again.url) as http:  # fmt: skip
-                admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+                assert holder.chat().status_code == 200
+            server.popen.kill()
+            server.popen.wait()
+            for _ in range(20):
+                assert holder.chat().status_code == 200
+            assert first.http.get("/admin/usage", headers=admin).status_code == 503  # after all is put on the disk
+            assert 20 <= on_disk() <= 25
+            first.proxy.popen.kill()  # not asked to end: what is on disk is all there is
+            first.proxy.popen.wait()
+    # 2. Another process books what the first one left, beside its own.
+    with (
+        redis_server(tmp_path, "--appendonly", "yes", port=port) as server,
+        school.another(tmp_path, server) as second,
+    ):
+        for _ in range(5):
+            assert Holder(second, key).chat().status_code == 200
+        eventually(lambda: not on_disk(), what="the disk's calls are booked")
+        total, calls = usage(second), school.one.calls()
+        assert total["upstream_calls"] == calls["total"] == 50
+        assert total["completion_tokens"] == calls["tokens"]["completion_tokens"]
 
-                def booked() -> int:
-                    return int(http.get("/admin/usage", headers=admin).json()["total"]["upstream_calls"])
 
-                eventually(lambda: booked() == calls, 10)
-                time.sleep(1)
-                assert booked() == calls
-                tokens = http.get("/admin/usage", headers=admin).json()["total"]
-                assert tokens["completion_tokens"] == school.one.calls()["tokens"]["completion_tokens"]
-                assert not [each for each in school.folder.glob("ledger-*.jsonl") if each.stat().st_size]
-
-
-def test_sigterm_books_what_is_left(tmp_path: Path) -> None:
-    """A proxy that is told to end right after an answer has booked it."""
-    with school_on(tmp_path) as school:
-        holder = school.key()
-        assert holder.chat().status_code == 200
-        school.one.proxy.popen.send_signal(signal.SIGTERM)
-        school.one.proxy.popen.wait(20)
-        assert school.at_two(holder).usage()["total"]["upstream_calls"] == 1
+def test_sigterm_books_what_is_left(school: School, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that is told to end right after an answer has booked it, however long it gathers charges otherwise."""
+    changed(monkeypatch, "ledger.FLUSH_SECONDS = 3600")
+    holder = school.key()
+    with school.another(tmp_path) as ending:
+        assert Holder(ending, holder.key).chat().status_code == 200
+        ending.proxy.popen.send_signal(signal.SIGTERM)
+        ending.proxy.popen.wait(60)
+    assert holder.usage()["total"]["upstream_calls"] == 1
 
 
 # ---- the parts alone, with a real redis
@@ -198,15 +207,31 @@ def server(tmp_path: Path) -> Iterator[Process]:
 
 
 @contextlib.asynccontextmanager
-async def book(server: Process, folder: Path, *, start: bool = True, max_bytes: int = 10**6) -> Any:
+async def book(server: Process, folder: Path, *, max_bytes: int = 10**6) -> Any:
+    """A ledger with a client of its own. `flush` returns when redis has taken all, or the disk what redis did not."""
     (folder / "prices.yaml").write_text(PRICES)
     client = connect(redis_url(server))
     made = Ledger(client, Prices(folder / "prices.yaml"), folder=folder / "spool", max_bytes=max_bytes)
-    if start:
-        await made.start()
+    await made.start()
     yield made
     await made.stop()
     await client.aclose()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A redis that is paused for the test is not waited for long."""
+    monkeypatch.setattr(ledger, "FLUSH_TIMEOUT", 0.2)
+
+
+async def all_booked(made: Ledger) -> None:
+    """Redis is back: wait until nothing is left in memory and on the disk."""
+
+    async def done() -> bool:
+        await made.flush()
+        return not made.unbooked(PRICED.key_id or "")
+
+    await eventually_async(done, what="all is booked")
 
 
 async def calls_booked(made: Ledger) -> int:
@@ -214,6 +239,7 @@ async def calls_booked(made: Ledger) -> int:
     return int(ledger.total(await made.usage(today, today))["upstream_calls"])
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp_path: Path) -> None:
     """More or less than was estimated, also on a day that is over and while redis is down: tokens, money by day, in
     all and not booked yet, and the flag; the rows of others stay."""
@@ -224,7 +250,7 @@ async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp
         low = charge(prompt=1, completion=1, estimated=True)
         made.record(high)
         made.record(low)
-        await made.flush()
+        await all_booked(made)
         os.kill(server.popen.pid, signal.SIGSTOP)
         made.record(charge())
         await made.flush()  # to the disk: redis hears of it before it hears of less
@@ -236,9 +262,7 @@ async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp
         assert [each for each in (tmp_path / "spool").glob("*") if each.stat().st_size], "it waits on the disk"
         assert made.unflushed_cost(PRICED.key_id or "") == change + 65 * 10**6 < 0
         os.kill(server.popen.pid, signal.SIGCONT)
-        await made.flush()
-        await made.flush()
-        assert made.unflushed_cost(PRICED.key_id or "") == 0
+        await all_booked(made)
         (row,) = await made.usage(day, day)
         names = ("requests", "upstream_calls", "estimated_calls", "prompt_tokens", "cached_prompt_tokens",
                  "completion_tokens", "cost_picodollars")  # fmt: skip
@@ -249,28 +273,27 @@ async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp
         assert await made.spent(PRICED.key_id or "") == (400 * 10**6, 400 * 10**6 + paid)
 
 
-async def test_an_unsure_batch_is_booked_once(server: Process, tmp_path: Path) -> None:
+async def test_an_unsure_batch_is_booked_once(server: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis books a batch whose answer is lost: sent again, also by the next process, it does not count twice."""
     async with book(server, tmp_path) as made:
         made.record(charge())
         await made.flush()
-
-        real = made._redis.eval
+        real = redis.asyncio.Redis.eval
 
         async def lost(*args: Any) -> Any:
             await real(*args)
             raise TimeoutError
 
-        made._redis.eval = lost
-        for _ in range(3):
-            made.record(charge())
-            await made.flush()
-        assert await calls_booked(made) == 2  # the first of the three was booked, and redis said nothing
-        spooled = list((tmp_path / "spool").glob("ledger-*.jsonl"))
-        assert spooled
-        kept = spooled[0].read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(redis.asyncio.Redis, "eval", lost)
+            for _ in range(3):
+                made.record(charge())
+                await made.flush()
+            assert await calls_booked(made) == 2  # the first of the three was booked, and redis said nothing
+            spooled = list((tmp_path / "spool").glob("ledger-*.jsonl"))
+            assert spooled
+            kept = spooled[0].read_bytes()
         assert len(kept.splitlines()) == 3
-        made._redis.eval = real
         await made.flush()
         assert await calls_booked(made) == 4
         assert spooled[0].stat().st_size == 0
@@ -281,51 +304,42 @@ async def test_an_unsure_batch_is_booked_once(server: Process, tmp_path: Path) -
     await client.aclose()
     spooled[0].write_bytes(kept)
     async with book(server, tmp_path) as made:
-        await asyncio.sleep(0.3)
         await made.flush()
         assert await calls_booked(made) == 4
         assert not list((tmp_path / "spool").glob("ledger-*.jsonl"))
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only", "paused"])
+@pytest.mark.usefixtures("hurried")
 async def test_what_redis_refuses_is_spooled_and_booked_in_order(server: Process, tmp_path: Path, fault: str) -> None:
     """A full, a read-only and a paused redis: nothing lost, nothing twice, and no call waits for it."""
     async with book(server, tmp_path) as made, redis.asyncio.Redis(port=server.port) as client:
         made.record(charge())
-        await made.flush()
+        await all_booked(made)
         if fault == "full":
             await client.config_set("maxmemory", "1")
         elif fault == "read-only":
             await client.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
         else:
             os.kill(server.popen.pid, signal.SIGSTOP)
-        began = time.monotonic()
         for _ in range(1000):
-            made.record(charge())
-        assert time.monotonic() - began < 0.5
-        eventually_spooled = list((tmp_path / "spool").glob("*"))
-        for _ in range(100):
-            await asyncio.sleep(0.05)
-            eventually_spooled = [each for each in (tmp_path / "spool").glob("*") if each.stat().st_size]
-            if eventually_spooled:
-                break
-        assert eventually_spooled
-        assert made.unflushed_cost(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
+            made.record(charge())  # of a paused redis that never answers
+        await eventually_async(
+            lambda: any(each.stat().st_size for each in (tmp_path / "spool").glob("*")), what="charges on the disk"
+        )
+        assert made.unbooked(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
         if fault == "full":
             await client.config_set("maxmemory", "0")
         elif fault == "read-only":
             await client.execute_command("REPLICAOF", "NO", "ONE")
         else:
             os.kill(server.popen.pid, signal.SIGCONT)
-        for _ in range(100):
-            await asyncio.sleep(0.05)
-            if not made.unflushed_cost(PRICED.key_id or ""):
-                break
+        await eventually_async(lambda: not made.unbooked(PRICED.key_id or ""), what="all is booked, without a call")
         assert await calls_booked(made) == 1001
-        assert made.unflushed_cost(PRICED.key_id or "") == 0
         assert (await made.spent(PRICED.key_id or ""))[1] == 1001 * 65 * 10**6
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_a_full_spool_keeps_the_sums_in_memory(server: Process, tmp_path: Path) -> None:
     """Neither redis nor the disk takes them: they wait, summed, and are booked when redis is back."""
     async with book(server, tmp_path, max_bytes=10) as made:
@@ -336,8 +350,7 @@ async def test_a_full_spool_keeps_the_sums_in_memory(server: Process, tmp_path: 
         for _ in range(50):
             made.record(charge())
         os.kill(server.popen.pid, signal.SIGCONT)
-        await made.flush()
-        await made.flush()
+        await all_booked(made)
         assert await calls_booked(made) == 100
 
 
@@ -345,15 +358,12 @@ async def test_a_torn_line_of_the_spool_costs_only_itself(server: Process, tmp_p
     """A line that a crash cut in two is passed over; those before it are booked."""
     spool = DiskQueue(tmp_path / "spool", "0123456789abcdef", 10**6)
     row = ("2026-11-23", "key_0a", "kim", "openai", "gpt-mock", [1] * len(METRICS))
-    from lab_proxy.ledger.disk_queue import LedgerBatch
-
-    spool.append(LedgerBatch(spool.writer, 1, [row]))
-    spool.append(LedgerBatch(spool.writer, 2, [row]))
+    spool.append(Batch(spool.writer, 1, [row]))
+    spool.append(Batch(spool.writer, 2, [row]))
     spool.close(remove=False)
     path = next((tmp_path / "spool").glob("*.jsonl"))
     path.write_bytes(path.read_bytes()[:-20])
     async with book(server, tmp_path) as made:
-        await asyncio.sleep(0.3)
         await made.flush()
         day = datetime(2026, 11, 23, tzinfo=UTC).date()
         assert ledger.total(await made.usage(day, day))["requests"] == 1
@@ -479,7 +489,7 @@ def test_without_keys_usage_is_everybodys(school: School, tmp_path: Path) -> Non
     url = redis_url(school.redis)
     with (
         proxy(tmp_path, redis=url, model=school.one.model.url, paid=school.one.paid.url) as started,
-        httpx2.Client(base_url=started.url) as http,
+        httpx2.Client(base_url=started.url, timeout=60, event_hooks=SHOWN_ON_FAILURE) as http,
     ):
         bench = Bench(started, school.one.paid, school.one.model, school.redis, http)
         text = new()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import gzip
 import http.server
+import json
 import os
-import re
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ import psutil
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
-from lab_proxy.reload import LOOK_SECONDS, Reloader
-from lab_proxy.telemetry.metrics import SHARE_SECONDS, Metrics
+from lab_proxy.metrics import Metrics
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
 
-NOTICED = LOOK_SECONDS + 1.5  # seconds until a changed file is in use
+PRICES = PACKAGED.with_name("prices.yaml").read_text()
 
 
 def alias(name: str) -> dict[str, Any]:
@@ -41,122 +41,140 @@ def number(page: str, start: str) -> float:
 # ---- files that change
 
 
-def test_a_changed_routes_file_is_in_use_within_seconds(bench: Bench, tmp_path: Path) -> None:
+@dataclass
+class Filed:
+    """A proxy whose routes, prices and key come from files that tests change."""
+
+    bench: Bench
+    folder: Path
+
+    def routes(self, **changes: Any) -> None:
+        routes_file(self.folder, **changes)
+
+    def report(self, name: str = "routes") -> dict[str, Any]:
+        told: dict[str, Any] = self.bench.http.get("/status").json()["proxy"]["files"][name]
+        return told
+
+    def hang_up(self) -> None:
+        """Have all files read again, now."""
+        before = self.report("prices")["generation"]
+        self.bench.proxy.popen.send_signal(signal.SIGHUP)
+        eventually(lambda: self.report("prices")["generation"] > before)
+
+
+@pytest.fixture(scope="module")
+def filing(running: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filed]:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "key").write_text("sk-old\n")
+    (folder / "prices.yaml").write_text(PRICES)
+    with second(
+        running,
+        folder,
+        paid="",
+        openai_api_key_file=str(folder / "key"),
+        openai_base_url=f"{running.paid.url}/v1",
+        prices_file=str(folder / "prices.yaml"),
+        routes_file=str(routes_file(folder)),
+    ) as started:
+        yield Filed(started, folder)
+
+
+@pytest.fixture
+def filed(filing: Filed) -> Filed:
+    """In use: a routes file with the alias `one`, and the packaged prices."""
+    filing.routes(**alias("one"))
+    (filing.folder / "prices.yaml").write_text(PRICES)
+    filing.hang_up()
+    assert not [name for name in ("routes", "prices") if "trouble" in filing.report(name)]
+    filing.bench.forget()
+    return filing
+
+
+def test_a_changed_routes_file_is_in_use(filed: Filed) -> None:
     """By its time, without a signal; what was decided about the same bytes before is decided anew."""
-    file = routes_file(tmp_path, **alias("one"))
-    with second(bench, tmp_path, routes_file=str(file)) as other:
-        text = new()
-        assert other.chat(text, model="one").status_code == 200
-        assert state(other.chat(text, model="one")) == "hit"
-        routes_file(tmp_path, **alias("two"))
-        eventually(lambda: other.chat(text, model="two").status_code == 200, NOTICED)
-        assert other.chat(text, model="one").status_code == 404
-        told = other.http.get("/status").json()["proxy"]["files"]["routes"]
-        assert told["generation"] == 2
-        assert "trouble" not in told
+    text, other = new(), filed.bench
+    assert other.chat(text, model="one").status_code == 200
+    assert state(other.chat(text, model="one")) == "hit"
+    before = filed.report()["generation"]
+    filed.routes(**alias("two"))
+    eventually(lambda: other.chat(text, model="two").status_code == 200)
+    assert other.chat(text, model="one").status_code == 404
+    assert filed.report()["generation"] > before
+    assert "trouble" not in filed.report()
 
 
-def test_sighup_reads_the_files_again(bench: Bench, tmp_path: Path) -> None:
+def test_sighup_reads_the_files_again(filed: Filed) -> None:
     """A key that was rotated in its file counts from then on; the process lives."""
-    key = tmp_path / "key"
-    key.write_text("sk-old")
-    base = f"{bench.paid.url}/v1"
-    with second(bench, tmp_path, paid="", openai_api_key_file=str(key), openai_base_url=base) as other:
-        assert other.chat().status_code == 200
-        assert bench.calls()["last"]["headers"]["authorization"] == "Bearer sk-old"
-        before = key.stat()
-        key.write_text("sk-new")
-        os.utime(key, ns=(before.st_atime_ns, before.st_mtime_ns))  # looks as it did: only the signal tells
-        other.proxy.popen.send_signal(signal.SIGHUP)
-        eventually(lambda: "read anew" in other.proxy.log.read_text(), 2)
-        assert other.chat().status_code == 200
-        assert bench.calls()["last"]["headers"]["authorization"] == "Bearer sk-new"
-        assert "sk-new" not in other.proxy.log.read_text()
+    other, key = filed.bench, filed.folder / "key"
+    assert other.chat().status_code == 200
+    assert other.calls()["last"]["headers"]["authorization"] == "Bearer sk-old"
+    before = key.stat()
+    key.write_text("sk-new\n")
+    os.utime(key, ns=(before.st_atime_ns, before.st_mtime_ns))  # looks as it did: only the signal tells
+    filed.hang_up()
+    assert other.chat().status_code == 200
+    assert other.calls()["last"]["headers"]["authorization"] == "Bearer sk-new"
+    log = other.proxy.log.read_text()
+    assert "read anew" in log
+    assert "sk-new" not in log
 
 
 @pytest.mark.parametrize("wrong", ["upstreams: [", "upstreams: {}\nroutes: []\n", "", None])
-def test_a_wrong_file_keeps_the_old_one_and_says_so(bench: Bench, tmp_path: Path, wrong: str | None) -> None:
-    """In the log, on /status and in a metric; when it is mended it is in use, and the trouble is gone."""
-    file = routes_file(tmp_path, **alias("one"))
-    with second(bench, tmp_path, routes_file=str(file)) as other:
-        if wrong is None:
-            file.unlink()
-        else:
-            file.write_text(wrong)
-        files = lambda: other.http.get("/status").json()["proxy"]["files"]["routes"]  # noqa: E731 - asked twice
-        eventually(lambda: "trouble" in files(), NOTICED)
-        assert files()["trouble"].startswith("PROXY_ROUTES_FILE")
-        assert files()["generation"] == 1
-        assert 'lab_proxy_reload_failing{file="routes"} 1.0' in other.http.get("/metrics").text
-        assert "the one before it stays in use" in other.proxy.log.read_text()
-        assert other.chat(model="one").status_code == 200
-        routes_file(tmp_path, **alias("two"))
-        eventually(lambda: "trouble" not in files(), NOTICED)
-        assert other.chat(model="two").status_code == 200
-        page = other.http.get("/metrics").text
-        assert 'lab_proxy_reload_failing{file="routes"} 0.0' in page
-        assert 'lab_proxy_reloads_total{file="routes",outcome="refused"} 1.0' in page
+def test_a_wrong_file_keeps_the_old_one_and_says_so(filed: Filed, wrong: str | None) -> None:
+    """In the log, on /status and in a metric. When it is mended it is in use, and the trouble is gone."""
+    other, file = filed.bench, filed.folder / "routes.yaml"
+    before = filed.report()["generation"]
+    if wrong is None:
+        file.unlink()
+    else:
+        file.write_text(wrong)
+    filed.hang_up()
+    assert filed.report()["trouble"].startswith("PROXY_ROUTES_FILE")
+    assert filed.report()["generation"] == before
+    page = other.http.get("/metrics").text
+    assert number(page, 'lab_proxy_reload_failing{file="routes"}') == 1
+    assert number(page, 'lab_proxy_reloads_total{file="routes",outcome="refused"}') >= 1
+    assert "the one before it stays in use" in other.proxy.log.read_text()
+    assert other.chat(model="one").status_code == 200
+    filed.routes(**alias("two"))
+    filed.hang_up()
+    assert "trouble" not in filed.report()
+    assert number(other.http.get("/metrics").text, 'lab_proxy_reload_failing{file="routes"}') == 0
+    assert other.chat(model="two").status_code == 200
 
 
-def test_requests_in_flight_keep_their_table(bench: Bench, tmp_path: Path) -> None:
+def test_a_wrong_file_is_noticed_by_its_time_and_refused_once(filed: Filed) -> None:
+    """Not every second: the look that finds the price table wrong has nothing to say of the routes. Both are noticed
+    when they are mended."""
+    line = 'lab_proxy_reloads_total{file="routes",outcome="refused"}'
+    before = number(filed.bench.http.get("/metrics").text, line)
+    (filed.folder / "routes.yaml").unlink()
+    eventually(lambda: "trouble" in filed.report())
+    (filed.folder / "prices.yaml").write_text("prices: 3")
+    eventually(lambda: "trouble" in filed.report("prices"))
+    assert number(filed.bench.http.get("/metrics").text, line) == before + 1
+    filed.routes()
+    (filed.folder / "prices.yaml").write_text(PRICES)
+    eventually(lambda: not any("trouble" in filed.report(name) for name in ("routes", "prices")))
+
+
+def test_requests_in_flight_keep_their_table(filed: Filed, bench: Bench) -> None:
     """A stream goes on although its upstream is no longer in the file; the next request is told so."""
     table = yaml.safe_load(PACKAGED.read_text())
     table["upstreams"]["extra"] = {"kind": "openai", "base_url": f"{bench.paid.url}/v1", "keyless": True}
     table["routes"].append({"upstream": "extra", "match": ["extra-*"]})
-    with second(bench, tmp_path, routes_file=str(routes_file(tmp_path, **table))) as other:
-        got: list[httpx2.Response] = []
-        bench.control(bench.paid, held=True)
-        asking = threading.Thread(target=lambda: got.append(other.chat(model="extra-mock-slow", stream=True)))
-        asking.start()
-        eventually(lambda: bench.calls()["total"] == 1, 10)
-        routes_file(tmp_path)
-        other.proxy.popen.send_signal(signal.SIGHUP)
-        with httpx2.Client(base_url=other.proxy.url) as http:
-            beside = Bench(other.proxy, bench.paid, bench.model, bench.redis, http)
-            eventually(lambda: beside.chat(model="extra-mock").status_code == 404, 2)
-        assert asking.is_alive()
+    filed.routes(**table)
+    filed.hang_up()
+    bench.control(bench.paid, held=True)
+    with ThreadPoolExecutor() as callers:
+        asking = callers.submit(filed.bench.chat, model="extra-mock", stream=True)
+        eventually(lambda: bench.calls()["total"] == 1)
+        filed.routes()
+        filed.hang_up()
+        assert filed.bench.chat(model="extra-mock").status_code == 404
+        assert not asking.done()
         bench.control(bench.paid, held=False)
-        asking.join(10)
-        assert events(got[0])[-1] == "[DONE]"
-
-
-def test_prices_are_read_anew(bench: Bench, tmp_path: Path) -> None:
-    """The price table is watched like the routes."""
-    packaged = PACKAGED.with_name("prices.yaml").read_text()
-    file = tmp_path / "prices.yaml"
-    file.write_text(packaged)
-    with second(bench, tmp_path, prices_file=str(file)) as other:
-        file.write_text(packaged + "\n# seen\n")
-        files = lambda: other.http.get("/status").json()["proxy"]["files"]["prices"]  # noqa: E731 - asked twice
-        eventually(lambda: files()["generation"] == 2, NOTICED)
-        file.write_text("prices: 3")
-        eventually(lambda: "trouble" in files(), NOTICED)
-
-
-async def test_what_fails_to_read_is_not_read_twice(tmp_path: Path) -> None:
-    """A file that stays wrong is complained of once, not every second."""
-    file = tmp_path / "file"
-    file.write_text("1")
-    read: list[str] = []
-
-    class Reader:
-        def files(self) -> list[Path]:
-            return [file]
-
-        def reload(self) -> None:
-            read.append(file.read_text())
-            if read[-1] != "1":
-                raise ValueError("no good")
-
-    watch = Reloader({"reader": Reader()}, Metrics())
-    file.write_text("22")
-    watch._look()
-    watch._look()
-    assert read == ["22"]
-    file.write_text("1")
-    watch._look()
-    assert read == ["22", "1"]
-    assert "trouble" not in watch.report()["reader"]
+        assert events(asking.result())[-1] == "[DONE]"
 
 
 # ---- workers
@@ -165,7 +183,7 @@ async def test_what_fails_to_read_is_not_read_twice(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def workers(bench: Bench, tmp_path: Path, count: int = 2, **settings: str) -> Iterator[Bench]:
     with second(bench, tmp_path, workers=str(count), **settings) as other:
-        eventually(lambda: len(listening(other)) == count, 10)
+        eventually(lambda: len(listening(other)) == count)
         yield other
 
 
@@ -194,12 +212,8 @@ def test_workers_share_a_port_a_cache_and_their_numbers(bench: Bench, tmp_path: 
                 assert http.post("/v1/chat/completions", json=body).status_code == 200
         assert bench.calls()["total"] == 1
         line = 'lab_proxy_requests_total{cache="hit",model="gpt-mock",route="/v1/chat/completions"'
-        eventually(lambda: number(apart(other, "/metrics").text, line) == 23, 3)
-        time.sleep(2 * SHARE_SECONDS)  # one has told of all: the others may still have what they last read of it
-        for _ in range(6):
-            assert number(apart(other, "/metrics").text, line) == 23
-            assert apart(other, "/status").json()["cache"]["hits"] == 23
-        eventually(lambda: min(child.cpu_times().user for child in listening(other)) > 0, 2)
+        eventually(lambda: all(number(apart(other, "/metrics").text, line) == 23 for _ in range(12)))
+        assert [apart(other, "/status").json()["cache"]["hits"] for _ in range(12)] == [23] * 12
 
 
 def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
@@ -208,11 +222,11 @@ def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
         for _ in range(12):
             apart(other)
         line = 'lab_proxy_requests_total{cache="",model="",route="/health"'
-        eventually(lambda: number(apart(other, "/metrics").text, line) >= 12, 3)
-        time.sleep(2 * SHARE_SECONDS)  # the one that told of all may be the one that ends, and not have shared it yet
+        # All of them say so: the one that ends has told the other.
+        eventually(lambda: all(number(apart(other, "/metrics").text, line) >= 12 for _ in range(12)))
         before = listening(other)
         before[0].kill()
-        eventually(lambda: len(listening(other)) == 2 and before[0] not in listening(other), 10)
+        eventually(lambda: len(listening(other)) == 2 and before[0] not in listening(other))
         assert "died with -9" in other.proxy.log.read_text()
         assert number(apart(other, "/metrics").text, line) >= 12
         for _ in range(12):
@@ -226,18 +240,18 @@ def test_workers_end_together(bench: Bench, tmp_path: Path) -> None:
         body = {"model": "gpt-mock-slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
 
         def ask() -> None:
-            got.append(httpx2.post(f"{other.proxy.url}/v1/chat/completions", json=body, timeout=20))
+            got.append(httpx2.post(f"{other.proxy.url}/v1/chat/completions", json=body, timeout=60))
 
         asking = [threading.Thread(target=ask) for _ in range(6)]
         for each in asking:
             each.start()
-        eventually(lambda: bench.calls()["total"] == 6, 5)
+        eventually(lambda: bench.calls()["total"] == 6)
         left = listening(other)
         other.proxy.popen.send_signal(signal.SIGTERM)
         for each in asking:
-            each.join(10)
+            each.join(60)
         assert [events(answer)[-1] for answer in got] == ["[DONE]"] * 6
-        assert other.proxy.popen.wait(10) == 0
+        assert other.proxy.popen.wait(60) == 0
         assert not any(child.is_running() for child in left)
 
 
@@ -245,14 +259,14 @@ def test_sighup_reaches_every_worker(bench: Bench, tmp_path: Path) -> None:
     file = routes_file(tmp_path, **alias("one"))
     with workers(bench, tmp_path, routes_file=str(file)) as other:
         other.proxy.popen.send_signal(signal.SIGHUP)
-        eventually(lambda: other.proxy.log.read_text().count("routes: read anew") == 2, 3)
+        eventually(lambda: other.proxy.log.read_text().count("routes: read anew") == 2)
 
 
 def test_workers_do_not_outlive_their_parent(bench: Bench, tmp_path: Path) -> None:
     with workers(bench, tmp_path) as other:
         left = listening(other)
         other.proxy.popen.kill()
-        eventually(lambda: not any(child.is_running() for child in left), 10)
+        eventually(lambda: not any(child.is_running() for child in left))
 
 
 def test_a_worker_that_hangs_is_killed(bench: Bench, tmp_path: Path) -> None:
@@ -261,39 +275,62 @@ def test_a_worker_that_hangs_is_killed(bench: Bench, tmp_path: Path) -> None:
         stopped = listening(other)[0]
         stopped.suspend()
         other.proxy.popen.send_signal(signal.SIGTERM)
-        assert other.proxy.popen.wait(15) == 1
+        assert other.proxy.popen.wait(60) == 1
         assert not stopped.is_running()
 
 
 # ---- the end
 
 
-def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_path: Path) -> None:
-    """While a stream ends: an idle connection is closed, a new one gets 503 and `connection: close`, pages for those
-    who watch go on answering."""
-    with second(bench, tmp_path) as other, socket.create_connection(("127.0.0.1", other.proxy.port), 5) as idle:
+def test_sigterm_lets_answers_end(bench: Bench, tmp_path: Path) -> None:
+    """While a stream ends: new work gets 503 and `connection: close`, an idle connection is closed, pages for those who
+    watch go on answering. The stream ends with [DONE], the process with 0."""
+    with second(bench, tmp_path) as other, socket.create_connection(("127.0.0.1", other.proxy.port), 60) as idle:
         idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         answer = b""
         while not answer.endswith(b"}"):
             answer += idle.recv(1000)
         assert answer.startswith(b"HTTP/1.1 200")
-        got: list[httpx2.Response] = []
         bench.control(bench.paid, held=True)
-        asking = threading.Thread(target=lambda: got.append(other.chat(model="gpt-mock-slow", stream=True)))
-        asking.start()
-        eventually(lambda: bench.calls()["total"] == 1, 10)
-        other.proxy.popen.send_signal(signal.SIGTERM)
-        idle.settimeout(2)
-        assert idle.recv(1000) == b""
-        for path, status in (("/v1/models", 503), ("/ready", 503), ("/health", 200), ("/metrics", 200)):
-            page = httpx2.get(other.proxy.url + path)
-            assert page.status_code == status
-            assert page.headers["connection"] == "close"
-        assert "lab_proxy_draining 1.0" in httpx2.get(f"{other.proxy.url}/metrics").text
-        bench.control(bench.paid, held=False)
-        asking.join(10)
-        assert events(got[0])[-1] == "[DONE]"
-        assert other.proxy.popen.wait(5) == 0
+        with ThreadPoolExecutor() as callers:
+            asking = callers.submit(other.chat, stream=True)
+            eventually(lambda: bench.calls()["total"] == 1)
+            os.killpg(other.proxy.popen.pid, signal.SIGTERM)
+            assert idle.recv(1000) == b""
+            refused = httpx2.post(f"{other.proxy.url}/v1/chat/completions", json={})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            for path, status in (("/v1/models", 503), ("/ready", 503), ("/health", 200), ("/metrics", 200)):
+                page = httpx2.get(other.proxy.url + path)
+                assert page.status_code == status
+                assert page.headers["connection"] == "close"
+                assert path != "/ready" or page.json()["status"] == "draining"
+                assert path != "/metrics" or "lab_proxy_draining 1.0" in page.text
+            bench.control(bench.paid, held=False)
+            assert events(asking.result())[-1] == "[DONE]"
+        assert other.proxy.popen.wait(60) == 0
+
+
+def test_sigterm_ends_within_its_bound(bench: Bench, tmp_path: Path) -> None:
+    """A stream that does not end is cut when PROXY_DRAIN_TIMEOUT_SECONDS are over, upstream too; a collector of spans
+    that is away holds up neither requests nor the end."""
+    asked = {"model": "gpt-mock-endless", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    body = json.dumps(asked).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with (
+        second(bench, tmp_path, drain_timeout_seconds="0", otlp_endpoint="http://127.0.0.1:9") as other,
+        socket.create_connection(("127.0.0.1", other.proxy.port), timeout=60) as caller,
+    ):
+        text = new()
+        assert other.chat(text).status_code == 200
+        caller.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        assert caller.recv(12) == b"HTTP/1.1 200"
+        assert (bench.calls()["total"], bench.calls()["left"]) == (2, 0)
+        os.killpg(other.proxy.popen.pid, signal.SIGTERM)
+        assert other.proxy.popen.wait(60) == 0
+        eventually(lambda: bench.calls()["left"] == 1)
+        log = other.proxy.log.read_text()
+        assert "PROXY_DRAIN_TIMEOUT_SECONDS are over" in log
+        assert text not in log
 
 
 # ---- metrics
@@ -301,17 +338,23 @@ def test_drain_closes_idle_connections_and_refuses_late_work(bench: Bench, tmp_p
 
 def test_metrics_tell_of_times_and_states(bench: Bench) -> None:
     """The upstream's time apart from the proxy's own; redis, breakers, the end, and the files that are in use."""
-    bench.control(delay=0.2)
+    labels = f'{{cache="miss",model="{CHAT_MODEL}",route="/v1/chat/completions"}}'
+
+    def count() -> float:
+        return number(bench.http.get("/metrics").text, f"lab_proxy_request_seconds_count{labels}")
+
+    before = count()
+    bench.control(delay=0.05)
     answer = bench.chat(model=CHAT_MODEL)
     assert answer.status_code == 200
-    bench.control(delay=0)
+    eventually(lambda: count() == before + 1)
     page = bench.http.get("/metrics").text
-    labels = f'{{cache="miss",model="{CHAT_MODEL}",route="/v1/chat/completions"}}'
-    count = number(page, f"lab_proxy_upstream_seconds_count{labels}")
-    assert count >= 1
-    assert number(page, f"lab_proxy_upstream_seconds_sum{labels}") >= 0.2
-    own = number(page, f"lab_proxy_overhead_seconds_sum{labels}")
-    assert 0 < own < 0.2 * count
+    whole, upstream, own = (
+        number(page, f"lab_proxy_{name}_seconds_sum{labels}") for name in ("request", "upstream", "overhead")
+    )
+    assert upstream > 0.05
+    assert own > 0
+    assert own == pytest.approx(whole - upstream)
     assert "lab_proxy_redis_up 1.0" in page
     assert f'lab_proxy_breaker_open{{upstream="model/{CHAT_MODEL}"}} 0.0' in page
     assert "lab_proxy_draining 0.0" in page
@@ -334,7 +377,7 @@ def test_exemplars_carry_request_ids(bench: Bench) -> None:
         if sample.exemplar and sample.exemplar.labels["request_id"] == "exemplary-1"
     ]
     assert found
-    assert 0 < found[0].value < 5
+    assert found[0].value > 0
 
 
 def test_numbers_of_several_processes_add_up(tmp_path: Path) -> None:
@@ -399,7 +442,7 @@ def test_spans_tell_of_a_request_and_its_calls(bench: Bench, tmp_path: Path) -> 
             request_id = other.chat(secret).headers["x-request-id"]
             other.chat(secret)
             other.chat(model="gpt-mock-401")
-        eventually(lambda: len(spans) == 6, 5)  # at the end, at the latest, all are sent
+        eventually(lambda: len(spans) == 6)  # at the end, at the latest, all are sent
         roots = [span for span in spans if not span.parent_span_id]
         miss, hit, refused = sorted(roots, key=lambda span: span.start_time_unix_nano)
         told = said(miss)
@@ -417,13 +460,3 @@ def test_spans_tell_of_a_request_and_its_calls(bench: Bench, tmp_path: Path) -> 
         everything = str(spans)
         for hidden in (secret, UPSTREAM_KEY, "You said"):
             assert hidden not in everything
-
-
-def test_a_collector_that_is_away_costs_nothing(bench: Bench, tmp_path: Path) -> None:
-    with second(bench, tmp_path, otlp_endpoint="http://127.0.0.1:9") as other:
-        assert other.chat().status_code == 200
-        started = time.perf_counter()
-        other.proxy.popen.send_signal(signal.SIGTERM)
-        assert other.proxy.popen.wait(20) == 0
-        assert time.perf_counter() - started < 15
-        assert not re.search(r"question [0-9a-f]{8}", other.proxy.log.read_text())

@@ -6,6 +6,7 @@ Knows compose, containers and networks; knows nothing of what the services answe
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -21,10 +22,12 @@ import httpx2
 import tiny
 import yaml
 from docker.models.containers import Container
-from processes import free_port
+from processes import SHOWN_ON_FAILURE, free_port
 
 ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
+# Waits for a state are bounded so that a test ends, not so that it measures.
+GENEROUS_SECONDS = 240.0
 TINY_LAYER = {"services": {name: {"volumes": ["./tiny:/tiny:ro"]} for name in ("model", "weights")}}
 
 
@@ -54,6 +57,13 @@ class Stack:
     load_port: int = field(default_factory=free_port)
     layers: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
+    http: httpx2.Client = field(
+        # No connection outlives its answer: the tests stop what it leads to.
+        default_factory=lambda: httpx2.Client(
+            timeout=120, limits=httpx2.Limits(max_keepalive_connections=0), event_hooks=SHOWN_ON_FAILURE
+        ),
+        repr=False,
+    )
 
     @property
     def proxy_url(self) -> str:
@@ -68,6 +78,7 @@ class Stack:
         own = {
             "COMPOSE_PROJECT_NAME": self.project,
             "COMPOSE_ANSI": "never",
+            "BUILDKIT_PROGRESS": "plain",
             "LAB_TAG": self.project,
             "PROXY_PORT": str(self.proxy_port),
             "UI_PORT": str(self.ui_port),
@@ -87,6 +98,7 @@ class Stack:
             "ARGS",
             "MAKE",
             "MFLAGS",
+            "BUILDKIT_",
         )
         return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | own | self.variables
 
@@ -175,7 +187,8 @@ def stack_in(folder: Path) -> Iterator[Stack]:
         (root / "compose.override.yaml").write_text(yaml.safe_dump(TINY_LAYER))
         stack = Stack(root, engine, f"labtest{os.getpid()}", variables={"MODEL_CATALOGUE": "./catalogue.yaml"})
         try:
-            yield stack
+            with stack.http:
+                yield stack
         finally:
             stack.compose("--profile=*", "down", "--volumes", "--remove-orphans", "--timeout=5", timeout=180)
             for image in engine.images.list(filters={"reference": f"llm-lab/*:{stack.project}*"}):
@@ -188,10 +201,8 @@ def stack_in(folder: Path) -> Iterator[Stack]:
 
 @dataclass
 class Asked:
-    """One request's outcome. seconds: since the asking began; took: of this request; cache: its Cache-Status."""
+    """One request's outcome. cache: its Cache-Status."""
 
-    seconds: float
-    took: float
     status: int
     cache: str
 
@@ -205,18 +216,16 @@ def asking(url: str, body: dict[str, Any], pause: float = 0.1) -> Iterator[list[
     """Ask the same again and again as long as the block runs. A request without any answer counts as status 0."""
     answers: list[Asked] = []
     ended = threading.Event()
-    began = time.monotonic()
 
     def ask() -> None:
         with httpx2.Client(timeout=60) as client:
             while not ended.wait(pause):
-                sent = time.monotonic()
                 try:
                     answer = client.post(f"{url}/v1/chat/completions", json=body)
                     status, cache = answer.status_code, answer.headers.get("cache-status", "")
                 except httpx2.HTTPError as error:
                     status, cache = 0, repr(error)
-                answers.append(Asked(sent - began, time.monotonic() - sent, status, cache))
+                answers.append(Asked(status, cache))
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -227,8 +236,8 @@ def asking(url: str, body: dict[str, Any], pause: float = 0.1) -> Iterator[list[
         thread.join(90)
 
 
-def within(seconds: float, what: str, true: Callable[[], Any], pause: float = 0.2) -> float:
-    """Wait until `true`; how long it took. An exception of the HTTP client is a no."""
+def within(what: str, true: Callable[[], Any], *, seconds: float = GENEROUS_SECONDS, pause: float = 0.2) -> float:
+    """Wait until `true`; how long it took, to be told. An exception of the HTTP client is a no."""
     began = time.monotonic()
     while True:
         try:
@@ -236,8 +245,16 @@ def within(seconds: float, what: str, true: Callable[[], Any], pause: float = 0.
                 return time.monotonic() - began
         except httpx2.HTTPError:
             pass
-        assert time.monotonic() - began < seconds, f"not within {seconds:.0f} s: {what}"
+        if time.monotonic() - began > seconds:
+            raise AssertionError(f"not within {seconds:.0f} s: {what}")
         time.sleep(pause)
+
+
+def build_steps(said: str) -> dict[str, bool]:
+    """Of the plain output of a build: each step, as `[proxy code 2/3] COPY …`, and whether it came from the cache."""
+    names = dict(re.findall(r"^#(\d+) (\[.+)$", said, re.M))
+    cached = set(re.findall(r"^#(\d+) CACHED$", said, re.M))
+    return {name: number in cached for number, name in names.items()}
 
 
 def tail(text: str, lines: int = 40) -> str:

@@ -10,18 +10,19 @@ import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 from fixtures_proxy import PATIENT_MS
-from fixtures_stack import BASE, Stack, added, asking, published, stack_in, within
+from fixtures_stack import BASE, Stack, added, asking, build_steps, published, stack_in, within
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 CHAT = "smollm2-135m-instruct"
 SERVICES = ["ui", "proxy", "model", "redis"]
@@ -63,8 +64,16 @@ def stack(tmp_path_factory: TempPathFactory, tell: Tell) -> Iterator[Stack]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def _shown_on_failure(request: pytest.FixtureRequest, stack: Stack, tell: Tell) -> Iterator[None]:
+    before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > before:
+        tell(f"{request.node.name} failed; the ends of the containers' logs:\n{stack.logs()}")
+
+
 def chat(stack: Stack, **more: Any) -> httpx2.Response:
-    return httpx2.post(f"{stack.proxy_url}/v1/chat/completions", json=PARIS | more, timeout=120)
+    return stack.http.post(f"{stack.proxy_url}/v1/chat/completions", json=PARIS | more)
 
 
 def answers(stack: Stack) -> bool:
@@ -82,7 +91,7 @@ def streamed(stack: Stack, max_tokens: int) -> Iterator[str]:
         "messages": [{"role": "user", "content": "Count from one to a thousand in words."}],
     }
     url = f"{stack.proxy_url}/v1/chat/completions"
-    with httpx2.stream("POST", url, json=body, headers={"cache-control": "no-store"}, timeout=120) as answer:
+    with stack.http.stream("POST", url, json=body, headers={"cache-control": "no-store"}) as answer:
         assert answer.status_code == 200
         for line in answer.iter_lines():
             if line.startswith("data: "):
@@ -97,7 +106,6 @@ def test_it_comes_up_healthy_and_answers(stack: Stack, tell: Tell) -> None:
     first, second = chat(stack), chat(stack)
     assert "Paris" in first.json()["choices"][0]["message"]["content"]
     assert "; hit" in second.headers["cache-status"]
-    assert second.elapsed.total_seconds() < 1
     for service in SERVICES:
         used = stack.container(service).stats(stream=False)["memory_stats"]["usage"]
         tell(f"{service} uses {used / 2**20:.0f} MiB")
@@ -107,14 +115,14 @@ def test_it_stays_up_when_asked_again(stack: Stack, tell: Tell) -> None:
     """A second `make up` builds nothing anew and leaves the containers alone."""
     before = {each.id for each in stack.containers()}
     began = time.monotonic()
-    stack.run("make", "up", timeout=180)
+    stack.run("make", "up", timeout=600)
     tell(f"make up again: {time.monotonic() - began:.0f} s")
     assert {each.id for each in stack.containers()} == before
 
 
 def test_the_ui_is_there_and_sees_the_others(stack: Stack) -> None:
-    assert httpx2.get(f"{stack.ui_url}/_stcore/health").text == "ok"
-    assert "text/html" in httpx2.get(stack.ui_url).headers["content-type"]
+    assert stack.http.get(f"{stack.ui_url}/_stcore/health").text == "ok"
+    assert "text/html" in stack.http.get(stack.ui_url).headers["content-type"]
     code, said = stack.inside(
         "ui", "python", "-c", "import httpx2; print(httpx2.get('http://proxy:8080/status', timeout=5).text)"
     )
@@ -131,7 +139,7 @@ def test_the_ui_is_there_and_sees_the_others(stack: Stack) -> None:
 def test_the_proxy_keeps_the_contract_from_outside(stack: Stack, tell: Tell) -> None:
     stack.variables["LAB_TEST_PROXY_URL"] = stack.proxy_url
     said = stack.run(
-        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "proxy", "tests/proxy/test_contract.py",
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "[proxy", "tests/proxy/test_contract.py",
         timeout=240,
     )  # fmt: skip
     tell(f"contract of the proxy: {said.splitlines()[-1]}")
@@ -154,7 +162,7 @@ def test_the_model_keeps_the_contract_from_inside(stack: Stack, tell: Tell) -> N
     said = stack.run(
         "docker", "run", "--rm", f"--network={stack.network('back')}", "--user=10001", f"--volume={stack.root}:/lab:ro",
         "--workdir=/lab", "--env=PYTHONDONTWRITEBYTECODE=1", "--env=LAB_TEST_MODEL_URL=http://model:8000", image,
-        "/opt/venv/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "not proxy",
+        "/opt/venv/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-q", "-k", "not [proxy",
         "tests/proxy/test_contract.py", timeout=240,
     )  # fmt: skip
     tell(f"contract of the model: {said.splitlines()[-1]}")
@@ -313,23 +321,25 @@ def test_images_hold_no_tools_to_build_with(stack: Stack, service: str) -> None:
 
 
 @pytest.mark.parametrize("service", ["proxy", "model"])
-def test_a_change_of_code_is_built_in_seconds(stack: Stack, service: str, tell: Tell) -> None:
-    """The best of up to three, each after another change: the disk may be busy with somebody else's files."""
+def test_a_change_of_code_installs_no_package_again(stack: Stack, service: str, tell: Tell) -> None:
+    """The steps of the build that install packages come from its cache; those that hold the code are made anew."""
     code = stack.root / f"services/{service}/lab_{service}/__init__.py"
     before = code.read_text()
-    took: list[float] = []
     stack.variables["LAB_TAG"] = f"{stack.project}-changed"
     try:
-        while not took or (min(took) > 20 and len(took) < 3):
-            code.write_text(f"{before}\n# changed at {time.time()}\n")  # no earlier run has built that
-            began = time.monotonic()
-            stack.compose("build", service, timeout=90)
-            took.append(time.monotonic() - began)
+        code.write_text(f"{before}\n# changed: {uuid.uuid4().hex}\n")  # no earlier run has built that
+        began = time.monotonic()
+        said = stack.compose("build", service, timeout=600)
     finally:
         del stack.variables["LAB_TAG"]
         code.write_text(before)
-    tell(f"{service} rebuilt after a change of code in {', '.join(f'{each:.1f}' for each in took)} s")
-    assert min(took) <= 20
+    tell(f"{service} rebuilt after a change of code in {time.monotonic() - began:.1f} s")
+    steps = build_steps(said)
+    installing = {name: cached for name, cached in steps.items() if re.search(r"\b(pip|apt-get) install\b", name)}
+    assert installing, said
+    assert [name for name, cached in installing.items() if not cached] == []
+    copied = [cached for name, cached in steps.items() if f"COPY services/{service}/lab_{service} " in name]
+    assert copied == [False], said
 
 
 def test_without_a_gpu_cuda_stops_the_start(stack: Stack) -> None:
@@ -344,7 +354,7 @@ def test_without_a_gpu_cuda_stops_the_start(stack: Stack) -> None:
         shm_size="1g", read_only=True, tmpfs={"/tmp": "mode=1777"}, init=True,  # noqa: S108
     )  # fmt: skip
     try:
-        assert started.wait(timeout=120)["StatusCode"] == 2
+        assert started.wait(timeout=240)["StatusCode"] == 2
         assert "MODEL_DEVICE is cuda, but no CUDA device is visible" in started.logs().decode()
     finally:
         started.remove(force=True)
@@ -377,37 +387,33 @@ def test_redis_killed_fails_no_request_and_the_hits_come_back(stack: Stack, tell
     chat(stack)
     restarts = stack.restarts("redis")
     with asking(stack.proxy_url, PARIS) as asked:
-        within(10, "hits before the fault", lambda: len(asked) > 3 and asked[-1].hit)
+        within("hits before the fault", lambda: len(asked) > 3 and asked[-1].hit)
         stack.kill("redis")
         killed = len(asked)
-        within(20, "redis started again", lambda: stack.restarts("redis") > restarts, pause=0.02)
+        within("redis started again", lambda: stack.restarts("redis") > restarts, pause=0.02)
         first = len(asked)
         steady = lambda: len(asked) > first + 3 and all(one.hit for one in asked[-3:])  # noqa: E731
-        back = within(20, "hits after redis came back", steady, pause=0.05)
-        time.sleep(1)
+        back = within("hits after redis came back", steady, pause=0.05)
     missed = sum(not one.hit for one in asked[killed:])
     tell(f"redis killed: hits again {back:.1f} s after its restart; {missed} answers came from the model meanwhile")
     assert {one.status for one in asked} == {200}
-    assert asked[-1].hit
 
 
 def test_redis_paused_fails_no_request_and_the_hits_come_back(stack: Stack, tell: Tell) -> None:
+    """Answers come while redis, which nobody wakes before they have come, says nothing."""
     redis = stack.container("redis")
     with asking(stack.proxy_url, PARIS) as asked:
-        within(10, "hits before the fault", lambda: len(asked) > 3 and asked[-1].hit)
+        within("hits before the fault", lambda: len(asked) > 3 and asked[-1].hit)
         redis.pause()
         try:
             began = len(asked)
-            within(60, "answers without redis", lambda: len(asked) > began + 5)
+            within("answers without redis", lambda: len(asked) > began + 5)
             assert not asked[-1].hit
         finally:
             redis.unpause()
-        back = within(20, "a hit after redis came back", lambda: asked[-1].hit, pause=0.05)
-        time.sleep(1)
+        back = within("hits after redis came back", lambda: all(one.hit for one in asked[-3:]), pause=0.05)
     tell(f"redis paused: hits again {back:.1f} s after its end")
     assert {one.status for one in asked} == {200}
-    assert back < 6
-    assert asked[-1].hit
 
 
 def test_model_killed_mid_stream_is_an_error_event_then_it_recovers_by_itself(stack: Stack, tell: Tell) -> None:
@@ -423,36 +429,50 @@ def test_model_killed_mid_stream_is_an_error_event_then_it_recovers_by_itself(st
     refused = chat(stack, max_tokens=3)
     assert refused.status_code in (502, 503)
     assert refused.json()["error"]["type"] == "server_error"
-    assert httpx2.get(stack.ui_url).status_code == 200
-    within(180, "the model answers again", lambda: chat(stack, max_tokens=4).status_code == 200, pause=1)
+    assert stack.http.get(stack.ui_url).status_code == 200
+    within("the model answers again", lambda: chat(stack, max_tokens=4).status_code == 200, pause=1)
     tell(f"model killed: answers again after {time.monotonic() - killed:.0f} s")
     assert stack.restarts("model") > restarts
-    within(60, "model and proxy healthy", lambda: {stack.health("model"), stack.health("proxy")} == {"healthy"})
+    within("model and proxy healthy", lambda: {stack.health("model"), stack.health("proxy")} == {"healthy"})
 
 
 def test_proxy_stopped_mid_stream_lets_the_stream_end(stack: Stack, tell: Tell) -> None:
-    """`docker stop` while an answer runs: the answer comes whole, and only then the container ends."""
+    """`docker stop` while an answer runs: the answer comes whole, and only then the container ends, by itself."""
     proxy = stack.container("proxy")
     stopping = threading.Thread(target=lambda: proxy.stop(timeout=45))
     seen: list[str] = []
-    stopped = 0.0
+    before = 0  # events until the proxy was seen to drain
+
+    def draining() -> bool:
+        try:
+            return bool(stack.http.get(f"{stack.proxy_url}/ready").json()["status"] == "draining")
+        except httpx2.HTTPError:
+            return False
+
+    began = time.monotonic()
     try:
         for data in streamed(stack, 300):
             seen.append(data)
             if len(seen) == 5:
-                stopped = time.monotonic()
                 stopping.start()
-        ended = time.monotonic() - stopped
-        assert seen[-1] == "[DONE]"
-        assert json.loads(seen[-2])["choices"][0]["finish_reason"] in ("length", "stop")
-        assert ended > 0.5, "the answer was over before the stop could have broken it"
+            elif len(seen) > 5 and not before and draining():
+                before = len(seen)
+        ended = time.monotonic() - began
     finally:
-        stopping.join(60)
-        took = time.monotonic() - stopped
+        if stopping.ident:
+            stopping.join(60)
+        took = time.monotonic() - began
+        proxy.reload()
+        code = proxy.attrs["State"]["ExitCode"]
         proxy.start()
+    assert seen[-1] == "[DONE]"
+    assert json.loads(seen[-2])["choices"][0]["finish_reason"] in ("length", "stop")
+    assert before, "the answer was over before the stop could have broken it"
+    assert len(seen) > before + 20
+    assert code == 0, "137: it was killed"
     proxy.reload()
-    back = within(60, "the proxy is healthy again", lambda: stack.health("proxy") == "healthy" and answers(stack))
-    tell(f"proxy stopped: the stream ended {ended:.1f} s later, the container after {took:.1f} s, back in {back:.1f} s")
+    back = within("the proxy is healthy again", lambda: stack.health("proxy") == "healthy" and answers(stack))
+    tell(f"proxy stopped: the stream ended after {ended:.1f} s, the container after {took:.1f} s, back in {back:.1f} s")
 
 
 # ---- more than one proxy, with a key
@@ -476,17 +496,17 @@ def test_two_proxies_behind_one_port_share_cache_and_key(stack: Stack) -> None:
     with asking(stack.proxy_url, PARIS, pause=0.01) as asked:
         for one in proxies * 2:
             before = len(asked)
-            within(20, "forty answers", lambda asked=asked, before=before: len(asked) > before + 40)
+            within("forty answers", lambda asked=asked, before=before: len(asked) > before + 40)
             one.kill("SIGKILL")
             before = len(asked)
-            within(20, "forty more", lambda asked=asked, before=before: len(asked) > before + 40)
+            within("forty more", lambda asked=asked, before=before: len(asked) > before + 40)
             one.start()
-            within(60, "all of them healthy again", lambda: stack.health("proxy") == "healthy")
+            within("all of them healthy again", lambda: stack.health("proxy") == "healthy")
     assert [one for one in asked if one.status != 200] == []
     assert [one for one in asked[1:] if not one.hit] == []
 
     # 2. The key is a file that the proxy reads, and nowhere else.
-    assert {"name": "openai", "configured": True} in httpx2.get(f"{stack.proxy_url}/status").json()["proxy"][
+    assert {"name": "openai", "configured": True} in stack.http.get(f"{stack.proxy_url}/status").json()["proxy"][
         "upstreams"
     ]
     for one in stack.containers():

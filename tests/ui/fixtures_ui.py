@@ -1,23 +1,26 @@
 """A stand-in for the proxy: a real HTTP server in a thread that speaks its wire, and can be unwell in every way.
 
-It keeps what it was asked (`requests`) and when clients left in the middle of an answer (`left`), and counts what must
-never be fetched (`fetched`). Answers are cached by their whole body, as the proxy does.
+It keeps what it was asked (`requests`), which of these a client left before the end of the answer (`left`), and what
+must never be fetched (`fetched`). Answers are cached by their whole body, as the proxy does. `silent` and `endless`
+answers have no end, and a `hung` proxy answers nothing at all: a client that waits for them waits for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import select
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Mode = Literal["up", "redis-down", "model-down", "model-loading", "slow", "silent", "error", "busy", "too-long",
-               "interrupted", "broken-off", "hung"]  # fmt: skip
+from processes import eventually
+
+Mode = Literal["up", "redis-down", "model-down", "model-loading", "endless", "silent", "error", "busy",
+               "too-long", "interrupted", "broken-off", "hung"]  # fmt: skip
 
 REVISION = "c0ffee5eed" * 4
 CHAT = {"id": "smollm2-135m-instruct", "object": "model", "created": 1, "owned_by": "llm-lab", "kind": "chat",
@@ -28,6 +31,7 @@ ALIAS = {"id": "gpt-3.5-turbo", "object": "model", "created": 1, "owned_by": "ll
 EMBEDDING_ALIAS = {"id": "text-embedding-3-small", "object": "model", "created": 1, "owned_by": "llm-lab",
                    "alias_of": EMBEDDING["id"]}  # fmt: skip
 PARIS = "The capital of France is Paris."
+PACE = 0.02  # seconds between two pieces of an endless answer
 
 
 class StandIn(ThreadingHTTPServer):
@@ -40,10 +44,24 @@ class StandIn(ThreadingHTTPServer):
         self.mode: Mode = "up"
         self.words = PARIS.split(" ")
         self.requests: list[dict[str, Any]] = []
-        self.left: list[float] = []
+        self.left: list[dict[str, Any]] = []
         self.fetched: list[str] = []
         self.cache: set[str] = set()
+        self.answering = 0
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self.answering += change
+
+    def reset(self) -> None:
+        """As it was at its start, once nobody waits for an answer any more."""
+        eventually(lambda: not self.answering, what="no answer under way")
+        self.mode, self.words = "up", PARIS.split(" ")
+        for seen in (self.requests, self.left, self.fetched, self.cache):
+            seen.clear()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves is what some tests are about: no traceback."""
@@ -59,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         mode = self.server.mode
         if mode == "hung":
-            time.sleep(5)
+            self._left_within(None)
+            return
         if self.path == "/health":
             self._json(200, {"status": "ok"})
         elif self.path == "/v1/models":
@@ -71,20 +90,27 @@ class Handler(BaseHTTPRequestHandler):
             self._json(404, {})
 
     def do_POST(self) -> None:
+        self.server.count(+1)
         try:
-            self._answer()
-        except ConnectionError:  # the client was gone when the next piece was written, or it reset
-            self.server.left.append(time.monotonic())
-            self.close_connection = True
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.server.requests.append(body)
+            try:
+                left = self._answer(body)
+            except ConnectionError:  # the client was gone when the next piece was written, or it reset
+                left = True
+            if left:
+                self.server.left.append(body)
+                self.close_connection = True
+        finally:
+            self.server.count(-1)
 
-    def _answer(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append(body)
+    def _answer(self, body: dict[str, Any]) -> bool:
+        """Whether the client left before its end."""
         mode = self.server.mode
         if mode in FAULTS:
             code, error, headers = FAULTS[mode]
             self._json(code, {"error": error}, headers)
-            return
+            return False
         # 1. Head: the cache says what it knows.
         key = json.dumps({k: v for k, v in body.items() if not k.startswith("stream")}, sort_keys=True)
         hit = key in self.server.cache
@@ -94,29 +120,31 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("cache-status", 'llm-lab; hit; ttl=41; key="a;b"' if hit else "llm-lab; fwd=miss; stored")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
-        # 2. The pieces, at the mode's pace.
-        if mode == "silent" and self._left_within(30):
-            return
-        for number, word in enumerate(self.server.words):
-            if mode == "slow" and self._left_within(0.05):
-                return
+        # 2. The pieces.
+        if mode == "silent":
+            return self._left_within(None)
+        words = list(self.server.words)
+        for number, word in enumerate(itertools.cycle(words) if mode == "endless" else words):
+            if mode == "endless" and self._left_within(PACE):
+                return True
             if number == 3 and mode == "interrupted":
                 self._event({"error": {"message": "the model went away", "type": "server_error", "code": None}})
                 self._chunk(b"")
-                return
+                return False
             if number == 3 and mode == "broken-off":
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
-                return
+                return False
             self._choice({"content": word if number == 0 else " " + word})
         # 3. The end.
         self._choice({}, "stop")
-        count = len(self.server.words)
+        count = len(words)
         self._event({**CHUNK, "choices": [], "usage": {"prompt_tokens": 37, "completion_tokens": count,
                                                        "total_tokens": 37 + count}})  # fmt: skip
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
         self.server.cache.add(key)
+        return False
 
     def _choice(self, delta: dict[str, Any], finish: str | None = None) -> None:
         self._event({**CHUNK, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}], "usage": None})
@@ -128,14 +156,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         self.wfile.flush()
 
-    def _left_within(self, seconds: float) -> bool:
-        """Wait; True as soon as the client closed its end."""
-        readable, _, _ = select.select([self.connection], [], [], seconds)
-        if readable and not self.connection.recv(1, socket.MSG_PEEK):
-            self.server.left.append(time.monotonic())
-            self.close_connection = True
-            return True
-        return False
+    def _left_within(self, seconds: float | None) -> bool:
+        """Wait, without `seconds` for ever; True as soon as the client closed its end, or the test is over."""
+        while True:
+            readable, _, _ = select.select([self.connection], [], [], 0.5 if seconds is None else seconds)
+            if self.server.closing.is_set() or (readable and not self.connection.recv(1, socket.MSG_PEEK)):
+                self.close_connection = True
+                return True
+            if seconds is not None:
+                return False
 
     def _json(self, code: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         data = json.dumps(body).encode()
@@ -191,5 +220,6 @@ def stand_in() -> Iterator[StandIn]:
         try:
             yield server
         finally:
+            server.closing.set()
             server.shutdown()
             thread.join(5)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import pytest
 from fixtures_ui import StandIn, stand_in
 from lab_ui import texts
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
-from processes import free_port, process, python
+from processes import eventually, free_port, process, python
 
 if TYPE_CHECKING:
     from conftest import Lab
 
 QUESTION = "What is the capital of France?"
 HOW_TO_INSTALL = "no browser: `apt-get install chromium`, or `.venv/bin/playwright install --with-deps chromium`"
-ANSWER_MS = 60_000  # the real model on busy cores
+WAIT_MS = 60_000  # so that a test ends; the real model on busy cores needs the room
 en, ko = texts.load("en"), texts.load("ko")
 
 
@@ -48,8 +50,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
             browser.new_context(**{"locale": "en-US", "viewport": {"width": 1280, "height": 900}} | context)
         )
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
-        expect.set_options(timeout=20_000)
+        page.set_default_timeout(WAIT_MS)
+        expect.set_options(timeout=WAIT_MS)
         page.goto(url)
         return page
 
@@ -58,19 +60,41 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         context.close()
 
 
-@pytest.fixture
-def proxy() -> Iterator[StandIn]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[StandIn]:
     with stand_in() as server:
         yield server
 
 
-@pytest.fixture
-def ui_url(proxy: StandIn, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def shared_ui(shared: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A ui before the stand-in."""
+    with ui(shared, tmp_path_factory.mktemp("ui")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def ui(proxy: StandIn, folder: Path, **settings: str) -> Iterator[str]:
+    """`settings`: further UI_ variables, without the prefix and in lower case."""
     port = free_port()
     env = {"UI_PORT": str(port), "UI_PROXY_URL": proxy.url}
-    with process("ui", python("lab_ui"), port=port, log_dir=tmp_path, env=env, ready="/_stcore/health") as started:
+    env |= {f"UI_{name.upper()}": value for name, value in settings.items()}
+    with process("ui", python("lab_ui"), port=port, log_dir=folder, env=env, ready="/_stcore/health") as started:
         yield started.url
+
+
+@pytest.fixture
+def proxy(shared: StandIn) -> Iterator[StandIn]:
+    yield shared
+    shared.closing.set()  # what a failed test left
+    shared.reset()
+    shared.closing.clear()
+
+
+@pytest.fixture
+def ui_url(shared_ui: str, proxy: StandIn) -> str:
+    """The shared ui, and the stand-in as it was at its start."""
+    return shared_ui
 
 
 def ask(page: Page, question: str = QUESTION) -> None:
@@ -83,49 +107,38 @@ def button(page: Page, name: str) -> Any:
     return page.get_by_role("button", name=name)
 
 
-def until(condition: Callable[[], Any], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return bool(condition())
-
-
 # ---- the real lab ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(400)
 def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., Page]) -> None:
     """The whole way: browser, ui, proxy, redis, Ray Serve, and back."""
     page = visit(lab.ui_url)
-    # 1. A long answer first: it is seen growing, stopped, and what came stays.
+    # 1. A long answer first: it is seen growing, and stopped.
     button(page, "Write a short poem about the sea.").click()
     answer = page.get_by_test_id("stChatMessage").last
     stop = button(page, en("chat.stop"))
     stop.wait_for()
-    expect(answer).to_contain_text("Writing", timeout=ANSWER_MS)
+    expect(answer).to_contain_text("Writing")
     before = answer.inner_text()
-    assert until(lambda: len(answer.inner_text()) > len(before), 30)
+    eventually(lambda: len(answer.inner_text()) > len(before), what="the answer grows")
     stop.click()
     expect(answer).to_contain_text(en("chat.stopped"))
     expect(answer).to_contain_text(en("code.title"))
     expect(stop).to_have_count(0)  # the page is drawn piece by piece
-    kept = answer.inner_text()
-    assert len(kept) > len(en("chat.stopped")) + 20
-    time.sleep(0.5)
-    assert answer.inner_text() == kept
+    assert len(answer.inner_text()) > len(en("chat.stopped")) + 20
 
     # 2. The question of the course, in a new conversation.
     button(page, en("chat.new")).click()
     button(page, QUESTION).click()
     expect(page.get_by_test_id("stChatMessage")).to_have_count(2)
-    expect(answer).to_contain_text("TTFT", timeout=ANSWER_MS)
+    expect(answer).to_contain_text("TTFT")
     expect(answer).to_contain_text("Paris")
     expect(answer).to_contain_text(en("cache.miss"))
 
     # 3. The same again comes out of redis.
     button(page, en("chat.new")).click()
     ask(page)
-    expect(answer).to_contain_text(en("cache.hit"), timeout=ANSWER_MS)
+    expect(answer).to_contain_text(en("cache.hit"))
     expect(answer).to_contain_text("Paris")
 
     # 4. The status page knows all of it.
@@ -135,13 +148,15 @@ def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., 
 
 
 def test_a_lab_that_is_still_starting_is_shown_as_soon_as_it_is_ready(
-    ui_url: str, proxy: StandIn, visit: Callable[..., Page]
+    proxy: StandIn, visit: Callable[..., Page], tmp_path: Path
 ) -> None:
+    """Nobody has to press a button: the page looks again by itself."""
     proxy.mode = "hung"
-    page = visit(ui_url)
-    page.get_by_text(en("faults.timeout.what")).wait_for()
-    proxy.mode = "up"
-    button(page, QUESTION).wait_for()
+    with ui(proxy, tmp_path, status_timeout_seconds="0.2", refresh_seconds="1") as url:
+        page = visit(url)
+        page.get_by_text(en("faults.timeout.what")).wait_for()
+        proxy.mode = "up"
+        button(page, QUESTION).wait_for()
 
 
 # ---- languages ------------------------------------------------------------------------------------------------------
@@ -164,55 +179,46 @@ def test_the_browsers_language_comes_first_and_the_switch_changes_it(ui_url: str
 # ---- leaving in the middle ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["silent", "slow"])
-def test_stop_reaches_the_proxy_within_500_ms(
-    ui_url: str, proxy: StandIn, visit: Callable[..., Page], mode: Any
-) -> None:
-    """By the keyboard alone, before the first token and after it. The best of three."""
-    proxy.mode, proxy.words = mode, ["word"] * 2000
-
-    def seconds() -> float:
-        proxy.requests.clear()
-        proxy.left.clear()
-        page = visit(ui_url)
-        button(page, QUESTION).focus()
-        page.keyboard.press("Enter")
-        button(page, en("chat.stop")).wait_for()
-        assert until(lambda: proxy.requests, 20)
-        if mode == "slow":
-            page.get_by_text("word word").wait_for()
-        pressed = time.monotonic()
-        page.keyboard.press("Escape")
-        assert until(lambda: proxy.left, 20)
-        expect(page.get_by_text(en("chat.stopped"))).to_be_visible()
-        expect(page.get_by_text("word word")).to_have_count(1 if mode == "slow" else 0)
-        expect(button(page, en("chat.stop"))).to_have_count(0)
-        return proxy.left[0] - pressed
-
-    assert min(seconds() for _ in range(3)) < 0.5
-
-
-@pytest.mark.parametrize("how", ["reload", "close", "status page"])
-def test_leaving_the_page_leaves_no_request_running(
-    ui_url: str, proxy: StandIn, visit: Callable[..., Page], how: str
-) -> None:
-    proxy.mode, proxy.words = "slow", ["word"] * 2000
+@pytest.mark.parametrize("mode", ["silent", "endless"])
+def test_stop_reaches_the_proxy(ui_url: str, proxy: StandIn, visit: Callable[..., Page], mode: Any) -> None:
+    """By the keyboard alone, before the first token and after it, of an answer without an end; what came stays."""
+    proxy.mode, proxy.words = mode, ["word"]
     page = visit(ui_url)
-    ask(page)
-    page.get_by_text("word word").wait_for()
-    if how == "reload":
-        page.reload()
-    elif how == "close":
-        page.close()
-    else:
-        page.get_by_role("link", name=en("nav.status")).click()
-    assert until(lambda: proxy.left, 8)
+    button(page, QUESTION).focus()
+    page.keyboard.press("Enter")
+    button(page, en("chat.stop")).wait_for()
+    eventually(lambda: proxy.requests)
+    if mode == "endless":
+        page.get_by_text("word word").wait_for()
+    page.keyboard.press("Escape")
+    eventually(lambda: proxy.left)
+    expect(page.get_by_text(en("chat.stopped"))).to_be_visible()
+    expect(page.get_by_text("word word")).to_have_count(1 if mode == "endless" else 0)
+    expect(button(page, en("chat.stop"))).to_have_count(0)
+
+
+def test_leaving_the_page_leaves_no_request_running(ui_url: str, proxy: StandIn, visit: Callable[..., Page]) -> None:
+    """Three readers side by side, each leaves in a way of its own; their answers have no end."""
+    proxy.mode, proxy.words = "endless", ["word"]
+    leave: dict[str, Callable[[Page], object]] = {
+        "reload": lambda page: page.reload(),
+        "close": lambda page: page.close(),
+        "another page": lambda page: page.get_by_role("link", name=en("nav.status")).click(),
+    }
+    pages = {how: visit(ui_url) for how in leave}
+    for how, page in pages.items():
+        ask(page, how)
+    for how, page in pages.items():
+        page.get_by_text("word word").wait_for()
+        leave[how](page)
+    eventually(lambda: sorted(body["messages"][-1]["content"] for body in proxy.left) == sorted(leave))
 
 
 def test_another_question_takes_the_place_of_the_running_one(
     ui_url: str, proxy: StandIn, visit: Callable[..., Page]
 ) -> None:
-    proxy.mode, proxy.words = "slow", ["word"] * 2000
+    """The running answer, which would never end, is stopped and stays."""
+    proxy.mode, proxy.words = "endless", ["word"]
     page = visit(ui_url)
     ask(page)
     page.get_by_text("word word").wait_for()
@@ -220,7 +226,8 @@ def test_another_question_takes_the_place_of_the_running_one(
     ask(page)
     expect(page.get_by_text("Paris.", exact=True)).to_be_visible()
     expect(page.get_by_text(en("chat.stopped"))).to_be_visible()
-    assert until(lambda: proxy.left, 1)
+    expect(page.get_by_text("word word").first).to_be_visible()
+    eventually(lambda: proxy.left)
 
 
 # ---- untrusted answers ----------------------------------------------------------------------------------------------
@@ -239,52 +246,45 @@ def test_an_answer_cannot_make_the_browser_load_anything(
     ask(page)
     page.get_by_text("TTFT").wait_for()
     # The policy itself, without our escaping.
-    page.evaluate("url => { document.body.append(Object.assign(new Image(), {src: url})) }", f"{proxy.url}/leak.png")
-    time.sleep(1)
-    assert proxy.fetched == []
+    refused = "url => new Promise(over => document.body.append(Object.assign(new Image(), {onerror: over, src: url})))"
+    page.evaluate(refused, f"{proxy.url}/leak.png")
+    httpx2.get(f"{proxy.url}/afterwards")
+    assert proxy.fetched == ["/afterwards"]
     assert page.locator("[data-testid=stChatMessage] img").count() == 0
-
-
-def test_no_page_loads_anything_from_elsewhere(ui_url: str, visit: Callable[..., Page], browser: Browser) -> None:
-    context = browser.new_context(locale="ko-KR")
-    page = context.new_page()
-    foreign: list[str] = []
-    own = ("data:", "blob:", ui_url)
-    page.on("request", lambda request: None if request.url.startswith(own) else foreign.append(request.url))
-    page.goto(ui_url)
-    page.get_by_text(ko("chat.intro")).wait_for()
-    ask(page)
-    page.get_by_text("TTFT").wait_for()
-    page.get_by_text(ko("code.title")).click()
-    page.get_by_role("link", name=ko("nav.status")).click()
-    page.get_by_text(ko("status.all_up")).wait_for()
-    context.close()
-    assert foreign == []
 
 
 # ---- narrow, long ---------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_cut_on_a_phone(ui_url: str, visit: Callable[..., Page]) -> None:
-    page = visit(ui_url, viewport={"width": 390, "height": 844}, locale="ko-KR")
+def test_nothing_is_cut_on_a_phone_or_loaded_from_elsewhere(ui_url: str, visit: Callable[..., Page]) -> None:
+    """A walk over both pages, in Korean."""
+    page = visit("about:blank", viewport={"width": 390, "height": 844}, locale="ko-KR")
+    foreign: list[str] = []
+    own = ("data:", "blob:", ui_url)
+    page.on("request", lambda request: None if request.url.startswith(own) else foreign.append(request.url))
+    wide = "document.querySelector('.stMain').scrollWidth"
+    page.goto(ui_url)
+    page.get_by_text(ko("chat.intro")).wait_for()
     ask(page)
     page.get_by_text("TTFT").wait_for()
     page.get_by_text(ko("code.title")).click()
     page.get_by_text("from openai import").wait_for()
-    wide = "document.querySelector('.stMain').scrollWidth"
     assert page.evaluate(wide) <= 390
     page.goto(f"{ui_url}/status")
     page.get_by_text(ko("status.all_up")).wait_for()
     assert page.evaluate(wide) <= 390
+    assert foreign == []
 
 
-def test_a_very_long_answer_stays_responsive(ui_url: str, proxy: StandIn, visit: Callable[..., Page]) -> None:
-    """8,000 words at the speed of a cache hit, and the switch of the language reacts at once after it."""
+def test_a_very_long_answer_is_shown_whole_and_the_page_goes_on(
+    ui_url: str, proxy: StandIn, visit: Callable[..., Page]
+) -> None:
+    """8,000 words at the speed of a cache hit; after it the language can be switched."""
     proxy.words = [f"word{number}" for number in range(8000)]
     page = visit(ui_url)
     ask(page)
     page.get_by_text("TTFT").wait_for()
-    started = time.monotonic()
+    shown = page.get_by_test_id("stChatMessage").last.inner_text()
+    assert re.findall(r"word\d+", shown) == proxy.words
     page.get_by_text("한국어").click()
     page.get_by_text(ko("chat.new")).wait_for()
-    assert time.monotonic() - started < 3

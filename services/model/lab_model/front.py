@@ -56,6 +56,8 @@ defaults
 {errors}
 frontend front
     bind {host}:{port}
+    # Ray decodes it as UTF-8, and fails on a request where it is none.
+    http-request del-header x-request-id if {{ req.fhdr(x-request-id) -m reg [^[:print:]] }}
     # What names its model in the body goes straight to it. Of a body larger than the buffer, 16 kB, nothing is known.
     http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
     http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}
