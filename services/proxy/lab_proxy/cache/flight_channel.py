@@ -141,6 +141,10 @@ class FlightChannel:
             self._publish(process, {"k": "gone", "f": flight.token})
         flight.remote_subscribers.clear()
 
+    def wait_for_followers(self, flight: Flight) -> None:
+        """The flight has no subscriber: check it again after the time that another process needs to join."""
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._on_deserted, flight)
+
     def mark_dirty(self, flight: Flight) -> None:
         """The flight has something to send to its followers."""
         self._dirty.add(flight)
@@ -227,7 +231,7 @@ class FlightChannel:
             if not flight.remote_subscribers:
                 self.leading.pop(flight.token, None)
         elif not flight.subscribers and not flight.remote_subscribers:
-            asyncio.get_running_loop().call_later(GRACE_SECONDS, self._on_deserted, flight)
+            self.wait_for_followers(flight)
 
     async def _beat(self, address: Address) -> None:
         """Renew leases, ping followers, remove silent ones, and connect again after a loss."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from ..redis.address import Address
 from .flight import Flight, Lease, Subscriber
-from .flight_channel import GRACE_SECONDS, FlightChannel
+from .flight_channel import FlightChannel
 
 Fetch = Callable[[Flight], Awaitable[None]]
 
@@ -101,7 +101,7 @@ class SingleFlight:
                 flight.abandon()  # it left before its lookup: another one looks
         elif not flight.done and not flight.subscribers and not flight.remote_subscribers:
             if flight.holds_lease:
-                asyncio.get_running_loop().call_later(GRACE_SECONDS, self._abandon, flight)
+                self.channel.wait_for_followers(flight)
             else:
                 self._abandon(flight)
 
