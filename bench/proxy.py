@@ -34,6 +34,7 @@ import psutil
 import redis
 import uvloop
 
+from bench import reactions
 from bench.processes import Server, free_port, on, server
 from bench.report import ROOT, BenchError, Row, machine, page, save, say
 
@@ -490,6 +491,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "flights": flights,
     "entries": entries,
     "workers": workers,
+    **reactions.SECTIONS,
 }
 
 

@@ -2,7 +2,8 @@
 
 Speaks as much HTTP as aiohttp and wrk do, no more. The model's name chooses the answer:
 `gpt-bench` JSON of 0.5 kB, or with `"stream":true` 64 chunks at once; `gpt-steps` 16 chunks, 5 ms apart;
-`gpt-slow` 20 chunks, 250 ms apart. `GET /calls` tells how many were asked for; any other GET gets an empty list.
+`gpt-slow` 20 chunks, 250 ms apart; `gpt-late` JSON after 5 s; embeddings get vectors of 8 numbers. `GET /calls` tells
+how many were asked for and how many callers left before the end; any other GET gets an empty list.
 """
 
 from __future__ import annotations
@@ -53,7 +54,19 @@ _LAST = chunk(event({}, "stop")) + chunk(event({}, usage=_USAGE)) + chunk(b"data
 _WORD = chunk(event({"content": "word "}))
 _LISTED = b'{"object":"list","data":[]}'
 
-calls = 0
+_INPUT = re.compile(rb'"input":\[([^\]]*)\]')
+LATE_SECONDS = 5.0
+
+calls = left = 0
+
+
+def vectors(body: bytes) -> bytes:
+    """An embeddings answer with one short vector for each input, whose texts hold no comma."""
+    found = _INPUT.search(body)
+    count = found[1].count(b",") + 1 if found else 1
+    data = [{"object": "embedding", "index": n, "embedding": [0.5] * 8} for n in range(count)]
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return orjson.dumps({"object": "list", "model": "text-embedding-bench", "data": data, "usage": usage})
 
 
 class Connection(asyncio.Protocol):
@@ -61,10 +74,15 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._got = b""
+        self._busy = 0  # answers that are not over
         self._later = asyncio.get_running_loop().call_later
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        global left  # noqa: PLW0603 - one process, one count
+        left += self._busy
 
     def data_received(self, data: bytes) -> None:
         self._got += data
@@ -79,14 +97,20 @@ class Connection(asyncio.Protocol):
     def _asked(self, head: bytes, body: bytes) -> None:
         global calls  # noqa: PLW0603 - one process, one count
         if head.startswith(b"GET"):
-            said = b'{"total":%d}' % calls if head.startswith(b"GET /calls ") else _LISTED
-            self._put(_JSON % len(said) + said)
+            said = b'{"total":%d,"left":%d}' % (calls, left) if head.startswith(b"GET /calls ") else _LISTED
+            self.transport.write(_JSON % len(said) + said)
             return
         calls += 1
+        self._busy += 1
         model = _MODEL.search(body)
         count, between = STEPS.get(model[1] if model else b"", (CHUNKS, 0.0))
-        if not _STREAM.search(body):
-            self._later(DELAY, self._put, _JSON % len(ANSWER) + ANSWER)
+        if b"/embeddings" in head:
+            said = vectors(body)
+            self._later(DELAY, self._put, _JSON % len(said) + said)
+        elif not _STREAM.search(body):
+            self._later(
+                LATE_SECONDS if model and model[1] == b"gpt-late" else DELAY, self._put, _JSON % len(ANSWER) + ANSWER
+            )
         elif between:
             self._later(DELAY, self._step, count, between, _SSE)
         else:
@@ -104,6 +128,7 @@ class Connection(asyncio.Protocol):
     def _put(self, data: bytes) -> None:
         if not self.transport.is_closing():
             self.transport.write(data)
+            self._busy -= 1
 
 
 async def main(port: int) -> None:

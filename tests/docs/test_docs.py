@@ -12,10 +12,10 @@ from typing import Any
 
 import lab_load.settings
 import lab_model.settings
+import lab_proxy.endpoints
 import lab_proxy.settings
 import lab_ui.settings
 import pytest
-import yaml
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
@@ -55,9 +55,7 @@ def settings_table() -> str:
 
 
 def defaults_table() -> str:
-    tables: dict[str, Any] = yaml.safe_load((ROOT / "services/proxy/lab_proxy/upstreams/routes.yaml").read_text())[
-        "defaults"
-    ]
+    tables: dict[str, Any] = lab_proxy.endpoints.default_tables()
     rows = ["| upstream | endpoint | field: default |", "|---|---|---|"]
     for upstream, endpoints in tables.items():
         for endpoint, fields in endpoints.items():

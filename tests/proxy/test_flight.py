@@ -24,10 +24,12 @@ import httpx2
 import pytest
 import redis.asyncio as aioredis
 from fixtures_proxy import HURRIED_MS, UPSTREAM_KEY, control_client, mock, new, proxy, redis_url
-from lab_proxy import flight as module
-from lab_proxy.entry import Entry
-from lab_proxy.errors import TooSlow, UpstreamDown, UpstreamRefused
-from lab_proxy.flight import BEAT_SECONDS, CHANNEL, LEASE, LEASE_SECONDS, Flight, FlightLost, Flights, Seat
+from lab_proxy.cache import flight_channel
+from lab_proxy.cache.entry import Entry
+from lab_proxy.cache.flight import LEASE, LEASE_SECONDS, Flight, FlightLost, Subscriber
+from lab_proxy.cache.flight_channel import BEAT_SECONDS, CHANNEL
+from lab_proxy.cache.single_flight import SingleFlight
+from lab_proxy.errors import SlowReader, UpstreamDown, UpstreamRefused
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from processes import (
@@ -58,7 +60,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 async def flights(server: Process | None) -> AsyncIterator[SingleFlight]:
     made = SingleFlight(redis_url(server) if server else None, limit=LIMIT)
     await made.start()
-    assert made.connected == bool(server)
+    assert made.channel.connected == bool(server)
     try:
         yield made
     finally:
@@ -102,7 +104,7 @@ class Upstream:
 
     def followed(self) -> bool:
         """Whether another process follows the flight."""
-        return self.flight is not None and bool(self.flight.listeners)
+        return self.flight is not None and bool(self.flight.remote_subscribers)
 
 
 async def take_off(seat: Subscriber, server: Process | None, fetch: Fetch) -> None:
@@ -118,12 +120,12 @@ async def take_off(seat: Subscriber, server: Process | None, fetch: Fetch) -> No
 
 
 async def hear(
-    flights: Flights, name: str, server: Process | None, fetch: Fetch,
+    flights: SingleFlight, name: str, server: Process | None, fetch: Fetch,
     *, heard: list[bytes] | None = None, gate: asyncio.Event | None = None,
 ) -> list[bytes]:  # fmt: skip
     """All parts. `heard` has them as they come; after each of its reads it waits for `gate`."""
     said: list[bytes] = [] if heard is None else heard
-    with flights.board(name) as seat:
+    with flights.join(name) as seat:
         await take_off(seat, server, fetch)
         await seat.head()
         async for parts in seat.parts():
@@ -138,7 +140,7 @@ async def leave(task: asyncio.Task[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def another_is_let_go(flights: Flights, server: Process) -> None:
+async def another_is_let_go(flights: SingleFlight, server: Process) -> None:
     """One more flight of this process, left by its only listener, is over: so is each one that was left before."""
     up = Upstream()
     task = asyncio.create_task(hear(flights, new(), server, up.fetch))
@@ -157,7 +159,7 @@ async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[SingleFlig
     early = [asyncio.create_task(hear(two[n % 2], name, server, up.fetch, heard=said)) for n, said in enumerate(heard)]
     up.say(b"a", b"b")
     await eventually_async(lambda: heard == [[b"a", b"b"]] * 40)
-    with two[1].board(name) as late:
+    with two[1].join(name) as late:
         assert not late.first
         await take_off(late, server, up.fetch)
         stream = late.parts()
@@ -178,12 +180,12 @@ async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[SingleFli
     name, found = new(), [Entry(b"{}", 10, 0.0)]
     with two[0].join(name) as first, two[0].join(name) as second:
         assert (first.first, second.first) == (True, False)
-        first.flight.land(found)
-        assert await second.found() is found
+        first.flight.resolve_from_cache(found)
+        assert await second.cached_entries() is found
     with contextlib.ExitStack() as leaving:
-        first = leaving.enter_context(two[0].board(name))
-        with two[0].board(name) as second:
-            waiting = asyncio.create_task(second.found())
+        first = leaving.enter_context(two[0].join(name))
+        with two[0].join(name) as second:
+            waiting = asyncio.create_task(second.cached_entries())
             await asyncio.sleep(0)
             assert first.first
             leaving.close()
@@ -195,7 +197,7 @@ async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[SingleFli
 
 @pytest.mark.parametrize("follower", ["stays", "leaves"])
 async def test_flight_f2_goes_on_while_another_process_listens(
-    server: Process, two: tuple[Flights, Flights], follower: str
+    server: Process, two: tuple[SingleFlight, SingleFlight], follower: str
 ) -> None:
     """The leader's client leaves: the follower gets the rest. Both have left: the upstream is let go."""
     up, name = Upstream(), new()
@@ -218,7 +220,7 @@ async def test_flight_f2_goes_on_while_another_process_listens(
 
 @pytest.mark.parametrize("ending", ["whole", "failed", "left"])
 async def test_flight_f2_nothing_is_kept_of_a_flight_that_is_over(
-    server: Process, two: tuple[Flights, Flights], ending: str
+    server: Process, two: tuple[SingleFlight, SingleFlight], ending: str
 ) -> None:
     """Its parts may be large: however a flight ends, both processes drop it, at the latest with the next one."""
 
@@ -228,7 +230,7 @@ async def test_flight_f2_nothing_is_kept_of_a_flight_that_is_over(
         await eventually_async(lambda: up.calls)
         tasks += [asyncio.create_task(hear(two[1], name, server, up.fetch))]
         await eventually_async(up.followed)
-        with two[0].board(name) as leads, two[1].board(name) as follows:
+        with two[0].join(name) as leads, two[1].join(name) as follows:
             assert (leads.first, follows.first) == (False, False)
             return up, tasks, [weakref.ref(leads.flight), weakref.ref(follows.flight)]
 
@@ -274,12 +276,12 @@ async def test_flight_f3_errors_are_everybodys(
 
 
 async def test_flight_f3_one_takes_over_from_a_dead_lease(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease of a process that is no more: its followers wait for it to run out, then exactly one of them leads."""
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.15)
-    monkeypatch.setattr(module, "DEAF_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(flight_channel, "SILENCE_SECONDS", 0.15)
+    monkeypatch.setattr(flight_channel, "DEAF_SECONDS", NEVER)
     up, name, dead = Upstream(), new(), "0123456789abcdef"
     async with (
         asyncio.timeout(GENEROUS_SECONDS), aioredis.Redis.from_url(redis_url(server)) as client,
@@ -302,12 +304,12 @@ async def test_flight_f3_one_takes_over_from_a_dead_lease(
 
 
 async def test_flight_f3_a_living_leader_keeps_its_lease(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flight that takes longer than its lease, with nobody following yet, is still the one to follow: its leader
     gives the lease new life again and again."""
     assert 3 * BEAT_SECONDS < LEASE_SECONDS, "a lease is renewed after two beats or three"
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)
     up, name = Upstream(), new()
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
     await eventually_async(lambda: up.calls)
@@ -327,14 +329,14 @@ async def test_flight_f3_a_living_leader_keeps_its_lease(
 
 
 async def test_flight_f3_a_forgotten_lease_costs_nothing(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease whose flight is over (its answer was not stored, or its client left while redis was asked) holds nobody
     up, though it never runs out: the leading process says that it does not know it."""
-    monkeypatch.setattr(module, "DEAF_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "DEAF_SECONDS", NEVER)
     for leader in two:
         up, name = Upstream(), new()
-        process = leader.board("").flight.token.partition(".")[0]
+        process = leader.join("").flight.token.partition(".")[0]
         async with aioredis.Redis.from_url(redis_url(server)) as client:
             await client.set(LEASE + name, f"{process}.99999")
         up.say(b"a", None)
@@ -345,7 +347,7 @@ async def test_flight_f3_a_forgotten_lease_costs_nothing(
 
 async def test_flight_f4_without_a_name_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flight without a name is its own request's alone, and ends with it: nobody else could want it."""
-    monkeypatch.setattr(module, "GRACE_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "GRACE_SECONDS", NEVER)
     async with flights(None) as alone:
         ups = [Upstream(), Upstream()]
         tasks = [asyncio.create_task(hear(alone, "", None, up.fetch)) for up in ups]
@@ -391,12 +393,12 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(
 
 
 async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connections are cut again and again in the middle of a flight, at its end too: the follower has every part
     once."""
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)  # the interval at which they connect again
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)  # the interval at which they connect again
+    monkeypatch.setattr(flight_channel, "PATIENCE_SECONDS", NEVER)
     up, name = Upstream(), new()
     heard: list[bytes] = []
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -418,7 +420,7 @@ async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
             say()
             if turn < 2:
                 await eventually_async(lambda: heard == said)
-                await eventually_async(lambda: two[0].connected and two[1].connected)
+                await eventually_async(lambda: two[0].channel.connected and two[1].channel.connected)
         up.say(None)
     assert await follower == said
     assert await leader == said
@@ -427,7 +429,7 @@ async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
 
 async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
     """Garbage in the channel, at the lease's name, or a list there: no flight across processes, no fault."""
-    process = two[0].board("").flight.token.partition(".")[0]
+    process = two[0].join("").flight.token.partition(".")[0]
     async with aioredis.Redis.from_url(redis_url(server)) as client:
         for junk in (
             b"",
@@ -466,7 +468,7 @@ async def test_flight_x1_redis_gone_each_process_goes_on_alone(
 ) -> None:
     """Redis paused or killed while a follower waits: it asks itself; a follower in mid-stream gets the rest when redis
     is back."""
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "PATIENCE_SECONDS", NEVER)
     with redis_server(tmp_path) as server:
         async with flights(server) as one, flights(server) as other:
             up, waiting, running = Upstream(), new(), new()
@@ -500,7 +502,7 @@ async def test_flight_x1_redis_gone_each_process_goes_on_alone(
                 async with asyncio.timeout(GENEROUS_SECONDS):
                     assert await asyncio.gather(*told) == [[b"a", b"b", b"c"]] * 2
                 assert stream.calls == 1
-                await eventually_async(lambda: one.connected and other.connected)
+                await eventually_async(lambda: one.channel.connected and other.channel.connected)
 
 
 # ---- two proxy processes

@@ -22,11 +22,10 @@ import pytest
 from fixtures_keys import ADMIN_KEY, Holder, School, school_on
 from fixtures_proxy import CHAT_MODEL, new, redis_url, state
 from lab_proxy import __main__ as program
-from lab_proxy import keyring, keys
-from lab_proxy.errors import KeyRefused
-from lab_proxy.keys import weakness
-from lab_proxy.link import connect
-from lab_proxy.settings import Settings
+from lab_proxy.errors import InvalidKey
+from lab_proxy.keys import authentication, store
+from lab_proxy.redis.link import connect
+from lab_proxy.settings import Settings, admin_key_weakness
 from processes import eventually, free_port, python, redis_server
 
 
@@ -119,21 +118,21 @@ async def test_a_key_that_ends_is_refused_also_when_it_was_good_before(
 ) -> None:
     """The end of its time, or of its grace after a rotation, needs no message from redis, only the worker's clock."""
     client = connect(redis_url(school.redis))
-    ring = keyring.Ring(client)
-    worker = keys.Keys(client, timeout=60)
+    ring = store.KeyStore(client)
+    worker = authentication.Authenticator(client, timeout=60)
     await worker.start()
     ((key, secret),) = await ring.create(
-        [keyring.terms({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
+        [store.key_spec({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
     )
     if end == "of the grace":
         await ring.rotate(key.id, 86_400)
     headers = {"authorization": f"Bearer {secret}"}
     for _ in range(2):
-        assert (await worker.identify(headers)).key_id == key.id
+        assert (await worker.authenticate(headers)).key_id == key.id
     clock = types.SimpleNamespace(time=lambda: time.time() + 86_401, monotonic=time.monotonic)
-    monkeypatch.setattr(keys, "time", clock)
-    with pytest.raises(KeyRefused, match=message):
-        await worker.identify(headers)
+    monkeypatch.setattr(authentication, "time", clock)
+    with pytest.raises(InvalidKey, match=message):
+        await worker.authenticate(headers)
     await worker.stop()
     await client.aclose()
 
@@ -381,7 +380,7 @@ async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) ->
 )  # fmt: skip
 def test_a_weak_admin_key_is_refused(key: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Short, common, repeated, a sequence: exit code 2 and a line with the variable, never with the key."""
-    assert weakness(key)
+    assert admin_key_weakness(key)
     monkeypatch.setenv("PROXY_ADMIN_KEY", key)
     assert program.main(["keys", "list"]) == 2
     _names_the_variable(capsys.readouterr().err, key)

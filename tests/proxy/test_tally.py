@@ -29,6 +29,7 @@ from lab_model.generator import Work
 from lab_model.tally import SLOTS, Tally, Used, find
 from lab_model.text import Text
 from lab_proxy.errors import UpstreamDown
+from lab_proxy.ledger import reconciliation as asking
 from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, redis_server
 from prometheus_client import REGISTRY
 
@@ -271,7 +272,7 @@ async def test_cache_a1_a_model_that_is_down_is_asked_again() -> None:
     tally = asking.Reconciliation(model.get, ends.append)
     await tally.start()
     try:
-        tally.expect("a", heard.put_nowait)
+        tally.enqueue("a", heard.put_nowait)
         assert await asyncio.wait_for(heard.get(), 60) == (3, 4, 1)
     finally:
         await tally.stop()
@@ -285,7 +286,7 @@ async def test_cache_a1_what_the_model_does_not_tell_is_given_up(monkeypatch: py
     ends: asyncio.Queue[str] = asyncio.Queue()
     tally = asking.Reconciliation(Model({}).get, ends.put_nowait)
     await tally.start()
-    tally.expect("a", lambda _: pytest.fail("nobody knows"))
+    tally.enqueue("a", lambda _: pytest.fail("nobody knows"))
     assert await asyncio.wait_for(ends.get(), 60) == "unknown"
     monkeypatch.setattr(asking, "PATIENCE_SECONDS", 60)
     for number in range(asking.MOST_OPEN + 1):

@@ -27,6 +27,8 @@ from fixtures_proxy import (
     state,
 )
 from lab_proxy.settings import Settings
+from lab_proxy.upstreams.breaker import LEAST_CALLS, PROBE_SECONDS, WINDOW_SECONDS, CircuitBreaker
+from lab_proxy.upstreams.routes import AutoRow, Routes
 from processes import Process, free_port
 
 PACKAGED = Path(__file__).parents[2] / "services/proxy/lab_proxy/upstreams/routes.yaml"
@@ -595,7 +597,7 @@ def test_a_routes_terms_reach_its_targets(tmp_path: Path) -> None:
     routes = Routes(Settings(routes_file=file, openai_api_key="k"))  # type: ignore[arg-type]  # pydantic makes it secret
     target = routes.resolve("m", {"m": {"revision": "r"}})
     for each in (target, *target.fallbacks):
-        assert (each.samples, each.swr, each.stale_if_error, each.ttl) == (3, 60, 600, 5)
+        assert (each.samples, each.stale_while_revalidate, each.stale_if_error, each.ttl) == (3, 60, 600, 5)
     assert [(each.upstream, each.model) for each in target.fallbacks] == [("openai", "gpt-x")]
 
 
