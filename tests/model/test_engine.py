@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
+import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from driven import Clock, Driven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_model import weights
@@ -22,11 +23,11 @@ from lab_model.engine import (
     Engine,
     EngineClosedError,
     EngineFaultError,
-    Event,
     QueueFullError,
     Request,
     RequestTooLongError,
     Runner,
+    Span,
     UnknownTokenError,
 )
 from lab_model.graphs import Graphs
@@ -34,76 +35,30 @@ from lab_model.llama import Llama
 from lab_model.pages import PAGE_TOKENS
 from lab_model.plain import Plain
 from lab_model.sampling import Sampling
+from processes import eventually
+from tiny import one_thread  # noqa: F401 - of all tests here
 
 # Every architecture by transformers' own forward, and those of the family by ours too.
 RUNNERS = ("llama", "llama plain", "qwen2", "qwen3", "qwen3 plain", "gpt2 plain")
+
+
+# Models that no test changes.
+model_of = cache(tiny.model)
 
 
 def runner(model: Any, *, plain: bool = False) -> Runner:
     return Plain(model) if plain else Llama(weights.from_model(model), model.device, model.dtype)
 
 
-class Bench:
-    """An engine and what it delivered, by request."""
-
-    def __init__(self, model: Any, **limits: int) -> None:
-        """model: a runner, or a transformers model of the family."""
-        self.tokens: dict[Request, list[int]] = {}
-        self.ended: dict[Request, Event] = {}
-        self.steps: queue.Queue[list[Event]] = queue.Queue()
-        self._changed = threading.Condition()
-        self.engine = Engine(model if hasattr(model, "prefill") else runner(model), self._deliver, **limits)
-        self.engine.start()
-
-    def _deliver(self, events: list[Event]) -> None:
-        with self._changed:
-            for event in events:
-                assert event.request not in self.ended, "an event after the end"
-                self.tokens.setdefault(event.request, []).extend(event.tokens)
-                if event.finish or event.error:
-                    self.ended[event.request] = event
-            self._changed.notify_all()
-
-    def wait(self, requests: Sequence[Request], timeout: float = 60) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: all(r in self.ended for r in requests), timeout), "not finished"
-
-    def started(self, request: Request, timeout: float = 60) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self.tokens.get(request), timeout), "no first token"
-
-    def answer(self, *requests: Request) -> list[list[int]]:
-        self.engine.submit(*requests)
-        self.wait(requests)
-        return [self.tokens[request] for request in requests]
-
-    def fails(self, request: Request) -> None:
-        """It ends as one whose step failed."""
-        self.engine.submit(request)
-        self.wait([request])
-        assert isinstance(self.ended[request].error, EngineFaultError)
-
-    def settled(self) -> None:
-        """Nothing runs, nothing waits, every page is free."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            stats = self.engine.stats()
-            if (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0):
-                return
-            time.sleep(0.01)
-        raise AssertionError(self.engine.stats())
-
-
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    return tiny.model("llama")
+    return model_of("llama")
 
 
 @pytest.fixture
-def bench(llama: Any) -> Iterator[Bench]:
-    made = Bench(llama)
-    yield made
-    made.engine.close()
+def driven(llama: Any) -> Iterator[Driven]:
+    with Driven(runner(llama)) as started:
+        yield started
 
 
 def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
@@ -116,8 +71,8 @@ def asking(prompt: Sequence[int], tokens: int) -> Request:
     return Request(prompt, tokens, stop_ids=frozenset({0}))
 
 
-def reference(model: Any, prompt: list[int], tokens: int) -> list[int]:
-    """transformers' own greedy answer, by `generate`, up to its end-of-sequence token."""
+@cache
+def generated(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=1
@@ -126,25 +81,27 @@ def reference(model: Any, prompt: list[int], tokens: int) -> list[int]:
     return new[: new.index(0)] if 0 in new else new
 
 
+def reference(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
+    """transformers' own greedy answer, by `generate`, up to its end-of-sequence token."""
+    return generated(model, tuple(prompt), tokens)
+
+
 @pytest.mark.parametrize("which", RUNNERS)
 def test_greedy_equals_generate(which: str) -> None:
     """Greedy decoding gives `generate`'s tokens in any batch; the lengths lie around a page and a piece of prefill."""
     architecture, _, plain = which.partition(" ")
-    model = tiny.model(architecture)
-    bench = Bench(runner(model, plain=bool(plain)))
-    try:
+    model = model_of(architecture)
+    with Driven(runner(model, plain=bool(plain))) as driven:
         asked = prompts(1, 2, 31, 32, 33, 65, 200, 257, 511, 513, 700)
-        got = bench.answer(*[asking(p, 40) for p in asked])
+        got = driven.answer(*[asking(p, 40) for p in asked])
         for prompt, answer in zip(asked, got, strict=True):
             assert answer == reference(model, prompt, 40), len(prompt)
-        bench.settled()
-    finally:
-        bench.engine.close()
+        driven.settled()
 
 
 def test_logits_are_for_an_engine_at_rest() -> None:
     """A runner is for one thread: who asks beside a request is told so, and may ask when it has ended."""
-    engine = Engine(runner(tiny.model("llama")), lambda events: None, kv_tokens=256)
+    engine = Engine(runner(model_of("llama")), lambda events: None, kv_tokens=256)
     asked = Request([5, 6, 7], 2)
     engine.submit(asked)
     with pytest.raises(RuntimeError, match="requests"):
@@ -161,112 +118,122 @@ def test_steps_of_one_shape_equal_generate(device: str) -> None:
     model = tiny.model("qwen3").to(device)
     made = Llama(weights.from_model(model), torch.device(device), torch.float32)
     made.graphs = Graphs(made.step, torch.device(device))
-    bench = Bench(made)
-    try:
+    with Driven(made) as driven:
         asked = prompts(1, 5, 33, 40, 64, 100, 300)
-        got = bench.answer(*[asking(p, 40) for p in asked])
+        got = driven.answer(*[asking(p, 40) for p in asked])
         assert got == [reference(model, p, 40) for p in asked]
-    finally:
-        bench.engine.close()
 
 
-def test_batched_equals_alone(bench: Bench) -> None:
+def test_batched_equals_alone(driven: Driven) -> None:
     """A seeded sampled answer does not depend on who else is in the batch."""
     asked = prompts(5, 20, 40, 7, 90, 3, 12, 60)
 
     def requests() -> list[Request]:
         return [Request(p, 30, sampling=Sampling(0.9, (1.0, 0.7)[i % 2], seed=i)) for i, p in enumerate(asked)]
 
-    together = bench.answer(*requests())
-    alone = [bench.answer(request)[0] for request in requests()]
+    together = driven.answer(*requests())
+    alone = [driven.answer(request)[0] for request in requests()]
     assert together == alone
 
 
 def test_pages_run_out_and_nothing_is_lost(llama: Any) -> None:
     """With room for a few requests only, the youngest go back to the queue; their answers stay the same."""
-    bench = Bench(llama, kv_tokens=256)
-    try:
+    with Driven(runner(llama), kv_tokens=256) as driven:
         asked = prompts(*[40] * 6)
-        got = bench.answer(*[asking(p, 60) for p in asked])
-        assert bench.engine.stats().preempted > 0
+        got = driven.answer(*[asking(p, 60) for p in asked])
+        assert driven.engine.stats().preempted > 0
         assert got == [reference(llama, p, 60) for p in asked]
-        bench.settled()
-    finally:
-        bench.engine.close()
+        driven.settled()
 
 
-def test_requests_join_and_leave_between_steps(bench: Bench, llama: Any) -> None:
+def test_requests_join_and_leave_between_steps(driven: Driven, llama: Any) -> None:
     """A short request that comes later ends before a long one that came first."""
-    long, short = (Request(p, n) for p, n in zip(prompts(10, 10), (900, 5), strict=True))
-    bench.engine.submit(long)
-    bench.started(long)
-    answer, goes_on = bench.answer(short), long not in bench.ended
-    assert goes_on
-    assert answer == [reference(llama, list(short.prompt), 5)]
-    bench.engine.cancel(long)
-    bench.settled()
+    long, short = (Request(p, n) for p, n in zip(prompts(10, 10), (300, 5), strict=True))
+    with driven.paused():
+        driven.engine.submit(long)
+        driven.started(long)
+        driven.engine.submit(short)
+    driven.wait([long, short])
+    assert list(driven.ended) == [short, long]
+    assert driven.tokens[short] == reference(llama, short.prompt, 5)
+    driven.settled()
 
 
-def test_cancel_frees_the_place(bench: Bench) -> None:
-    """Cancelled in the queue or in the batch: one last event, which says so, every page free."""
+def test_cancel_frees_the_place(driven: Driven) -> None:
+    """Cancelled in the queue or in the batch: one last event, which says so; every page free; no token more."""
     asked = [Request(p, 900) for p in prompts(*[30] * 20)]
-    bench.engine.submit(*asked)
-    bench.started(asked[0])
-    bench.engine.cancel(*asked)
-    bench.settled()
-    told = {request: len(tokens) for request, tokens in bench.tokens.items()}
-    time.sleep(0.1)
-    assert told == {request: len(tokens) for request, tokens in bench.tokens.items()}
-    bench.wait(asked)
-    assert all(isinstance(bench.ended[request].error, CancelledError) for request in asked)
+    with driven.paused():
+        driven.engine.submit(*asked)
+        driven.started(asked[0])
+        driven.engine.cancel(*asked)
+        delivered = {request: list(tokens) for request, tokens in driven.tokens.items()}
+    driven.wait(asked)
+    driven.settled()
+    assert all(isinstance(driven.ended[request].error, CancelledError) for request in asked)
+    driven.answer(Request([5], 3))
+    assert {request: driven.tokens[request] for request in delivered} == delivered
+    assert not any(driven.tokens[request] for request in asked if request not in delivered)
+
+
+def test_who_is_cancelled_during_a_step_gets_nothing_of_it(llama: Any) -> None:
+    class Leaving(Llama):
+        def decode(self, *given: Any) -> torch.Tensor:
+            driven.engine.cancel(asked)
+            return super().decode(*given)
+
+    asked = Request([5] * 10, 900)
+    with Driven(Leaving(weights.from_model(llama), llama.device, llama.dtype)) as driven:
+        driven.answer(asked)
+        assert isinstance(driven.ended[asked].error, CancelledError)
+        assert len(driven.tokens[asked]) == 1  # the prefill's
 
 
 def test_queue_full_says_when_to_come_back(llama: Any) -> None:
     """All or none of a submission is taken; the refused learn a positive, finite time."""
-    bench = Bench(llama, max_running=2, max_queued=2)
-    try:
+    with Driven(runner(llama), max_running=2, max_queued=2) as driven:
         asked = [Request(p, 500) for p in prompts(*[10] * 5)]
-        bench.engine.submit(*asked[:3])
-        with pytest.raises(QueueFullError) as refused:
-            bench.engine.submit(*asked[3:])
-        assert 0 < refused.value.retry_after < 600
-        bench.engine.submit(asked[3])
-        bench.engine.cancel(*asked)
-        bench.settled()
-        bench.answer(Request([5], 3))
-    finally:
-        bench.engine.close()
+        with driven.paused():
+            driven.engine.submit(*asked[:3])
+            with pytest.raises(QueueFullError) as refused:
+                driven.engine.submit(*asked[3:])
+            assert 0 < refused.value.retry_after < math.inf
+            driven.engine.submit(asked[3])
+            driven.engine.cancel(*asked)
+        driven.settled()
+        driven.answer(Request([5], 3))
 
 
-def test_the_time_to_come_back_is_that_of_the_queue(llama: Any) -> None:
+def test_the_time_to_come_back_is_that_of_the_queue(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five have ended: the next place is free after a fourth of their time, whatever those who run may still ask."""
-    bench = Bench(llama, max_running=1, max_queued=1)
-    try:
-        began = time.monotonic()
-        for prompt in prompts(*[10] * 5):
-            bench.answer(Request(prompt, 3))
-        bench.engine.submit(*[Request(prompt, 500) for prompt in prompts(10, 11)])
-        with pytest.raises(QueueFullError) as refused:
-            bench.engine.submit(Request([5], 1))
-        assert 0 < refused.value.retry_after <= (time.monotonic() - began) / 4
-    finally:
-        bench.engine.close()
+    clock = Clock(monkeypatch)
+    with Driven(runner(llama), max_running=1, max_queued=1) as driven:
+        for prompt in prompts(*[10] * 5):  # they end at 3, 6, 9, 12 and 15
+            clock.now += 3
+            driven.answer(Request(prompt, 3))
+        with driven.paused():
+            first, second = (Request(prompt, 500) for prompt in prompts(10, 11))
+            driven.engine.submit(first, second)
+            driven.started(first)
+            clock.now += 1
+            with pytest.raises(QueueFullError) as refused:
+                driven.engine.submit(Request([5], 1))
+        assert refused.value.retry_after == pytest.approx((16 - 3) / 4)
 
 
-def test_too_long_is_refused_before_any_work(bench: Bench) -> None:
+def test_too_long_is_refused_before_any_work(driven: Driven) -> None:
     with pytest.raises(RequestTooLongError):
-        bench.engine.submit(Request([5] * 1000, 25))
-    assert bench.engine.stats().steps == 0
+        driven.engine.submit(Request([5] * 1000, 25))
+    assert driven.engine.stats().steps == 0
 
 
-def test_stop_token_ends_the_answer_and_is_not_in_it(bench: Bench, llama: Any) -> None:
+def test_stop_token_ends_the_answer_and_is_not_in_it(driven: Driven, llama: Any) -> None:
     (prompt,) = prompts(12)
     free = reference(llama, prompt, 30)
     stop = next(token for token in free[3:] if token not in free[:3])
     request = Request(prompt, 30, stop_ids=frozenset({stop}))
-    (got,) = bench.answer(request)
+    (got,) = driven.answer(request)
     assert got == free[: free.index(stop)]
-    assert bench.ended[request].finish == "stop"
+    assert driven.ended[request].finish == "stop"
     assert request.generated == len(got) + 1
 
 
@@ -294,67 +261,52 @@ class NaN(Llama):
 
 def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
     """The ill request fails; its neighbours' answers are what they would have been."""
-    bench = Bench(NaN(weights.from_model(llama), llama.device, llama.dtype))
-    try:
+    with Driven(NaN(weights.from_model(llama), llama.device, llama.dtype)) as driven:
         well = [p for p in prompts(20, 30, 40) if 7 not in p]
         requests = [asking(p, 20) for p in well]
         ill = Request([5, 7, 5], 20)
-        bench.engine.submit(*requests, ill)
-        bench.wait([*requests, ill])
-        assert isinstance(bench.ended[ill].error, EngineFaultError)
+        driven.engine.submit(*requests, ill)
+        driven.wait([*requests, ill])
+        assert isinstance(driven.ended[ill].error, EngineFaultError)
         clean = [r for r in requests if 7 not in r.tokens]
         assert clean
         for request in clean:
-            assert bench.tokens[request] == reference(llama, list(request.prompt), 20)
-        bench.settled()
+            assert driven.tokens[request] == reference(llama, request.prompt, 20)
+        driven.settled()
         # Who shares its beginning, or inherits its pages, gets none of it.
         again = asking([5] * 40, 20)
-        assert bench.answer(again) == [reference(llama, [5] * 40, 20)]
-    finally:
-        bench.engine.close()
+        assert driven.answer(again) == [reference(llama, [5] * 40, 20)]
 
 
 def test_who_leaves_half_way_leaves_no_nan_behind(llama: Any) -> None:
     """A request of which one piece is computed, NaN and all, is cancelled; two others inherit its pages."""
-    events: list[Event] = []
-    engine = Engine(
-        NaN(weights.from_model(llama), llama.device, llama.dtype), events.extend, kv_tokens=10 * PAGE_TOKENS
-    )
     ill = Request([5, 7] * 145, 20)
-    engine.submit(ill)
-    with torch.inference_mode():
-        engine._admit()
-        engine._step(events)
-        assert ill.prefilling
-        assert ill.cached == PIECE_TOKENS
-        engine.cancel(ill)
-        engine._drop(events)
-        heirs = [asking([5] * 140, 10), asking([6] * 100, 10)]  # the shorter one is padded beside the longer one
-        engine.submit(*heirs)
-        while any(heir.pages or not heir.generated for heir in heirs):
-            engine._admit()
-            engine._step(events)
-    for heir in heirs:
-        got = [token for event in events if event.request is heir for token in event.tokens]
-        assert got == reference(llama, list(heir.prompt), 10)
+    heirs = [asking([5] * 140, 10), asking([6] * 100, 10)]  # the shorter one is padded beside the longer one
+    with Driven(NaN(weights.from_model(llama), llama.device, llama.dtype), kv_tokens=10 * PAGE_TOKENS) as driven:
+        with driven.paused():
+            driven.engine.submit(ill)
+            eventually(lambda: ill.cached == PIECE_TOKENS, what="the first piece")
+            driven.engine.cancel(ill)
+            driven.engine.submit(*heirs)
+        driven.wait([ill, *heirs])
+        assert isinstance(driven.ended[ill].error, CancelledError)
+        for heir in heirs:
+            assert driven.tokens[heir] == reference(llama, heir.prompt, 10)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_token_that_the_model_does_not_have_is_refused(llama: Any, plain: bool) -> None:
     """A tokenizer may know more ids than there are embeddings: in the batch it would fail everybody."""
-    bench = Bench(runner(llama, plain=plain))
-    try:
+    with Driven(runner(llama, plain=plain)) as driven:
         running = Request([5], 50)
-        bench.engine.submit(running)
+        driven.engine.submit(running)
         for wrong in (tiny.VOCABULARY, -1):
             with pytest.raises(UnknownTokenError, match=str(wrong)):
-                bench.engine.submit(Request([5], 5), Request([5, wrong, 5], 5))
-        (got,) = bench.answer(asking([tiny.VOCABULARY - 1], 5))
+                driven.engine.submit(Request([5], 5), Request([5, wrong, 5], 5))
+        (got,) = driven.answer(asking([tiny.VOCABULARY - 1], 5))
         assert got == reference(llama, [tiny.VOCABULARY - 1], 5)
-        bench.wait([running])
-        assert bench.ended[running].finish == "length"
-    finally:
-        bench.engine.close()
+        driven.wait([running])
+        assert driven.ended[running].finish == "length"
 
 
 def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
@@ -368,45 +320,13 @@ def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
             return embedded * float("nan") if self.ill else embedded
 
     made = Once(weights.from_model(llama), llama.device, llama.dtype)
-    bench = Bench(made)
-    try:
+    with Driven(made) as driven:
         (prompt,) = prompts(300)
-        bench.fails(asking(prompt, 5))
+        driven.fails(asking(prompt, 5))
         made.ill = False
         again = asking(prompt, 5)
-        assert bench.answer(again) == [reference(llama, prompt, 5)]
+        assert driven.answer(again) == [reference(llama, prompt, 5)]
         assert again.reused == 0
-    finally:
-        bench.engine.close()
-
-
-def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) -> None:
-    class Broken(Poisoned):
-        broken = False
-
-        def __call__(self, **kwargs: Any) -> Any:
-            if self.broken:
-                raise RuntimeError("made for this test")
-            return super().__call__(**kwargs)
-
-    model = Broken(llama)
-    bench = Bench(Plain(model))
-    try:
-        (prompt,) = prompts(9)
-        model.broken = True
-        bench.fails(Request(prompt, 5))
-        model.broken = False
-        assert bench.answer(Request(prompt, 5)) == [reference(llama, prompt, 5)]
-        assert bench.engine.stats().faults == 1
-        assert bench.engine.alive
-        model.broken = True
-        for _ in range(3):
-            late = Request(prompt, 5)
-            bench.engine.submit(late)
-            bench.wait([late])
-        assert not bench.engine.alive, "a model that always fails is not ready"
-    finally:
-        bench.engine.close()
 
 
 def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: Any) -> None:
@@ -419,15 +339,12 @@ def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: An
             super().wipe(pages)
 
     made = Unwiped(weights.from_model(llama), llama.device, llama.dtype)
-    bench = Bench(made)
-    try:
+    with Driven(made) as driven:
         (prompt,) = prompts(9)
-        bench.fails(asking(prompt, 5))
+        driven.fails(asking(prompt, 5))
         made.broken = False
-        assert bench.answer(asking(prompt, 5)) == [reference(llama, prompt, 5)]
-        bench.settled()
-    finally:
-        bench.engine.close()
+        assert driven.answer(asking(prompt, 5)) == [reference(llama, prompt, 5)]
+        driven.settled()
 
 
 def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
@@ -440,16 +357,14 @@ def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
             return super().__call__(**kwargs)
 
     early, late = Request([5] * 4, 900), Request([9] * 40, 1)
-    bench = Bench(Plain(BreaksBeside(llama)))
-    try:
-        bench.engine.submit(early)
-        bench.started(early)
-        bench.engine.submit(late)
-        bench.wait([early, late], timeout=20)
-        assert bench.ended[late].finish == "length"
-        assert isinstance(bench.ended[early].error, EngineFaultError)
-    finally:
-        bench.engine.close()
+    with Driven(Plain(BreaksBeside(llama))) as driven:
+        with driven.paused():
+            driven.engine.submit(early)
+            driven.started(early)
+            driven.engine.submit(late)
+        driven.wait([early, late])
+        assert driven.ended[late].finish == "length"
+        assert isinstance(driven.ended[early].error, EngineFaultError)
 
 
 def test_a_negative_seed_is_another_seed() -> None:
@@ -458,148 +373,144 @@ def test_a_negative_seed_is_another_seed() -> None:
 
 
 def test_close_answers_everybody(llama: Any) -> None:
-    bench = Bench(llama, max_running=2)
-    asked = [Request(p, 1000) for p in prompts(*[10] * 4)]
-    bench.engine.submit(*asked)
-    bench.started(asked[0])
-    bench.engine.close()
-    bench.wait(asked)
-    assert {type(bench.ended[r].error) for r in asked} == {EngineClosedError}
-    with pytest.raises(EngineClosedError):
-        bench.engine.submit(Request([5], 1))
-    assert not bench.engine.alive
+    with Driven(runner(llama), max_running=2) as driven:
+        asked = [Request(p, 1000) for p in prompts(*[10] * 4)]
+        with driven.paused():
+            driven.engine.submit(*asked)
+            driven.started(asked[0])
+            driven.engine.close(timeout=0)
+        driven.wait(asked)
+        assert {type(driven.ended[r].error) for r in asked} == {EngineClosedError}
+        with pytest.raises(EngineClosedError):
+            driven.engine.submit(Request([5], 1))
+        assert not driven.engine.alive
 
 
-def test_idle_engine_does_nothing(bench: Bench) -> None:
-    """No busy loop: an idle second costs the thread no measurable time."""
-    bench.answer(Request([5], 3))
-    before, steps = time.process_time(), bench.engine.stats().steps
-    time.sleep(1)
-    assert time.process_time() - before < 0.1
-    assert bench.engine.stats().steps == steps
+def test_idle_engine_does_nothing(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No busy loop, no polling: after its report that nothing runs it takes no turn, and each turn reads the clock."""
+    clock = Clock(monkeypatch)
+    with Driven(runner(llama)) as driven:
+        driven.answer(Request([5], 3))
+        eventually(lambda: driven.idle, what="the report that nothing runs")
+        before = clock.read, driven.reports, driven.engine.stats().steps
+        time.sleep(0.05)  # thousands of turns of a busy loop
+        assert before == (clock.read, driven.reports, driven.engine.stats().steps)
 
 
-def test_a_shared_beginning_is_computed_once(bench: Bench, llama: Any) -> None:
+def test_a_shared_beginning_is_computed_once(driven: Driven, llama: Any) -> None:
     """The second request reuses the first one's whole pages and answers as it would alone."""
     (shared, one, two) = prompts(300, 20, 25)
     first, second = asking(shared + one, 20), asking(shared + two, 20)
-    bench.answer(first)
-    assert bench.answer(second) == [reference(llama, shared + two, 20)]
+    driven.answer(first)
+    assert driven.answer(second) == [reference(llama, shared + two, 20)]
     assert (first.reused, second.reused) == (0, 256)  # in float32: whole pieces
-    assert bench.engine.stats().reused_tokens == 256
+    assert driven.engine.stats().reused_tokens == 256
     again = asking(shared + one, 20)
-    assert bench.answer(again) == [bench.tokens[first]]
+    assert driven.answer(again) == [driven.tokens[first]]
     assert again.reused == 256
 
 
-def test_what_is_held_is_shared_while_it_runs(bench: Bench, llama: Any) -> None:
+def test_what_is_held_is_shared_while_it_runs(driven: Driven, llama: Any) -> None:
     """A running request's prompt serves the next one; when the first leaves, the second keeps its pages."""
     (shared,) = prompts(260)
     first, second = asking([*shared, 9], 700), asking([*shared, 11, 12], 30)
-    bench.engine.submit(first)
-    bench.started(first)
-    bench.engine.submit(second)
-    bench.started(second)
-    bench.engine.cancel(first)
-    bench.wait([second])
+    driven.engine.submit(first)
+    driven.started(first)
+    driven.engine.submit(second)
+    driven.started(second)
+    driven.engine.cancel(first)
+    driven.wait([second])
     assert second.reused == 256
-    assert bench.tokens[second] == reference(llama, [*shared, 11, 12], 30)
-    bench.settled()
+    assert driven.tokens[second] == reference(llama, [*shared, 11, 12], 30)
+    driven.settled()
 
 
 def test_kept_beginnings_give_way(llama: Any) -> None:
     """What nobody holds is dropped when its place is needed, the longest unused first, and nothing is lost."""
-    bench = Bench(llama, kv_tokens=640)
-    try:
+    with Driven(runner(llama), kv_tokens=640) as driven:
         for prompt in prompts(*[300] * 6):
-            assert bench.answer(asking(prompt, 10)) == [reference(llama, prompt, 10)]
-        stats = bench.engine.stats()
+            assert driven.answer(asking(prompt, 10)) == [reference(llama, prompt, 10)]
+        stats = driven.engine.stats()
         assert stats.pages_used == 0
         assert 0 < stats.pages_kept <= stats.pages_total
         (last,) = prompts(*[300] * 6)[-1:]
         again = asking(last, 10)
-        bench.answer(again)
+        driven.answer(again)
         assert again.reused == 256
-    finally:
-        bench.engine.close()
 
 
-def test_a_deadline_ends_the_request_where_it_is(llama: Any) -> None:
+def test_a_deadline_ends_the_request_where_it_is(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the queue or in the batch: DeadlineError, the place is free, the neighbour goes on."""
-    bench = Bench(llama, max_running=1)
-    decode = bench.engine._runner.decode
+    clock = Clock(monkeypatch)
 
-    def slowly(*asked: Any) -> torch.Tensor:
-        time.sleep(0.002)  # or a fast machine has 1,000 tokens before the deadline
-        return decode(*asked)
+    class SecondByToken(Llama):
+        def decode(self, *asked: Any) -> torch.Tensor:
+            clock.now += 1
+            return super().decode(*asked)
 
-    bench.engine._runner.decode = slowly  # type: ignore[method-assign]
-    try:
-        running = Request([5] * 10, 1000, deadline=time.monotonic() + 0.5)
-        queued = Request([6] * 10, 1000, deadline=time.monotonic() + 0.2)
-        patient = asking([9] * 10, 5)
-        bench.engine.submit(running, queued, patient)
-        bench.wait([running, queued, patient], timeout=20)
-        assert {type(bench.ended[r].error) for r in (running, queued)} == {DeadlineError}
-        assert 0 < len(bench.tokens[running]) < 1000
-        assert bench.tokens[queued] == []
-        assert bench.tokens[patient] == reference(llama, [9] * 10, 5)
-        bench.settled()
-    finally:
-        bench.engine.close()
+    running = Request([5] * 10, 1000, deadline=40)
+    queued = Request([6] * 10, 1000, deadline=20)
+    patient = asking([9] * 10, 5)
+    slow = SecondByToken(weights.from_model(llama), llama.device, llama.dtype)
+    with Driven(slow, max_running=1) as driven:
+        driven.engine.submit(running, queued, patient)
+        driven.wait([running, queued, patient])
+        assert list(driven.ended) == [queued, running, patient]
+        assert {type(driven.ended[r].error) for r in (running, queued)} == {DeadlineError}
+        assert len(driven.tokens[running]) == 1 + 40  # the first is the prefill's
+        assert driven.tokens[queued] == []
+        assert driven.tokens[patient] == reference(llama, [9] * 10, 5)
+        driven.settled()
 
 
-def test_a_long_prompt_lets_others_go_on(bench: Bench) -> None:
+def test_a_long_prompt_lets_others_go_on(llama: Any) -> None:
     """While 900 tokens are prefilled, a running answer gets a token between any two pieces."""
     steps: list[int] = []
-    original = bench.engine._runner.prefill
 
-    def watched(ids: Sequence[int], spans: Any) -> Any:
-        steps.append(running.generated)
-        return original(ids, spans)
+    class Watched(Llama):
+        def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+            steps.append(running.generated)
+            return super().prefill(ids, spans)
 
-    bench.engine._runner.prefill = watched  # type: ignore[method-assign]
     running, long = Request([5] * 10, 900), asking(prompts(900)[0], 2)
-    bench.engine.submit(running)
-    bench.started(running)
-    steps.clear()
-    bench.engine.submit(long)
-    bench.wait([long])
-    assert len(steps) == 4  # pieces of 256
-    assert [b - a for a, b in itertools.pairwise(steps)] == [1, 1, 1]
-    bench.engine.cancel(running)
-    bench.settled()
+    with Driven(Watched(weights.from_model(llama), llama.device, llama.dtype)) as driven:
+        with driven.paused():
+            driven.engine.submit(running)
+            driven.started(running)
+            driven.engine.submit(long)
+        driven.wait([long])
+        _, *pieces = steps
+        assert len(pieces) == 4  # of 256 tokens
+        assert [b - a for a, b in itertools.pairwise(pieces)] == [1, 1, 1]
+        driven.engine.cancel(running)
+        driven.settled()
 
 
-def test_two_hundred_who_leave_cost_nothing_afterwards(bench: Bench, llama: Any) -> None:
+def test_two_hundred_who_leave_cost_nothing_afterwards(driven: Driven, llama: Any) -> None:
     """200 requests are begun and abandoned; then every place is free and an answer is right."""
     asked = [Request(p, 900) for p in prompts(*[40] * 200)]
-    bench.engine.submit(*asked)
-    bench.started(asked[0])
-    bench.engine.cancel(*asked)
-    bench.settled()
+    driven.engine.submit(*asked)
+    driven.started(asked[0])
+    driven.engine.cancel(*asked)
+    driven.settled()
     (prompt,) = prompts(12)
-    assert bench.answer(asking(prompt, 20)) == [reference(llama, prompt, 20)]
+    assert driven.answer(asking(prompt, 20)) == [reference(llama, prompt, 20)]
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.booleans()), min_size=1, max_size=25))
-def test_any_mix_of_submits_and_cancels_leaves_nothing_behind(plan: list[tuple[int, int, bool]]) -> None:
+def test_any_mix_of_submits_and_cancels_leaves_nothing_behind(llama: Any, plan: list[tuple[int, int, bool]]) -> None:
     """Whoever is not cancelled gets the answer it would get alone; afterwards every place and page is free."""
-    model = tiny.model("llama")
-    bench = Bench(model, kv_tokens=10 * PAGE_TOKENS, max_running=5, max_queued=100)
-    try:
+    with Driven(runner(llama), kv_tokens=10 * PAGE_TOKENS, max_running=5, max_queued=100) as driven:
         kept = []
         for length, tokens, leave in plan:
             request = asking([(length * 7 + i) % 500 + 3 for i in range(length)], tokens)
-            bench.engine.submit(request)
+            driven.engine.submit(request)
             if leave:
-                bench.engine.cancel(request)
+                driven.engine.cancel(request)
             else:
                 kept.append(request)
-        bench.wait(kept)
-        bench.settled()
+        driven.wait(kept)
+        driven.settled()
         for request in kept[:3]:
-            assert bench.tokens[request] == reference(model, list(request.prompt), request.max_tokens)
-    finally:
-        bench.engine.close()
+            assert driven.tokens[request] == reference(llama, request.prompt, request.max_tokens)

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_model import sampling
 from lab_model.sampling import Choice, Draw, Grammar, SampleError, Sampling
+from tiny import one_thread  # noqa: F401 - of all tests here
 
 INF = float("inf")
 
@@ -146,23 +148,21 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["peaked", "usual", "flat"])
 @pytest.mark.parametrize("case", CASES)
 def test_draws_follow_the_reference(case: str, kind: str) -> None:
-    """4,000 draws against probabilities computed from the definitions, for each parameter and for them together."""
+    """Many draws against probabilities computed from the definitions, for each parameter and for them together."""
     given_parameters = dict(CASES[case])
     allowed = given_parameters.pop("allowed", None)
     asked = Sampling(**{"temperature": 1.0, **given_parameters})
     logits = logits_of(kind, 300)
+    count = cases(2000, 4000)
+    grammar = Allow(allowed) if allowed else None
     draws = []
-    for seed in range(4000):
-        draw = Draw(Sampling(**{"temperature": 1.0, "seed": seed, **given_parameters}), PROMPT)
+    for seed in range(count):
+        draw = Draw(Sampling(**{"temperature": 1.0, "seed": seed, **given_parameters}), PROMPT, grammar)
         for token in SAID:
             draw.take(token)
-        draw.grammar = Allow(allowed) if allowed else None
         draws.append(draw)
-    grammar = Allow(allowed or [])
-    for draw in draws:
-        draw.grammar = grammar if allowed else None
     got: Counter[int] = Counter()
-    for choice in sample(logits.expand(4000, -1), draws):
+    for choice in sample(logits.expand(count, -1), draws):
         assert isinstance(choice, Choice)
         got[choice.token] += 1
     fits(got, reference(logits.tolist(), asked, PROMPT, SAID, allowed))
@@ -171,9 +171,9 @@ def test_draws_follow_the_reference(case: str, kind: str) -> None:
 @pytest.mark.parametrize("asked", [{"top_p": 0.5}, {"top_p": 0.97}, {"top_k": 1000}, {"top_k": 3000, "top_p": 0.9}])
 def test_a_nucleus_larger_than_the_candidates(asked: dict[str, Any]) -> None:
     """5,000 nearly equal tokens: the cut lies beyond the first 128, or beyond 2,048; nothing outside it is drawn."""
-    logits = logits_of("flat", 5000)
-    draws = [Draw(Sampling(temperature=1.0, seed=seed, **asked), []) for seed in range(3000)]
-    got = Counter(chosen(choice) for choice in sample(logits.expand(3000, -1), draws))
+    logits, count = logits_of("flat", 5000), cases(1500, 3000)
+    draws = [Draw(Sampling(temperature=1.0, seed=seed, **asked), []) for seed in range(count)]
+    got = Counter(chosen(choice) for choice in sample(logits.expand(count, -1), draws))
     expected = reference(logits.tolist(), Sampling(temperature=1.0, **asked), [], [], None)
     assert all(expected[token] for token in got)
     # By hundredths of the vocabulary: single tokens come too seldom to be counted.
@@ -203,7 +203,7 @@ PARAMETERS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=cases(50, 80), deadline=None)
 @given(PARAMETERS, st.sampled_from(["peaked", "flat"]), st.booleans())
 def test_any_parameters_give_a_token_that_they_allow(parameters: dict[str, Any], kind: str, ruled: bool) -> None:
     """Whatever the combination: a token with a chance in the reference, or the most likely one at temperature 0."""
@@ -352,12 +352,22 @@ def test_a_seeded_row_is_the_same_alone_and_in_any_batch(asked: list[dict[str, A
 
 def test_the_embedded_vocabulary_alone_and_in_a_batch() -> None:
     """49,152 tokens, where torch splits sums over its threads: still bit by bit the same."""
-    torch.manual_seed(12)
-    logits = torch.randn(32, 49152) * 3
-    sorts: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40}, {"top_p": 0.99, "min_p": 1e-4}, {"logprobs": 5}]
-    made = [Sampling(temperature=1.0, seed=i, **sorts[i % 5]) for i in range(32)]
-    alone = [sample(logits[i : i + 1], [Draw(s, [])])[0] for i, s in enumerate(made)]
-    assert sample(logits, [Draw(s, []) for s in made]) == alone
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(12)
+        logits = torch.randn(32, 49152) * 3
+        sorts: list[dict[str, Any]] = [
+            {},
+            {"top_p": 0.9},
+            {"top_k": 40},
+            {"top_p": 0.99, "min_p": 1e-4},
+            {"logprobs": 5},
+        ]
+        made = [Sampling(temperature=1.0, seed=i, **sorts[i % 5]) for i in range(32)]
+        alone = [sample(logits[i : i + 1], [Draw(s, [])])[0] for i, s in enumerate(made)]
+        assert sample(logits, [Draw(s, []) for s in made]) == alone
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_seeds() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_model.text import Decoding, Growing, PieceDecoding, TemplateError, Text
@@ -41,7 +42,7 @@ def grow(ids: list[int], stop: list[str], step: int = 1, decoding: Decoding | No
     return out + growing.rest(), growing.stopped
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(50, 300), deadline=None)
 @given(st.text(max_size=60), st.integers(1, 4))
 def test_pieces_add_up_to_the_text(text: str, step: int) -> None:
     """Characters of several tokens come out whole, in any step size, by either way of decoding."""
@@ -50,14 +51,14 @@ def test_pieces_add_up_to_the_text(text: str, step: int) -> None:
     assert grow(ids, [], step, PieceDecoding(TEXT.decode)) == (TEXT.decode(ids), False)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=cases(50, 500), deadline=None)
 @given(st.lists(st.integers(0, tiny.VOCABULARY + 20), max_size=40), st.integers(1, 4))
 def test_odd_bytes_are_replaced_as_in_the_whole(ids: list[int], step: int) -> None:
     """Tokens that are not UTF-8, special ones and ids that nobody has: exactly what decoding all at once gives."""
     assert grow(ids, [], step)[0] == TEXT.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(50, 200), deadline=None)
 @given(st.lists(st.integers(3, tiny.VOCABULARY - 1), max_size=40))
 def test_odd_bytes_are_not_lost_by_the_other_way(ids: list[int]) -> None:
     """The same as decoding all at once up to where replacement marks join."""
@@ -66,7 +67,7 @@ def test_odd_bytes_are_not_lost_by_the_other_way(ids: list[int]) -> None:
     assert text.replace(mark, "") == TEXT.decode(ids).replace(mark, "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(50, 300), deadline=None)
 @given(st.text("abc ", max_size=40), st.lists(st.text("abc ", min_size=1, max_size=5), min_size=1, max_size=3))
 def test_nothing_of_a_stop_string_leaks(text: str, stops: list[str]) -> None:
     """The answer ends before the first stop string that completes, across any token borders."""
@@ -81,7 +82,7 @@ def test_nothing_of_a_stop_string_leaks(text: str, stops: list[str]) -> None:
     assert any(text.startswith(stop, len(got)) for stop in stops)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(50, 300), deadline=None)
 @given(st.text("abcé안 ", max_size=30), st.integers(1, 3))
 def test_every_token_knows_its_place(text: str, step: int) -> None:
     """A token begins where the certain text of those before it ends."""
@@ -137,7 +138,7 @@ def test_a_prompt_is_what_transformers_makes_of_it(content: str) -> None:
     assert TEXT.chat(messages) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(50, 200), deadline=None)
 @given(st.lists(st.sampled_from([*NAMES, "<|im_", "end|>", "<|", "x", " ", "\n", "안"]), max_size=8).map("".join))
 def test_special_tokens_in_a_message_are_text(content: str) -> None:
     """Nobody ends a turn or begins another by writing how: the only special tokens are the template's."""

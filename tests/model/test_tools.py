@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import tiny
 import torch
+from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import END, InProcess, says
@@ -20,6 +21,7 @@ from lab_model.answer import CallPart
 from lab_model.grammar import ANY_OBJECT, GrammarError, Grammars, TokenGrammar, answer_source
 from lab_model.text import Text
 from lab_model.tools import Calls, ForcedCalls, FreeCalls, Said, told
+from tiny import one_thread  # noqa: F401 - of all tests here
 
 ARGUMENTS: dict[str, Any] = {
     "type": "object",
@@ -96,7 +98,7 @@ def cut(text: str, places: list[int]) -> list[str]:
         (" \n ", " \n ", []),
     ],
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=cases(10, 30), deadline=None)
 @given(places=st.lists(st.integers(0, 500), max_size=12))
 def test_calls_are_found_however_the_text_comes(
     text: str, said: str | None, names: list[str], places: list[int]
@@ -109,7 +111,7 @@ def test_calls_are_found_however_the_text_comes(
         assert isinstance(json.loads(arguments), dict)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=cases(50, 100), deadline=None)
 @given(st.lists(st.integers(0, 500), max_size=12), st.integers(0, 200))
 def test_forced_calls_stream_their_arguments(places: list[int], length: int) -> None:
     """Cut anywhere, what there is of the arguments is there, and nothing of the marks."""
@@ -200,7 +202,7 @@ async def test_without_tools_the_marks_are_text(app: InProcess, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "news"}}], ids=str)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(cases(1, 3)))
 async def test_who_must_call_calls(app: InProcess, choice: Any, seed: int) -> None:
     """Random weights know no calls: the grammar makes them, whole and after the schema, in both modes alike."""
     asked = {"tools": TOOLS, "tool_choice": choice, "temperature": 1, "seed": seed, "max_tokens": 900}
