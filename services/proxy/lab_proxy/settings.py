@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     )
     admin_key_file: Path | None = Field(None, description="File with the admin key; an empty file means no key.")
     require_keys: bool = Field(
-        False, description="Require a virtual key from every caller, even without an admin key (see `lab_proxy keys`)."
+        False, description="Require a virtual key from every caller, even without an admin key (see `python -m lab_proxy keys`)."
     )
     limits_when_redis_is_down: Literal["open", "closed"] = Field(
         "open", description="Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."
