@@ -12,10 +12,10 @@ from typing import Any
 
 import lab_load.settings
 import lab_model.settings
+import lab_proxy.endpoints
 import lab_proxy.settings
 import lab_ui.settings
 import pytest
-import yaml
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
@@ -55,7 +55,7 @@ def settings_table() -> str:
 
 
 def defaults_table() -> str:
-    tables: dict[str, Any] = yaml.safe_load((ROOT / "services/proxy/lab_proxy/routes.yaml").read_text())["defaults"]
+    tables: dict[str, Any] = lab_proxy.endpoints.default_tables()
     rows = ["| upstream | endpoint | field: default |", "|---|---|---|"]
     for upstream, endpoints in tables.items():
         for endpoint, fields in endpoints.items():
@@ -71,7 +71,7 @@ def exits_table() -> str:
 
 
 def tree() -> str:
-    """Every module with the first line of its docstring."""
+    """Every module and every room with the first line of its docstring."""
     lines = ["```"]
     for folder, said in TREE.items():
         if not (ROOT / folder).is_dir():
@@ -83,12 +83,13 @@ def tree() -> str:
         for package in packages:
             if folder == "services":
                 lines.append(f"  {package.relative_to(ROOT / folder)}/")
-            for module in sorted(package.glob("*.py")):
-                if module.stem == "__init__":
+            for module in sorted([*package.glob("*.py"), *package.glob("*/__init__.py")]):
+                name = module.name if module.parent == package else f"{module.parent.name}/"
+                if name == "__init__.py":
                     continue
                 first = re.search(r'"""(.+?)(?:\.(?:\s|$)|[;:] |"""|\n)', module.read_text(encoding="utf-8"))
                 assert first, f"{module} says nothing of itself"
-                lines.append(f"    {module.name}".ljust(34) + first.group(1).strip())
+                lines.append(f"    {name}".ljust(34) + first.group(1).strip())
     return "\n".join([*lines, "```"])
 
 
@@ -146,7 +147,7 @@ def test_error_codes_are_those_of_the_code() -> None:
         for code in re.findall(r"`([a-z_]+)`", row.split("|")[2])
     }
     raised: set[str] = set()
-    for module in ROOT.glob("services/*/lab_*/*.py"):
+    for module in ROOT.glob("services/*/lab_*/**/*.py"):
         raised |= set(re.findall(r'\bcode(?:: str \| None)? ?= ?"([a-z_]+)"', module.read_text(encoding="utf-8")))
     assert told == raised
 

@@ -17,7 +17,7 @@ import pytest
 import redis
 from fixtures_proxy import Bench, mock, new, proxy, redis_url
 from lab_proxy import __main__ as program
-from lab_proxy import limits
+from lab_proxy.keys import limits
 from processes import SHOWN_ON_FAILURE, Process, eventually, redis_server
 
 ADMIN_KEY = "hQ7zW2mXv9Lr4KcT8nBf3JyPd6Sg1UeA"
@@ -141,9 +141,12 @@ class School:
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, assignment: str) -> None:
-    """Proxies that start from here on have another value of a constant: `batches.LEASE_SECONDS = 1.0`."""
-    module = assignment.partition(".")[0]
-    program = f"import sys; from lab_proxy import __main__, {module}; {assignment}; sys.exit(__main__.main())"
+    """Proxies that start from here on have another value of a constant: `batches.worker.LEASE_SECONDS = 1.0`."""
+    module = assignment.partition(" ")[0].rpartition(".")[0]
+    program = (
+        f"import sys, lab_proxy.{module}, lab_proxy.__main__ as program; "
+        f"lab_proxy.{assignment}; sys.exit(program.main())"
+    )
     monkeypatch.setattr(fixtures_proxy, "python", lambda _: [sys.executable, "-c", program])
 
 

@@ -22,8 +22,8 @@ import pytest
 import redis
 from fixtures_keys import changed
 from fixtures_proxy import CHAT_MODEL, mock, new, proxy, redis_url
-from lab_proxy import batches
-from lab_proxy.limits import PREFIX
+from lab_proxy.batches import worker
+from lab_proxy.keys.limits import PREFIX
 from openai.types import Batch
 from processes import SHOWN_ON_FAILURE, Process, eventually, redis_server
 
@@ -75,7 +75,7 @@ class Place:
     def lose_lease(self, batch_id: str) -> None:
         """As if the time of a dead worker's lease had passed."""
         with contextlib.closing(redis.Redis(port=self.redis.port)) as db:
-            assert db.delete(batches.LEASE + batch_id) == 1
+            assert db.delete(worker.LEASE + batch_id) == 1
 
     def left(self, batch_id: str) -> list[str]:
         """The files of a batch. Its worker removes all but its state, which stays for the API."""
@@ -402,7 +402,7 @@ def test_a_worker_that_was_stopped_records_nothing_any_more(
     ground: Place, shared: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGSTOP for longer than the lease: another worker ends the batch; what the first one wakes up with is void."""
-    changed(monkeypatch, "batches.LEASE_SECONDS = 1.0")
+    changed(monkeypatch, "batches.worker.LEASE_SECONDS = 1.0")
     with ground.proxy() as one, sdk(one.url) as mine, sdk(shared.url) as client:
         with stopped(shared), ground.gate():
             given = start(mine, partly_held(8, 32))
@@ -494,7 +494,7 @@ def test_a_revoked_keys_batch_ends(ground: Place, keyed: Process, admin: httpx2.
         assert [each.code for each in done.errors.data or ()] == ["invalid_api_key"]
         assert rows(client, done.output_file_id)
     # Each line takes 0.2 s or longer, and the key is looked up again before a line that begins 2 s after the last time.
-    assert ground.calls() - before <= AT_ONCE * (batches.IDENTITY_SECONDS / 0.2 + 2)
+    assert ground.calls() - before <= AT_ONCE * (worker.IDENTITY_SECONDS / 0.2 + 2)
 
 
 def test_a_line_waits_for_its_keys_limit(ground: Place, keyed: Process, admin: httpx2.Client) -> None:
@@ -514,7 +514,7 @@ def test_a_line_waits_for_its_keys_limit(ground: Place, keyed: Process, admin: h
 
 def test_while_draining_nothing_new_is_begun(ground: Place, shared: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch is taken and no line is started; another process goes on, and no answer is lost."""
-    changed(monkeypatch, "batches.YIELD_SECONDS = 0.05")  # else interactive requests hold the lines up anyway
+    changed(monkeypatch, "batches.worker.YIELD_SECONDS = 0.05")  # else interactive requests hold the lines up anyway
     with ground.proxy() as first, sdk(first.url) as client, stopped(shared):
         ground.control(held=True)
         asked: Any = line("")["body"] | {"model": "gpt-mock-slow"}

@@ -24,9 +24,9 @@ import openai
 import pytest
 import redis
 from fixtures_proxy import CHAT_MODEL, Bench, bench_on, events, eventually, key_of, new, second, state
-from lab_proxy import entry
-from lab_proxy.cache import BATCH, Cache
-from lab_proxy.canonical import CONTRACT
+from lab_proxy.cache import entry
+from lab_proxy.cache.key import CONTRACT
+from lab_proxy.cache.store import BATCH, Cache
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from processes import Process, eventually_async, free_port, redis_server
 
@@ -683,9 +683,9 @@ async def test_cache_d1_a_copy_counts_only_while_redis_answers() -> None:
         try:
             now = time.time()
             assert await cache.write({"key": entry.Entry(b"{}", 9, now)}) is None
-            await eventually_async(lambda: cache.near("key", "", now) is not None)
+            await eventually_async(lambda: cache.get_local("key", "", now) is not None)
             slow.silent = True
-            await eventually_async(lambda: cache.near("key", "", now) is None)
+            await eventually_async(lambda: cache.get_local("key", "", now) is None)
             assert cache.up
         finally:
             await cache.stop()

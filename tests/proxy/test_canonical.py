@@ -17,6 +17,7 @@ from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_proxy import canonical
+from lab_proxy.cache import key as cache_key
 from lab_proxy.errors import InvalidRequest
 from processes import GENEROUS_SECONDS
 
@@ -28,7 +29,7 @@ def form(text: str) -> bytes:
 
 
 def key(**changed: object) -> str:
-    return canonical.key(b"s" * 32, **(FIELDS | changed))  # type: ignore[arg-type]
+    return cache_key.key(b"s" * 32, **(FIELDS | changed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -89,28 +90,28 @@ def test_cache_k1_every_part_of_the_key_counts() -> None:
     plain = key()
     changed = [key(**{name: "z"}) for name in FIELDS]
     assert len({plain, *changed, key(revision=None), key(tenant="tu", upstream="")}) == len(FIELDS) + 3
-    assert canonical.key(b"z" * 32, **FIELDS) != plain  # type: ignore[arg-type]
+    assert cache_key.key(b"z" * 32, **FIELDS) != plain  # type: ignore[arg-type]
     assert len(plain) == 64
 
 
 def test_cache_k1_keys_of_inputs() -> None:
     """One key an input: another input, another rest and another secret make another; none is a whole request's."""
     inputs = [b'"a"', b'"b"', b"[1]"]
-    keys = canonical.input_keys(b"s" * 32, key(), inputs)
-    assert keys == canonical.input_keys(b"s" * 32, key(), inputs[:1]) + keys[1:]
-    others = canonical.input_keys(b"s" * 32, key(model="z"), inputs) + canonical.input_keys(b"z" * 32, key(), inputs)
+    keys = cache_key.input_keys(b"s" * 32, key(), inputs)
+    assert keys == cache_key.input_keys(b"s" * 32, key(), inputs[:1]) + keys[1:]
+    others = cache_key.input_keys(b"s" * 32, key(model="z"), inputs) + cache_key.input_keys(b"z" * 32, key(), inputs)
     assert len({key(), *keys, *others}) == 10
     assert all(len(each) == 64 for each in keys)
 
 
 def test_cache_k2_every_field_is_in_the_key_but_those_that_cannot_change_the_answer() -> None:
-    plain = canonical.comparable({"model": "alias", "messages": []}, "m", {})
+    plain = cache_key.comparable({"model": "alias", "messages": []}, "m", {})
     assert plain == {"model": "m", "messages": []}
-    assert "prompt_cache_retention" in canonical.UNKEYED
-    for name in canonical.UNKEYED:
-        assert canonical.comparable({"model": "alias", "messages": [], name: {"a": 1}}, "m", {}) == plain
+    assert "prompt_cache_retention" in cache_key.UNKEYED
+    for name in cache_key.UNKEYED:
+        assert cache_key.comparable({"model": "alias", "messages": [], name: {"a": 1}}, "m", {}) == plain
     for name in ("seed", "tools", "a_field_nobody_knows", "logit_bias"):
-        assert canonical.comparable({"messages": [], name: {"a": 1}}, "m", {}) != plain
+        assert cache_key.comparable({"messages": [], name: {"a": 1}}, "m", {}) != plain
 
 
 def test_cache_k3_null_default_and_left_out_are_the_same() -> None:
@@ -124,9 +125,9 @@ def test_cache_k3_null_default_and_left_out_are_the_same() -> None:
         '{"unknown": null}',
         '{"response_format": {"type": "text"}}',
     ):
-        assert canonical.comparable(canonical.parse(text.encode()), "m", defaults) == plain
+        assert cache_key.comparable(canonical.parse(text.encode()), "m", defaults) == plain
     for text in ('{"n": 2}', '{"n": true}', '{"logprobs": 0}', '{"unknown": false}'):
-        assert canonical.comparable(canonical.parse(text.encode()), "m", defaults) != plain
+        assert cache_key.comparable(canonical.parse(text.encode()), "m", defaults) != plain
 
 
 @pytest.mark.parametrize(
@@ -271,11 +272,11 @@ def second_key(secret: str, unkeyed: list[str], vector: dict[str, Any]) -> tuple
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["title"])
 def test_cache_k6_vectors(vector: dict[str, Any]) -> None:
     """Every vector's form and key, by this package and by a second implementation of the contract."""
-    assert VECTORS["version"] == canonical.CONTRACT
-    assert VECTORS["unkeyed"] == sorted(canonical.UNKEYED)
+    assert VECTORS["version"] == cache_key.CONTRACT
+    assert VECTORS["unkeyed"] == sorted(cache_key.UNKEYED)
     parts = {name: vector[name] for name in ("tenant", "upstream", "model", "revision", "endpoint")}
     defaults = {name: canonical.encode(value) for name, value in vector["defaults"].items()}
-    body = canonical.comparable(canonical.parse(vector["request"].encode()), vector["model"], defaults)
-    form = canonical.form(**parts, body=body)
-    assert (form.decode(), canonical.key_of(VECTORS["secret"].encode(), form)) == (vector["canonical"], vector["key"])
+    body = cache_key.comparable(canonical.parse(vector["request"].encode()), vector["model"], defaults)
+    form = cache_key.canonical_form(**parts, body=body)
+    assert (form.decode(), cache_key.key_of(VECTORS["secret"].encode(), form)) == (vector["canonical"], vector["key"])
     assert second_key(VECTORS["secret"], VECTORS["unkeyed"], vector) == (vector["canonical"], vector["key"])

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 from fixtures_proxy import CHAT_MODEL, Bench, bench_on, events, eventually, new
-from lab_proxy.breaker import LEAST_CALLS
+from lab_proxy.upstreams.breaker import LEAST_CALLS
 from processes import GENEROUS_SECONDS, eventually_async
 
 OWN = "x-request-timeout-ms"

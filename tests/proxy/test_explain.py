@@ -20,8 +20,8 @@ import pytest
 import redis
 from fixtures_keys import ADMIN_KEY, Holder, School
 from fixtures_proxy import CHAT_MODEL, Bench, bench_on, eventually, key_of, new, redis_url, second, state
-from lab_proxy.cache import Cache
-from lab_proxy.entry import Entry
+from lab_proxy.cache.entry import Entry
+from lab_proxy.cache.store import Cache
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +217,8 @@ async def test_cache_d1_a_copy_does_not_outlive_the_ttl(bench: Bench) -> None:
         now, names = time.time(), [new(), new()]
         assert await cache.write({names[0]: Entry(b"{}", 100, now), names[1]: Entry(b"{}", 100, now, grace=50)}) is None
         for name, last in zip(names, (100, 150), strict=True):
-            assert cache.near(name, "", now + last - 0.1) is not None
-            assert cache.near(name, "", now + last) is None
+            assert cache.get_local(name, "", now + last - 0.1) is not None
+            assert cache.get_local(name, "", now + last) is None
     finally:
         await cache.stop()
 

@@ -24,10 +24,12 @@ import httpx2
 import pytest
 import redis.asyncio as aioredis
 from fixtures_proxy import HURRIED_MS, UPSTREAM_KEY, control_client, mock, new, proxy, redis_url
-from lab_proxy import flight as module
-from lab_proxy.entry import Entry
-from lab_proxy.errors import TooSlow, UpstreamDown, UpstreamRefused
-from lab_proxy.flight import BEAT_SECONDS, CHANNEL, LEASE, LEASE_SECONDS, Flight, FlightLost, Flights, Seat
+from lab_proxy.cache import flight_channel
+from lab_proxy.cache.entry import Entry
+from lab_proxy.cache.flight import LEASE, LEASE_SECONDS, Flight, FlightLost, Subscriber
+from lab_proxy.cache.flight_channel import BEAT_SECONDS, CHANNEL
+from lab_proxy.cache.single_flight import SingleFlight
+from lab_proxy.errors import SlowReader, UpstreamDown, UpstreamRefused
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from processes import (
@@ -55,10 +57,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 @contextlib.asynccontextmanager
-async def flights(server: Process | None) -> AsyncIterator[Flights]:
-    made = Flights(redis_url(server) if server else None, limit=LIMIT)
+async def flights(server: Process | None) -> AsyncIterator[SingleFlight]:
+    made = SingleFlight(redis_url(server) if server else None, limit=LIMIT)
     await made.start()
-    assert made.connected == bool(server)
+    assert made.channel.connected == bool(server)
     try:
         yield made
     finally:
@@ -66,7 +68,7 @@ async def flights(server: Process | None) -> AsyncIterator[Flights]:
 
 
 @pytest.fixture
-async def two(server: Process) -> AsyncIterator[tuple[Flights, Flights]]:
+async def two(server: Process) -> AsyncIterator[tuple[SingleFlight, SingleFlight]]:
     async with flights(server) as one, flights(server) as other:
         yield one, other
 
@@ -91,7 +93,7 @@ class Upstream:
                     flight.begin({"by": self.calls})
                 if part is None:
                     return flight.end("stored")
-                await flight.put(part)
+                await flight.append(part)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -102,28 +104,28 @@ class Upstream:
 
     def followed(self) -> bool:
         """Whether another process follows the flight."""
-        return self.flight is not None and bool(self.flight.listeners)
+        return self.flight is not None and bool(self.flight.remote_subscribers)
 
 
-async def take_off(seat: Seat, server: Process | None, fetch: Fetch) -> None:
+async def take_off(seat: Subscriber, server: Process | None, fetch: Fetch) -> None:
     """What the exchange does on a miss: the lease's question in one round trip, then off."""
     if seat.first:
         lease = seat.lease(())
         if lease and server:
             async with aioredis.Redis.from_url(redis_url(server)) as client:
-                lease.heard(await client.execute_command(*lease.command()))
-        seat.depart(lease, fetch)
+                lease.on_reply(await client.execute_command(*lease.command()))
+        seat.start(lease, fetch)
     else:
-        await seat.found()
+        await seat.cached_entries()
 
 
 async def hear(
-    flights: Flights, name: str, server: Process | None, fetch: Fetch,
+    flights: SingleFlight, name: str, server: Process | None, fetch: Fetch,
     *, heard: list[bytes] | None = None, gate: asyncio.Event | None = None,
 ) -> list[bytes]:  # fmt: skip
     """All parts. `heard` has them as they come; after each of its reads it waits for `gate`."""
     said: list[bytes] = [] if heard is None else heard
-    with flights.board(name) as seat:
+    with flights.join(name) as seat:
         await take_off(seat, server, fetch)
         await seat.head()
         async for parts in seat.parts():
@@ -138,7 +140,7 @@ async def leave(task: asyncio.Task[Any]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def another_is_let_go(flights: Flights, server: Process) -> None:
+async def another_is_let_go(flights: SingleFlight, server: Process) -> None:
     """One more flight of this process, left by its only listener, is over: so is each one that was left before."""
     up = Upstream()
     task = asyncio.create_task(hear(flights, new(), server, up.fetch))
@@ -150,14 +152,14 @@ async def another_is_let_go(flights: Flights, server: Process) -> None:
 # ---- flights alone
 
 
-async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
     """Of 40 in two processes one asks; who comes late gets the prefix at once, then each part as it comes."""
     up, name = Upstream(), new()
     heard: list[list[bytes]] = [[] for _ in range(40)]
     early = [asyncio.create_task(hear(two[n % 2], name, server, up.fetch, heard=said)) for n, said in enumerate(heard)]
     up.say(b"a", b"b")
     await eventually_async(lambda: heard == [[b"a", b"b"]] * 40)
-    with two[1].board(name) as late:
+    with two[1].join(name) as late:
         assert not late.first
         await take_off(late, server, up.fetch)
         stream = late.parts()
@@ -167,35 +169,35 @@ async def test_flight_f1_one_of_many_asks(server: Process, two: tuple[Flights, F
         up.say(None)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        assert late.flight.ending is not None
-        assert late.flight.ending.outcome == "stored"
+        assert late.flight.result is not None
+        assert late.flight.result.outcome == "stored"
     assert await asyncio.gather(*early) == [[b"a", b"b", b"c"]] * 40
     assert up.calls == 1
 
 
-async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[Flights, Flights]) -> None:
+async def test_flight_f1_what_the_first_finds_is_everybodys(two: tuple[SingleFlight, SingleFlight]) -> None:
     """In one process one looks into the cache; who waits gets the entry too, or looks itself where the first left."""
     name, found = new(), [Entry(b"{}", 10, 0.0)]
-    with two[0].board(name) as first, two[0].board(name) as second:
+    with two[0].join(name) as first, two[0].join(name) as second:
         assert (first.first, second.first) == (True, False)
-        first.flight.land(found)
-        assert await second.found() is found
+        first.flight.resolve_from_cache(found)
+        assert await second.cached_entries() is found
     with contextlib.ExitStack() as leaving:
-        first = leaving.enter_context(two[0].board(name))
-        with two[0].board(name) as second:
-            waiting = asyncio.create_task(second.found())
+        first = leaving.enter_context(two[0].join(name))
+        with two[0].join(name) as second:
+            waiting = asyncio.create_task(second.cached_entries())
             await asyncio.sleep(0)
             assert first.first
             leaving.close()
             with pytest.raises(FlightLost):
                 await waiting
-        with two[0].board(name) as third:
+        with two[0].join(name) as third:
             assert third.first
 
 
 @pytest.mark.parametrize("follower", ["stays", "leaves"])
 async def test_flight_f2_goes_on_while_another_process_listens(
-    server: Process, two: tuple[Flights, Flights], follower: str
+    server: Process, two: tuple[SingleFlight, SingleFlight], follower: str
 ) -> None:
     """The leader's client leaves: the follower gets the rest. Both have left: the upstream is let go."""
     up, name = Upstream(), new()
@@ -218,7 +220,7 @@ async def test_flight_f2_goes_on_while_another_process_listens(
 
 @pytest.mark.parametrize("ending", ["whole", "failed", "left"])
 async def test_flight_f2_nothing_is_kept_of_a_flight_that_is_over(
-    server: Process, two: tuple[Flights, Flights], ending: str
+    server: Process, two: tuple[SingleFlight, SingleFlight], ending: str
 ) -> None:
     """Its parts may be large: however a flight ends, both processes drop it, at the latest with the next one."""
 
@@ -228,7 +230,7 @@ async def test_flight_f2_nothing_is_kept_of_a_flight_that_is_over(
         await eventually_async(lambda: up.calls)
         tasks += [asyncio.create_task(hear(two[1], name, server, up.fetch))]
         await eventually_async(up.followed)
-        with two[0].board(name) as leads, two[1].board(name) as follows:
+        with two[0].join(name) as leads, two[1].join(name) as follows:
             assert (leads.first, follows.first) == (False, False)
             return up, tasks, [weakref.ref(leads.flight), weakref.ref(follows.flight)]
 
@@ -252,7 +254,9 @@ async def test_flight_f2_nothing_is_kept_of_a_flight_that_is_over(
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
-async def test_flight_f3_errors_are_everybodys(server: Process, two: tuple[Flights, Flights], where: str) -> None:
+async def test_flight_f3_errors_are_everybodys(
+    server: Process, two: tuple[SingleFlight, SingleFlight], where: str
+) -> None:
     """A failed flight gives its error to who follows: status, envelope and Retry-After, across processes too."""
     up, name = Upstream(), new()
     first = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -272,12 +276,12 @@ async def test_flight_f3_errors_are_everybodys(server: Process, two: tuple[Fligh
 
 
 async def test_flight_f3_one_takes_over_from_a_dead_lease(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease of a process that is no more: its followers wait for it to run out, then exactly one of them leads."""
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(module, "SILENCE_SECONDS", 0.15)
-    monkeypatch.setattr(module, "DEAF_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(flight_channel, "SILENCE_SECONDS", 0.15)
+    monkeypatch.setattr(flight_channel, "DEAF_SECONDS", NEVER)
     up, name, dead = Upstream(), new(), "0123456789abcdef"
     async with (
         asyncio.timeout(GENEROUS_SECONDS), aioredis.Redis.from_url(redis_url(server)) as client,
@@ -300,12 +304,12 @@ async def test_flight_f3_one_takes_over_from_a_dead_lease(
 
 
 async def test_flight_f3_a_living_leader_keeps_its_lease(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flight that takes longer than its lease, with nobody following yet, is still the one to follow: its leader
     gives the lease new life again and again."""
     assert 3 * BEAT_SECONDS < LEASE_SECONDS, "a lease is renewed after two beats or three"
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)
     up, name = Upstream(), new()
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
     await eventually_async(lambda: up.calls)
@@ -325,14 +329,14 @@ async def test_flight_f3_a_living_leader_keeps_its_lease(
 
 
 async def test_flight_f3_a_forgotten_lease_costs_nothing(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lease whose flight is over (its answer was not stored, or its client left while redis was asked) holds nobody
     up, though it never runs out: the leading process says that it does not know it."""
-    monkeypatch.setattr(module, "DEAF_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "DEAF_SECONDS", NEVER)
     for leader in two:
         up, name = Upstream(), new()
-        process = leader.board("").flight.token.partition(".")[0]
+        process = leader.join("").flight.token.partition(".")[0]
         async with aioredis.Redis.from_url(redis_url(server)) as client:
             await client.set(LEASE + name, f"{process}.99999")
         up.say(b"a", None)
@@ -343,7 +347,7 @@ async def test_flight_f3_a_forgotten_lease_costs_nothing(
 
 async def test_flight_f4_without_a_name_nobody_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flight without a name is its own request's alone, and ends with it: nobody else could want it."""
-    monkeypatch.setattr(module, "GRACE_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "GRACE_SECONDS", NEVER)
     async with flights(None) as alone:
         ups = [Upstream(), Upstream()]
         tasks = [asyncio.create_task(hear(alone, "", None, up.fetch)) for up in ups]
@@ -354,7 +358,9 @@ async def test_flight_f4_without_a_name_nobody_joins(monkeypatch: pytest.MonkeyP
         assert await tasks[1] == [b"b"]
 
 
-async def test_flight_a_slow_reader_does_not_hold_others_up(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_a_slow_reader_does_not_hold_others_up(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
     """Within the limit everybody gets all, at its own pace; beyond it nobody boards any more, the fastest reader's pace
     is the upstream's, and who is further behind than the limit is told so."""
     up, name, gate = Upstream(), new(), asyncio.Event()
@@ -369,7 +375,7 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(server: Process, two
     assert await slow == await quick
 
     up, name = Upstream(), new()
-    with two[0].board(name) as slow_seat, two[0].board(name) as quick_seat:
+    with two[0].join(name) as slow_seat, two[0].join(name) as quick_seat:
         await take_off(slow_seat, server, up.fetch)
         up.say(b"first")
         lagging, leading = slow_seat.parts(), quick_seat.parts()
@@ -380,19 +386,19 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(server: Process, two
         assert 9 <= up.parts.qsize() - 80 <= 12  # it waits for the fastest, ten or so parts ahead
         got = [part async for parts in leading for part in parts]
         assert len(got) == 100
-        with pytest.raises(TooSlow):
+        with pytest.raises(SlowReader):
             await anext(lagging)
-        with two[0].board(name) as other:
+        with two[0].join(name) as other:
             assert other.first
 
 
 async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
-    server: Process, two: tuple[Flights, Flights], monkeypatch: pytest.MonkeyPatch
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connections are cut again and again in the middle of a flight, at its end too: the follower has every part
     once."""
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)  # the interval at which they connect again
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)  # the interval at which they connect again
+    monkeypatch.setattr(flight_channel, "PATIENCE_SECONDS", NEVER)
     up, name = Upstream(), new()
     heard: list[bytes] = []
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -414,16 +420,16 @@ async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
             say()
             if turn < 2:
                 await eventually_async(lambda: heard == said)
-                await eventually_async(lambda: two[0].connected and two[1].connected)
+                await eventually_async(lambda: two[0].channel.connected and two[1].channel.connected)
         up.say(None)
     assert await follower == said
     assert await leader == said
     assert up.calls == 1
 
 
-async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[Flights, Flights]) -> None:
+async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
     """Garbage in the channel, at the lease's name, or a list there: no flight across processes, no fault."""
-    process = two[0].board("").flight.token.partition(".")[0]
+    process = two[0].join("").flight.token.partition(".")[0]
     async with aioredis.Redis.from_url(redis_url(server)) as client:
         for junk in (
             b"",
@@ -438,14 +444,14 @@ async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[
             up, name = Upstream(), new()
             await spoil(LEASE + name)
             up.say(b"a", None)
-            with two[0].board(name) as seat:
+            with two[0].join(name) as seat:
                 lease = seat.lease(())
                 assert lease
                 try:
-                    lease.heard(await client.execute_command(*lease.command()))
+                    lease.on_reply(await client.execute_command(*lease.command()))
                 except aioredis.ResponseError:
-                    lease.unheard()
-                seat.depart(lease, up.fetch)
+                    lease.on_failure()
+                seat.start(lease, up.fetch)
                 assert [part async for parts in seat.parts() for part in parts] == [b"a"]
         up, name = Upstream(), new()
         leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -462,7 +468,7 @@ async def test_flight_x1_redis_gone_each_process_goes_on_alone(
 ) -> None:
     """Redis paused or killed while a follower waits: it asks itself; a follower in mid-stream gets the rest when redis
     is back."""
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", NEVER)
+    monkeypatch.setattr(flight_channel, "PATIENCE_SECONDS", NEVER)
     with redis_server(tmp_path) as server:
         async with flights(server) as one, flights(server) as other:
             up, waiting, running = Upstream(), new(), new()
@@ -496,7 +502,7 @@ async def test_flight_x1_redis_gone_each_process_goes_on_alone(
                 async with asyncio.timeout(GENEROUS_SECONDS):
                     assert await asyncio.gather(*told) == [[b"a", b"b", b"c"]] * 2
                 assert stream.calls == 1
-                await eventually_async(lambda: one.connected and other.connected)
+                await eventually_async(lambda: one.channel.connected and other.channel.connected)
 
 
 # ---- two proxy processes

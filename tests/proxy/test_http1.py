@@ -22,8 +22,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fixtures_proxy import Bench, new, second
-from lab_proxy import http1
-from lab_proxy.http1 import Answer, Broken, ConnectTimeout, Origin, Unreachable
+from lab_proxy.upstreams import http1
+from lab_proxy.upstreams.http1 import Answer, Broken, ConnectTimeout, Origin, Unreachable
 from processes import eventually_async
 
 Step = bytes | float | str  # what to send, how long to wait, or `close`, `reset`, `hang`

@@ -22,11 +22,10 @@ import pytest
 from fixtures_keys import ADMIN_KEY, Holder, School, school_on
 from fixtures_proxy import CHAT_MODEL, new, redis_url, state
 from lab_proxy import __main__ as program
-from lab_proxy import keyring, keys
-from lab_proxy.errors import KeyRefused
-from lab_proxy.keys import weakness
-from lab_proxy.link import connect
-from lab_proxy.settings import Settings
+from lab_proxy.errors import InvalidKey
+from lab_proxy.keys import authentication, store
+from lab_proxy.redis.link import connect
+from lab_proxy.settings import Settings, admin_key_weakness
 from processes import eventually, free_port, python, redis_server
 
 
@@ -119,21 +118,21 @@ async def test_a_key_that_ends_is_refused_also_when_it_was_good_before(
 ) -> None:
     """The end of its time, or of its grace after a rotation, needs no message from redis, only the worker's clock."""
     client = connect(redis_url(school.redis))
-    ring = keyring.Ring(client)
-    worker = keys.Keys(client, timeout=60)
+    ring = store.KeyStore(client)
+    worker = authentication.Authenticator(client, timeout=60)
     await worker.start()
     ((key, secret),) = await ring.create(
-        [keyring.terms({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
+        [store.key_spec({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
     )
     if end == "of the grace":
         await ring.rotate(key.id, 86_400)
     headers = {"authorization": f"Bearer {secret}"}
     for _ in range(2):
-        assert (await worker.identify(headers)).key_id == key.id
+        assert (await worker.authenticate(headers)).key_id == key.id
     clock = types.SimpleNamespace(time=lambda: time.time() + 86_401, monotonic=time.monotonic)
-    monkeypatch.setattr(keys, "time", clock)
-    with pytest.raises(KeyRefused, match=message):
-        await worker.identify(headers)
+    monkeypatch.setattr(authentication, "time", clock)
+    with pytest.raises(InvalidKey, match=message):
+        await worker.authenticate(headers)
     await worker.stop()
     await client.aclose()
 
@@ -219,7 +218,7 @@ def test_keys_are_created_listed_changed_and_shown_once(school: School) -> None:
     changed = school.admin("PATCH", f"keys/{said['id']}", json={"rpm": None, "tpm": 5}).json()
     assert (changed["rpm"], changed["tpm"], changed["concurrency"]) == (None, 5, 4)
     everything = school.admin("GET", "keys").text + school.admin("GET", f"keys/{said['id']}").text
-    digest = keyring.digest_of(said["key"]).hex()
+    digest = store.digest_of(said["key"]).hex()
     assert said["key"] not in everything
     assert digest[:12] not in everything
     for wrong, field in (({"rpm": 0}, "rpm"), ({"budgets": 1}, "budgets"), ({"budget_total_usd": "0.0000001"},
@@ -236,7 +235,7 @@ def test_a_key_is_nowhere_but_with_its_holder(school: School) -> None:
     holder.chat()
     holder.chat(model="nobody-knows")
     school.one.chat(headers={"authorization": f"Bearer {holder.key}x"})
-    digest = keyring.digest_of(holder.key).hex()
+    digest = store.digest_of(holder.key).hex()
     stored = b""
     for name in school.db.scan_iter("*"):
         kind = school.db.type(name)
@@ -356,8 +355,8 @@ def test_x1_known_keys_go_on_without_redis_and_unknown_ones_get_503(school: Scho
 async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) -> None:
     """Twenty changes of one key from as many connections: each is there, and none takes the revocation back."""
     client = connect(redis_url(school.redis))
-    ring = keyring.Ring(client)
-    ((key, _),) = await ring.create([keyring.terms({"owner": new()})])
+    ring = store.KeyStore(client)
+    ((key, _),) = await ring.create([store.key_spec({"owner": new()})])
     await asyncio.gather(
         *(ring.change(key.id, {"rpm": 5}) for _ in range(7)),
         *(ring.change(key.id, {"tpm": 6}) for _ in range(7)),
@@ -381,7 +380,7 @@ async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) ->
 )  # fmt: skip
 def test_a_weak_admin_key_is_refused(key: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Short, common, repeated, a sequence: exit code 2 and a line with the variable, never with the key."""
-    assert weakness(key)
+    assert admin_key_weakness(key)
     monkeypatch.setenv("PROXY_ADMIN_KEY", key)
     assert program.main(["keys", "list"]) == 2
     _names_the_variable(capsys.readouterr().err, key)
@@ -405,7 +404,7 @@ def test_good_admin_keys_are_taken() -> None:
     """What `openssl rand -hex 32`, uuid4 and a password manager make."""
     for key in ("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
                 "3f2b8c1e-7d4a-4e9b-9c63-1a5f0e8d2b74", ADMIN_KEY, "vR4!kz#T9qLw2@xNp7$Ym5&B"):  # fmt: skip
-        assert weakness(key) is None, key
+        assert admin_key_weakness(key) is None, key
 
 
 def test_with_keys_it_may_listen_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ import pytest
 import redis.asyncio
 from fixtures_keys import ADMIN_KEY, PRICES, Holder, School, changed, school_on
 from fixtures_proxy import Bench, new, proxy, redis_url, state
-from lab_proxy import ledger, money
-from lab_proxy.keys import LOCAL, Identity
-from lab_proxy.ledger import METRICS, Charge, Ledger
-from lab_proxy.link import connect
-from lab_proxy.prices import Prices
-from lab_proxy.spool import Batch, Spool
+from lab_proxy.keys.identity import LOCAL, Identity
+from lab_proxy.ledger import ledger, money
+from lab_proxy.ledger import usage as ledger_usage
+from lab_proxy.ledger.disk_queue import DiskQueue, LedgerBatch
+from lab_proxy.ledger.ledger import Charge, Ledger
+from lab_proxy.ledger.prices import Prices
+from lab_proxy.ledger.usage import METRICS
+from lab_proxy.redis.link import connect
 from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, free_port, redis_server
 
 
@@ -94,7 +96,7 @@ def test_a1_after_a_load_run_the_ledger_is_the_upstreams_own_count(school: Schoo
     eventually(lambda: school.one.calls()["left"] == left, what="the upstream saw each caller leave")
     eventually(lambda: sum(row["requests"] for row in rows_of_holders()) >= 220, what="the charges of 220 requests")
     rows = rows_of_holders()
-    total = ledger.total(rows)
+    total = ledger_usage.total(rows)
     broken = [row for row in rows if row["estimated_calls"]]
     whole = [row for row in rows if not row["estimated_calls"]]
     counted = [school.one.calls(each)["tokens"] for each in (school.one.paid, school.one.model)]
@@ -179,7 +181,7 @@ def test_a1_redis_killed_in_the_middle_of_a_load_run_loses_nothing(school: Schoo
 
 def test_sigterm_books_what_is_left(school: School, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy that is told to end right after an answer has booked it, however long it gathers charges otherwise."""
-    changed(monkeypatch, "ledger.FLUSH_SECONDS = 3600")
+    changed(monkeypatch, "ledger.ledger.FLUSH_SECONDS = 3600")
     holder = school.key()
     with school.another(tmp_path) as ending:
         assert Holder(ending, holder.key).chat().status_code == 200
@@ -195,7 +197,8 @@ PRICED = Identity(tenant="kim", owner="kim", key_id="key_0a")
 
 
 def charge(**more: Any) -> Charge:
-    told = {"identity": PRICED, "upstream": "openai", "model": "gpt-mock", "source": "upstream", "prompt": 10,
+    told = {"key_id": PRICED.key_id or "", "owner": PRICED.owner,
+            "upstream": "openai", "model": "gpt-mock", "source": "upstream", "prompt": 10,
             "completion": 5}  # fmt: skip
     return Charge(**(told | more))
 
@@ -229,14 +232,14 @@ async def all_booked(made: Ledger) -> None:
 
     async def done() -> bool:
         await made.flush()
-        return not made.unbooked(PRICED.key_id or "")
+        return not made.unflushed_cost(PRICED.key_id or "")
 
     await eventually_async(done, what="all is booked")
 
 
 async def calls_booked(made: Ledger) -> int:
     today = datetime.now(UTC).date()
-    return int(ledger.total(await made.usage(today, today))["upstream_calls"])
+    return int(ledger_usage.total(await made.usage(today, today))["upstream_calls"])
 
 
 @pytest.mark.usefixtures("hurried")
@@ -260,7 +263,7 @@ async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp
         change = paid - (1000 * 3 + 900 * 7) * 10**6 + (19 * 3 + 29 * 7) * 10**6
         await made.flush()
         assert [each for each in (tmp_path / "spool").glob("*") if each.stat().st_size], "it waits on the disk"
-        assert made.unbooked(PRICED.key_id or "") == change + 65 * 10**6 < 0
+        assert made.unflushed_cost(PRICED.key_id or "") == change + 65 * 10**6 < 0
         os.kill(server.popen.pid, signal.SIGCONT)
         await all_booked(made)
         (row,) = await made.usage(day, day)
@@ -327,14 +330,16 @@ async def test_what_redis_refuses_is_spooled_and_booked_in_order(server: Process
         await eventually_async(
             lambda: any(each.stat().st_size for each in (tmp_path / "spool").glob("*")), what="charges on the disk"
         )
-        assert made.unbooked(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
+        assert made.unflushed_cost(PRICED.key_id or "") == 1000 * (10 * 3 + 5 * 7) * 10**6
         if fault == "full":
             await client.config_set("maxmemory", "0")
         elif fault == "read-only":
             await client.execute_command("REPLICAOF", "NO", "ONE")
         else:
             os.kill(server.popen.pid, signal.SIGCONT)
-        await eventually_async(lambda: not made.unbooked(PRICED.key_id or ""), what="all is booked, without a call")
+        await eventually_async(
+            lambda: not made.unflushed_cost(PRICED.key_id or ""), what="all is booked, without a call"
+        )
         assert await calls_booked(made) == 1001
         assert (await made.spent(PRICED.key_id or ""))[1] == 1001 * 65 * 10**6
 
@@ -356,17 +361,17 @@ async def test_a_full_spool_keeps_the_sums_in_memory(server: Process, tmp_path: 
 
 async def test_a_torn_line_of_the_spool_costs_only_itself(server: Process, tmp_path: Path) -> None:
     """A line that a crash cut in two is passed over; those before it are booked."""
-    spool = Spool(tmp_path / "spool", "0123456789abcdef", 10**6)
+    spool = DiskQueue(tmp_path / "spool", "0123456789abcdef", 10**6)
     row = ("2026-11-23", "key_0a", "kim", "openai", "gpt-mock", [1] * len(METRICS))
-    spool.append(Batch(spool.writer, 1, [row]))
-    spool.append(Batch(spool.writer, 2, [row]))
+    spool.append(LedgerBatch(spool.writer, 1, [row]))
+    spool.append(LedgerBatch(spool.writer, 2, [row]))
     spool.close(remove=False)
     path = next((tmp_path / "spool").glob("*.jsonl"))
     path.write_bytes(path.read_bytes()[:-20])
     async with book(server, tmp_path) as made:
         await made.flush()
         day = datetime(2026, 11, 23, tzinfo=UTC).date()
-        assert ledger.total(await made.usage(day, day))["requests"] == 1
+        assert ledger_usage.total(await made.usage(day, day))["requests"] == 1
     assert not path.exists()
 
 
@@ -375,7 +380,7 @@ async def test_a_wrong_type_in_redis_loses_no_other_sum(server: Process, tmp_pat
     async with book(server, tmp_path) as made, redis.asyncio.Redis(port=server.port) as client:
         await client.set(f"{ledger.SUMS}key_0a", "garbage")
         made.record(charge())
-        made.record(charge(identity=LOCAL))
+        made.record(charge(key_id=LOCAL.key_id or "-", owner=LOCAL.owner))
         await made.flush()
         assert await calls_booked(made) == 2
 
@@ -480,7 +485,7 @@ def test_usage_as_csv(school: School) -> None:
     assert (row["model"], int(row["prompt_tokens"])) == ("gpt-mock", told["prompt_tokens"])
     assert Decimal(row["cost_usd"]) == Decimal(told["cost_picodollars"]) / 10**12
     risky = {"day": "2026-11-23", "key_id": None, "owner": "kim", "upstream": "u", "model": "=cmd()"}
-    shown = ledger.as_csv([risky | ledger.total([])])
+    shown = ledger_usage.as_csv([risky | ledger_usage.total([])])
     assert ",'=cmd()," in shown
 
 

@@ -22,13 +22,13 @@ import openai
 import pytest
 from fixtures_keys import Holder, School, limits_of, school_on, slots_of
 from fixtures_proxy import new, redis_url, state
-from lab_proxy import limits
-from lab_proxy.entry import CHAT, EMBEDDINGS
+from lab_proxy.endpoints import CHAT, EMBEDDINGS
 from lab_proxy.errors import LimitReached
-from lab_proxy.keys import Identity
-from lab_proxy.ledger import NoLedger
-from lab_proxy.link import connect
-from lab_proxy.prices import Prices
+from lab_proxy.keys import estimate, limits
+from lab_proxy.keys.identity import Identity
+from lab_proxy.ledger.ledger import Ledger
+from lab_proxy.ledger.prices import Prices
+from lab_proxy.redis.link import connect
 from processes import eventually, eventually_async, redis_server
 
 HEADERS = ("limit", "remaining", "reset")
@@ -211,13 +211,13 @@ def test_a_request_that_never_fits_is_told_so(school: School) -> None:
 def test_numbers_that_are_none_reserve_nothing_negative() -> None:
     """A caller cannot earn tokens by max_tokens below 0, by n, or by types."""
     for said in (-5, 0, True, "7", 1.5, None, [], 10**30):
-        prompt, answer = limits.estimate(CHAT, {"max_tokens": said, "n": said}, 400, None)
+        prompt, answer = estimate.estimate(CHAT, {"max_tokens": said, "n": said}, 400, None)
         assert prompt == 100
         assert answer >= 0
-    assert limits.estimate(CHAT, {"max_tokens": 10, "n": 3}, 400, None) == (100, 30)
-    assert limits.estimate(EMBEDDINGS, {"max_tokens": 10}, 400, 50) == (100, 0)
+    assert estimate.estimate(CHAT, {"max_tokens": 10, "n": 3}, 400, None) == (100, 30)
+    assert estimate.estimate(EMBEDDINGS, {"max_tokens": 10}, 400, 50) == (100, 0)
     image = {"messages": [{"content": [{"image_url": {"url": "data:image/png;base64," + "A" * 10**6}}]}]}
-    assert limits.estimate(CHAT, image, 10**6, None)[0] < 2000
+    assert estimate.estimate(CHAT, image, 10**6, None)[0] < 2000
 
 
 def test_r5_a_hit_counts_for_rpm_and_its_tokens_are_given_back(school: School) -> None:
@@ -237,13 +237,15 @@ def test_r5_a_hit_counts_for_rpm_and_its_tokens_are_given_back(school: School) -
 async def test_giving_back_is_no_second_burst(school: School) -> None:
     """A reservation that the bucket has refilled from is not given back once more when its answer ends late."""
     client = connect(redis_url(school.redis))
-    made = limits.Limits(client, Prices(), NoLedger(), when_down="closed", timeout=60)
+    made = limits.Limits(
+        client, Prices(), Ledger(client, Prices(), folder=Path("."), max_bytes=0), when_down="closed", timeout=60
+    )
     who = Identity(tenant="late", owner="late", key_id=f"key_{new()[-8:]}", tpm=6000)  # 100 a second
 
     async def reserved(tokens: int) -> tuple[limits.Admission, int]:
         admission = made.admission(who, CHAT, "gpt-mock", {"max_tokens": tokens - 1}, 4, "openai")
         assert admission is not None
-        await made.ask(admission)
+        await made.check(admission)
         return admission, int(admission.headers["x-ratelimit-remaining-tokens"])
 
     late, _ = await reserved(3000)
@@ -348,14 +350,16 @@ async def test_a_slot_is_renewed_as_long_as_its_answer_takes(school: School, mon
     assert limits.RENEW_SECONDS * 2 < limits.SLOT_SECONDS
     monkeypatch.setattr(limits, "RENEW_SECONDS", 0.05)
     client = connect(redis_url(school.redis))
-    made = limits.Limits(client, Prices(), NoLedger(), when_down="closed", timeout=60)
+    made = limits.Limits(
+        client, Prices(), Ledger(client, Prices(), folder=Path("."), max_bytes=0), when_down="closed", timeout=60
+    )
     await made.start()
     who = Identity(tenant="long", owner="long", key_id=f"key_{new()[-8:]}", concurrency=1)
 
     async def asked() -> limits.Admission:
         admission = made.admission(who, CHAT, "gpt-mock", {}, 4, "openai")
         assert admission is not None
-        await made.ask(admission)
+        await made.check(admission)
         return admission
 
     running, slots = await asked(), slots_of(who.key_id or "")

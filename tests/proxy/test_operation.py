@@ -21,12 +21,12 @@ import psutil
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
-from lab_proxy.metrics import Metrics
+from lab_proxy.telemetry.metrics import Metrics
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
 
-PRICES = PACKAGED.with_name("prices.yaml").read_text()
+PRICES = PACKAGED.parents[1].joinpath("ledger/prices.yaml").read_text()
 
 
 def alias(name: str) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_sighup_reads_the_files_again(filed: Filed) -> None:
     assert other.chat().status_code == 200
     assert other.calls()["last"]["headers"]["authorization"] == "Bearer sk-new"
     log = other.proxy.log.read_text()
-    assert "read anew" in log
+    assert "reloaded" in log
     assert "sk-new" not in log
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_file_keeps_the_old_one_and_says_so(filed: Filed, wrong: str | N
     page = other.http.get("/metrics").text
     assert number(page, 'lab_proxy_reload_failing{file="routes"}') == 1
     assert number(page, 'lab_proxy_reloads_total{file="routes",outcome="refused"}') >= 1
-    assert "the one before it stays in use" in other.proxy.log.read_text()
+    assert "its previous content stays in use" in other.proxy.log.read_text()
     assert other.chat(model="one").status_code == 200
     filed.routes(**alias("two"))
     filed.hang_up()
@@ -259,7 +259,7 @@ def test_sighup_reaches_every_worker(bench: Bench, tmp_path: Path) -> None:
     file = routes_file(tmp_path, **alias("one"))
     with workers(bench, tmp_path, routes_file=str(file)) as other:
         other.proxy.popen.send_signal(signal.SIGHUP)
-        eventually(lambda: other.proxy.log.read_text().count("routes: read anew") == 2)
+        eventually(lambda: other.proxy.log.read_text().count("routes: reloaded") == 2)
 
 
 def test_workers_do_not_outlive_their_parent(bench: Bench, tmp_path: Path) -> None:

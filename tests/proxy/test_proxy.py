@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -31,16 +32,22 @@ from fixtures_proxy import (
     second,
     state,
 )
-from lab_proxy import app as application
-from lab_proxy import exchange
 from lab_proxy.__main__ import main
-from lab_proxy.app import App, Message, Page, Response, Visit
-from lab_proxy.cache import NoCache
-from lab_proxy.call import Account
-from lab_proxy.metrics import MOST_MODELS, Metrics
-from lab_proxy.routes import Routes
+from lab_proxy.cache.store import NoCache
+from lab_proxy.http import app as application
+from lab_proxy.http.app import App, Message
+from lab_proxy.http.response import Page, PageRequest, Response
+from lab_proxy.keys.authentication import NoKeys
+from lab_proxy.requests import executor
+from lab_proxy.requests.context import Traffic
+from lab_proxy.requests.executor import Executor
 from lab_proxy.settings import Settings
-from lab_proxy.upstream import Upstreams
+from lab_proxy.telemetry.metrics import MOST_MODELS, Metrics
+from lab_proxy.telemetry.observer import Observer
+from lab_proxy.telemetry.record import RequestRecord
+from lab_proxy.upstreams.failover import UpstreamPool
+from lab_proxy.upstreams.model_list import ModelList
+from lab_proxy.upstreams.routes import Routes
 from processes import free_port, python
 
 JSON = {"content-type": "application/json"}
@@ -315,7 +322,7 @@ class Caller:
         self.got.append(message)
 
 
-Application = tuple[App, list[Account], Metrics]
+Application = tuple[App, list[RequestRecord], Metrics]
 
 
 @asynccontextmanager
@@ -324,21 +331,21 @@ async def app(monkeypatch: pytest.MonkeyPatch, page: Page | None = None, **setti
 
     Its bound on a last write to a caller is short.
     """
-    for module in (application, exchange):
+    for module in (application, executor):
         monkeypatch.setattr(module, "STALLED_CLIENT_SECONDS", 0.05)
     made, metrics = Settings(**settings), Metrics()
     routes = Routes(made)
-    upstreams = Upstreams(routes, made, metrics)
-    accounts: list[Account] = []
+    upstreams = UpstreamPool(routes, made, metrics)
+    accounts: list[RequestRecord] = []
     yield (
         App(
             made,
-            NoCache(),
-            upstreams,
-            routes,
-            metrics,
+            Executor(made, NoCache(), upstreams, routes, ModelList(upstreams, 60)),
+            keys=NoKeys(),
+            traffic=Traffic(),
+            observer=Observer(metrics, SimpleNamespace(record=lambda _, account, *__: accounts.append(account))),  # type: ignore[arg-type]
             pages={("GET", "/page"): page} if page else {},
-            trace=lambda _, account, *__: accounts.append(account),
+            parts=[],
         ),
         accounts,
         metrics,
@@ -362,9 +369,9 @@ async def test_a_caller_who_does_not_read_is_given_up(bench: Bench, monkeypatch:
 async def test_a_fault_in_the_proxy_is_an_error_without_its_words(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
     """500 with the envelope, or an event where the answer has begun. A caller who does not read it is given up."""
 
-    async def broken(_: Visit, out: Response) -> None:
+    async def broken(_: PageRequest, out: Response) -> None:
         if begun:
-            await out.head({})
+            await out.start_stream({})
         raise RuntimeError("what was asked")
 
     async with app(monkeypatch, broken) as (served, _, metrics), asyncio.timeout(60):
@@ -526,7 +533,7 @@ def test_invented_models_do_not_grow_the_metrics(bench: Bench) -> None:
     assert 'model="other"' in page
     metrics = Metrics()
     for number in range(MOST_MODELS + 50):
-        metrics.record("/v1/embeddings", Account(model=f"m{number}", known=True), 200, 0.1)
+        metrics.record("/v1/embeddings", RequestRecord(model=f"m{number}", model_known=True), 200, 0.1)
     labels = {sample.labels["model"] for family in metrics.collect() for sample in family.samples if sample.labels}
     assert len(labels) == MOST_MODELS + 1
     assert "other" in labels

@@ -28,8 +28,8 @@ from lab_model.engine import Request
 from lab_model.generator import Work
 from lab_model.tally import SLOTS, Tally, Used, find
 from lab_model.text import Text
-from lab_proxy import tally as asking
 from lab_proxy.errors import UpstreamDown
+from lab_proxy.ledger import reconciliation as asking
 from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, redis_server
 from prometheus_client import REGISTRY
 
@@ -269,10 +269,10 @@ async def test_cache_a1_a_model_that_is_down_is_asked_again() -> None:
     model = Model(UpstreamDown("no"), {}, [], {"a": {"prompt": "x"}}, {"a": used | {"cached": None}}, {"a": used})
     heard: asyncio.Queue[Any] = asyncio.Queue()
     ends: list[str] = []
-    tally = asking.Tally(model.get, ends.append)
+    tally = asking.Reconciliation(model.get, ends.append)
     await tally.start()
     try:
-        tally.expect("a", heard.put_nowait)
+        tally.enqueue("a", heard.put_nowait)
         assert await asyncio.wait_for(heard.get(), 60) == (3, 4, 1)
     finally:
         await tally.stop()
@@ -284,19 +284,19 @@ async def test_cache_a1_what_the_model_does_not_tell_is_given_up(monkeypatch: py
     """After a while; what is open is bounded; when the proxy ends it is asked for the last time."""
     monkeypatch.setattr(asking, "PATIENCE_SECONDS", 0.1)
     ends: asyncio.Queue[str] = asyncio.Queue()
-    tally = asking.Tally(Model({}).get, ends.put_nowait)
+    tally = asking.Reconciliation(Model({}).get, ends.put_nowait)
     await tally.start()
-    tally.expect("a", lambda _: pytest.fail("nobody knows"))
+    tally.enqueue("a", lambda _: pytest.fail("nobody knows"))
     assert await asyncio.wait_for(ends.get(), 60) == "unknown"
     monkeypatch.setattr(asking, "PATIENCE_SECONDS", 60)
     for number in range(asking.MOST_OPEN + 1):
-        tally.expect(f"{number}", lambda _: None)
+        tally.enqueue(f"{number}", lambda _: None)
     assert ends.get_nowait() == "unknown"
     assert ends.empty()
     await tally.stop()
-    last = asking.Tally(Model({}, {"a": {"prompt": 1, "completion": 1, "cached": 0}}).get)
+    last = asking.Reconciliation(Model({}, {"a": {"prompt": 1, "completion": 1, "cached": 0}}).get)
     heard: list[Any] = []
-    last.expect("a", heard.append)
+    last.enqueue("a", heard.append)
     await last.stop()
     assert heard == [(1, 1, 0)]
 

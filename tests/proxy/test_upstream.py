@@ -26,12 +26,12 @@ from fixtures_proxy import (
     second,
     state,
 )
-from lab_proxy.breaker import LEAST_CALLS, PROBE_SECONDS, WINDOW_SECONDS, Breaker
-from lab_proxy.routes import AutoRow, Routes
 from lab_proxy.settings import Settings
+from lab_proxy.upstreams.breaker import LEAST_CALLS, PROBE_SECONDS, WINDOW_SECONDS, CircuitBreaker
+from lab_proxy.upstreams.routes import AutoRow, Routes
 from processes import Process, free_port
 
-PACKAGED = Path(__file__).parents[2] / "services/proxy/lab_proxy/routes.yaml"
+PACKAGED = Path(__file__).parents[2] / "services/proxy/lab_proxy/upstreams/routes.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_breaker_opens_at_half_of_twenty_and_probes() -> None:
     """At 50 % of 20 calls in 10 s; one call in 5 s goes through while it is open; a success closes it."""
     now = [1000.0]
     opened: list[float] = []
-    breaker = Breaker(lambda: opened.append(now[0]), clock=lambda: now[0])
+    breaker = CircuitBreaker(lambda: opened.append(now[0]), clock=lambda: now[0])
 
     def call(good: bool) -> None:
         began = breaker.began()
@@ -300,7 +300,7 @@ def test_breaker_opens_at_half_of_twenty_and_probes() -> None:
 
 def test_breaker_hears_no_old_stories() -> None:
     """A call from before it opened neither closes it nor counts after."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     old = breaker.began()
     for _ in range(LEAST_CALLS):
         breaker.failed(breaker.began())
@@ -597,7 +597,7 @@ def test_a_routes_terms_reach_its_targets(tmp_path: Path) -> None:
     routes = Routes(Settings(routes_file=file, openai_api_key="k"))  # type: ignore[arg-type]  # pydantic makes it secret
     target = routes.resolve("m", {"m": {"revision": "r"}})
     for each in (target, *target.fallbacks):
-        assert (each.samples, each.swr, each.stale_if_error, each.ttl) == (3, 60, 600, 5)
+        assert (each.samples, each.stale_while_revalidate, each.stale_if_error, each.ttl) == (3, 60, 600, 5)
     assert [(each.upstream, each.model) for each in target.fallbacks] == [("openai", "gpt-x")]
 
 

@@ -2,95 +2,63 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import queue
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import ValidationError
 
-from . import commands, journal
-from .admin import Admin
-from .app import App
-from .batches import Batches
-from .cache import Cache, NoCache, load_secret
-from .files import FilePages, Files
-from .flight import Flights
-from .keyring import Ring
-from .keys import Keys, NoKeys
-from .ledger import Ledger
-from .limits import Limits
-from .link import connect
-from .metrics import Metrics
-from .prices import Prices
-from .routes import Routes
-from .server import serve
+from . import cli
+from .batches.files import FileStore
+from .batches.worker import BatchWorker
+from .cache.key import load_secret
+from .cache.single_flight import SingleFlight
+from .cache.store import Cache, NoCache
+from .http.app import App
+from .http.guards import OperatorGuard
+from .http.pages.batches import BatchPages
+from .http.pages.cache import CachePages
+from .http.pages.files import FilePages
+from .http.pages.health import HealthPages
+from .http.pages.keys import KeyPages
+from .http.pages.models import ModelPages
+from .http.pages.usage import UsagePages
+from .http.response import Page
+from .http.server import listen, serve
+from .http.workers import SPREADS, Workers
+from .keys.authentication import Authenticator, NoKeys
+from .keys.limits import Limits
+from .keys.store import KeyStore
+from .ledger.ledger import Ledger
+from .ledger.prices import Prices
+from .ledger.reconciliation import Reconciliation
+from .redis.link import connect
+from .reload import Reloader
+from .requests.context import Traffic
+from .requests.executor import Executor
 from .settings import Settings
-from .spans import Spans, installed
-from .upstream import Upstreams
-from .watch import Watch
-from .workers import SPREADS, Workers
+from .telemetry.logs import start_log
+from .telemetry.metrics import Metrics
+from .telemetry.observer import Observer
+from .telemetry.traces import Traces, installed
+from .upstreams.failover import UpstreamPool
+from .upstreams.model_list import ModelList
+from .upstreams.routes import Routes
 
 log = logging.getLogger("lab_proxy")
-
-
-class Line(logging.Formatter):
-    """One line a record: JSON, or text for a terminal."""
-
-    def __init__(self, text: bool) -> None:
-        super().__init__()
-        self._text = text
-
-    def format(self, record: logging.LogRecord) -> str:
-        lines: list[journal.Line] | None = getattr(record, "lines", None)
-        if lines is not None:
-            return "\n".join(self._line(*line) for line in lines)
-        said: dict[str, Any] = getattr(record, "said", None) or {"message": record.getMessage()}
-        if record.exc_text:
-            said = said | {"trace": record.exc_text}
-        return self._line(record.created, record.levelno, said)
-
-    def _line(self, at: float, level: int, said: dict[str, Any]) -> str:
-        name = logging.getLevelName(level).lower()
-        if self._text:
-            shown = " ".join(f"{field}={value}" for field, value in said.items() if value not in ("", None))
-            return f"{time.strftime('%H:%M:%S', time.localtime(at))} {name} {shown}"
-        return orjson.dumps({"ts": round(at, 3), "level": name, "service": "proxy", **said}, default=str).decode()
-
-
-def start_log(settings: Settings, *, threaded: bool = True) -> None:
-    """Log by a thread of its own: a slow terminal or disk must not hold the event loop. A parent that forks has none:
-    `threaded` is False there."""
-    text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
-    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    stderr = logging.StreamHandler()
-    stderr.setFormatter(Line(text))
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.handlers = [QueueHandler(lines) if threaded else stderr]
-    if threaded:
-        listener = QueueListener(lines, stderr)
-        listener.start()
-        atexit.register(listener.stop)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a line for each broken upload
 
 
 def main(argv: Sequence[str] = ()) -> int:
     if argv:
         return command(list(argv))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is somebody who reads files again
-    # 1. What must be right before anything starts.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the reloader handles it
+    # 1. Settings and files: checked before anything starts.
     try:
         settings = Settings()
         routes = Routes(settings)
@@ -99,26 +67,28 @@ def main(argv: Sequence[str] = ()) -> int:
         if settings.otlp_endpoint and not installed():
             raise ValueError("PROXY_OTLP_ENDPOINT wants the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
     except ValidationError as error:
-        print(f"proxy: {_wrong(error)}", file=sys.stderr)  # noqa: T201 before there is a log
+        print(f"proxy: {_first_error(error)}", file=sys.stderr)  # noqa: T201 - before the log starts
         return 2
     except ValueError as error:
-        print(f"proxy: {error}", file=sys.stderr)  # noqa: T201 before there is a log
+        print(f"proxy: {error}", file=sys.stderr)  # noqa: T201 - before the log starts
         return 2
     try:
         listener = listen(settings, shared=False)
     except OSError as error:
-        print(f"proxy: PROXY_HOST and PROXY_PORT cannot be listened on: {error}", file=sys.stderr)  # noqa: T201 as above
+        print(f"proxy: PROXY_HOST and PROXY_PORT cannot be listened on: {error}", file=sys.stderr)  # noqa: T201 - as above
         return 1
-    # 2. One process, or a parent of several.
+    # 2. One process, or a parent with several workers.
     if settings.workers == 1:
         start_log(settings)
         log.info("listening on http://%s:%s", settings.host, settings.port)
-        return serve(build(settings, routes, prices, secret, Metrics()), settings, listener)
-    folder = Path(tempfile.mkdtemp(prefix="lab-proxy-"))  # where workers leave their numbers for each other
+        app, traffic = build(settings, routes, prices, secret, Metrics())
+        return serve(app, traffic, settings, listener)
+    folder = Path(tempfile.mkdtemp(prefix="lab-proxy-"))  # where workers share their metrics
 
     def work(listener: socket.socket, parent: int) -> int:
         start_log(settings)
-        return serve(build(settings, routes, prices, secret, Metrics(folder)), settings, listener, parent)
+        app, traffic = build(settings, routes, prices, secret, Metrics(folder))
+        return serve(app, traffic, settings, listener, parent)
 
     start_log(settings, threaded=False)
     log.info("listening on http://%s:%s with %d workers", settings.host, settings.port, settings.workers)
@@ -131,96 +101,154 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def command(argv: list[str]) -> int:
-    """The operator's commands, which start no server."""
+    """The operator's commands. They start no server."""
     try:
         settings = Settings()
     except ValidationError as error:
-        print(f"proxy: {_wrong(error)}", file=sys.stderr)  # noqa: T201 on a terminal
+        print(f"proxy: {_first_error(error)}", file=sys.stderr)  # noqa: T201 - on a terminal
         return 2
-    return commands.run(argv, settings)
+    return cli.run(argv, settings)
 
 
-def _wrong(error: ValidationError) -> str:
-    """What is wrong with the first wrong setting, and its variable."""
+def _first_error(error: ValidationError) -> str:
+    """The first wrong setting: its variable and the reason."""
     first = error.errors()[0]
     variable = "".join(f"PROXY_{str(part).upper()}: " for part in first["loc"][:1])
     return f"{variable}{first['msg'].removeprefix('Value error, ')}"
 
 
-def listen(settings: Settings, *, shared: bool) -> socket.socket:
-    """A listening socket; `shared`: others of this user may listen on the same port. Raises OSError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    return socket.create_server((settings.host, settings.port), family=family, backlog=2048, reuse_port=shared)
+def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, metrics: Metrics) -> tuple[App, Traffic]:
+    """The app of one process, from its parts, room by room."""
 
+    def on_redis_error(operation: str) -> None:
+        metrics.count("redis_errors", operation)
 
-def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, metrics: Metrics) -> App:
-    """The application of one process, from its parts."""
+    redis_timeout = settings.redis_timeout_ms / 1000
+    client = connect(settings.redis_url)
+    # 1. telemetry, ledger
+    traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    observer = Observer(metrics, traces)
+    ledger = Ledger(
+        client,
+        prices,
+        folder=settings.disk_queue_folder,
+        max_bytes=settings.ledger_spool_bytes,
+        on_error=on_redis_error,
+    )
+    # 2. cache
     cache = (
         Cache(
             settings.redis_url,
             secret,
-            timeout=settings.redis_timeout_ms / 1000,
+            timeout=redis_timeout,
             max_entry_bytes=settings.cache_max_entry_bytes,
             near_bytes=settings.cache_near_bytes,
-            on_error=lambda operation: metrics.count("redis_errors", operation),
+            on_error=on_redis_error,
             on_time=lambda operation, seconds: metrics.time("redis", operation, seconds=seconds),
         )
         if settings.cache_enabled
         else NoCache()
     )
-
-    def failed(operation: str) -> None:
-        metrics.count("redis_errors", operation)
-
-    client = connect(settings.redis_url)
-    timeout, admin_key = settings.redis_timeout_ms / 1000, settings.operator_key()
-    keys = (
-        Keys(client, timeout=max(timeout, 0.1), admin_key=admin_key, on_error=failed)
-        if settings.keys_required
-        else NoKeys()
-    )
-    book = Ledger(client, prices, folder=settings.spool_folder, max_bytes=settings.ledger_spool_bytes, on_error=failed)
-    limits = Limits(
-        client,
-        prices,
-        book,
-        when_down=settings.limits_when_redis_is_down,
-        timeout=timeout,
-        on_refusal=lambda reason: metrics.count("limits_refused", reason),
-        on_error=failed,
-    )
-    admin = Admin(keys, Ring(client), book, enabled=admin_key is not None)
-    files = Files(settings.files_folder, max_bytes=settings.files_max_bytes, max_total_bytes=settings.files_total_bytes)
-    uploads = FilePages(files, silence=settings.body_timeout_seconds, total=settings.total_timeout_seconds)
-    batches = Batches(
-        files, uploads, keys, client, at_once=settings.batch_concurrency, max_line_bytes=settings.max_body_bytes
-    )
-    upstreams = Upstreams(routes, settings, metrics)
-    flights = Flights(
+    flights = SingleFlight(
         settings.redis_url if settings.cache_enabled else None,
         limit=settings.cache_max_entry_bytes,
         drain=settings.drain_timeout_seconds,
-        on_error=failed,
+        on_error=on_redis_error,
     )
-    watch = Watch({"routes": routes, "prices": prices}, metrics, after=upstreams.reloaded)
-    spans = Spans(settings.otlp_endpoint) if settings.otlp_endpoint else None
-    return App(
+    # 3. upstreams
+    upstreams = UpstreamPool(routes, settings, metrics)
+    models = ModelList(upstreams, settings.model_poll_seconds)
+
+    async def ask_model(path: str, seconds: float) -> tuple[int, Any]:
+        return await upstreams.model_service.get_json(path, seconds)
+
+    reconciliation = Reconciliation(ask_model, lambda outcome: metrics.count("reconciled", outcome))
+    reloader = Reloader(
+        {"routes": routes, "prices": prices},
+        after=upstreams.on_routes_reloaded,
+        on_reload=lambda name, outcome: metrics.count("reloads", name, outcome),
+    )
+    # 4. keys
+    admin_key = settings.operator_key()
+    keys = (
+        Authenticator(client, timeout=max(redis_timeout, 0.1), admin_key=admin_key, on_error=on_redis_error)
+        if settings.keys_required
+        else NoKeys()
+    )
+    limits = Limits(
+        client,
+        prices,
+        ledger,
+        when_down=settings.limits_when_redis_is_down,
+        timeout=redis_timeout,
+        on_refusal=lambda reason: metrics.count("limits_refused", reason),
+        on_error=on_redis_error,
+    )
+    # 5. requests, batches
+    traffic = Traffic()
+    executor = Executor(
         settings,
         cache,
         upstreams,
         routes,
-        metrics,
-        keys=keys,
+        models,
         limits=limits,
-        ledger=book,
+        ledger=ledger,
         flights=flights,
-        # The ledger ends last of these: others charge until their end.
-        parts=[book, limits, metrics, watch, *([spans] if spans else [])],
-        reports={"files": watch.report},
-        trace=spans.record if spans else None,
-        pages=admin.pages(),
-        batches=batches,
+        reconciliation=reconciliation,
     )
+    files = FileStore(
+        settings.files_folder, max_bytes=settings.files_max_bytes, max_total_bytes=settings.files_total_bytes
+    )
+    batches = BatchWorker(
+        files,
+        keys,
+        client,
+        executor=executor,
+        traffic=traffic,
+        observer=observer,
+        concurrency=settings.batch_concurrency,
+        max_line_bytes=settings.max_body_bytes,
+    )
+    # 6. http
+    guard = OperatorGuard(keys, enabled=admin_key is not None)
+    health = HealthPages(cache, upstreams, models, metrics=metrics, traffic=traffic, reports={"files": reloader.report})
+    metrics.watch(reloader.gauges)
+    metrics.watch(health.gauges)
+    uploads = FilePages(files, idle_timeout=settings.body_timeout_seconds, total_timeout=settings.total_timeout_seconds)
+    pages: dict[tuple[str, str], Page] = {
+        **health.pages(),
+        **ModelPages(routes, models).pages(),
+        **KeyPages(KeyStore(client), ledger, guard).pages(),
+        **UsagePages(ledger, guard).pages(),
+        **CachePages(executor.planner, cache, keys).pages(),
+        **uploads.pages(),
+        **BatchPages(files, batches.wake).pages(),
+    }
+    app = App(
+        settings,
+        executor,
+        keys=keys,
+        traffic=traffic,
+        observer=observer,
+        pages=pages,
+        # Stopped in reverse order: the ledger after all that record charges.
+        parts=[
+            upstreams,
+            cache,
+            models,
+            keys,
+            ledger,
+            limits,
+            metrics,
+            reloader,
+            *([traces] if traces else []),
+            reconciliation,
+            flights,
+            batches,
+        ],
+    )
+    return app, traffic
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Strict JSON in, canonical JSON and cache keys out.
+"""Strict JSON in, canonical JSON out.
 
-Two requests are the same when their canonical forms are. The form is RFC 8785's, except that integral numbers of up to
-40 digits are written as exact integers, so that 64-bit seeds stay apart. Knows nothing of models, routes or redis.
+The canonical form is RFC 8785's, except that integral numbers of up to 40 digits are written as exact integers, so
+that 64-bit seeds stay distinct. Knows nothing of requests, models or cache keys.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any, NoReturn
 
@@ -17,22 +16,13 @@ import orjson
 
 from .errors import InvalidRequest
 
-CONTRACT = 3
-"""Version of key and entry. A change of either makes every older entry a miss."""
-
 MAX_DEPTH = 64
-MAX_DIGITS = 309  # of the largest double: a longer integer is no number that anyone could mean
-EXACT = 10**40  # integers below are kept exactly; from here on the double counts, or five bytes (`1e308`) become 309
-
-UNKEYED = frozenset({
-    "stream", "stream_options", "user", "safety_identifier", "metadata", "store", "prompt_cache_key",
-    "prompt_cache_retention",
-})  # fmt: skip
-"""Fields that cannot change an answer. Every other field is in the key, unknown ones too."""
+MAX_DIGITS = 309  # of the largest double: a longer integer is out of range
+EXACT = 10**40  # integers below are exact; from here on the double counts, or five bytes (`1e308`) become 309
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """A JSON object, refused where parsers disagree about it.
+    """A JSON object. Input that parsers read differently is refused.
 
     Integral numbers (`1`, `1.0`, `1e0`) below EXACT become `int`, exactly; all others `float`. Raises InvalidRequest
     for duplicate keys, NaN and Infinity, numbers beyond a double, invalid UTF-8, lone surrogates, depth over 64, and
@@ -64,62 +54,11 @@ def encode(value: Any) -> bytes:
 
 
 def dump(value: Any) -> bytes:
-    """Plain JSON in the caller's key order, which a chat template may print. Integers of any size."""
+    """Compact JSON in the caller's key order, which a chat template may print. Integers of any size."""
     try:
         return orjson.dumps(value)
     except TypeError:  # an integer beyond 64 bits
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes]) -> dict[str, Any]:
-    """What of a request body counts for the key: no field that cannot change the answer, none that is null or default.
-
-    `defaults` maps a field to the canonical bytes of its documented default.
-    """
-    kept = {}
-    for field, value in body.items():
-        if value is None or field in UNKEYED:
-            continue
-        default = defaults.get(field)
-        if default is None or encode(value) != default:
-            kept[field] = value
-    kept["model"] = model
-    return kept
-
-
-def form(*, tenant: str, upstream: str, model: str, revision: str | None, endpoint: str, body: Any) -> bytes:
-    """The canonical form of a request: all that counts, and nothing else."""
-    return encode([CONTRACT, tenant, upstream, model, revision, endpoint, body])
-
-
-def with_input(form: bytes, text: bytes) -> bytes:
-    """The canonical form of an embeddings request without its inputs, with one or more of them at its end."""
-    return form[:-1] + b"," + text + b"]"
-
-
-def key_of(secret: bytes, of: bytes) -> str:
-    """The key of a canonical form, 64 hex digits. Keyed, because a plain hash of a short prompt can be guessed."""
-    return hmac.digest(secret, of, "sha256").hex()
-
-
-def key(secret: bytes, **parts: Any) -> str:
-    """The key of `form(**parts)`."""
-    return key_of(secret, form(**parts))
-
-
-def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:
-    """One key for each canonical input of a request whose `key` without its inputs is `rest`.
-
-    The HMAC of `rest` (64 hex digits, where `key` has a bracket: the two never meet) and the input's bytes, so that
-    the request's other fields are encoded once and not once per input.
-    """
-    keyed = hmac.new(secret, rest.encode(), "sha256")
-    keys = []
-    for given in inputs:
-        one = keyed.copy()
-        one.update(given)
-        keys.append(one.hexdigest())
-    return keys
 
 
 # ---- reading
@@ -195,7 +134,7 @@ def _refuse_depth(text: str, value: Any) -> None:
 
 # ---- writing
 
-_escape = json.encoder.encode_basestring  # of the control characters, the quote and the backslash: RFC 8785's set
+_escape = json.encoder.encode_basestring  # control characters, quote and backslash: RFC 8785's set
 
 
 def _utf16(pair: tuple[str, Any]) -> bytes:

@@ -1,9 +1,9 @@
-"""What can go wrong, as one tree, and its one way onto the wire: OpenAI's envelope.
+"""All errors that a caller can get, as one tree, and their one wire form: OpenAI's envelope.
 
 Knows status codes and messages. Does not know who raises them.
 """
 
-# ruff: noqa: N818 - the names say what happened; a suffix would say nothing more
+# ruff: noqa: N818 - an `Error` suffix on every class would add nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import orjson
 
 
 class ProxyError(Exception):
-    """A refusal or a failure that the caller is told about. Subclasses say the status and OpenAI's type."""
+    """A refusal or failure that is reported to the caller. Subclasses set the status and OpenAI's type."""
 
     status = 500
     type = "server_error"
@@ -50,51 +50,51 @@ class BodyTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
-class CallerGone(InvalidRequest):
-    """Nobody hears this answer: it is for the log."""
+class ClientDisconnected(InvalidRequest):
+    """The client closed the connection. Only the log shows this error."""
 
     status = 499
     type = "client_gone"
 
 
-class BodyTooSlow(InvalidRequest):
+class BodyTimeout(InvalidRequest):
     status = 408
     code = "request_timeout"
 
 
-class TooSlow(InvalidRequest):
-    """Others who share the answer were further ahead than the proxy keeps of it."""
+class SlowReader(InvalidRequest):
+    """A follower of a shared answer fell behind by more than the proxy buffers."""
 
     status = 408
     code = "read_too_slowly"
 
 
-class NotJson(InvalidRequest):
+class UnsupportedMediaType(InvalidRequest):
     status = 415
     code = "unsupported_media_type"
 
 
-class HostRefused(InvalidRequest):
+class HostNotAllowed(InvalidRequest):
     status = 421
     code = "host_not_allowed"
 
 
-class OriginRefused(InvalidRequest):
+class OriginNotAllowed(InvalidRequest):
     status = 403
     code = "origin_not_allowed"
 
 
-class NoSuchPath(InvalidRequest):
+class PathNotFound(InvalidRequest):
     status = 404
     code = "not_found"
 
 
-class NoSuchMethod(InvalidRequest):
+class MethodNotAllowed(InvalidRequest):
     status = 405
     code = "method_not_allowed"
 
 
-class NoSuchModel(InvalidRequest):
+class ModelNotFound(InvalidRequest):
     """`model` is the name after aliases."""
 
     status = 404
@@ -105,8 +105,8 @@ class NoSuchModel(InvalidRequest):
         self.model = model
 
 
-class KeyRefused(InvalidRequest):
-    """No key, an unknown, a revoked or an expired one. Never says anything of the key but what its holder knows."""
+class InvalidKey(InvalidRequest):
+    """No key, or an unknown, revoked or expired one. The message reveals nothing that its holder does not know."""
 
     status = 401
     code = "invalid_api_key"
@@ -116,28 +116,28 @@ class KeyRefused(InvalidRequest):
 
 
 class ModelNotAllowed(InvalidRequest):
-    """The key is good, but not for this model."""
+    """The key is valid, but not for this model."""
 
     status = 403
     code = "model_not_allowed"
 
 
 class KeysUnavailable(ProxyError):
-    """Redis is down, and this key was not seen in the last minutes."""
+    """Redis is down, and this key was not verified in the last minutes."""
 
     status = 503
     code = "keys_unavailable"
 
 
 class LimitsUnavailable(ProxyError):
-    """Redis is down, and PROXY_LIMITS_WHEN_REDIS_IS_DOWN says `closed`."""
+    """Redis is down, and PROXY_LIMITS_WHEN_REDIS_IS_DOWN is `closed`."""
 
     status = 503
     code = "limits_unavailable"
 
 
 class LimitReached(ProxyError):
-    """RPM, TPM or concurrency of a key. OpenAI's `type` says which: `requests` or `tokens`."""
+    """A rate limit of a key: RPM, TPM or concurrency. OpenAI's `type` names it: `requests` or `tokens`."""
 
     status = 429
     code = "rate_limit_exceeded"
@@ -147,50 +147,50 @@ class LimitReached(ProxyError):
         self.type = kind
 
 
-class BudgetSpent(ProxyError):
+class BudgetExceeded(ProxyError):
     status = 429
     type = "insufficient_quota"
     code = "insufficient_quota"
 
 
-class NoSuchKey(InvalidRequest):
+class KeyNotFound(InvalidRequest):
     status = 404
     code = "key_not_found"
 
 
-class NoSuchFile(InvalidRequest):
+class UploadNotFound(InvalidRequest):
     status = 404
     code = "file_not_found"
 
 
-class NoSuchBatch(InvalidRequest):
+class BatchNotFound(InvalidRequest):
     status = 404
     code = "batch_not_found"
 
 
 class StorageFull(InvalidRequest):
-    """An owner's files take all the room there is for one."""
+    """The owner's files have reached their size limit, or the disk is full."""
 
     status = 413
     code = "file_storage_full"
 
 
 class NotCached(ProxyError):
-    """`only-if-cached` and nothing fresh in the cache."""
+    """The request has `only-if-cached`, and the cache holds no fresh entry."""
 
     status = 504
     code = "not_cached"
 
 
-class FlushRefused(InvalidRequest):
-    """Somebody else's answers."""
+class FlushNotAllowed(InvalidRequest):
+    """The key may not flush this tenant's entries."""
 
     status = 403
     code = "flush_not_allowed"
 
 
 class CacheUnavailable(ProxyError):
-    """Redis is down or refuses what must not be lost, a flush."""
+    """Redis is down or refuses a flush, which must not be lost."""
 
     status = 503
     code = "cache_unavailable"
@@ -202,13 +202,13 @@ class UpstreamDown(ProxyError):
 
 
 class CircuitOpen(UpstreamDown):
-    """The upstream failed so often that nobody asks it for now."""
+    """The upstream's circuit breaker is open."""
 
     code = "upstream_circuit_open"
 
 
 class Draining(ProxyError):
-    """The proxy ends, and takes no new work."""
+    """The proxy is shutting down and accepts no new requests."""
 
     status = 503
     code = "draining"
@@ -223,7 +223,7 @@ class UpstreamTimeout(ProxyError):
 
 
 class DeadlineExceeded(ProxyError):
-    """The caller's own time is over."""
+    """The caller's own deadline has passed."""
 
     status = 504
     code = "deadline_exceeded"
@@ -233,7 +233,7 @@ class DeadlineExceeded(ProxyError):
 
 
 class UpstreamBroken(ProxyError):
-    """The upstream answered, but not what the API promises."""
+    """The upstream's answer does not follow the API."""
 
     status = 502
     code = "upstream_error"
@@ -246,7 +246,7 @@ class UpstreamLimited(ProxyError):
 
 
 class UpstreamRefused(ProxyError):
-    """An error that the upstream itself put into OpenAI's envelope: passed on as it is."""
+    """An error in OpenAI's envelope from the upstream: passed on unchanged."""
 
     def __init__(self, status: int, envelope: bytes, headers: Mapping[str, str]) -> None:
         super().__init__("the upstream refused the request", status=status, headers=headers)

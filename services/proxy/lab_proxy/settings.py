@@ -1,7 +1,9 @@
-"""What the environment may say to the proxy. Nothing else in the package reads it."""
+"""The proxy's settings, read from the environment. No other module reads the environment."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -9,15 +11,13 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .keys import weakness
-
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
 def is_http(url: str) -> bool:
-    """Whether requests can be sent there."""
+    """The URL names an HTTP host that requests can be sent to."""
     try:
         parts = urlsplit(url)
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -26,107 +26,119 @@ def is_http(url: str) -> bool:
 
 
 class Settings(BaseSettings):
-    """Every field is the variable `PROXY_<NAME>`. Lists are separated by commas, times are seconds."""
+    """Field `name` is the variable `PROXY_NAME`. Lists are separated by commas, times are in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="PROXY_", env_ignore_empty=True, extra="ignore")
 
     host: str = Field("127.0.0.1", description="Address the proxy listens on.")
     port: int = Field(8080, ge=1, le=65535, description="Port the proxy listens on.")
     workers: int = Field(
-        1, ge=1, le=64, description="Processes that answer, on one port; more than one: a parent watches over them."
+        1,
+        ge=1,
+        le=64,
+        description="Worker processes on one port; with more than one, a parent process supervises them.",
     )
     allow_anonymous: bool = Field(
-        False, description="Listen on other than loopback although callers need no key. Without it such a start fails."
+        False, description="Allow listening beyond loopback without keys. Otherwise such a start is refused."
     )
     admin_key: SecretStr | None = Field(
         None,
-        description="Key of the operator's pages. With it every caller needs a virtual key; a weak one is refused.",
+        description="Key of the operator's pages. If set, every caller needs a virtual key. A weak key is refused.",
     )
-    admin_key_file: Path | None = Field(None, description="File that holds the admin key; an empty one holds none.")
+    admin_key_file: Path | None = Field(None, description="File with the admin key; an empty file means no key.")
     require_keys: bool = Field(
-        False, description="Every caller needs a virtual key, also without an admin key: the command line makes them."
+        False, description="Require a virtual key from every caller, even without an admin key (see `python -m lab_proxy keys`)."
     )
     limits_when_redis_is_down: Literal["open", "closed"] = Field(
-        "open", description="What becomes of requests of limited keys then: let through, or refused with a 503."
+        "open", description="Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."
     )
     prices_file: Path | None = Field(
-        None, description="YAML of prices per million tokens; left out: the packaged prices.yaml."
+        None, description="YAML file of prices per million tokens. Default: the packaged prices.yaml."
     )
     ledger_folder: Path | None = Field(
-        None, description="Where charges wait that redis does not take; left out: beside the cache secret."
+        None,
+        description="Folder of the disk queue: charges that redis does not accept. Default: beside the cache secret.",
     )
     ledger_spool_bytes: int = Field(
-        64 * 1024 * 1024, ge=0, description="How much of them each worker keeps there; more wait in memory."
+        64 * 1024 * 1024, ge=0, description="Size of the disk queue per worker; further charges wait in memory."
     )
     allowed_hosts: Names = Field(
         (),
-        description="Host names callers may use beside loopback's and `proxy`; `*` for any. Guards against rebinding.",
+        description="Allowed Host names besides loopback and `proxy`; `*` for any. Prevents DNS rebinding.",
     )
     allowed_origins: Names = Field(
-        (), description="Origins of web pages that may call the proxy (`https://lab.example`); all others get a 403."
+        (), description="Origins of web pages that may call the proxy (`https://lab.example`); others get a 403."
     )
     model_url: str = Field("http://127.0.0.1:8000", description="Base URL of the model service.")
     model_poll_seconds: float = Field(
-        1.5, gt=0, le=60, description="How often the model service's ids and revisions are read."
+        1.5, gt=0, le=60, description="Interval at which the model service's ids and revisions are read."
     )
-    openai_api_key: SecretStr | None = Field(None, description="Key of the OpenAI upstream; without one it is off.")
-    openai_api_key_file: Path | None = Field(None, description="File that holds the key of the OpenAI upstream.")
+    openai_api_key: SecretStr | None = Field(
+        None, description="API key of the OpenAI upstream; without one this upstream is off."
+    )
+    openai_api_key_file: Path | None = Field(None, description="File with the API key of the OpenAI upstream.")
     openai_base_url: str = Field(
-        "https://api.openai.com/v1", description="Base URL of the OpenAI upstream, or of any compatible one."
+        "https://api.openai.com/v1", description="Base URL of the OpenAI upstream or of a compatible API."
     )
     routes_file: Path | None = Field(
-        None, description="YAML of upstreams, name patterns, aliases and defaults; left out: the packaged routes.yaml."
+        None, description="YAML file of upstreams, routes and aliases. Default: the packaged routes.yaml."
     )
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Where answers are cached.")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="URL of redis: cache, keys, limits and ledger.")
     redis_timeout_ms: int = Field(
         60,
         ge=1,
         le=10_000,
-        description="Longest wait for redis in one read or write; then the cache is left out for a while.",
+        description="Timeout of one redis read or write; on timeout the request goes on without the cache.",
     )
-    cache_enabled: bool = Field(True, description="Cache answers at all.")
+    cache_enabled: bool = Field(True, description="Use the response cache.")
     cache_ttl_seconds: int = Field(
-        86_400, ge=1, le=31_536_000, description="How long an answer is kept, unless its route says otherwise."
+        86_400, ge=1, le=31_536_000, description="TTL of cache entries; a route may set its own."
     )
-    cache_max_entry_bytes: int = Field(1_048_576, ge=1, description="Larger answers are not stored.")
+    cache_max_entry_bytes: int = Field(
+        1_048_576, ge=1, description="Largest cache entry; larger answers are not stored."
+    )
     cache_near_bytes: int = Field(
         64 * 1024 * 1024,
         ge=0,
-        description="Memory that each worker's own copies of answers may take; 0: none are kept.",
+        description="Memory of each worker's local copies of cache entries; 0 turns local copies off.",
     )
     cache_secret_file: Path = Field(
-        Path(".state/cache-secret"), description="Secret of the cache keys; made at the first start, shared by workers."
+        Path(".state/cache-secret"), description="File with the secret of the cache keys; created at the first start."
     )
     files_dir: Path | None = Field(
         None,
-        description="Folder of uploaded files and of batches, shared by workers and replicas; left out: `files` beside "
+        description="Folder of uploaded files and batches, shared by workers and replicas. Default: `files` beside "
         "the cache secret.",
     )
-    files_max_bytes: int = Field(64 * 1024 * 1024, ge=1024, description="Largest file at /v1/files; beyond it a 413.")
+    files_max_bytes: int = Field(
+        64 * 1024 * 1024, ge=1024, description="Largest file at /v1/files; larger ones get a 413."
+    )
     files_total_bytes: int = Field(
-        1024 * 1024 * 1024, ge=1024, description="All files of one owner together; beyond it a 413."
+        1024 * 1024 * 1024, ge=1024, description="Total size of one owner's files; beyond it a 413."
     )
     batch_concurrency: int = Field(
-        4, ge=0, le=256, description="Lines of batches that one worker asks at once; 0: this one works on none."
+        4, ge=0, le=256, description="Concurrent batch lines per worker; 0: this worker runs no batches."
     )
-    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; beyond it a 413.")
-    body_timeout_seconds: float = Field(30, gt=0, description="Longest wait for a request's body.")
-    connect_timeout_seconds: float = Field(5, gt=0, description="Longest wait for a connection to an upstream.")
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; larger ones get a 413.")
+    body_timeout_seconds: float = Field(30, gt=0, description="Time limit for reading a request's body.")
+    connect_timeout_seconds: float = Field(5, gt=0, description="Time limit for connecting to an upstream.")
     first_byte_timeout_seconds: float = Field(
-        120, gt=0, description="Longest wait for the first byte of a streamed answer."
+        120, gt=0, description="Time limit for the first byte of a streamed answer."
     )
-    idle_timeout_seconds: float = Field(60, gt=0, description="Longest silence inside a streamed answer.")
-    total_timeout_seconds: float = Field(600, gt=0, description="Longest time for one answer, streamed or not.")
+    idle_timeout_seconds: float = Field(60, gt=0, description="Longest pause within a streamed answer.")
+    total_timeout_seconds: float = Field(600, gt=0, description="Time limit for one answer, streamed or not.")
     upstream_retries: int = Field(
-        2, ge=0, le=10, description="How often a call that failed before its first byte is made again."
+        2, ge=0, le=10, description="Retries of an upstream call that failed before its first byte."
     )
-    drain_timeout_seconds: int = Field(30, ge=0, description="How long running answers may go on after SIGTERM.")
+    drain_timeout_seconds: int = Field(
+        30, ge=0, description="Graceful drain after SIGTERM: time for running answers to finish."
+    )
     otlp_endpoint: str | None = Field(
         None,
-        description="Where OpenTelemetry spans go, OTLP over HTTP (`http://127.0.0.1:4318`); wants `lab-proxy[otel]`.",
+        description="OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`.",
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="Form of the log on stderr; `auto`: text on a terminal, else JSON."
+        "auto", description="Log format on stderr; `auto`: text on a terminal, JSON otherwise."
     )
 
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
@@ -175,7 +187,7 @@ class Settings(BaseSettings):
         return self
 
     def openai_key(self) -> str | None:
-        """The key of the OpenAI upstream, or None. Raises ValueError naming the variable when the file is no good."""
+        """The API key of the OpenAI upstream, or None. Raises ValueError, with the variable, for an unreadable file."""
         if self.openai_api_key_file is None:
             return self.openai_api_key.get_secret_value().strip() or None if self.openai_api_key else None
         try:
@@ -190,23 +202,53 @@ class Settings(BaseSettings):
         return self.operator_key() is not None or self.require_keys
 
     def operator_key(self) -> str | None:
-        """The admin key, or None. Raises ValueError naming the variable when it is weak or its file is no good."""
+        """The admin key, or None. Raises ValueError that names the variable for a weak key or an unreadable file."""
         name = "PROXY_ADMIN_KEY_FILE" if self.admin_key_file else "PROXY_ADMIN_KEY"
         try:
             text = self.admin_key_file.read_text() if self.admin_key_file else ""
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"PROXY_ADMIN_KEY_FILE cannot be read: {error}") from None
         key = (self.admin_key.get_secret_value() if self.admin_key else text).strip()
-        if key and (why := weakness(key)):
+        if key and (why := admin_key_weakness(key)):
             raise ValueError(f"{name} is weak: {why}. `openssl rand -hex 32` makes a good one")
         return key or None
 
     @property
     def files_folder(self) -> Path:
-        """Where uploads and batches lie."""
+        """Folder of uploads and batches."""
         return self.files_dir or self.cache_secret_file.parent / "files"
 
     @property
-    def spool_folder(self) -> Path:
-        """Where charges wait that redis does not take."""
+    def disk_queue_folder(self) -> Path:
+        """Folder of charges that redis did not accept."""
         return self.ledger_folder or self.cache_secret_file.parent
+
+
+def admin_key_weakness(admin_key: str) -> str | None:
+    """Why this admin key could be guessed, or None. The text does not contain the key."""
+    if len(admin_key) < 24:
+        return "it has fewer than 24 characters"
+    lower = admin_key.lower()
+    rest = lower
+    for word in _COMMON_WORDS:
+        rest = rest.replace(word, "")
+    if len(rest) < 20:
+        return "most of it is common words"
+    if admin_key in (admin_key + admin_key)[1:-1]:
+        return "it repeats itself"
+    steps = [ord(b) - ord(a) for a, b in itertools.pairwise(lower)]
+    if sum(step in {-1, 0, 1} for step in steps) > len(steps) / 2:
+        return "it runs through the alphabet or the digits"
+    counts = Counter(admin_key)
+    if len(counts) < 10 or max(counts.values()) > len(admin_key) / 3:
+        return "it uses too few different characters"
+    return None
+
+
+_COMMON_WORDS = (
+    "administrator", "correct", "horse", "battery", "staple", "changeme", "change", "password", "passw0rd",
+    "qwertyuiop", "qwerty", "letmein", "welcome", "default", "example", "insecure", "secret", "master", "replace",
+    "student", "teacher", "admin", "dummy", "proxy", "openai", "litellm", "virtual", "token", "guest", "test",
+    "root", "user", "sk-lab-", "sk-", "llm-lab", "llm", "lab", "key", "123456789", "12345678", "1234567", "123456",
+    "12345", "1234", "abcdef", "abc",
+)  # fmt: skip

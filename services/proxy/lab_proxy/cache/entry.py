@@ -1,0 +1,157 @@
+"""Cache entries: the stored form of an answer, and single vectors of embeddings answers.
+
+Works on parsed answers and bytes. Knows nothing of redis, HTTP or callers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from random import getrandbits  # an id is no secret
+from typing import Any
+
+import orjson
+
+from ..endpoints import COMPLETIONS
+from .key import CONTRACT
+
+OBJECT_BYTES = 1500  # of an entry and its place in a dict, besides its body; measured
+
+
+# ---- what may be stored
+
+
+# ---- the stored form
+
+
+@dataclass(slots=True)
+class Entry:
+    """A stored answer. `body` is JSON, served by splicing: a chat or text answer without `id` and `created`, or one
+    vector. `metadata` is what else a hit needs: `usage`, and for embeddings the answer without its vectors."""
+
+    body: bytes
+    ttl: int
+    stored_at: float
+    metadata: dict[str, Any] = field(default_factory=dict)
+    epoch: str = ""  # the epoch it belongs to: a flush begins a new one
+    grace: int = 0  # seconds after the TTL in which the stale entry may be served
+    canonical_form: bytes = b""  # of the request; canonical JSON has no line break
+    weight: int = field(init=False)  # approximate bytes in this process
+    replays: dict[bool, list[bytes]] = field(init=False, default_factory=dict)  # by include_usage: see replay_pieces
+
+    def __post_init__(self) -> None:
+        self.weight = len(self.body) + len(self.canonical_form) + OBJECT_BYTES
+
+    def attach_request(self, form: bytes, grace: int) -> None:
+        """Store the request's canonical form with the entry, and keep it for `grace` seconds after the TTL."""
+        self.canonical_form, self.grace = form, grace
+        self.weight += len(form)
+
+    def pack(self) -> bytes:
+        head = {"v": CONTRACT, "at": self.stored_at, "ttl": self.ttl, "grace": self.grace, "stamp": self.epoch}
+        rest = self.canonical_form + b"\n" + self.body
+        return orjson.dumps(head | {"crc": zlib.crc32(rest), "about": self.metadata}) + b"\n" + rest
+
+    @classmethod
+    def unpack(cls, raw: Any) -> Entry | None:
+        """The entry in `raw`; None for garbage, a truncated entry or one of another version."""
+        if not isinstance(raw, bytes):
+            return None
+        first, found, rest = raw.partition(b"\n")
+        try:
+            head = orjson.loads(first)
+            if not found or head["v"] != CONTRACT or head["crc"] != zlib.crc32(rest):
+                return None
+            form, _, body = rest.partition(b"\n")
+            about, stamp, grace = dict(head["about"]), str(head["stamp"]), int(head["grace"])
+            return cls(body, int(head["ttl"]), float(head["at"]), about, stamp, grace, form)
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            return None
+
+    def age(self, now: float) -> int:
+        return max(0, int(now - self.stored_at))
+
+
+def of_answer(answer: Mapping[str, Any], ttl: int, now: float, stamp: str) -> Entry:
+    """A chat or text answer as an entry, without its `id` and `created`."""
+    kept = {name: value for name, value in answer.items() if name not in {"id", "created"}}
+    return Entry(orjson.dumps(kept), ttl, now, {"usage": answer.get("usage")}, stamp)
+
+
+def new_id(endpoint: str) -> str:
+    """A new `id` for an answer, with OpenAI's prefix for this endpoint."""
+    return f"{'cmpl' if endpoint == COMPLETIONS else 'chatcmpl'}-{getrandbits(112):028x}"
+
+
+def with_identity(body: bytes, identity: str, created: int) -> bytes:
+    """A stored body with a new `id` and `created`, spliced in without parsing."""
+    return b'{"id":"%s","created":%d,' % (identity.encode(), created) + body[1:]
+
+
+# ---- streams
+
+
+# ---- embeddings
+
+
+def inputs(value: Any) -> list[Any] | None:
+    """The inputs of an embeddings request, each a text or a list of token ids; None for an unknown shape."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        return None
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return [value]
+    if all(isinstance(item, str) for item in value) or all(isinstance(item, list) and item for item in value):
+        return value
+    return None
+
+
+def shares(total: int, weights: list[int]) -> list[int]:
+    """`total` split in proportion to `weights` by the largest remainder: integers with exactly this sum."""
+    whole = sum(weights)
+    if not whole:
+        weights, whole = [1] * len(weights), len(weights)
+    split = [total * weight // whole for weight in weights]
+    order = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
+    for i in order[: total - sum(split)]:
+        split[i] += 1
+    return split
+
+
+def of_vectors(answer: Any, units: list[Any], ttl: int, now: float, stamp: str) -> list[Entry]:
+    """One entry for each of `units`. Raises ValueError if the answer does not hold one vector for each.
+
+    An input's tokens are its `usage.per_input_tokens`, or else its share of the total by length.
+    """
+    try:
+        rows = sorted(answer["data"], key=lambda row: row["index"])
+        vectors = [row["embedding"] for row in rows]
+        if [row["index"] for row in rows] != list(range(len(units))) or not all(vectors):
+            raise ValueError("not one vector for each input")
+        usage = answer.get("usage") or {}
+        reported: Any = usage.get("per_input_tokens")
+        exact = isinstance(reported, list) and len(reported) == len(units)
+        lengths = [len(unit) for unit in units]
+        tokens: list[int] = list(reported) if exact else shares(usage.get("prompt_tokens") or 0, lengths)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("not an answer with vectors") from error
+    frame = {name: value for name, value in answer.items() if name not in {"data", "usage", "id", "created"}}
+    return [
+        Entry(orjson.dumps(vector), ttl, now, {"tokens": count, "exact": exact, "frame": frame}, stamp)
+        for vector, count in zip(vectors, tokens, strict=True)
+    ]
+
+
+def to_vectors(kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
+    """One answer from single vectors, and its usage. `order`: index of the vector of each input, with duplicates."""
+    counts = [kept[place].metadata["tokens"] for place in order]
+    usage: dict[str, Any] = {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}
+    if all(entry.metadata["exact"] for entry in kept):
+        usage["per_input_tokens"] = counts
+    rows = b",".join(
+        b'{"object":"embedding","index":%d,"embedding":%s}' % (index, kept[place].body)
+        for index, place in enumerate(order)
+    )
+    return b'{"data":[' + rows + b"]," + orjson.dumps(kept[0].metadata["frame"] | {"usage": usage})[1:], usage

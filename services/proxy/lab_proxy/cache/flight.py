@@ -1,0 +1,332 @@
+"""One flight: the answer to identical concurrent requests on its way from one upstream call to all of them.
+
+A flight is a sequence of parts (bytes) and a result. It belongs to no single request: a task of its own fetches the
+answer, each request that wants it is a subscriber, and the task is cancelled when the last subscriber leaves. Knows
+neither HTTP nor what the parts mean, nor which requests may share an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ..errors import ProxyError, SlowReader, UpstreamRefused
+from ..redis.connection import Command
+from .entry import Entry
+
+LEASE = "lab:flight:"
+LEASE_SECONDS = 2.5  # after it, followers of a killed leader go on
+
+# KEYS: the lease, then the names of the entries. ARGV: own token, milliseconds, token of a dead leader.
+# '' if all entries exist by now; otherwise the leader's token, which is the own one if the lease was free.
+_ACQUIRE = """
+if #KEYS > 1 and redis.call('EXISTS', unpack(KEYS, 2)) == #KEYS - 1 then return '' end
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[3] then return held end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return ARGV[1]
+"""
+
+_TOKEN = re.compile(rb"[0-9a-f]{16}\.[0-9]{1,18}")  # process and number
+
+
+class FlightLost(Exception):  # noqa: N818 - as in errors
+    """The flight ended without a result: a request that has sent nothing of it may join another one."""
+
+
+@dataclass(slots=True)
+class FlightResult:
+    """How a flight ended: `outcome` says whether the answer was stored, `error` why there is none."""
+
+    outcome: str | None = None
+    error: Exception | None = None
+
+    def wire(self) -> dict[str, Any]:
+        error = self.error
+        if error is None:
+            return {"outcome": self.outcome}
+        if not isinstance(error, ProxyError):
+            error = ProxyError("A fault in the proxy that asked: its log tells more.", code="proxy_fault")
+        fields = {"status": error.status, "code": error.code or error.type, "headers": error.headers}
+        return {"error": fields | {"body": error.body().decode()}}
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> FlightResult:
+        if (error := fields.get("error")) is None:
+            return cls(fields.get("outcome"))
+        made = UpstreamRefused(int(error["status"]), error["body"].encode(), error["headers"])
+        made.code = error["code"]
+        return cls(error=made)
+
+
+@dataclass(slots=True)
+class RemoteSubscriber:
+    """Another process that follows a flight of this one. `sent`: parts sent to it; the result counts as one more."""
+
+    sent: int
+    last_heard: float  # monotonic: its last sign of life
+    last_told: float = 0.0  # monotonic: the last message to it
+
+
+class Lease:
+    """The command that elects the leader of a flight across processes; a PipelinedCommand."""
+
+    def __init__(self, flight: Flight, entry_names: Sequence[str], displaced: str = "") -> None:
+        """`entry_names`: redis names; if all of them exist, no leader is needed. `displaced`: a dead leader's token."""
+        self._keys = (LEASE + flight.name, *entry_names)
+        self._arguments = (flight.token, int(LEASE_SECONDS * 1000), displaced)
+        self.holder: str | None = None  # token of the leader; "": the entries exist; None: redis did not answer
+
+    def command(self, whole: bool = False) -> Command:
+        """Always with the script's text, which is short."""
+        return ("EVAL", _ACQUIRE, len(self._keys), *self._keys, *self._arguments)
+
+    def on_reply(self, reply: Any) -> None:
+        valid = isinstance(reply, bytes) and (not reply or _TOKEN.fullmatch(reply))
+        self.holder = reply.decode() if valid else None  # garbage under this name: there is no leader
+
+    def on_failure(self) -> None:
+        self.holder = None
+
+
+class Flight:
+    """One answer on its way. Its task writes it; each subscriber reads it at its own pace."""
+
+    def __init__(
+        self,
+        name: str,
+        token: str,
+        *,
+        limit: int,
+        on_end: Callable[[Flight], None],
+        on_overflow: Callable[[Flight], None],
+        on_change: Callable[[Flight], None],
+    ) -> None:
+        """`name`: empty if nobody may join. `limit`: bytes kept for subscribers; `on_overflow` is called beyond it.
+
+        `on_change` is called for each change while another process follows.
+        """
+        self.name = name
+        self.token = token
+        self.head: dict[str, Any] | None = None  # what precedes the first part
+        self.entries: list[Entry] | None = None  # what the first subscriber found in the cache
+        self.result: FlightResult | None = None
+        self.abandoned = False
+        self.lookup_names: Sequence[str] = ()
+        self.holds_lease = False  # this process leads, according to redis
+        self.remote = False  # another process leads
+        self.started = False  # past the cache lookup: the upstream is being called
+        self.subscribers: set[Subscriber] = set()
+        self.remote_subscribers: dict[str, RemoteSubscriber] = {}  # process -> its state
+        self.last_heard = 0.0  # monotonic; of a follower: the leader's last message
+        self.renewed = 0.0  # monotonic: last renewal of the lease
+        self.resync = True  # of a follower: the leader must send again, from `count` on
+        self.unknown_to_leader = False  # of a follower
+        self.count = 0  # parts so far
+        self.task: asyncio.Task[None] | None = None
+        self._limit = limit
+        self._on_end, self._on_overflow, self._on_change = on_end, on_overflow, on_change
+        self._parts: list[bytes] = []  # from `_dropped_parts` on
+        self._part_ends: list[int] = []  # bytes up to the end of each of them
+        self._dropped_parts = self._dropped_bytes = 0
+        self._bytes = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def done(self) -> bool:
+        return self.abandoned or self.result is not None or self.entries is not None
+
+    @property
+    def has_head(self) -> bool:
+        return self.head is not None
+
+    @property
+    def shared(self) -> bool:
+        """More than one subscriber wants the answer."""
+        return len(self.subscribers) + len(self.remote_subscribers) > 1
+
+    # ---- for the writer
+
+    def begin(self, head: dict[str, Any]) -> None:
+        """The answer begins. `head` is JSON."""
+        self.head = head
+        self.notify()
+
+    async def append(self, part: bytes) -> None:
+        """Add a part. Waits while even the fastest reader is behind by more than the limit."""
+        self._add(part)
+        while self._bytes - self._fastest() > self._limit and (self.subscribers or self.remote_subscribers):
+            await self._changed.wait()
+
+    def append_remote(self, part: bytes) -> None:
+        """Add a part of a flight that another process leads. Never waits: slow readers fall behind."""
+        self._add(part)
+
+    def end(self, outcome: str | None = None, error: Exception | None = None) -> None:
+        if not self.done:
+            self.result = FlightResult(outcome, error)
+            self._on_end(self)
+            self.notify()
+
+    def resolve_from_cache(self, found: list[Entry]) -> None:
+        """The answer was in the cache: all subscribers are served from there."""
+        self.entries = found
+        self._on_end(self)
+        self.notify()
+
+    def abandon(self) -> None:
+        if not self.done:
+            self.abandoned = True
+            self._on_end(self)
+            self.notify()
+
+    def _add(self, part: bytes) -> None:
+        self._bytes += len(part)
+        self._parts.append(part)
+        self._part_ends.append(self._bytes)
+        self.count += 1
+        if self._bytes > self._limit:
+            self._on_overflow(self)
+            self._drop()
+        self.notify()
+
+    def _positions(self) -> list[int]:
+        return [each.taken for each in self.subscribers] + [each.sent for each in self.remote_subscribers.values()]
+
+    def _fastest(self) -> int:
+        """Bytes that the fastest reader has taken."""
+        at = min(max(self._positions(), default=0), self.count) - self._dropped_parts
+        return self._part_ends[at - 1] if at > 0 else self._dropped_bytes
+
+    def _drop(self) -> None:
+        """Drop parts that all readers have taken, or that are further back than the limit."""
+        positions = self._positions()
+        slowest, fastest = min(positions, default=0), max(positions, default=0)
+        drop = 0
+        while drop < len(self._parts) - 1:
+            far = self._bytes - self._part_ends[drop] > self._limit
+            at = self._dropped_parts + drop
+            if not (at < slowest or (far and (self.remote or at < fastest))):
+                break
+            drop += 1
+        if drop:
+            self._dropped_bytes = self._part_ends[drop - 1]
+            self._dropped_parts += drop
+            del self._parts[:drop]
+            del self._part_ends[:drop]
+
+    # ---- for readers
+
+    def parts_after(self, taken: int) -> list[bytes]:
+        """The parts after the first `taken`. Raises SlowReader if some of them were dropped."""
+        if taken < self._dropped_parts:
+            raise SlowReader("The answer was read too slowly, and others did not wait: ask again.")
+        return self._parts[taken - self._dropped_parts :]
+
+    async def wait_change(self, within: float | None = None) -> None:
+        """Returns at the next change, or after `within` seconds."""
+        if within is None:
+            await self._changed.wait()
+        else:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await self._changed.wait()
+
+    def notify(self) -> None:
+        self._changed.set()  # wakes all that wait now
+        self._changed.clear()
+        if self.remote_subscribers:
+            self._on_change(self)
+
+    def on_taken(self) -> None:
+        """A subscriber has taken parts: a writer that waits may go on."""
+        if self._bytes > self._limit:
+            self._changed.set()
+            self._changed.clear()
+
+
+class Subscriber:
+    """One request's subscription to a flight. It leaves at the end of the `with` block."""
+
+    def __init__(
+        self,
+        flight: Flight,
+        *,
+        first: bool,
+        can_lease: bool,
+        start: Callable[[Flight, str | None, Callable[[Flight], Awaitable[None]]], None],
+        leave: Callable[[Subscriber], None],
+    ) -> None:
+        """`first`: it decides how the flight goes on: resolve_from_cache, start, or leave."""
+        self.flight = flight
+        self.first = first
+        self.taken = 0
+        self._can_lease, self._start, self._leave = can_lease, start, leave
+
+    def __enter__(self) -> Subscriber:
+        self.flight.subscribers.add(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.flight.subscribers.discard(self)
+        self._leave(self)
+
+    @property
+    def outcome(self) -> str | None:
+        """Whether the answer was stored, once all of it was taken."""
+        return self.flight.result.outcome if self.flight.result else None
+
+    def lease(self, entry_names: Sequence[str], *, anyway: bool = False) -> Lease | None:
+        """The leader election, to be sent with the read of `entry_names`; None if no other process can be reached.
+
+        `anyway`: lead even if all entries exist, because they may not satisfy this request.
+        """
+        self.flight.lookup_names = entry_names
+        if not self.flight.name or not self._can_lease:
+            return None
+        return Lease(self.flight, () if anyway else entry_names)
+
+    def start(self, lease: Lease | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
+        """The cache had nothing: follow the leader, or lead. `fetch` calls the upstream: begin, append, end."""
+        self._start(self.flight, lease.holder if lease else None, fetch)
+
+    async def cached_entries(self) -> list[Entry] | None:
+        """What the first subscriber found in the cache. Raises FlightLost if it left before its lookup."""
+        while not (self.flight.done or self.flight.started):
+            await self.flight.wait_change()
+        if self.flight.abandoned and not self.flight.started:
+            raise FlightLost
+        return self.flight.entries
+
+    async def head(self) -> dict[str, Any]:
+        """What precedes the first part. Raises the flight's error, or FlightLost."""
+        while self.flight.head is None:
+            if self.flight.done:
+                self._raise()
+            await self.flight.wait_change()
+        return self.flight.head
+
+    async def parts(self) -> AsyncIterator[list[bytes]]:
+        """All parts from the first on, as they come. Raises the flight's error, FlightLost, or SlowReader."""
+        flight = self.flight
+        while True:
+            if fresh := flight.parts_after(self.taken):
+                self.taken += len(fresh)
+                yield fresh
+                flight.on_taken()
+            elif flight.done:
+                break
+            else:
+                await flight.wait_change()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self.flight.abandoned:
+            raise FlightLost
+        if self.flight.result and self.flight.result.error:
+            raise self.flight.result.error.with_traceback(None)

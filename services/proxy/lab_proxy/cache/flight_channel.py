@@ -1,0 +1,325 @@
+"""Flights across processes: messages between leaders and followers by redis pub/sub, and the renewal of leases.
+
+Each process has a channel. A follower joins by a message to the leader's channel, then gets the flight from its first
+part on. Parts exist only in the leader's memory: a follower that missed some asks for them again, so that nothing is
+lost or repeated. Knows flights by token; not which requests share one, nor what starts or ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from ..errors import SlowReader
+from ..redis.address import Address
+from ..redis.connection import Command, CommandError, Connection
+from .flight import LEASE, LEASE_SECONDS, Flight, FlightResult, RemoteSubscriber
+
+CHANNEL = "lab:flight:to:"
+BEAT_SECONDS = 0.4  # between signs of life, of leaders (lease, ping) and of followers (join)
+SILENCE_SECONDS = 1.2  # three beats: a leader without lease and without a message is dead
+DEAF_SECONDS = 5.0  # a leader with lease but without a message, or a follower without a beat, is dead
+PATIENCE_SECONDS = 10.0  # a follower that has sent a part of the answer waits so long for redis to return
+GRACE_SECONDS = 0.2  # a flight without subscribers goes on so long: another process may be about to join
+TIMEOUT_SECONDS = 0.5  # of one round trip to redis; only followers wait for it
+MESSAGE_BYTES = 256 * 1024
+
+_RENEW = """
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end return 1"
+
+
+class FlightChannel:
+    """The channel of this process. Without an address there are no other processes."""
+
+    def __init__(
+        self,
+        address: Address | None,
+        *,
+        limit: int,
+        on_error: Callable[[str], None],
+        on_end: Callable[[Flight], None],
+        on_deserted: Callable[[Flight], None],
+    ) -> None:
+        """`limit`: largest part in bytes. `on_end` is called when a leader reports the result of a followed flight,
+        `on_deserted` when a flight of this process may have lost its last subscriber."""
+        self._address = address
+        self._limit = limit
+        self._on_error, self._on_end, self._on_deserted = on_error, on_end, on_deserted
+        self.process_id = secrets.token_hex(8)
+        self.leading: dict[str, Flight] = {}  # token -> flight that other processes may join
+        self.following: dict[str, Flight] = {}  # the leader's token -> flight
+        self._connection: Connection | None = None  # subscribed to the channel of this process
+        self._dirty: set[Flight] = set()
+        self._queue: list[Command] = []
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def connected(self) -> bool:
+        """Other processes can be reached."""
+        return self._connection is not None
+
+    async def start(self) -> None:
+        if self._address:
+            await self._connect(self._address)
+            loop = asyncio.get_running_loop()
+            self._tasks = [loop.create_task(self._send_forever()), loop.create_task(self._beat(self._address))]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._connection:
+            self._connection.close()
+
+    # ---- for single flight
+
+    async def follow(self, flight: Flight, leader: str) -> bool:
+        """Follow until the flight is done or its leader dead (True), or redis fails before the first part (False)."""
+        self.following[leader] = flight
+        flight.remote = True
+        flight.last_heard, flight.unknown_to_leader, flight.resync = time.monotonic(), False, True
+        process = leader.partition(".")[0]
+        try:
+            while True:
+                fields = {"k": "join", "f": leader, "p": self.process_id, "n": flight.count, "again": flight.resync}
+                flight.resync = False
+                beat = ("PUBLISH", CHANNEL + process, _message(fields))
+                replies = await self.execute(("GET", LEASE + flight.name), beat)
+                sent = time.monotonic()
+                while not (flight.done or flight.unknown_to_leader or flight.resync):
+                    if time.monotonic() >= sent + BEAT_SECONDS:
+                        break
+                    await flight.wait_change(sent + BEAT_SECONDS - time.monotonic())
+                silent = time.monotonic() - flight.last_heard
+                if flight.done:
+                    return True
+                if replies is None and not flight.has_head:
+                    return False
+                dead = flight.unknown_to_leader or silent > (PATIENCE_SECONDS if replies is None else DEAF_SECONDS)
+                if replies is not None and replies[0] != leader.encode() and silent > SILENCE_SECONDS:
+                    dead = True
+                if dead:
+                    if flight.has_head:  # subscribers have sent the beginning of this answer: another one cannot go on
+                        flight.abandon()
+                    return True
+        finally:
+            self.following.pop(leader, None)
+            flight.remote = False
+            self._publish(process, {"k": "leave", "f": leader, "p": self.process_id})
+
+    async def execute(self, *commands: Command) -> list[Any] | None:
+        """The replies of one round trip, errors as None; None if redis does not answer."""
+        if self._connection is None:
+            return None
+        try:
+            pipeline = await self._connection.execute(commands)
+        except (TimeoutError, ConnectionError):
+            self._on_error("flight")
+            return None
+        return [None if isinstance(reply, CommandError) else reply for reply in pipeline.replies]
+
+    def release(self, flight: Flight) -> None:
+        """Give up the lease."""
+        flight.holds_lease = False
+        self._send("EVAL", _RELEASE, 1, LEASE + flight.name, flight.token)
+
+    def disown(self, flight: Flight) -> None:
+        """Tell all followers that there is no such flight."""
+        for process in flight.remote_subscribers:
+            self._publish(process, {"k": "gone", "f": flight.token})
+        flight.remote_subscribers.clear()
+
+    def wait_for_followers(self, flight: Flight) -> None:
+        """The flight has no subscriber: check it again after the time that another process needs to join."""
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._on_deserted, flight)
+
+    def mark_dirty(self, flight: Flight) -> None:
+        """The flight has something to send to its followers."""
+        self._dirty.add(flight)
+        self._wake.set()
+
+    # ---- sending
+
+    def _send(self, *command: Any) -> None:
+        """Queue a command whose reply is ignored."""
+        if self._connection is not None:
+            self._queue.append(command)
+            self._wake.set()
+
+    def _publish(self, process: str, fields: dict[str, Any]) -> None:
+        self._send("PUBLISH", CHANNEL + process, _message(fields))
+
+    async def _send_forever(self) -> None:
+        """Send all that is queued in one round trip, then what was queued meanwhile."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            commands, self._queue = self._queue, []
+            now = time.monotonic()
+            sent: list[tuple[Flight, str, RemoteSubscriber, int]] = []
+            flights, self._dirty = self._dirty, set()
+            for flight in flights:
+                for process, follower in flight.remote_subscribers.items():
+                    news = self._news(flight, follower)
+                    if not news and now - follower.last_told > BEAT_SECONDS / 2:
+                        fields = {"k": "ping", "f": flight.token, "n": min(follower.sent, flight.count)}
+                        news = [(_message(fields), follower.sent)]
+                    for message, upto in news:
+                        commands.append(("PUBLISH", CHANNEL + process, message))
+                        sent.append((flight, process, follower, upto))
+            if not commands:
+                continue
+            replies = await self.execute(*commands)
+            if replies is None:
+                self._dirty |= flights  # the next beat tries again, from the same position
+                continue
+            receivers = replies[len(commands) - len(sent) :]
+            for (flight, process, follower, upto), heard_by in zip(sent, receivers, strict=True):
+                follower.last_told = now
+                if not heard_by and flight.remote_subscribers.get(process) is follower:
+                    self._remove(flight, process)
+                elif follower.sent < upto:
+                    follower.sent = upto
+
+    def _news(self, flight: Flight, follower: RemoteSubscriber) -> list[tuple[bytes, int]]:
+        """Messages with what this follower does not have yet, and the position after each of them."""
+        made: list[tuple[bytes, int]] = []
+        at = follower.sent
+        if flight.head is None and flight.result is None:
+            return made
+        gone = [(_message({"k": "gone", "f": flight.token}), at)]
+        try:
+            parts = flight.parts_after(at) if at <= flight.count else []
+        except SlowReader:
+            return gone
+        if any(len(part) > self._limit for part in parts):
+            return gone
+        first = at == 0 and flight.head is not None
+        while parts or first:
+            first = False
+            size = count = 0
+            while count < len(parts) and (not count or size + len(parts[count]) <= MESSAGE_BYTES):
+                size += len(parts[count])
+                count += 1
+            fields = {"k": "parts", "f": flight.token, "n": at, "z": [len(part) for part in parts[:count]]}
+            fields |= {"h": flight.head} if at == 0 else {}
+            made.append((_message(fields, parts[:count]), at + count))
+            at += count
+            parts = parts[count:]
+        if flight.result is not None and at == flight.count:
+            fields = {"k": "end", "f": flight.token, "n": at, "e": flight.result.wire()}
+            made.append((_message(fields), at + 1))
+        return made
+
+    def _remove(self, flight: Flight, process: str) -> None:
+        """Another process no longer follows."""
+        if flight.remote_subscribers.pop(process, None) is None:
+            return
+        if flight.done:
+            if not flight.remote_subscribers:
+                self.leading.pop(flight.token, None)
+        elif not flight.subscribers and not flight.remote_subscribers:
+            self.wait_for_followers(flight)
+
+    async def _beat(self, address: Address) -> None:
+        """Renew leases, ping followers, remove silent ones, and connect again after a loss."""
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            if self._connection is None:
+                await self._connect(address)
+            now = time.monotonic()
+            for flight in list(self.leading.values()):
+                if flight.holds_lease and now - flight.renewed > 2 * BEAT_SECONDS:
+                    flight.renewed = now
+                    self._send("EVAL", _RENEW, 1, LEASE + flight.name, flight.token, int(LEASE_SECONDS * 1000))
+                for process, follower in list(flight.remote_subscribers.items()):
+                    if now - follower.last_heard > DEAF_SECONDS:
+                        self._remove(flight, process)
+                if flight.remote_subscribers:
+                    self.mark_dirty(flight)
+            if self._queue or self._dirty:
+                self._wake.set()
+
+    # ---- receiving
+
+    async def _connect(self, address: Address) -> None:
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                connection = await address.connect(lambda: Connection(TIMEOUT_SECONDS, self._on_push, self._on_lost))
+                connection.send(("SUBSCRIBE", CHANNEL + self.process_id))
+                await connection.execute([("PING",)])
+        except (OSError, TimeoutError, CommandError):
+            self._on_error("flight")
+            return
+        self._connection = connection
+        for flight in self.following.values():  # messages may have been missed
+            flight.resync = True
+            flight.notify()
+
+    def _on_lost(self, _: str) -> None:
+        self._connection = None
+
+    def _on_push(self, message: list[Any]) -> None:
+        if message[0] == b"message":
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a malformed message is ignored
+                self._on_message(message[2])
+
+    def _on_message(self, data: bytes) -> None:
+        head, _, rest = data.partition(b"\n")
+        fields = orjson.loads(head)
+        kind, token = fields["k"], fields["f"]
+        if kind in {"join", "leave"}:
+            return self._on_follower(kind, token, fields)
+        flight = self.following.get(token)
+        if flight is None:
+            return None
+        flight.last_heard = time.monotonic()
+        if kind == "gone":
+            flight.unknown_to_leader = True
+        elif fields["n"] > flight.count:
+            flight.resync = True
+        elif kind == "end":
+            flight.result = FlightResult.read(fields["e"])
+            self._on_end(flight)
+        elif kind == "parts":
+            if flight.head is None:
+                flight.head = fields["h"]
+            at, known = 0, flight.count - fields["n"]  # known: parts at the beginning that were sent again
+            for place, size in enumerate(fields["z"]):
+                if place >= known:
+                    flight.append_remote(rest[at : at + size])
+                at += size
+        flight.notify()
+        return None
+
+    def _on_follower(self, kind: str, token: str, fields: dict[str, Any]) -> None:
+        flight, process = self.leading.get(token), fields["p"]
+        if flight is None:
+            if kind == "join":
+                self._publish(process, {"k": "gone", "f": token})
+            return
+        if kind == "leave":
+            self._remove(flight, process)
+            return
+        follower = flight.remote_subscribers.get(process)
+        if follower is None or fields["again"]:
+            position = min(int(fields["n"]), flight.count)
+            follower = flight.remote_subscribers[process] = RemoteSubscriber(position, 0.0)
+        follower.last_heard = time.monotonic()
+        self.mark_dirty(flight)
+
+
+def _message(fields: dict[str, Any], parts: Sequence[bytes] = ()) -> bytes:
+    return b"".join((orjson.dumps(fields), b"\n", *parts))

@@ -1,0 +1,134 @@
+"""Cache keys: what of a request counts, its canonical form, and the HMAC of that form. Knows no redis and no models."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import canonical
+from ..canonical import encode
+
+CONTRACT = 3
+"""Version of key and entry. A change of either makes every older entry a miss."""
+
+UNKEYED = frozenset({
+    "stream", "stream_options", "user", "safety_identifier", "metadata", "store", "prompt_cache_key",
+    "prompt_cache_retention",
+})  # fmt: skip
+"""Fields that cannot change an answer. All other fields are part of the key, unknown ones too."""
+
+
+def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes]) -> dict[str, Any]:
+    """The fields of a request body that are part of the key: not UNKEYED, not null, not equal to their default.
+
+    `defaults` maps a field to the canonical bytes of its documented default.
+    """
+    kept = {}
+    for field, value in body.items():
+        if value is None or field in UNKEYED:
+            continue
+        default = defaults.get(field)
+        if default is None or encode(value) != default:
+            kept[field] = value
+    kept["model"] = model
+    return kept
+
+
+def canonical_form(*, tenant: str, upstream: str, model: str, revision: str | None, endpoint: str, body: Any) -> bytes:
+    """The canonical form of a request: requests with equal forms share an entry."""
+    return encode([CONTRACT, tenant, upstream, model, revision, endpoint, body])
+
+
+def with_input(form: bytes, text: bytes) -> bytes:
+    """`form` (of an embeddings request without its inputs) with one or more canonical inputs appended."""
+    return form[:-1] + b"," + text + b"]"
+
+
+def key_of(secret: bytes, of: bytes) -> str:
+    """The key of a canonical form, 64 hex digits. An HMAC, because a plain hash of a short prompt can be guessed."""
+    return hmac.digest(secret, of, "sha256").hex()
+
+
+def key(secret: bytes, **parts: Any) -> str:
+    """The key of `canonical_form(**parts)`."""
+    return key_of(secret, canonical_form(**parts))
+
+
+def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:
+    """One key for each canonical input of a request whose key without its inputs is `rest`.
+
+    It is the HMAC of `rest` (64 hex digits; a canonical form begins with a bracket, so both kinds never collide) and
+    the input's bytes. So the other fields are encoded once, not once per input.
+    """
+    keyed = hmac.new(secret, rest.encode(), "sha256")
+    keys = []
+    for given in inputs:
+        one = keyed.copy()
+        one.update(given)
+        keys.append(one.hexdigest())
+    return keys
+
+
+def sample_key(key: str, slot: int) -> str:
+    """The key of one of several samples; the first sample has the request's own key."""
+    return f"{key}:{slot}" if slot else key
+
+
+def load_secret(path: Path) -> bytes:
+    """The secret of the cache keys. Created once: of several starting processes one creates it, and all read it.
+
+    Raises ValueError that names the variable if the file cannot be read or created, or is too short.
+    """
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+            descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            try:
+                with os.fdopen(descriptor, "w") as out:
+                    out.write(secrets.token_hex(32))
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, path)  # atomic, and only if no other process was faster
+            finally:
+                draft.unlink()
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise ValueError(f"PROXY_CACHE_SECRET_FILE cannot be read or made: {error}") from None
+    if len(secret) < 32:
+        raise ValueError(f"PROXY_CACHE_SECRET_FILE {path} holds fewer than 32 bytes: remove it and a new one is made")
+    return secret
+
+
+_PARTS = ("version", "tenant", "upstream", "model", "revision", "endpoint")  # of a canonical form, before its body
+
+
+def differences(one: bytes, two: bytes) -> list[str]:
+    """Where two canonical forms differ: paths of the body (`messages[0].content`), or names of the parts before it."""
+    mine, other = canonical.parse(b'{"form":%s}' % one)["form"], canonical.parse(b'{"form":%s}' % two)["form"]
+    named = [name for name, a, b in zip(_PARTS, mine, other, strict=False) if a != b]
+    bodies = [{"body": form[len(_PARTS)], "input": form[len(_PARTS) + 1 :]} for form in (mine, other)]
+    body = [path for path in _paths(bodies[0]["body"], bodies[1]["body"], "") if path != "model"]
+    return named + body + ([] if bodies[0]["input"] == bodies[1]["input"] else ["input"])
+
+
+def _paths(one: Any, two: Any, at: str) -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(two, dict):
+        for name in sorted(one.keys() | two.keys()):
+            path = f"{at}.{name}" if at else name
+            if (name in one) != (name in two):
+                yield path
+            else:
+                yield from _paths(one[name], two[name], path)
+    elif isinstance(one, list) and isinstance(two, list):
+        for place in range(max(len(one), len(two))):
+            if place >= min(len(one), len(two)):
+                yield f"{at}[{place}]"
+            else:
+                yield from _paths(one[place], two[place], f"{at}[{place}]")
+    elif type(one) is not type(two) or one != two:
+        yield at

@@ -1,0 +1,398 @@
+"""Cache storage: entries in redis, and local copies of them in this process.
+
+Redis may be absent, down, slow or full: requests then go on without it, delayed by at most one timeout, and a probe
+every second detects its return. Knows entries under keys; not what is in them or what may be stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from ..errors import CacheUnavailable
+from ..redis.address import Address
+from ..redis.client import PipelinedCommand, deliver
+from ..redis.connection import Command, CommandError, Connection, Pipeline
+from .entry import Entry
+
+log = logging.getLogger("lab_proxy.cache")
+
+PREFIX = "lab:entry:"
+BATCH = 64  # keys in one command: redis serves other clients in between
+PROBE_SECONDS = (0.2, 0.5, 1.0)  # between probes while redis is down; the last one repeats
+PROBE_TIMEOUT = 1.0
+EPOCHS = "lab:epoch"
+POLL_SECONDS = 0.25  # between reads of the epochs
+TRUSTED_SECONDS = 1.0  # after redis's last reply: local copies are not served beyond that
+MAX_EPOCHS = 10_000
+
+
+def entry_name(key: str) -> str:
+    """The entry's name in redis."""
+    return PREFIX + key
+
+
+class LocalCache:
+    """Entries in this process: the most recently used ones, within a limit of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+
+    def get(self, key: str) -> Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: str, entry: Entry) -> None:
+        self.drop(key)
+        self._entries[key] = entry
+        self.size += entry.weight
+        while self.size > self.limit:
+            self.size -= self._entries.popitem(last=False)[1].weight
+
+    def drop(self, key: str) -> None:
+        old = self._entries.pop(key, None)
+        if old is not None:
+            self.size -= old.weight
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Cache:
+    """Entries in redis, and local copies (L1). A part. Only `flush` raises when redis fails.
+
+    A local copy is served only if redis has replied within the last second on the connection that also carries its
+    invalidations. So no copy outlives a change by more than that, even if redis is unreachable.
+    """
+
+    enabled = True
+
+    def __init__(
+        self,
+        url: str,
+        secret: bytes,
+        *,
+        timeout: float,
+        max_entry_bytes: int,
+        near_bytes: int = 0,
+        on_error: Callable[[str], None] = lambda _: None,
+        on_time: Callable[[str, float], None] = lambda *_: None,
+    ) -> None:
+        """`timeout`: of one read or write, in seconds. `near_bytes`: limit of the local copies. `on_error` gets each
+        failed operation, `on_time` each round trip with its seconds.
+
+        Raises ValueError for a URL with unsupported options.
+        """
+        self.secret = secret
+        self._timeout = timeout
+        self._max_entry_bytes = max_entry_bytes
+        self._on_error = on_error
+        self._on_time = on_time
+        self._address = Address(url)
+        self._connection: Connection | None = None
+        self._detail = ""
+        self._poller: asyncio.Task[None] | None = None
+        self._local = LocalCache(near_bytes)
+        self._tracking = False  # redis sends invalidations
+        self._confirmed = float("-inf")  # time.monotonic() at which the last answered command was sent
+        self._epochs: dict[str, str] = {}
+        self._epoch_cache: dict[tuple[str, str], str] = {}
+
+    @property
+    def up(self) -> bool:
+        return self._connection is not None
+
+    async def start(self) -> None:
+        await self._connect("start")
+        self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="redis-watch")
+
+    async def stop(self) -> None:
+        if self._poller:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+        if self._connection:
+            self._connection.close()
+
+    # ---- entries
+
+    def epoch(self, tenant: str, model: str) -> str:
+        """The current epoch of a tenant's entries of a model: read when a request begins, stored with its answer."""
+        epoch = self._epoch_cache.get((tenant, model))
+        if epoch is None:
+            if len(self._epoch_cache) >= MAX_EPOCHS:
+                self._epoch_cache.clear()
+            scopes = (scope(None, None), scope(tenant, None), scope(None, model), scope(tenant, model))
+            epoch = self._epoch_cache[tenant, model] = ".".join(self._epochs.get(each, "") for each in scopes)
+        return epoch
+
+    def get_local(self, key: str, epoch: str, now: float) -> Entry | None:
+        """The local copy, if it may be served without asking redis. `now`: time.time()."""
+        if time.monotonic() - self._confirmed > TRUSTED_SECONDS:
+            return None
+        return _alive(self._local.get(key), epoch, now)
+
+    def resize(self, key: str, entry: Entry, size: int) -> None:
+        """Count `size` more bytes for a local copy: a prepared form of it is kept with it."""
+        if self._local.get(key) is entry:
+            self._local.drop(key)
+            entry.weight += size
+            self._local.put(key, entry)
+
+    async def read(
+        self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
+    ) -> list[Entry | None] | None:
+        """An entry or None for each key; None if redis is unavailable. What is no valid entry counts as none.
+
+        One round trip for the keys without a local copy and for the `piggyback` commands, which may raise ProxyErrors.
+        """
+        now = time.time()
+        found = [self.get_local(key, epoch, now) for key in keys]
+        missing = [place for place, entry in enumerate(found) if entry is None]
+        if self._connection is None:
+            for command in piggyback:
+                command.on_failure()
+            return None
+        if not missing and not piggyback:
+            return found
+        commands: list[Command] = [command.command() for command in piggyback]
+        for start in range(0, len(missing), BATCH):
+            names = [entry_name(keys[place]) for place in missing[start : start + BATCH]]
+            commands.append(("GET", names[0]) if len(names) == 1 else ("MGET", *names))
+        pipeline = await self._execute(commands, "read")
+        if pipeline is None:
+            for command in piggyback:
+                command.on_failure()
+            return None
+        if piggyback:
+            await deliver(
+                piggyback,
+                pipeline.replies,
+                lambda command: self._execute([command], "script"),
+                lambda: self._on_error("script"),
+            )
+        raws = self._raws(commands[len(piggyback) :], pipeline.replies[len(piggyback) :])
+        now = time.time()
+        # An invalidation that came in between may concern one of these entries.
+        unchanged = self._connection is not None and pipeline.pushes == self._connection.pushes
+        for place, raw in zip(missing, raws, strict=True):
+            entry = found[place] = _alive(Entry.unpack(raw), epoch, now)
+            if entry is not None and unchanged:
+                self._keep(keys[place], entry)
+        return found
+
+    def _raws(self, commands: Sequence[Command], replies: Sequence[Any]) -> list[Any]:
+        raws: list[Any] = []
+        for (name, *names), reply in zip(commands, replies, strict=True):
+            if isinstance(reply, CommandError):  # another type at this name: a miss, and the next write replaces it
+                self._on_error("read")
+                raws += [None] * len(names)
+            else:
+                raws += [reply] if name == "GET" else reply
+        return raws
+
+    async def peek(self, key: str) -> Entry | None:
+        """The entry in redis, of any epoch."""
+        pipeline = await self._execute([("GET", entry_name(key))], "read")
+        return Entry.unpack(pipeline.replies[0]) if pipeline else None
+
+    async def write(self, entries: Mapping[str, Entry]) -> str | None:
+        """Store entries under their keys. A word for `detail=` if one was not stored, else None."""
+        packed = [(key, entry, entry.pack()) for key, entry in entries.items()]
+        fit = [item for item in packed if len(item[2]) <= self._max_entry_bytes]
+        if fit:
+            commands = [("SET", entry_name(key), raw, "EX", entry.ttl + entry.grace) for key, entry, raw in fit]
+            pipeline = await self._execute(commands, "write")
+            if pipeline is None:
+                return "redis"
+            refused = [reply for reply in pipeline.replies if isinstance(reply, CommandError)]
+            if refused:  # full or read-only: reads still work
+                self._on_error("write")
+                log.warning("redis refused an entry: %s", str(refused[0]).partition(" ")[0])
+                return "redis"
+            if self._connection is not None and pipeline.pushes == self._connection.pushes:
+                for key, entry, _ in fit:
+                    self._keep(key, entry)
+        return "size" if len(fit) < len(packed) else None
+
+    def _keep(self, key: str, entry: Entry) -> None:
+        if self._tracking and entry.weight <= self._local.limit:
+            self._local.put(key, entry)
+
+    async def _execute(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
+        """None if redis is unavailable or too slow."""
+        if self._connection is None:
+            return None
+        began = time.perf_counter()
+        try:
+            return await self._connection.execute(commands)
+        except (TimeoutError, ConnectionError):
+            self._on_error(operation)
+            return None
+        finally:
+            self._on_time(operation, time.perf_counter() - began)
+
+    # ---- deletion
+
+    async def flush(self, tenant: str | None = None, model: str | None = None) -> None:
+        """Begin a new epoch for one tenant, one model, one tenant's entries of one model, or all.
+
+        Entries of older epochs are never served again and expire by their TTL. Raises CacheUnavailable if redis fails.
+        """
+        where = scope(tenant, model)
+        token = secrets.token_hex(8)
+        pipeline = await self._execute([("HSET", EPOCHS, where, token)], "flush")
+        if pipeline is None or isinstance(pipeline.replies[0], CommandError):
+            raise CacheUnavailable("Redis does not take the flush: nothing was deleted. Try again in a moment.")
+        self._set_epochs(self._epochs | {where: token})
+
+    def _set_epochs(self, epochs: dict[str, str]) -> None:
+        if epochs != self._epochs:
+            self._epochs = epochs
+            self._epoch_cache.clear()
+
+    # ---- the connection
+
+    def _on_push(self, message: list[Any]) -> None:
+        """An invalidation: these names have changed; None means all."""
+        if message[0] == b"invalidate" and message[1] is None:
+            self._local.clear()
+        for name in (message[1] or ()) if message[0] == b"invalidate" else ():
+            self._local.drop(name[len(PREFIX) :].decode("ascii", "replace"))
+
+    def _on_lost(self, why: str) -> None:
+        """Without a connection no invalidations arrive: local copies are dropped."""
+        self._connection = None
+        self._local.clear()
+        self._confirmed = float("-inf")
+        self._detail = f"{why}; answers are not cached until it is back (make logs, or PROXY_REDIS_URL)"
+        log.warning("redis is down: %s", why)
+
+    async def _connect(self, operation: str) -> None:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                connection = await self._address.connect(
+                    lambda: Connection(PROBE_TIMEOUT, self._on_push, self._on_lost)
+                )
+                tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
+                sent = time.monotonic()
+                pipeline = await connection.execute(
+                    [tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)]
+                )
+        except (OSError, TimeoutError, CommandError) as error:
+            self._on_error(operation)
+            why = "no answer in time" if isinstance(error, TimeoutError) else "no connection"
+            why = f"it refuses ({str(error).partition(' ')[0]})" if isinstance(error, CommandError) else why
+            if not self._detail:
+                self._on_lost(why)
+            return
+        connection.set_timeout(self._timeout)
+        self._tracking = not isinstance(pipeline.replies[0], CommandError)
+        if self._detail:
+            log.warning("redis is back")
+        self._connection, self._detail = connection, ""
+        self._on_epochs(pipeline.replies[2], sent)
+
+    async def _poll_forever(self) -> None:
+        """Read the epochs while redis is up; try to connect while it is down."""
+        tries = 0
+        while True:
+            if self._connection is None:
+                await asyncio.sleep(PROBE_SECONDS[min(tries, len(PROBE_SECONDS) - 1)])
+                tries += 1
+                await self._connect("probe")
+                continue
+            tries = 0
+            await asyncio.sleep(POLL_SECONDS)
+            sent = time.monotonic()
+            pipeline = await self._execute([("HGETALL", EPOCHS)], "epoch")
+            if pipeline is not None:
+                self._on_epochs(pipeline.replies[0], sent)
+
+    def _on_epochs(self, reply: Any, sent: float) -> None:
+        if isinstance(reply, dict):
+            self._set_epochs({name.decode(): token.decode() for name, token in reply.items()})
+            self._confirmed = sent
+
+    async def report(self) -> dict[str, Any]:
+        """For the status page: `state`, and what redis reports of itself."""
+        started = time.perf_counter()
+        pong = await self._execute([("PING",)], "report")
+        latency = (time.perf_counter() - started) * 1000
+        pipeline = await self._execute([("INFO",), ("DBSIZE",)], "report") if pong else None
+        if pipeline is None or any(isinstance(reply, CommandError) for reply in pipeline.replies):
+            return {"state": "down", "detail": self._detail or "it does not tell of itself"}
+        info = dict(line.split(":", 1) for line in str(pipeline.replies[0], "utf-8").splitlines() if ":" in line)
+        server = "valkey" if "valkey_version" in info else "redis"
+        return {
+            "state": "up",
+            "server": server,
+            "version": info.get(f"{server}_version"),
+            "used_memory_bytes": int(info.get("used_memory", 0)),
+            "latency_ms": round(latency, 3),
+            "entries": pipeline.replies[1],
+        }
+
+
+def scope(tenant: str | None, model: str | None) -> str:
+    """The name of a flush's scope, as JSON, so that no two scopes share a name. All entries: the empty name."""
+    return "" if tenant is None and model is None else orjson.dumps([tenant, model]).decode()
+
+
+def _alive(entry: Entry | None, epoch: str, now: float) -> Entry | None:
+    """The entry, unless it is of an older epoch or past its grace. It may be stale: see its age."""
+    if entry is None or entry.epoch != epoch or entry.age(now) >= entry.ttl + entry.grace:
+        return None
+    return entry
+
+
+class NoCache:
+    """Stands in for a Cache that is turned off."""
+
+    enabled = False
+    up = False
+    secret = bytes(32)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def epoch(self, tenant: str, model: str) -> str:
+        return ""
+
+    def get_local(self, key: str, epoch: str, now: float) -> Entry | None:
+        return None
+
+    def resize(self, key: str, entry: Entry, size: int) -> None: ...
+
+    async def read(
+        self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
+    ) -> list[Entry | None] | None:
+        for command in piggyback:
+            command.on_failure()
+        return None
+
+    async def write(self, entries: Mapping[str, Entry]) -> str | None:
+        return "disabled"
+
+    async def peek(self, key: str) -> Entry | None:
+        return None
+
+    async def flush(self, tenant: str | None = None, model: str | None = None) -> None: ...
+
+    async def report(self) -> dict[str, Any]:
+        return {"state": "down", "detail": "the cache is switched off (PROXY_CACHE_ENABLED)"}

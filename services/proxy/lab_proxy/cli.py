@@ -1,0 +1,286 @@
+"""The operator's commands: `python -m lab_proxy keys …` and `… usage`.
+
+They work directly on redis (PROXY_REDIS_URL), with the same key store and ledger as the operator's pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import io
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+import redis.asyncio as redis
+
+from .errors import ProxyError
+from .keys.store import SPEC_FIELDS, Key, KeyStore, key_spec
+from .ledger import usage
+from .redis.link import FAULTS, connect
+from .settings import Settings
+
+COLUMNS = (
+    "id", "state", "owner", "name", "models", "rpm", "tpm", "concurrency", "budget_per_day_usd", "budget_total_usd",
+    "expires", "namespace",
+)  # fmt: skip
+USAGE_COLUMNS = (
+    "day", "owner", "model", "requests", "upstream_calls", "prompt_tokens", "completion_tokens", "hits", "collapsed",
+    "cost_usd",
+)  # fmt: skip
+SECONDS = 30.0  # time limit of one command
+
+
+class UsageError(Exception):
+    """A mistake of the user; it ends the command with one line."""
+
+
+def run(argv: Sequence[str], settings: Settings) -> int:
+    """Returns the exit code: 0, 1 if redis fails, 2 for a wrong command."""
+    args = _parser().parse_args(argv)
+    try:
+        return asyncio.run(_bounded(args, settings))
+    except (ProxyError, UsageError, ValueError) as error:
+        return _fail(str(error), 2)
+    except FAULTS as error:
+        return _fail(f"redis does not do it ({type(error).__name__}): check PROXY_REDIS_URL; nothing was changed", 1)
+
+
+async def _bounded(args: argparse.Namespace, settings: Settings) -> int:
+    client = connect(settings.redis_url)
+    work: Callable[[argparse.Namespace, redis.Redis], Awaitable[None]] = args.work
+    try:
+        async with asyncio.timeout(SECONDS):
+            await work(args, client)
+    finally:
+        await client.aclose()
+    if args.warns and not settings.keys_required:
+        _note("this proxy asks nobody for a key yet: set PROXY_ADMIN_KEY_FILE, or PROXY_REQUIRE_KEYS=true")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m lab_proxy", description="The proxy's virtual keys and their usage.")
+    areas = top.add_subparsers(required=True, metavar="keys|usage")
+    keys = areas.add_parser("keys", help="virtual keys: create, list, change, rotate, revoke, import")
+    verbs = keys.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, work: Callable[[argparse.Namespace, redis.Redis], Awaitable[None]], said: str, warns: bool = False
+    ) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=said, description=said)
+        made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        made.set_defaults(work=work, warns=warns)
+        return made
+
+    create = command("create", _create, "make a key; it is shown once", warns=True)
+    create.add_argument("--owner", required=True, help="whose it is: cached answers and usage are kept by owner")
+    _add_spec_options(create)
+    listed = command("list", _list, "show all keys, without their secrets")
+    listed.add_argument("--owner", help="only this owner's")
+    listed.add_argument("--all", action="store_true", help="revoked and expired ones, too")
+    change = command("change", _change, "give a key other limits; `none` takes one away")
+    change.add_argument("id")
+    _add_spec_options(change)
+    rotate = command("rotate", _rotate, "make a new secret for a key; it is shown once")
+    rotate.add_argument("id")
+    rotate.add_argument("--grace", type=float, default=0, metavar="SECONDS", help="how long the old one goes on (0)")
+    revoke = command("revoke", _revoke, "end keys for ever, within a second everywhere")
+    revoke.add_argument("id", nargs="+")
+    many = command("import", _import, "a key for each line of a CSV file, all or none", warns=True)
+    many.add_argument("file", type=Path, help="columns: owner (or name), and any of: " + ", ".join(SPEC_FIELDS[1:]))
+    many.add_argument("--out", type=Path, help="new file for the keys, readable by you alone; left out: stdout")
+    many.add_argument("--again", action="store_true", help="also for owners that have an active key")
+    _add_spec_options(many)
+
+    usage = areas.add_parser("usage", help="tokens and cost by day, owner and model")
+    for name, said in (("from", "first day, as 2026-11-01 (30 days ago)"), ("to", "last day (today, UTC)")):
+        usage.add_argument(f"--{name}", dest=f"{name}_day", type=date.fromisoformat, help=said)
+    for name in ("owner", "model"):
+        usage.add_argument(f"--{name}", help=f"only this {name}")
+    form = usage.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--csv", action="store_true", help="print CSV with all columns")
+    usage.set_defaults(work=_usage, warns=False)
+    return top
+
+
+def _add_spec_options(parser: argparse.ArgumentParser) -> None:
+    said = {
+        "name": "a label of its own",
+        "models": "names or shell patterns, separated by commas (all)",
+        "rpm": "requests a minute",
+        "tpm": "tokens a minute",
+        "concurrency": "requests at once",
+        "budget-per-day-usd": "dollars a day (UTC)",
+        "budget-total-usd": "dollars in all",
+        "expires": "2026-12-31, a time with zone, or 30d",
+        "namespace": "share cached answers with all keys of this namespace",
+    }
+    for name, meaning in said.items():
+        parser.add_argument(f"--{name}", dest=name.replace("-", "_"), help=meaning, metavar=name.upper().split("-")[0])
+
+
+def _spec_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The KeySpec fields of the command line; `none` and an empty text are null."""
+    told = {name: getattr(args, name, None) for name in SPEC_FIELDS}
+    return {name: None if value in {"none", ""} else value for name, value in told.items() if value is not None}
+
+
+async def _create(args: argparse.Namespace, client: redis.Redis) -> None:
+    ((key, secret),) = await KeyStore(client).create([key_spec(_spec_fields(args))])
+    if args.json:
+        return _print_json(key.public_fields() | {"key": secret})
+    _print_keys([key])
+    _print(secret)
+    return _note("this is the only time that the key is shown")
+
+
+async def _list(args: argparse.Namespace, client: redis.Redis) -> None:
+    found = [key for key in await KeyStore(client).list() if args.owner in {None, key.owner}]
+    shown = [key for key in found if args.all or key.public_fields()["state"] == "active"]
+    return _print_json([key.public_fields() for key in shown]) if args.json else _print_keys(shown)
+
+
+async def _change(args: argparse.Namespace, client: redis.Redis) -> None:
+    key = await KeyStore(client).change(args.id, _spec_fields(args))
+    return _print_json(key.public_fields()) if args.json else _print_keys([key])
+
+
+async def _rotate(args: argparse.Namespace, client: redis.Redis) -> None:
+    key, secret = await KeyStore(client).rotate(args.id, args.grace)
+    if args.json:
+        return _print_json(key.public_fields() | {"key": secret})
+    _print_keys([key])
+    _print(secret)
+    return _note("this is the only time that the key is shown")
+
+
+async def _revoke(args: argparse.Namespace, client: redis.Redis) -> None:
+    store = KeyStore(client)
+    for key_id in args.id:  # an unknown id among them revokes none
+        await store.get(key_id)
+    revoked = [await store.revoke(key_id) for key_id in args.id]
+    return _print_json([key.public_fields() for key in revoked]) if args.json else _print_keys(revoked)
+
+
+async def _import(args: argparse.Namespace, client: redis.Redis) -> None:
+    store = KeyStore(client)
+    specs = _read_class(args.file, _spec_fields(args))
+    if not args.again:
+        have = {key.owner for key in await store.list() if key.public_fields()["state"] == "active"}
+        if twice := sorted({each.owner for each in specs} & have):
+            raise UsageError(
+                f"{', '.join(twice[:5])} have an active key already: --again makes another; nothing was changed"
+            )
+    # Create the file before the keys: a key that cannot be written is lost.
+    descriptor = -1
+    if args.out:
+        try:
+            descriptor = os.open(args.out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except OSError as error:
+            raise UsageError(f"--out {args.out} cannot be made: {error.strerror}; nothing was changed") from None
+    try:
+        made = await store.create(specs)
+    except BaseException:
+        if args.out:
+            os.close(descriptor)
+            args.out.unlink()
+        raise
+    rows = [{"name": key.name or key.owner, "key": secret, "owner": key.owner, "id": key.id} for key, secret in made]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    if args.out:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as out:
+            out.write(text.getvalue())
+    elif args.json:
+        _print_json(rows)
+    else:
+        _print(text.getvalue().rstrip())
+    _note(f"{len(rows)} keys made" + (f": {args.out} holds them, and nothing else does" if args.out else ""))
+
+
+def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
+    """One KeySpec for each line. `defaults`: fields of the command line, for lines that leave them out."""
+    try:
+        lines = list(csv.DictReader(path.read_text("utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read as CSV in UTF-8: {error}") from None
+    specs = []
+    for number, line in enumerate(lines, 2):
+        given = {
+            (name or "").strip().lower(): (value or "").strip() for name, value in line.items() if name is not None
+        }
+        if None in line:
+            raise UsageError(f"{path} line {number}: more values than columns; nothing was changed")
+        said = defaults | {name: value for name, value in given.items() if value}
+        said.setdefault("owner", said.get("name"))
+        try:
+            specs.append(key_spec(said))
+        except ProxyError as error:
+            raise UsageError(f"{path} line {number}: {error.message}; nothing was changed") from None
+    if not specs:
+        raise UsageError(f"{path} holds no line below its header")
+    return specs
+
+
+async def _usage(args: argparse.Namespace, client: redis.Redis) -> None:
+    last = args.to_day or datetime.now(UTC).date()
+    first = args.from_day or last - timedelta(days=29)
+    if not timedelta(0) <= last - first < timedelta(days=usage.MAX_DAYS):
+        raise UsageError(f"--from to --to are 1 to {usage.MAX_DAYS} days")
+    rows = await usage.usage(client, first, last, owner=args.owner, model=args.model)
+    if args.json:
+        return _print_json({"total": usage.total(rows), "rows": rows})
+    if args.csv:
+        return _print(usage.as_csv(rows).rstrip())
+    shown = [*rows, {"day": "total", "owner": "", "model": ""} | usage.total(rows)]
+    costs = [row | {"cost_usd": "unpriced" if row["cost_usd"] is None else f"{row['cost_usd']:.6f}"} for row in shown]
+    return _print_table(USAGE_COLUMNS, costs)
+
+
+# ---- output
+
+
+def _print_keys(keys: list[Key]) -> None:
+    _print_table(COLUMNS, [key.public_fields() for key in keys])
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Columns that are empty in all rows are left out, except the first."""
+    texts = [[_cell(row.get(name)) for name in columns] for row in rows]
+    used = [at for at in range(len(columns)) if at == 0 or any(text[at] for text in texts)]
+    table = [[columns[at] for at in used], *([text[at] for at in used] for text in texts)]
+    widths = [max(len(line[at]) for line in table) for at in range(len(used))]
+    for line in table:
+        _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _print_json(said: Any) -> None:
+    _print(orjson.dumps(said, option=orjson.OPT_INDENT_2).decode())
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"proxy: {text}\n")
+
+
+def _fail(text: str, code: int) -> int:
+    _note(text)
+    return code

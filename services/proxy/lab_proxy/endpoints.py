@@ -1,0 +1,128 @@
+"""The endpoints that answer with a model, one row each, and the paths with rules of their own. Data only.
+
+To add an endpoint, add its row to ENDPOINTS. If no handler of the executor fits, add one there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
+
+Fields = Mapping[str, Any]  # request field -> default value
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What the rooms need to know about one endpoint."""
+
+    path: str
+    operation: str  # `gen_ai.operation.name` of the trace
+    handler: Literal["completions", "embeddings", "responses"]  # name of the executor's handler
+    cacheable: bool
+    batchable: bool  # a batch may name it
+    kinds: frozenset[str]  # kinds of models of the model service that it takes
+    generates: bool  # the answer's length is not known before, so tokens are reserved for it
+    fallback: Literal["generator", "same_model", "responses"]  # who may answer instead: see upstreams/failover
+    billing: Literal["call", "answer"]  # the ledger gets a charge for each upstream call, or one for each answer
+    per_input: bool = False  # the cache keeps one entry for each input, so an answer may mix cached and fetched ones
+    max_inputs: int | None = None  # inputs of one request
+    defaults: Mapping[str, Fields] = field(default_factory=dict)  # table -> fields; `openai` or `lab`
+
+
+GENERATORS = frozenset({"chat", "base"})
+
+_COMMON: Fields = {"n": 1, "temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
+_LAB: Fields = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
+_CHAT: Fields = {
+    **_COMMON,
+    "logprobs": False,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "parallel_tool_calls": True,
+    "modalities": ["text"],
+}
+_COMPLETIONS: Fields = {**_COMMON, "best_of": 1, "echo": False, "logit_bias": {}}
+_EMBEDDINGS: Fields = {"encoding_format": "float"}
+
+ENDPOINTS: Mapping[str, Endpoint] = {
+    row.path: row
+    for row in (
+        Endpoint(
+            CHAT,
+            operation="chat",
+            handler="completions",
+            cacheable=True,
+            batchable=True,
+            kinds=GENERATORS,
+            generates=True,
+            fallback="generator",
+            billing="call",
+            defaults={"openai": _CHAT, "lab": {**_CHAT, "top_logprobs": 0, **_LAB}},
+        ),
+        Endpoint(
+            COMPLETIONS,
+            operation="text_completion",
+            handler="completions",
+            cacheable=True,
+            batchable=True,
+            kinds=GENERATORS,
+            generates=True,
+            fallback="generator",
+            billing="call",
+            defaults={"openai": {**_COMPLETIONS, "max_tokens": 16}, "lab": {**_COMPLETIONS, **_LAB}},
+        ),
+        Endpoint(
+            EMBEDDINGS,
+            operation="embeddings",
+            handler="embeddings",
+            cacheable=True,
+            batchable=True,
+            kinds=frozenset({"embedding"}),
+            generates=False,
+            fallback="same_model",  # vectors of two models do not compare
+            billing="call",
+            per_input=True,
+            max_inputs=2048,  # OpenAI's limit
+            defaults={"openai": _EMBEDDINGS, "lab": _EMBEDDINGS},
+        ),
+        Endpoint(
+            RESPONSES,
+            operation="chat",
+            handler="responses",
+            cacheable=False,
+            batchable=False,
+            kinds=GENERATORS,
+            generates=True,
+            fallback="responses",
+            billing="answer",  # its usage comes with its last event
+        ),
+    )
+}
+
+CACHEABLE = tuple(path for path, row in ENDPOINTS.items() if row.cacheable)
+BATCHABLE = tuple(path for path, row in ENDPOINTS.items() if row.batchable)
+
+
+def default_tables() -> dict[str, dict[str, Fields]]:
+    """The tables of defaults that routes may name: table -> path -> field -> value."""
+    tables: dict[str, dict[str, Fields]] = {}
+    for row in ENDPOINTS.values():
+        for table, fields in row.defaults.items():
+            tables.setdefault(table, {})[row.path] = fields
+    return tables
+
+
+# ---- paths with rules of their own
+
+FLUSH = "/cache/flush"
+KEYED = ("/v1/", "/usage", "/cache/")  # prefixes of the paths that need a virtual key, where keys are required
+OPERATOR = "/admin/"  # prefix of the operator's pages: no web page may call them, whatever its origin
+UNCHECKED = frozenset({"/health", "/ready"})  # probes call them by IP address; they reveal nothing
+QUIET = frozenset({"/health", "/ready", "/metrics"})  # called every few seconds: logged only when they fail
+OTHER_ROUTES = frozenset({"/status", "/v1/models", "/v1/files", "/v1/batches"})  # values of the metrics' label `route`
+ALWAYS_SERVED = QUIET | {"/status"}  # also while the proxy drains

@@ -1,0 +1,204 @@
+"""The ASGI app: guards, authentication, dispatch to pages and to the executor, errors, and the record of each request.
+
+Raw ASGI, because this is the hot path. Knows HTTP; not how an answer is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from random import getrandbits  # an id is no secret
+from typing import Protocol
+
+from .. import canonical, errors
+from ..cache.policy import CacheControl
+from ..endpoints import ALWAYS_SERVED, ENDPOINTS, FLUSH, KEYED, OPERATOR, UNCHECKED
+from ..errors import ProxyError
+from ..keys.authentication import Authenticator, NoKeys
+from ..keys.identity import LOCAL
+from ..requests.context import RequestContext, Traffic
+from ..requests.executor import STALLED_CLIENT_SECONDS, Executor
+from ..settings import Settings
+from ..telemetry.observer import Observer
+from .guards import DEADLINE, BodyReader, CallerGuard, check_json, read_deadline
+from .response import DisconnectWatch, Message, Page, PageRequest, Pages, Receive, Response, Send
+
+log = logging.getLogger("lab_proxy.request")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Part(Protocol):
+    """What the app's lifespan starts and stops."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class App:
+    def __init__(
+        self,
+        settings: Settings,
+        executor: Executor,
+        *,
+        keys: Authenticator | NoKeys,
+        traffic: Traffic,
+        observer: Observer,
+        pages: Pages,
+        parts: Sequence[Part],
+    ) -> None:
+        """`parts` are started in this order, and stopped in the reverse order."""
+        self._settings = settings
+        self._executor = executor
+        self._keys = keys
+        self._traffic = traffic
+        self._observer = observer
+        self._parts = parts
+        self._pages = {place: page for place, page in pages.items() if not place[1].endswith("/")}
+        self._prefixes = {place: page for place, page in pages.items() if place[1].endswith("/")}
+        self._guard, self._bodies = CallerGuard(settings), BodyReader(settings)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        if scope["type"] != "http":
+            raise RuntimeError(f"unexpected ASGI scope {scope['type']}")
+        return await self._request(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as stack:
+            await receive()
+            for part in self._parts:
+                stack.push_async_callback(part.stop)
+                await part.start()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        self._observer.flush()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
+        # 1. Headers of the request, and those of every response to it.
+        headers: dict[str, str] = {}
+        for raw_name, raw_value in scope["headers"]:
+            value = raw_value.decode("latin-1")
+            name = raw_name.decode("latin-1")
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"req_{getrandbits(96):024x}"
+        origin = headers.get("origin")
+        always = {"x-request-id": request_id}
+        foreign = origin and not scope["path"].startswith(OPERATOR)
+        if origin and foreign and {origin.lower(), "*"} & set(self._settings.allowed_origins):
+            always |= {"access-control-allow-origin": origin, "access-control-expose-headers": "*", "vary": "origin"}
+        draining = self._traffic.draining
+        if draining:
+            always["connection"] = "close"
+        # 2. The response, or an error.
+        response = Response(send, always)
+        record = response.record
+        path: str = scope["path"]
+        status = 0
+        try:
+            if draining and path not in ALWAYS_SERVED:
+                raise errors.Draining
+            await self._dispatch(scope, headers, receive, response)
+            status = response.status or 499
+        except ProxyError as error:
+            status, record.error = error.status, error.code or error.type
+            await response.send(error.body(), error.headers, status=status)
+        except asyncio.CancelledError:
+            status, record.error = 499, "cancelled"
+            raise
+        except Exception as error:
+            status, record.error = 500, type(error).__name__
+            where = "".join(traceback.format_tb(error.__traceback__))  # not the message: it may contain a prompt
+            log.error("fault in the proxy: %s\n%s", record.error, where)  # noqa: TRY400
+            fault = ProxyError(f"A fault in the proxy: its log names {request_id}.", code="proxy_fault")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STALLED_CLIENT_SECONDS):
+                    if not response.started:
+                        await response.send(fault.body(), {}, status=500)
+                    elif not response.ended:
+                        await response.write(b"data: " + fault.body() + b"\n\n")
+                        await response.end()
+        finally:
+            self._observer.observe(path, request_id, record, status, time.perf_counter() - response.started_at)
+
+    async def _dispatch(self, scope: Message, headers: Mapping[str, str], receive: Receive, response: Response) -> None:
+        method, path = scope["method"], scope["path"]
+        # 1. Host and origin.
+        if path not in UNCHECKED:
+            self._guard.check(headers)
+        if method == "OPTIONS" and headers.get("origin") and not path.startswith(OPERATOR):
+            allow = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
+            allow["access-control-allow-headers"] = headers.get("access-control-request-headers", "content-type")
+            return await response.send(b"", allow)
+        # 2. The page, and the caller.
+        page = None if path in ENDPOINTS else self._page(method, path)
+        keyed = path.startswith(KEYED) and not (path == FLUSH and self._keys.is_admin(headers))
+        identity = await self._keys.authenticate(headers) if keyed else LOCAL
+        if page is not None:
+            read = lambda: self._bodies.read(headers, receive)  # noqa: E731
+            return await page(
+                PageRequest(method, path, scope["query_string"], headers, identity, read, receive), response
+            )
+        if method != "POST":
+            raise errors.MethodNotAllowed(f"{path} takes POST.", headers={"allow": "POST"})
+        check_json(headers)
+        # 3. The request.
+        deadline = read_deadline(headers[DEADLINE], response.started_at) if DEADLINE in headers else None
+        raw = await self._bodies.read(headers, receive, deadline)
+        plain = "cache-control" not in headers and "x-cache-sampled" not in headers
+        cached = self._executor.planner.cached_plan(identity.tenant, path, raw) if plain else None
+        request = RequestContext(
+            identity=identity,
+            endpoint=path,
+            raw=raw,
+            body=canonical.parse(raw) if cached is None else cached.body,
+            request_id=response.headers["x-request-id"],
+            cache_control=CacheControl.read(headers.get("cache-control", "")),
+            store_sampled=headers.get("x-cache-sampled", "").lower() == "true",
+            started=response.started_at,
+            record=response.record,
+            cached_plan=cached,
+            plan_cacheable=plain,
+            caller_deadline=deadline,
+        )
+        if await self._executor.serve_local_hit(request, response):
+            return None
+        # 4. The answer, unless the client disconnects.
+        self._traffic.started += 1
+        watch = DisconnectWatch(receive, response)
+        watching = asyncio.ensure_future(watch.run())
+        try:
+            await self._executor.answer(request, response)
+        except asyncio.CancelledError:
+            if not watch.disconnected or watch.task.uncancel():  # cancelled by another task
+                raise
+            response.record.error = "client_gone"
+        finally:
+            self._traffic.ended += 1
+            watching.cancel()
+
+    def _page(self, method: str, path: str) -> Page:
+        """Raises PathNotFound and MethodNotAllowed."""
+        method = "GET" if method == "HEAD" else method
+        pages = {verb: page for (verb, place), page in self._pages.items() if place == path}
+        pages = pages or {verb: page for (verb, place), page in self._prefixes.items() if path.startswith(place)}
+        if method in pages:
+            return pages[method]
+        allowed = sorted(pages)
+        if not allowed:
+            raise errors.PathNotFound(
+                f"There is nothing at {path[:200]}: see /v1/models, /v1/chat/completions, /status."
+            )
+        raise errors.MethodNotAllowed(
+            f"{path[:200]} takes {', '.join(allowed)}.", headers={"allow": ", ".join(allowed)}
+        )

@@ -1,0 +1,186 @@
+"""Guards of incoming requests: host, origin, content type, body, deadline, query. Knows HTTP; not what is requested."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import types
+from collections.abc import Collection, Coroutine, Generator, Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+from .. import errors
+from ..canonical import parse
+from ..errors import InvalidRequest, UnsupportedMediaType
+from ..keys.authentication import Authenticator, NoKeys
+from ..redis.link import FAULTS
+from ..requests.delivery import JSON
+from ..settings import LOOPBACK, Settings
+from .response import Page, PageRequest, Receive, Response
+
+DEADLINE = "x-request-timeout-ms"
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_HOSTS = 100
+
+
+class CallerGuard:
+    """Which hosts and origins may call: a web page must not spend the user's key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._origins = settings.allowed_origins
+        self._hosts = LOOPBACK | {"proxy"} | set(settings.allowed_hosts)
+        self._accepted: set[str] = set()  # `host` headers that passed before
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Raises HostNotAllowed and OriginNotAllowed."""
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        if origin is None and host in self._accepted:
+            return
+        name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
+        if name not in self._hosts and "*" not in self._hosts:
+            raise errors.HostNotAllowed("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
+        if origin is None:
+            if len(self._accepted) < MAX_HOSTS:
+                self._accepted.add(host)
+            return
+        allowed = self._origins
+        if origin.lower() not in allowed and "*" not in allowed and origin.lower().partition("://")[2] != host:
+            raise errors.OriginNotAllowed(
+                "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
+            )
+
+
+class BodyReader:
+    """Reads bodies within limits of size and time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_bytes, self._timeout = settings.max_body_bytes, settings.body_timeout_seconds
+
+    async def read(self, headers: Mapping[str, str], receive: Receive, deadline: float | None = None) -> bytes:
+        """The whole body. `deadline`: time.perf_counter() of the caller's own deadline.
+
+        Raises BodyTooLarge, BodyTimeout, DeadlineExceeded or ClientDisconnected.
+        """
+        limit = self._max_bytes
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length[:20]) > limit:
+            raise _too_large(limit)
+        reading = _read(receive, limit)
+        try:
+            waiting = reading.send(None)  # the body is mostly there at once: then no timer is needed
+        except StopIteration as read:
+            whole: bytes = read.value
+            return whole
+        left = self._timeout if deadline is None else deadline - time.perf_counter()
+        try:
+            async with asyncio.timeout(min(self._timeout, left)):
+                return await _resumed(reading, waiting)
+        except TimeoutError:
+            if left < self._timeout:
+                raise errors.DeadlineExceeded from None
+            raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise errors.ClientDisconnected("The caller left before the body was whole.")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+@types.coroutine
+def _resumed(begun: Coroutine[Any, Any, bytes], waiting: Any) -> Generator[Any, Any, bytes]:
+    """Await a coroutine after its first step; `waiting` is what it waits for."""
+    while True:
+        try:
+            try:
+                sent = yield waiting
+            except BaseException as error:  # the coroutine handles it
+                waiting = begun.throw(error)
+            else:
+                waiting = begun.send(sent)
+        except StopIteration as done:
+            whole: bytes = done.value
+            return whole
+
+
+def _too_large(limit: int) -> errors.BodyTooLarge:
+    return errors.BodyTooLarge(f"The body is larger than {limit} bytes (PROXY_MAX_BODY_BYTES).")
+
+
+def check_json(headers: Mapping[str, str]) -> None:
+    """Raises UnsupportedMediaType."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        raise UnsupportedMediaType("The body must be application/json, and the header `content-type` must say so.")
+
+
+async def read_json(page: PageRequest) -> dict[str, Any]:
+    """The JSON object of a page's body. Raises UnsupportedMediaType and InvalidRequest."""
+    check_json(page.headers)
+    return parse(await page.read())
+
+
+def read_query(page: PageRequest, known: Collection[str]) -> dict[str, str]:
+    """The fields of the query string. Raises InvalidRequest for unknown ones."""
+    try:
+        fields = parse_qs(page.query.decode("latin-1"), max_num_fields=50)
+    except ValueError:
+        raise InvalidRequest("Too many fields in the query.") from None
+    for name in fields:
+        if name not in known:
+            raise InvalidRequest(f"`{name[:60]}` is not known here: {', '.join(sorted(known))}.", param=name[:60])
+    return {name: values[-1] for name, values in fields.items()}
+
+
+def read_deadline(value: str, started_at: float) -> float:
+    """time.perf_counter() of the caller's deadline, by the header DEADLINE. Raises InvalidRequest."""
+    if not (value.isascii() and value.isdecimal() and len(value) < 10 and 0 < int(value) <= MAX_DEADLINE_MS):
+        raise InvalidRequest(
+            f"The header {DEADLINE} is whole milliseconds from 1 to {MAX_DEADLINE_MS}.",
+            param=DEADLINE,
+            code="invalid_value",
+        )
+    return started_at + int(value) / 1000
+
+
+class OperatorGuard:
+    """Protects the operator's pages: they need the admin key, and no web page may call them, whatever its origin."""
+
+    def __init__(self, keys: Authenticator | NoKeys, *, enabled: bool) -> None:
+        """`enabled`: there is an admin key."""
+        self._keys, self._enabled = keys, enabled
+
+    def protect(self, page: Page) -> Page:
+        async def protected(request: PageRequest, response: Response) -> None:
+            if "origin" in request.headers:
+                raise errors.OriginNotAllowed("Web pages may not call the operator's pages.")
+            if not self._enabled:
+                raise errors.PathNotFound("The operator's pages are off: set PROXY_ADMIN_KEY_FILE.")
+            if not self._keys.is_admin(request.headers):
+                raise errors.InvalidKey("The operator's pages want the admin key: `Authorization: Bearer …`.")
+            await page(request, response)
+
+        return with_redis(protected)
+
+
+def with_redis(page: Page) -> Page:
+    """`page`, with faults of redis as KeysUnavailable."""
+
+    async def guarded(request: PageRequest, response: Response) -> None:
+        try:
+            await page(request, response)
+        except FAULTS:
+            if response.started:
+                raise
+            raise errors.KeysUnavailable(
+                "Redis is down or refuses: keys and usage lie there.", headers={"retry-after": "2"}
+            ) from None
+
+    return guarded

@@ -1,0 +1,133 @@
+"""File pages at /v1/files: upload, list, download, delete. Knows HTTP and forms; batches.files stores the content."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, BinaryIO
+
+import orjson
+
+from ...batches.files import FileStore, lifetime, on_disk
+from ...errors import BodyTimeout, BodyTooLarge, ClientDisconnected, InvalidRequest, UploadNotFound
+from ..guards import read_query
+from ..multipart import FORM_BYTES, UploadForm
+from ..response import PageRequest, Pages, Response, list_page
+
+PATH = "/v1/files"
+MAX_LISTED = 10_000
+CHUNK_BYTES = 262_144
+
+
+class FilePages:
+    def __init__(self, files: FileStore, *, idle_timeout: float, total_timeout: float) -> None:
+        """Seconds that an upload may pause, and that it may take in all."""
+        self._files = files
+        self._idle, self._total = idle_timeout, total_timeout
+
+    def pages(self) -> Pages:
+        return {
+            ("POST", PATH): self._create,
+            ("GET", PATH): self._list,
+            ("GET", PATH + "/"): self._get,
+            ("DELETE", PATH + "/"): self._delete,
+        }
+
+    async def _create(self, request: PageRequest, response: Response) -> None:
+        with on_disk():
+            made = await self._upload(request)
+        await response.send(orjson.dumps(made), {})
+
+    async def _upload(self, request: PageRequest) -> dict[str, Any]:
+        home = self._files.home(request.identity.owner)
+        await asyncio.to_thread(self._files.room, home, 0)
+        draft, path = self._files.draft(home)
+        try:
+            with draft:
+                form = UploadForm(request.headers.get("content-type", ""), draft, self._files.max_bytes)
+                await self._read_form(request, form)
+            if form.filename is None:
+                raise InvalidRequest("The form has no `file`.", param="file")
+            purpose = form.fields.get("purpose")
+            if purpose != "batch":
+                raise InvalidRequest("Only files of `purpose: batch` are of use here.", param="purpose")
+            kept = lifetime(_nested(form.fields, "expires_after"), "expires_after")
+            await asyncio.to_thread(self._files.room, home, form.size)
+            return self._files.add(home, path, filename=form.filename, purpose=purpose, kept=kept)
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _read_form(self, request: PageRequest, form: UploadForm) -> None:
+        """Feed the body into the form as it arrives."""
+        length = request.headers.get("content-length", "0")
+        most = self._files.max_bytes + FORM_BYTES
+        too_large = BodyTooLarge(f"The file is larger than {self._files.max_bytes} bytes (PROXY_FILES_MAX_BYTES).")
+        if not length.isdigit() or int(length[:20]) > most:
+            raise too_large
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(self._total):
+                while more:
+                    async with asyncio.timeout(self._idle):
+                        message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnected("The caller left before the file was whole.")
+                    data = message.get("body", b"")
+                    size += len(data)
+                    if size > most:
+                        raise too_large
+                    form.feed(data)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise BodyTimeout("The file did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+        form.end()
+
+    async def _list(self, request: PageRequest, response: Response) -> None:
+        query = read_query(request, {"after", "limit", "order", "purpose"})
+        order = query.get("order", "desc")
+        if order not in {"asc", "desc"}:
+            raise InvalidRequest("`order` is asc or desc.", param="order")
+        found = await asyncio.to_thread(self._files.listed, self._files.home(request.identity.owner))
+        if "purpose" in query:
+            found = [each for each in found if each["purpose"] == query["purpose"]]
+        page = list_page(found if order == "asc" else found[::-1], query, MAX_LISTED, MAX_LISTED)
+        await response.send(page, {})
+
+    async def _get(self, request: PageRequest, response: Response) -> None:
+        file_id, _, rest = request.path.removeprefix(PATH + "/").partition("/")
+        home = self._files.home(request.identity.owner)
+        found = self._files.find(home, file_id if rest in {"", "content"} else "")
+        if not rest:
+            return await response.send(orjson.dumps(found), {})
+        try:
+            content = self._files.content(home, file_id).open("rb")
+        except OSError:
+            raise UploadNotFound(f"There is no file {file_id} here.", param="file_id") from None
+        with content:
+            headers = {"content-length": str(os.fstat(content.fileno()).st_size)}
+            return await response.send_chunks(headers, "application/octet-stream", _chunks(content))
+
+    async def _delete(self, request: PageRequest, response: Response) -> None:
+        file_id = request.path.removeprefix(PATH + "/")
+        self._files.remove(self._files.home(request.identity.owner), file_id)
+        await response.send(orjson.dumps({"id": file_id, "object": "file", "deleted": True}), {})
+
+
+async def _chunks(content: BinaryIO) -> AsyncIterator[bytes]:
+    while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
+        yield chunk
+
+
+def _nested(fields: Mapping[str, str], name: str) -> dict[str, Any] | None:
+    """The form's fields `name[inner]` as an object. Fields of other names are refused."""
+    found: dict[str, Any] = {}
+    for field, value in fields.items():
+        if field == "purpose":
+            continue
+        if not field.startswith(f"{name}["):
+            raise InvalidRequest(f"`{field[:60]}` is not known here.", param=field[:60])
+        found[field[len(name) + 1 : -1]] = (
+            int(value) if value.isascii() and value.isdigit() and len(value) < 12 else value
+        )
+    return found or None

@@ -1,0 +1,83 @@
+"""The operator's pages of virtual keys at /admin/keys. Knows HTTP; keys.store does the work."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import orjson
+
+from ...errors import InvalidRequest, MethodNotAllowed, PathNotFound
+from ...keys.store import KeyStore, key_spec
+from ...ledger import money
+from ...ledger.ledger import Ledger
+from ..guards import OperatorGuard, read_json, read_query
+from ..response import PageRequest, Pages, Response
+
+log = logging.getLogger("lab_proxy.admin")
+
+PATH = "/admin/keys"
+PRIVATE = {"cache-control": "no-store"}
+
+
+class KeyPages:
+    def __init__(self, store: KeyStore, ledger: Ledger, guard: OperatorGuard) -> None:
+        self._store, self._ledger, self._guard = store, ledger, guard
+
+    def pages(self) -> Pages:
+        pages = {
+            ("GET", PATH): self._list,
+            ("POST", PATH): self._create,
+            ("GET", PATH + "/"): self._get,
+            ("PATCH", PATH + "/"): self._change,
+            ("DELETE", PATH + "/"): self._revoke,
+            ("POST", PATH + "/"): self._rotate,
+        }
+        return {place: self._guard.protect(page) for place, page in pages.items()}
+
+    async def _create(self, request: PageRequest, response: Response) -> None:
+        ((key, secret),) = await self._store.create([key_spec(await read_json(request))])
+        log.info("key %s created for %s", key.id, key.owner)
+        await response.send(orjson.dumps(key.public_fields() | {"key": secret}), PRIVATE, status=201)
+
+    async def _list(self, request: PageRequest, response: Response) -> None:
+        filters = read_query(request, {"owner", "state"})
+        keys = [key.public_fields() for key in await self._store.list()]
+        found = [key for key in keys if all(key[name] == value for name, value in filters.items())]
+        await response.send(orjson.dumps({"object": "list", "data": found}), PRIVATE)
+
+    async def _get(self, request: PageRequest, response: Response) -> None:
+        key = await self._store.get(_key_id(request))
+        day, total = await self._ledger.spent(key.id)
+        spent = {"spent_today_usd": float(money.to_usd(day)), "spent_total_usd": float(money.to_usd(total))}
+        await response.send(orjson.dumps(key.public_fields() | spent), PRIVATE)
+
+    async def _change(self, request: PageRequest, response: Response) -> None:
+        key = await self._store.change(_key_id(request), await read_json(request))
+        log.info("key %s changed", key.id)
+        await response.send(orjson.dumps(key.public_fields()), PRIVATE)
+
+    async def _revoke(self, request: PageRequest, response: Response) -> None:
+        key = await self._store.revoke(_key_id(request))
+        log.info("key %s revoked", key.id)
+        await response.send(orjson.dumps(key.public_fields()), PRIVATE)
+
+    async def _rotate(self, request: PageRequest, response: Response) -> None:
+        key_id = _key_id(request, "/rotate")
+        fields = await read_json(request) if request.headers.get("content-length", "0") != "0" else {}
+        grace = fields.pop("grace_seconds", 0)
+        if fields or isinstance(grace, bool) or not isinstance(grace, int | float):
+            raise InvalidRequest("A rotation takes `grace_seconds`, a number, and nothing else.", param="grace_seconds")
+        key, secret = await self._store.rotate(key_id, grace)
+        log.info("key %s rotated", key.id)
+        await response.send(orjson.dumps(key.public_fields() | {"key": secret}), PRIVATE)
+
+
+def _key_id(request: PageRequest, suffix: str = "") -> str:
+    rest = request.path.removeprefix(PATH + "/")
+    if suffix and not rest.endswith(suffix):
+        raise MethodNotAllowed(f"POST goes to {PATH} or {PATH}/<id>/rotate.", headers={"allow": "GET, PATCH, DELETE"})
+    key_id = rest.removesuffix(suffix) if suffix else rest
+    if not re.fullmatch(r"key_[0-9a-f]{1,32}", key_id):
+        raise PathNotFound(f"Keys lie at {PATH}/key_….")
+    return key_id

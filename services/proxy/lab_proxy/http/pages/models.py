@@ -1,0 +1,49 @@
+"""The list of models at /v1/models, as each caller may use it. Knows the model list and aliases; calls no upstream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from ...errors import ModelNotAllowed, ModelNotFound
+from ...keys.identity import Identity
+from ...upstreams.model_list import ModelList
+from ...upstreams.routes import Routes
+from ..response import PageRequest, Pages, Response
+
+PREFIX = "/v1/models/"
+
+
+class ModelPages:
+    def __init__(self, routes: Routes, models: ModelList) -> None:
+        self._routes, self._models = routes, models
+
+    def pages(self) -> Pages:
+        return {("GET", "/v1/models"): self._list, ("GET", PREFIX): self._get}
+
+    async def _list(self, request: PageRequest, response: Response) -> None:
+        listed = list(self._allowed(request.identity).values())
+        await response.send(orjson.dumps({"object": "list", "data": listed}), {})
+
+    async def _get(self, request: PageRequest, response: Response) -> None:
+        name = request.path.removeprefix(PREFIX)
+        entry = self._allowed(request.identity).get(name)
+        if entry is None and not request.identity.allows(name):
+            raise ModelNotAllowed(f"This key is not for the model `{name[:200]}`.", param="model")
+        if entry is None:
+            self._routes.resolve(name, self._models.entries)  # raises ModelNotFound, unless an upstream takes the name
+            raise ModelNotFound(f"`{name[:200]}` goes to an upstream, which is not asked for its list.", name)
+        await response.send(orjson.dumps(entry), {})
+
+    def _allowed(self, who: Identity) -> dict[str, dict[str, Any]]:
+        """The models and aliases that `who` may use."""
+        models = self._models.entries
+        aliases = self._routes.aliases(models)
+        every = {
+            **models,
+            **{name: {**models[model], "id": name, "alias_of": model} for name, model in aliases.items()},
+        }
+        if who.models is None:
+            return every
+        return {name: each for name, each in every.items() if who.allows(name, each.get("alias_of", name))}

@@ -1,0 +1,118 @@
+"""Requests to pages and responses on their way out, over ASGI. Knows ASGI messages; not what is in a body."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from ..errors import InvalidRequest
+from ..keys.identity import Identity
+from ..requests.delivery import JSON, SSE
+from ..telemetry.record import RequestRecord
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Response:
+    """One HTTP response; a ResponseWriter."""
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        """`headers`: sent with every answer to this request, `x-request-id` among them."""
+        self._send = send
+        self.headers = headers
+        self.record = RequestRecord()
+        self.started_at = time.perf_counter()
+        self.status = 0
+        self.started = False
+        self.ended = False
+
+    async def send(self, body: bytes, headers: Mapping[str, str], content_type: str = JSON, status: int = 200) -> None:
+        await self._start(status, {"content-type": content_type, "content-length": str(len(body)), **headers})
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started, self.status = True, 200
+        own = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers + own})
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start_stream(self, headers: Mapping[str, str]) -> None:
+        # x-accel-buffering: a reverse proxy in front must not buffer events.
+        await self._start(200, {"content-type": SSE, "cache-control": "no-store", "x-accel-buffering": "no", **headers})
+
+    async def write(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def send_chunks(self, headers: Mapping[str, str], content_type: str, chunks: AsyncIterator[bytes]) -> None:
+        """A body that is not held in memory; `headers` contain its length."""
+        await self._start(200, {"content-type": content_type, **headers})
+        async for chunk in chunks:
+            await self.write(chunk)
+        await self.end()
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.started, self.status = True, status
+        raw = [(k.encode("latin-1"), v.encode("latin-1", "replace")) for k, v in {**headers, **self.headers}.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+@dataclass(slots=True)
+class PageRequest:
+    """One request to a page."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: Mapping[str, str]
+    identity: Identity
+    read: Callable[[], Awaitable[bytes]]  # the body, within its limits of size and time
+    receive: Receive  # the body as it arrives, for pages with limits of their own
+
+
+Page = Callable[[PageRequest, Response], Awaitable[None]]
+Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path that ends with `/` includes all paths below it
+
+
+class DisconnectWatch:
+    """Cancels the task that created it when the client disconnects before the end of `response`."""
+
+    def __init__(self, receive: Receive, response: Response) -> None:
+        self._receive, self._response = receive, response
+        self.task = cast("asyncio.Task[None]", asyncio.current_task())
+        self.disconnected = False
+
+    async def run(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._response.ended:
+            self.disconnected = True
+            self.task.cancel()
+
+
+def list_page(found: list[dict[str, Any]], query: Mapping[str, str], default: int, most: int) -> bytes:
+    """One page of a list, with the SDK's cursor: `after` names the last object of the page before."""
+    limit = query.get("limit", str(default))
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= most):
+        raise InvalidRequest(f"`limit` is a number from 1 to {most}.", param="limit")
+    after = query.get("after")
+    ids = [each["id"] for each in found]
+    if after is not None:
+        if after not in ids:
+            raise InvalidRequest("`after` names nothing that is here.", param="after")
+        found = found[ids.index(after) + 1 :]
+    shown = found[: int(limit)]
+    ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
+    return orjson.dumps({"object": "list", "data": shown, **ends, "has_more": len(shown) < len(found)})

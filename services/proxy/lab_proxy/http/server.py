@@ -1,0 +1,185 @@
+"""uvicorn with graceful drain: running answers finish, new requests are refused.
+
+From SIGTERM on new requests get a 503 with `connection: close` and /ready reports `draining`, while running answers
+go on for at most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. A client that reads nothing is disconnected. Knows
+connections and tasks, not what they carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any, cast
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ..requests.context import Traffic
+from ..settings import Settings
+from .app import App
+
+log = logging.getLogger("lab_proxy")
+
+WRITE_BYTES = 65_536  # buffered until the end of the loop's turn; above it uvicorn's flow control sees slow clients
+POLL_SECONDS = 0.02
+STALL_TICKS = 5  # ticks of uvicorn, 0.1 s each, between two checks for stalled clients
+IDLE_SECONDS = 75  # above the 5 s after which httpx (so the openai SDK) closes idle connections itself
+CANCEL_SECONDS = 2  # for cancelled requests to close their upstream calls
+
+
+class Gathering(asyncio.Transport):
+    """Joins the writes of one turn of the loop: uvicorn writes head and body separately, and a write costs more than
+    everything else that the proxy does for a hit."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._parts: list[Any] = []
+        self._size = 0
+
+    def write(self, data: Any) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > WRITE_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._parts.clear()
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        return self._size + self._transport.get_write_buffer_size()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
+    def _flush(self) -> None:
+        if self._parts and not self._transport.is_closing():
+            self._transport.write(b"".join(self._parts))
+        self._parts.clear()
+        self._size = 0
+
+
+class Connection(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(Gathering(cast("asyncio.Transport", transport)))
+
+
+class DrainingServer(uvicorn.Server):
+    """`parent`: a file descriptor that reaches its end when the parent process has died; then this process ends too."""
+
+    def __init__(
+        self, config: uvicorn.Config, traffic: Traffic, drain_seconds: float, stall_seconds: float, parent: int | None
+    ) -> None:
+        super().__init__(config)
+        self._stall_seconds = stall_seconds
+        self._waiting: dict[Any, tuple[int, float]] = {}  # connection -> bytes not yet read by the client, since when
+        self._traffic = traffic
+        self._drain_seconds = drain_seconds
+        self._parent = parent
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._traffic.draining = True
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % STALL_TICKS == 0:
+            self._cut_stalled()
+        return await super().on_tick(counter)
+
+    def _cut_stalled(self) -> None:
+        """Disconnect clients that have read nothing for `stall_seconds`. Nothing else bounds them: a hit is written at
+        once, and a closing connection waits until its client has read everything."""
+        now, waiting = time.monotonic(), {}
+        for connection in list(self.server_state.connections):
+            left = connection.transport.get_write_buffer_size()
+            if not left:
+                continue
+            before, since = self._waiting.get(connection, (left, now))
+            if left < before:
+                since = now
+            elif now - since >= self._stall_seconds:
+                connection.transport.abort()
+                continue
+            waiting[connection] = left, since
+        self._waiting = waiting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        gc.collect()
+        # Small steps: most young objects live on in the cache, and a collection of 10,000 took 2 to 5 ms.
+        gc.set_threshold(1_000, 5, 1_000)
+        gc.freeze()  # objects of the start live on: scanning them again cost 5 % of a miss
+        if self._parent is not None:
+            asyncio.get_running_loop().add_reader(self._parent, self._on_parent_death, self._parent)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._traffic.draining = True
+        for connection in list(self.server_state.connections):
+            connection.shutdown()  # idle ones close now, busy ones after their answer
+        try:
+            async with asyncio.timeout(self._drain_seconds):
+                while self.server_state.tasks and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event for it
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError:
+            log.warning("%d answers are cut off: PROXY_DRAIN_TIMEOUT_SECONDS are over", len(self.server_state.tasks))
+            for task in list(self.server_state.tasks):
+                task.cancel()
+        await super().shutdown(sockets)
+
+    def _on_parent_death(self, parent: int) -> None:
+        asyncio.get_running_loop().remove_reader(parent)
+        log.warning("the parent process has died: shutting down")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socket, parent: int | None = None) -> int:
+    """Serve until a signal. Returns the exit code."""
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    server = DrainingServer(config, traffic, settings.drain_timeout_seconds, settings.total_timeout_seconds, parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again after the drain: exit, which flushes the log
+        signal.signal(number, lambda *_: sys.exit(0))
+    server.run([listener])
+    return 0 if server.started else 1
+
+
+def listen(settings: Settings, *, shared: bool) -> socket.socket:
+    """A listening socket. `shared`: other processes of this user may listen on the same port. Raises OSError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host, settings.port), family=family, backlog=2048, reuse_port=shared)

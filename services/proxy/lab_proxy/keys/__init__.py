@@ -1,0 +1,1 @@
+"""Virtual keys: identity, storage, rate limits, budgets. Knows headers and token counts; nothing of answers."""

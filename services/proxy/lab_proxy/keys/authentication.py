@@ -1,0 +1,255 @@
+"""Authentication: a virtual key becomes an identity, without a redis round trip for a key that was verified before.
+
+Verified keys are cached while redis reports no change of keys (a version, polled four times a second), and for five
+minutes while redis is down. Knows headers; not what is requested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+
+import redis.asyncio as redis
+from pydantic import ValidationError
+
+from ..errors import InvalidKey, KeysUnavailable
+from ..ledger import money
+from ..redis.link import FAULTS
+from .identity import LOCAL, Identity
+from .store import DIGESTS, PREFIX, RECORDS, VERSION, Key, digest_of
+
+log = logging.getLogger("lab_proxy.keys")
+
+POLL_SECONDS = 0.25  # a revocation takes effect everywhere within 1 s
+POLL_TIMEOUT = 0.5
+VERIFIED_SECONDS = 300.0  # while redis is down
+MAX_VERIFIED = 10_000
+
+
+class NoKeys:
+    """Stands in for Authenticator where no key is required."""
+
+    required = False
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def authenticate(self, headers: Mapping[str, str]) -> Identity:
+        return LOCAL
+
+    async def identity_of(self, key_id: str) -> Identity:
+        raise InvalidKey(f"{key_id} means nothing while no key is lookup for.")
+
+    def is_admin(self, headers: Mapping[str, str]) -> bool:
+        return False
+
+
+class Authenticator:
+    """Every caller needs a virtual key. A part: start and stop it."""
+
+    required = True
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        timeout: float,
+        admin_key: str | None = None,
+        on_error: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`timeout`: seconds to look up a key that is not cached. `on_error` is called for each failure of redis."""
+        self._redis = client
+        self._timeout = timeout
+        self._admin = hashlib.sha256(admin_key.encode()).digest() if admin_key else None
+        self._on_error = on_error
+        self._up = True
+        self._version: bytes | str | None = None
+        self._confirmed = 0.0  # time.monotonic() of redis's last reply
+        self._verified: dict[bytes, tuple[Identity, float]] = {}  # digest -> identity, and its end (unix seconds)
+        self._lookups: dict[bytes, asyncio.Future[Identity]] = {}  # look-ups in flight
+        self._poller: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._poll()
+        self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="keys")
+
+    async def stop(self) -> None:
+        if self._poller:
+            self._poller.cancel()
+            await asyncio.gather(self._poller, return_exceptions=True)
+
+    def is_admin(self, headers: Mapping[str, str]) -> bool:
+        """The request carries the admin key. Compared in constant time."""
+        given = _bearer(headers)
+        if self._admin is None or given is None:
+            return False
+        return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._admin)
+
+    async def authenticate(self, headers: Mapping[str, str]) -> Identity:
+        """The caller's identity. Raises InvalidKey, or KeysUnavailable for an unverified key while redis is down."""
+        secret = _bearer(headers)
+        if secret is None:
+            raise InvalidKey("This proxy wants a key: send `Authorization: Bearer sk-lab-…`.")
+        if not secret.startswith(PREFIX) or len(secret) > 200:
+            raise InvalidKey("Not a key of this proxy: they begin with `sk-lab-`.")
+        digest = digest_of(secret)  # looked up by digest, so that timing reveals nothing of the secret
+        known = self._verified.get(digest)
+        if known is not None and time.monotonic() - self._confirmed < VERIFIED_SECONDS:
+            identity, until = known
+            if until > time.time():
+                return identity
+        if not self._up:
+            raise _unavailable()
+        # Requests with the same key share one look-up. It is shielded: its first caller may leave before the others.
+        lookup = self._lookups.get(digest)
+        if lookup is None:
+            lookup = self._lookups[digest] = asyncio.ensure_future(self._verify(digest))
+            lookup.add_done_callback(lambda done: (self._lookups.pop(digest), done.exception()))
+        return await asyncio.shield(lookup)
+
+    async def identity_of(self, key_id: str) -> Identity:
+        """The identity of a key by its id, as currently stored: for work that runs without its caller.
+
+        Raises InvalidKey for a revoked or expired key, KeysUnavailable while redis is down.
+        """
+        try:
+            async with asyncio.timeout(POLL_TIMEOUT):
+                raw = await self._redis.hget(RECORDS, key_id)
+        except FAULTS as error:
+            self._fail(error)
+            raise _unavailable() from None
+        return _identity_of(raw)[0]
+
+    async def _verify(self, digest: bytes) -> Identity:
+        try:
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    version, raw = await self._record(digest)
+            except TimeoutError:
+                if time.monotonic() - began < self._timeout * 1.5:
+                    raise
+                async with asyncio.timeout(self._timeout):  # not redis was late, but this process: try once more
+                    version, raw = await self._record(digest)
+        except FAULTS as error:
+            self._fail(error)
+            raise _unavailable() from None
+        found = _identity_of(raw, digest)
+        # Not cached if the poller has seen a later version: it has reviewed the cached keys of that version already.
+        if int(version or 0) >= int(self._version or 0):
+            while len(self._verified) >= MAX_VERIFIED:
+                del self._verified[next(iter(self._verified))]
+            self._verified[digest] = found
+        return found[0]
+
+    async def _record(self, digest: bytes) -> tuple[bytes | str | None, bytes | str | None]:
+        """The version, and the key's record at that version."""
+        key_id = await self._redis.hget(DIGESTS, digest.hex()[:32])
+        if key_id is None:
+            return None, None
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(VERSION)
+        pipe.hget(RECORDS, key_id)
+        version, raw = await pipe.execute()
+        return version, raw
+
+    async def _poll_forever(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            await self._poll()
+
+    async def _poll(self) -> None:
+        try:
+            async with asyncio.timeout(POLL_TIMEOUT):
+                version = await self._redis.get(VERSION)
+            if version != self._version:
+                async with asyncio.timeout(POLL_TIMEOUT * 10):
+                    await self._review()
+                self._version = version  # read before the records: a later change has another version
+        except FAULTS as error:
+            self._fail(error)
+            return
+        self._confirmed = time.monotonic()
+        if not self._up:
+            self._up = True
+            log.warning("keys: redis is back")
+
+    async def _review(self) -> None:
+        """Some key has changed: look up all cached keys again."""
+        digests = list(self._verified)
+        if not digests:
+            return
+        ids = await self._redis.hmget(DIGESTS, [digest.hex()[:32] for digest in digests])
+        there = [key_id for key_id in ids if key_id is not None]
+        found = await self._redis.hmget(RECORDS, there) if there else []
+        raws = dict(zip(there, found, strict=True))
+        for digest, key_id in zip(digests, ids, strict=True):
+            try:
+                self._verified[digest] = _identity_of(raws.get(key_id) if key_id else None, digest)
+            except InvalidKey:
+                self._verified.pop(digest, None)
+
+    def _fail(self, error: BaseException) -> None:
+        self._on_error("keys")
+        if self._up:
+            self._up = False
+            log.warning(
+                "keys: redis is down (%s); keys verified in the last 5 minutes stay valid", type(error).__name__
+            )
+
+
+def _bearer(headers: Mapping[str, str]) -> str | None:
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    secret = secret.strip()
+    return secret if scheme.lower() == "bearer" and re.fullmatch(r"[!-~]+", secret) else None
+
+
+def _identity_of(raw: bytes | str | None, digest: bytes | None = None) -> tuple[Identity, float]:
+    """The identity of a stored key, and its end (unix seconds). Without a `digest` any of its secrets counts.
+
+    Raises InvalidKey.
+    """
+    try:
+        key = Key.model_validate_json(raw) if raw else None
+    except ValidationError:
+        log.error("keys: a record in redis is not a key")  # noqa: TRY400 its message would show the record
+        key = None
+    ours = digest.hex() if digest else key.secrets[0].digest if key else ""
+    secret = next((each for each in key.secrets if hmac.compare_digest(each.digest, ours)), None) if key else None
+    if key is None or secret is None:
+        raise InvalidKey("This key is not known here.")
+    if key.revoked is not None:
+        raise InvalidKey("This key is revoked.")
+    expires = key.expires.timestamp() if key.expires else None
+    until = min(expires or float("inf"), secret.until or float("inf"))
+    if until <= time.time():
+        raise InvalidKey("This key has expired." if secret.until is None else "This key was rotated: use the new one.")
+    return (
+        Identity(
+            tenant=f"shared:{key.namespace}" if key.namespace else key.owner,
+            owner=key.owner,
+            key_id=key.id,
+            models=key.models,
+            rpm=key.rpm,
+            tpm=key.tpm,
+            concurrency=key.concurrency,
+            budget_day=None if key.budget_per_day_usd is None else money.from_usd(key.budget_per_day_usd),
+            budget_total=None if key.budget_total_usd is None else money.from_usd(key.budget_total_usd),
+            expires=expires,
+            shared=key.namespace is not None,
+        ),
+        until,
+    )
+
+
+def _unavailable() -> KeysUnavailable:
+    return KeysUnavailable(
+        "Redis is down, and this key was not seen in the last 5 minutes: try again in a moment.",
+        headers={"retry-after": "2"},
+    )

@@ -1,0 +1,375 @@
+"""Limits of a key: requests and tokens per minute, concurrent requests, budgets per day and in total.
+
+One redis script decides for all workers (limits.lua) and is sent with the cache's read. Requests and tokens are counted
+by GCRA, a continuously refilled bucket, so that no second burst is possible at the edge of a minute. Tokens are
+reserved by an estimate and corrected at the end of the answer; slots of a dead worker expire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any, Literal
+
+import redis.asyncio as redis
+
+from ..errors import BudgetExceeded, LimitReached, LimitsUnavailable, ProxyError
+from ..ledger import money
+from ..ledger.ledger import SUMS, Ledger
+from ..ledger.prices import Prices
+from ..redis.link import FAULTS
+from .estimate import MAX_TOKENS, estimate
+from .identity import Identity
+
+log = logging.getLogger("lab_proxy.limits")
+
+PREFIX = "lab:limit:"
+SLOT_SECONDS = 15  # a request counts as finished so long after its worker's last renewal
+RENEW_SECONDS = 5.0
+SETTLE_SECONDS = 0.005  # requests that end within it are sent together, unless the key has a concurrency limit
+CHECK_SECONDS = 0.06
+MAX_UNSENT = 20_000  # finished requests not yet sent to redis; further ones are dropped, and their slots expire
+_UNKNOWN = 9 * 10**15  # later than any time: the time of admission is unknown
+
+SCRIPT = resources.files(__package__).joinpath("limits.lua").read_text("utf-8")
+SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+_DAY, _TOTAL, _SLOTS, _REQUESTS, _TOKENS, _TOO_LARGE = range(1, 7)
+_NAMES = ("", "budget_day", "budget_total", "concurrency", "rpm", "tpm", "tpm")
+
+
+Finished = tuple[str, int, int, int]
+"""A finished request: member, tokens used, tokens reserved, time of admission (microseconds of redis's clock).
+
+Without a member: a correction of a request that redis already has as finished; `reserved` is the number sent then.
+"""
+
+
+class Admission:
+    """One request's claim on its key's limits: a PipelinedCommand that raises if the request is refused."""
+
+    __slots__ = ("_at", "_limits", "_over", "_taken", "_used", "cost", "headers", "identity", "member", "reserved")
+
+    def __init__(self, limits: Limits, identity: Identity, member: str, *, reserved: int, cost: int) -> None:
+        """`reserved` tokens, and `cost`: the most it may cost, in pico-dollars. No `member`: it needs no settling."""
+        self._limits = limits
+        self.identity, self.member, self.reserved, self.cost = identity, member, reserved, cost
+        self.headers: dict[str, str] = {}
+        self._at = 0  # microseconds of redis's clock; 0: not admitted
+        self._over = False
+        self._used = 0
+        self._taken: list[Finished] | None = None
+
+    def command(self, whole: bool = False) -> tuple[Any, ...]:
+        if self._taken is None:
+            self._taken = self._limits.take_finished(self.identity)
+        return self._limits.command(self.identity, self._taken, whole, self)
+
+    def on_reply(self, reply: Any) -> None:
+        """Raises LimitReached and BudgetExceeded."""
+        try:
+            verdict, now, wait, *left = (int(each) for each in reply)
+            requests, requests_full, tokens, tokens_full = left
+        except (TypeError, ValueError):
+            return self.on_failure()
+        self._taken = None
+        limits, who, headers = self._limits, self.identity, self.headers
+        limits.mark_up(now)
+        if who.rpm is not None:
+            headers["x-ratelimit-limit-requests"] = str(who.rpm)
+            headers["x-ratelimit-remaining-requests"] = str(requests)
+            headers["x-ratelimit-reset-requests"] = duration(requests_full)
+        if who.tpm is not None:
+            headers["x-ratelimit-limit-tokens"] = str(who.tpm)
+            headers["x-ratelimit-remaining-tokens"] = str(tokens)
+            headers["x-ratelimit-reset-tokens"] = duration(tokens_full)
+        if verdict:
+            self._over = True
+            limits.on_refusal(_NAMES[verdict])
+            raise _refusal(self, verdict, wait=wait, now=now, left=tokens)
+        if self.member:
+            self._at = now
+            limits.track(self)
+        return None
+
+    def on_failure(self) -> None:
+        """Raises LimitsUnavailable if the settings say `closed`."""
+        limits = self._limits
+        limits.restore_finished(self.identity, self._taken or [])
+        self._taken = None
+        self._at = _UNKNOWN  # redis may have admitted it nevertheless
+        limits.mark_down()
+        self.headers["x-lab-limits"] = limits.when_down
+        if limits.when_down == "closed":
+            raise LimitsUnavailable(
+                "Redis is down, so nobody knows what this key has used: try again in a moment.",
+                headers={"retry-after": "2", "x-lab-limits": "closed"},
+            )
+
+    def settle(self, tokens: int) -> None:
+        """The request has ended and used `tokens` of an upstream, 0 for a hit. Further calls change nothing."""
+        if self._over:
+            return
+        self._over = True
+        if self._at:
+            self._used = tokens
+            self._limits.release(self, (self.member, tokens, self.reserved, self._at))
+
+    def correct(self, tokens: int) -> None:
+        """Correct the tokens of an ended request. Before its end this changes nothing."""
+        if self._over and self._at and tokens != self._used and self.identity.tpm is not None:
+            self._limits.add_correction(self, ("", tokens, self._used, self._at))
+            self._used = tokens
+
+
+class Limits:
+    """The limits of all keys, in redis. Creates admissions and sends finished ones. A part: start and stop it."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        prices: Prices,
+        ledger: Ledger,
+        *,
+        when_down: Literal["open", "closed"],
+        timeout: float = CHECK_SECONDS,
+        on_refusal: Callable[[str], None] = lambda _: None,
+        on_error: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`timeout`: of a check that is not sent with a cache read. `on_refusal` gets the name of the limit."""
+        self._redis = client
+        self._prices, self._ledger = prices, ledger
+        self.when_down = when_down
+        self._timeout = timeout
+        self.on_refusal = on_refusal
+        self._on_error = on_error
+        self._up = True
+        self._worker = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+        self._finished: dict[Identity, list[Finished]] = {}  # not yet sent to redis
+        self._unsent = 0
+        self._running: dict[str, Admission] = {}
+        self._skew = 0.0  # seconds by which redis's clock is ahead
+        self._some, self._soon = asyncio.Event(), asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._send_forever(), name="limits"),
+            loop.create_task(self._renew_slots(), name="slots"),
+        ]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._send_finished()
+
+    def admission(  # noqa: PLR0917 - all that a limit depends on
+        self,
+        identity: Identity,
+        endpoint: str,
+        model: str,
+        body: Mapping[str, Any],
+        size_bytes: int,
+        upstream: str,
+        *,
+        at_once: bool = False,
+    ) -> Admission | None:
+        """None for a key without limits. `size_bytes`: of the request's body. `at_once`: for a local hit, which
+        takes no slot and no tokens, and needs no settling."""
+        if not identity.limited:
+            return None
+        prompt, completion = estimate(endpoint, body, size_bytes, identity.tpm)
+        reserved = min(prompt + completion, MAX_TOKENS) if identity.tpm is not None else 0
+        if at_once:
+            return Admission(self, identity, "", reserved=reserved, cost=0)
+        cost = 0
+        if identity.budget_day is not None or identity.budget_total is not None:
+            cost = min(self._prices.cost(upstream, model, prompt, completion) or 0, 9 * 10**15)
+        # The script reads the cost from the member, so that it is released with the slot, also when the slot expires.
+        return Admission(self, identity, f"{self._worker}-{next(self._numbers)}:{cost}", reserved=reserved, cost=cost)
+
+    async def check(self, admission: Admission) -> None:
+        """Check without a cache read. Raises like Admission.on_reply and .on_failure."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                reply = await self._redis.execute_command(*admission.command(whole=True))  # type: ignore[no-untyped-call]
+        except FAULTS:
+            return admission.on_failure()
+        return admission.on_reply(reply)
+
+    # ---- for admissions
+
+    def command(self, who: Identity, finished: list[Finished], whole: bool, claim: Admission | None) -> tuple[Any, ...]:
+        """The script with its arguments. Without a claim it only sends finished requests."""
+        limits = (who.rpm, who.tpm, who.concurrency, who.budget_day, who.budget_total)
+        if claim is None:
+            limits = (None, who.tpm, None, None, None)
+        return (
+            *(("EVAL", SCRIPT) if whole else ("EVALSHA", SHA)),
+            3,
+            _name(who),
+            _slots(who),
+            f"{SUMS}{who.key_id}",
+            *("" if limit is None else limit for limit in limits),
+            *((0, 0, "") if claim is None else (claim.reserved, claim.cost, claim.member)),
+            SLOT_SECONDS,
+            f"day:{datetime.now(UTC).date().isoformat()}" if who.budget_day is not None else "-",
+            self._ledger.unflushed_cost(who.key_id or ""),
+            *itertools.chain.from_iterable(finished),
+        )
+
+    def take_finished(self, who: Identity) -> list[Finished]:
+        """Finished requests of this key, to be sent with the next command."""
+        taken = self._finished.pop(who, [])
+        self._unsent -= len(taken)
+        return taken
+
+    def restore_finished(self, who: Identity, taken: list[Finished]) -> None:
+        """Redis may not have them. Sent twice they count once, except corrections, which are never repeated."""
+        for each in taken:
+            if each[0]:
+                self._put(who, each)
+
+    def track(self, admission: Admission) -> None:
+        self._running[admission.member] = admission
+
+    def release(self, admission: Admission, finished: Finished) -> None:
+        self._running.pop(admission.member, None)
+        self._put(admission.identity, finished)
+        if admission.identity.concurrency is not None:
+            self._soon.set()
+        self._some.set()
+
+    def add_correction(self, admission: Admission, finished: Finished) -> None:
+        self._put(admission.identity, finished)
+        self._some.set()
+
+    def mark_up(self, now: int) -> None:
+        """Redis has answered. `now`: its clock, microseconds."""
+        self._skew = now / 1e6 - time.time()
+        if not self._up:
+            self._up = True
+            log.warning("limits: redis is back")
+
+    def mark_down(self) -> None:
+        self._on_error("limits")
+        if self._up:
+            self._up = False
+            log.warning("limits: redis is down; requests of limited keys are %s", _WHEN_DOWN[self.when_down])
+
+    def _put(self, who: Identity, finished: Finished) -> None:
+        if self._unsent < MAX_UNSENT:
+            self._finished.setdefault(who, []).append(finished)
+            self._unsent += 1
+
+    # ---- in the background
+
+    async def _send_forever(self) -> None:
+        while True:
+            await self._some.wait()
+            if not self._soon.is_set():
+                try:
+                    async with asyncio.timeout(SETTLE_SECONDS):
+                        await self._soon.wait()
+                except TimeoutError:
+                    pass
+            self._some.clear()
+            self._soon.clear()
+            if not await self._send_finished():
+                await asyncio.sleep(0.5)
+                self._some.set()
+
+    async def _send_finished(self) -> bool:
+        """Send finished requests to redis. False if it fails."""
+        by_key = [(who, self.take_finished(who)) for who in list(self._finished)]
+        if not by_key:
+            return True
+        pipe = self._redis.pipeline(transaction=False)
+        for who, finished in by_key:
+            for at in range(0, len(finished), 500):
+                pipe.execute_command(*self.command(who, finished[at : at + 500], True, None))
+        try:
+            async with asyncio.timeout(1.0):
+                await pipe.execute()
+        except FAULTS:
+            for who, finished in by_key:
+                self.restore_finished(who, finished)
+            return False
+        return True
+
+    async def _renew_slots(self) -> None:
+        """Renew the slots of running requests."""
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            slots: dict[str, list[str]] = {}
+            for admission in self._running.values():
+                slots.setdefault(_slots(admission.identity), []).append(admission.member)
+            if not slots:
+                continue
+            until = (time.time() + self._skew + SLOT_SECONDS) * 1e6
+            pipe = self._redis.pipeline(transaction=False)
+            for name, members in slots.items():
+                pipe.zadd(name, dict.fromkeys(members, until), xx=True)
+                pipe.expire(name, SLOT_SECONDS * 2)
+            try:
+                async with asyncio.timeout(2.0):
+                    await pipe.execute()
+            except FAULTS:
+                self._on_error("limits")
+
+
+_WHEN_DOWN = {"open": "let through unlimited", "closed": "refused"}
+
+
+def duration(microseconds: int) -> str:
+    """In the form of OpenAI's headers: `120ms`, `7.66s`, `6m0s`, `1h2m3s`; rounded up to a millisecond."""
+    ms = math.ceil(microseconds / 1000)
+    if ms < 1000:
+        return f"{ms}ms" if ms else "0s"
+    minutes, rest = divmod(ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
+    return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{seconds}s"
+
+
+def _name(who: Identity) -> str:
+    return f"{PREFIX}{{{who.key_id}}}"
+
+
+def _slots(who: Identity) -> str:
+    return f"{PREFIX}{{{who.key_id}}}:slots"
+
+
+def _refusal(admission: Admission, verdict: int, *, wait: int, now: int, left: int) -> ProxyError:
+    """`wait` and `now` in microseconds, `left` in tokens."""
+    who, said = admission.identity, dict(admission.headers)
+    if verdict == _TOTAL:
+        return BudgetExceeded(f"This key's budget of {money.shown(who.budget_total or 0)} USD is spent.", headers=said)
+    if verdict == _DAY:
+        said["retry-after"] = str(86400 - now // 1_000_000 % 86400)
+        budget = money.shown(who.budget_day or 0)
+        return BudgetExceeded(
+            f"This key's budget of {budget} USD a day is spent: it begins anew at midnight UTC.", headers=said
+        )
+    if verdict == _TOO_LARGE:  # a retry does not help
+        why = f"Limit {who.tpm}, Requested {admission.reserved}. Ask for fewer tokens."
+        return LimitReached(f"Request too large for this key on tokens per min (TPM): {why}", "tokens", said)
+    said["retry-after"] = str(math.ceil(wait / 1e6))
+    said["retry-after-ms"] = str(math.ceil(wait / 1000))
+    kind, why = {
+        _SLOTS: ("requests", f"concurrent requests: Limit {who.concurrency}."),
+        _REQUESTS: ("requests", f"requests per min (RPM): Limit {who.rpm}."),
+        _TOKENS: ("tokens", f"tokens per min (TPM): Limit {who.tpm}, Left {left}, Requested {admission.reserved}."),
+    }[verdict]
+    return LimitReached(f"Rate limit reached for this key on {why} Please try again in {duration(wait)}.", kind, said)

@@ -1,0 +1,1 @@
+"""Usage and cost: prices, charges, usage rows, reconciliation. Knows key ids and token counts; no requests."""

@@ -1,0 +1,322 @@
+"""The ledger: usage and cost by day, key, owner and model, as integers in redis that are never evicted.
+
+Charges are summed in memory and booked by one script, off the request path. A batch that redis may have booked is sent
+again under its number, which redis books only once. Batches that redis does not accept go to the disk queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import redis.asyncio as redis
+
+from ..redis.link import FAULTS
+from .disk_queue import DiskQueue, DiskQueueFull, LedgerBatch
+from .prices import Prices
+from .usage import DAYS, METRICS, ROWS, usage
+
+log = logging.getLogger("lab_proxy.ledger")
+
+WRITERS = "lab:ledger:writers"  # hash: writer -> number of its last booked batch
+SUMS = "lab:ledger:sum:"  # + key: hash, `total` and `day:…` -> pico-dollars, which the limits read
+FLUSH_SECONDS = 0.05
+OUTAGE_SECONDS = 0.25  # between batches while redis is down: each one is an fsync
+FLUSH_TIMEOUT = 2.0
+REPLAY_AT_ONCE = 200  # queued batches in one turn
+
+_AT = {name: place for place, name in enumerate(METRICS)}
+_COST, _CALLS, _UNPRICED = _AT["cost"], _AT["upstream_calls"], _AT["unpriced_calls"]
+
+# ARGV: writer, number, then triples: a hash, its field and what to add, or a set, its member and nothing.
+# The number is set before the sums, and each sum is a pcall: a wrong type in redis must not lose or double the others.
+SCRIPT = """
+if tonumber(ARGV[2]) <= tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') then return -1 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+local lost = 0
+for i = 3, #ARGV, 3 do
+  local done
+  if ARGV[i + 2] == '' then done = redis.pcall('SADD', ARGV[i], ARGV[i + 1])
+  else done = redis.pcall('HINCRBY', ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+  if type(done) == 'table' and done.err then lost = lost + 1 end
+end
+return lost
+"""
+
+
+@dataclass(slots=True)
+class Charge:
+    """One upstream call, one hit, or one follower of a shared answer. `key_id` is NOBODY where no key is required.
+
+    `cached`: prompt tokens from the upstream's own cache. `estimated`: the upstream reported no usage. `batch_price`:
+    half price, as for batches. `request`: False for a further charge of the same request. `day`: UTC; default today.
+    """
+
+    key_id: str
+    owner: str
+    upstream: str
+    model: str
+    source: Literal["upstream", "hit", "collapsed"]
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    estimated: bool = False
+    batch_price: bool = False
+    request: bool = True
+    day: str = ""
+    cost: int | None = field(init=False, default=None)  # pico-dollars; set by `record` if there is a price
+
+
+class Ledger:
+    """Counts charges and books them in redis. A part. `record` never waits and never fails."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        prices: Prices,
+        *,
+        folder: Path,
+        max_bytes: int,
+        on_error: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`folder`: of the disk queue, which holds at most `max_bytes` for each worker."""
+        self._redis = client
+        self._prices = prices
+        self._folder, self._max_bytes = folder, max_bytes
+        self._on_error = on_error
+        self._writer = secrets.token_hex(8)
+        self._number = 0
+        self._rows: dict[tuple[str, str, str, str, str], list[int]] = {}
+        self._costs: dict[str, int] = {}  # key -> pico-dollars that redis does not have yet
+        self._disk_queue = DiskQueue(folder, self._writer, max_bytes)
+        self._orphans: list[DiskQueue] = []
+        self._queue: list[LedgerBatch] = []
+        self._warned = self._full = False
+        self._some = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._day = (0, "")
+
+    async def start(self) -> None:
+        try:
+            self._orphans = await asyncio.to_thread(lambda: list(DiskQueue.orphans(self._folder, self._max_bytes)))
+        except OSError as error:
+            log.warning("ledger: %s cannot be read: %s", self._folder, error)
+        if self._orphans:
+            self._some.set()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="ledger")
+
+    async def stop(self) -> None:
+        """Book the rest, in redis or in the disk queue."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        async with self._turn:
+            await self._flush()
+            if self._rows or self._queue:
+                log.error("ledger: charges are lost: neither redis nor the disk queue accepts them")
+            if self._disk_queue.empty:
+                with contextlib.suppress(*FAULTS):
+                    async with asyncio.timeout(FLUSH_TIMEOUT):
+                        await self._redis.hdel(WRITERS, self._writer)  # this writer never comes back
+            for queue in [self._disk_queue, *self._orphans]:
+                queue.close(remove=queue.empty)
+
+    def record(self, charge: Charge) -> None:
+        """Count a charge. The cost of an upstream call is fixed now, by the current prices."""
+        charge.day = charge.day or self._today()
+        row = self._row(charge)
+        row[0] += charge.request
+        if charge.source != "upstream":
+            at = _AT["hits"] if charge.source == "hit" else _AT["collapsed"]
+            row[at] += charge.request
+            row[at + 1] += charge.prompt
+            row[at + 2] += charge.completion
+            return
+        row[_CALLS] += 1
+        row[_CALLS + 1] += charge.prompt
+        row[_CALLS + 2] += charge.cached
+        row[_CALLS + 3] += charge.completion
+        row[_AT["estimated_calls"]] += charge.estimated
+        cost = self._prices.cost(
+            charge.upstream,
+            charge.model,
+            charge.prompt,
+            charge.completion,
+            cached=charge.cached,
+            half=charge.batch_price,
+        )
+        charge.cost = cost
+        if cost is None:
+            row[_UNPRICED] += 1
+        elif cost:
+            row[_COST] += cost
+            self._costs[charge.key_id] = self._costs.get(charge.key_id, 0) + cost
+
+    def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None:
+        """Replace an estimated charge by the real numbers, in the row of its day."""
+        row = self._row(charge)
+        row[_CALLS + 1] += prompt - charge.prompt
+        row[_CALLS + 2] += cached - charge.cached
+        row[_CALLS + 3] += completion - charge.completion
+        row[_AT["estimated_calls"]] -= charge.estimated
+        cost = self._prices.cost(
+            charge.upstream, charge.model, prompt, completion, cached=cached, half=charge.batch_price
+        )
+        if cost is not None and charge.cost is not None:  # otherwise its price was added or removed meanwhile
+            row[_COST] += cost - charge.cost
+            self._costs[charge.key_id] = self._costs.get(charge.key_id, 0) + cost - charge.cost
+
+    def _row(self, charge: Charge) -> list[int]:
+        where = (charge.day, charge.key_id, charge.owner, charge.upstream, charge.model)
+        row = self._rows.get(where)
+        if row is None:
+            row = self._rows[where] = [0] * len(METRICS)
+            self._some.set()
+        return row
+
+    def unflushed_cost(self, key_id: str) -> int:
+        """Pico-dollars of this key that redis does not have yet."""
+        return self._costs.get(key_id, 0)
+
+    async def flush(self) -> None:
+        """Book all recorded charges now, so that the next read includes them."""
+        async with self._turn:
+            await self._flush()
+
+    # ---- reading
+
+    async def usage(
+        self, first: date, last: date, *, key_id: str | None = None, owner: str | None = None, model: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The rows in redis. Raises link.FAULTS."""
+        return await usage(self._redis, first, last, key_id=key_id, owner=owner, model=model)
+
+    async def spent(self, key_id: str) -> tuple[int, int]:
+        """Pico-dollars today and in total, as booked in redis. Raises link.FAULTS."""
+        day, total = await self._redis.hmget(SUMS + key_id, [f"day:{self._today()}", "total"])
+        return int(day or 0), int(total or 0)
+
+    # ---- writing
+
+    def _today(self) -> str:
+        """The day in UTC."""
+        number = int(time.time() // 86400)
+        if number != self._day[0]:
+            self._day = (number, day_of(number * 86400))
+        return self._day[1]
+
+    async def _run(self) -> None:
+        while True:
+            await self._some.wait()
+            await asyncio.sleep(FLUSH_SECONDS)
+            self._some.clear()
+            async with self._turn:
+                await self._flush()
+            if self._waiting():
+                self._some.set()
+                await asyncio.sleep(OUTAGE_SECONDS)
+
+    def _waiting(self) -> bool:
+        return (
+            bool(self._rows or self._queue)
+            or not self._disk_queue.empty
+            or any(not queue.empty for queue in self._orphans)
+        )
+
+    async def _flush(self) -> None:
+        # 1. Recorded charges become a batch, unless an earlier batch waits that neither redis nor the disk accepts.
+        if self._rows and not self._queue:
+            self._number += 1
+            self._queue.append(LedgerBatch(self._writer, self._number, [(*at, row) for at, row in self._rows.items()]))
+            self._rows = {}
+        # 2. Queued batches come first: batches of one writer are booked in order.
+        back = await self._replay()
+        # 3. Batches that redis did not accept, or may not have, go to the disk queue under their number.
+        for batch in list(self._queue):
+            if back and self._disk_queue.empty and await self._book(batch):
+                self._forget(batch)
+            elif not await self._enqueue(batch):
+                return
+            self._queue.remove(batch)
+
+    async def _enqueue(self, batch: LedgerBatch) -> bool:
+        try:
+            await asyncio.to_thread(self._disk_queue.append, batch)
+        except (OSError, DiskQueueFull) as error:
+            if not self._full:
+                log.error("ledger: the disk queue in %s is full (%s): charges wait in memory", self._folder, error)  # noqa: TRY400
+            self._full = True
+            return False
+        if not self._warned:
+            log.warning("ledger: redis does not accept charges: the disk queue in %s keeps them", self._folder)
+        self._warned, self._full = True, False
+        return True
+
+    def _forget(self, batch: LedgerBatch) -> None:
+        """Redis has these costs now."""
+        for row in batch.rows:
+            if cost := row[5][_COST]:
+                left = self._costs.get(row[1], 0) - cost
+                if left:  # negative: an estimate was too high, and redis does not have the correction yet
+                    self._costs[row[1]] = left
+                else:
+                    self._costs.pop(row[1], None)
+
+    async def _replay(self) -> bool:
+        """Book some of the queued batches. False if redis does not accept them."""
+        for queue in [*self._orphans, self._disk_queue]:
+            for _ in range(REPLAY_AT_ONCE):
+                if queue.empty:
+                    break
+                batch, end = await asyncio.to_thread(queue.first)
+                if batch is not None:
+                    if not await self._book(batch):
+                        return False
+                    if queue is self._disk_queue:
+                        self._forget(batch)
+                await asyncio.to_thread(queue.acknowledge, end)
+            if queue.empty and queue is not self._disk_queue:
+                self._orphans.remove(queue)
+                queue.close(remove=True)
+                log.warning("ledger: booked the disk queue of an earlier run")
+        if self._warned and self._disk_queue.empty:
+            self._warned = False
+            log.warning("ledger: booked the disk queue")
+        return True
+
+    async def _book(self, batch: LedgerBatch) -> bool:
+        """False if redis did not book it, or may not have."""
+        args: list[Any] = [batch.writer, batch.number]
+        for day, key, owner, upstream, model, metrics in batch.rows:
+            args += [DAYS + day, key, ""]
+            name = f"{ROWS}{day}:{key}"
+            for metric, value in zip(METRICS, metrics, strict=False):
+                if value:
+                    args += [name, orjson.dumps([owner, upstream, model, metric]), value]
+            if metrics[_COST]:
+                for field in (f"day:{day}", "total"):
+                    args += [SUMS + key, field, metrics[_COST]]
+        try:
+            async with asyncio.timeout(FLUSH_TIMEOUT):
+                lost = await self._redis.eval(SCRIPT, 1, WRITERS, *args)
+        except FAULTS:
+            self._on_error("ledger")
+            return False
+        if lost > 0:
+            log.error("ledger: %d sums of a batch are lost: their names in redis hold other types", lost)
+        return True
+
+
+def day_of(seconds: float) -> str:
+    """The day in UTC of a unix time."""
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()

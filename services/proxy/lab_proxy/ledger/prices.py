@@ -1,0 +1,122 @@
+"""Prices of upstream calls: one YAML file of prices per million tokens, each with its source and date.
+
+Knows upstreams, model names and token counts. Does not know keys or owners.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+from ..reload import read_yaml
+from . import money
+
+_SNAPSHOT = re.compile(r"-\d{4}-\d\d-\d\d$")
+
+
+def _per_token(value: object) -> object:
+    """USD per million tokens as integer pico-dollars per token."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("must be a price in USD per million tokens")  # noqa: TRY004 pydantic's way of a refusal
+    if not re.fullmatch(r"[0-9.]+", str(value)):
+        raise ValueError("must be a price in plain digits")
+    return money.from_usd(Decimal(str(value))) // 10**6
+
+
+Price = Annotated[int, BeforeValidator(_per_token)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tariff(_Strict):
+    """Pico-dollars per token."""
+
+    input: Price
+    output: Price
+    cached: Price | None = None
+
+    def cost(self, prompt: int, cached: int, completion: int) -> int:
+        """Pico-dollars; `cached` of the `prompt` tokens came from the upstream's own cache."""
+        cheap = min(cached, prompt)
+        again = self.input if self.cached is None else self.cached
+        return (prompt - cheap) * self.input + cheap * again + completion * self.output
+
+
+class ModelRow(Tariff):
+    above: int | None = None
+    long: Tariff | None = None
+    source: str | None = None
+    checked: date | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> ModelRow:
+        if (self.above is None) != (self.long is None):
+            raise ValueError("`above` and `long` go together")
+        return self
+
+
+class UpstreamRow(_Strict):
+    source: str
+    checked: date
+    every: Tariff | None = None
+    models: dict[str, ModelRow] = {}
+
+
+class Table(_Strict):
+    """The prices file."""
+
+    upstreams: dict[str, UpstreamRow]
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A price, its source and when it was checked."""
+
+    tariff: Tariff
+    source: str
+    checked: date
+
+
+class Prices:
+    """The prices file. `reload` keeps the old table if the new one is faulty."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._table = read_yaml(Table, path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
+
+    def files(self) -> list[Path]:
+        """The files to watch for changes."""
+        return [self._path] if self._path else []
+
+    def reload(self) -> None:
+        """Raises ValueError with one line that says what is wrong."""
+        self._table = read_yaml(Table, self._path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
+
+    def quote(self, upstream: str, model: str, prompt: int = 0) -> Quote | None:
+        """The price of a model at an upstream, or None."""
+        there = self._table.upstreams.get(upstream)
+        if there is None:
+            return None
+        row = there.models.get(model) or there.models.get(_SNAPSHOT.sub("", model))
+        if row is None:
+            return None if there.every is None else Quote(there.every, there.source, there.checked)
+        long = row.long if row.above is not None and prompt > row.above else None
+        return Quote(long or row, row.source or there.source, row.checked or there.checked)
+
+    def cost(
+        self, upstream: str, model: str, prompt: int, completion: int, *, cached: int = 0, half: bool = False
+    ) -> int | None:
+        """Pico-dollars, or None without a price. `half`: half price, rounded up."""
+        quote = self.quote(upstream, model, prompt)
+        if quote is None:
+            return None
+        whole = quote.tariff.cost(prompt, cached, completion)
+        return -(-whole // 2) if half else whole

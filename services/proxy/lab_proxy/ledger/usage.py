@@ -1,0 +1,116 @@
+"""Reading the ledger: rows by day, key, owner and model, their total, and CSV. Knows redis and money; no requests."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from datetime import date, timedelta
+from typing import Any
+
+import orjson
+import redis.asyncio as redis
+
+from ..ledger import money
+
+DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
+
+
+ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
+
+
+NOBODY = "-"  # key id of charges where no key is required
+
+
+MAX_DAYS = 366
+
+
+METRICS = (
+    "requests",
+    "upstream_calls", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "cost", "unpriced_calls",
+    "estimated_calls",
+    "hits", "hit_prompt_tokens", "hit_completion_tokens",
+    "collapsed", "collapsed_prompt_tokens", "collapsed_completion_tokens",
+)  # fmt: skip
+"""Columns of a row. `prompt_tokens` to `estimated_calls` are of real calls; `cost` is pico-dollars. `hits` and
+`collapsed` cost nothing: their tokens were saved."""
+
+
+async def usage(
+    client: redis.Redis,
+    first: date,
+    last: date,
+    *,
+    key_id: str | None = None,
+    owner: str | None = None,
+    model: str | None = None,
+) -> list[dict[str, Any]]:
+    """Rows from `first` to `last`, both included, sorted. Raises link.FAULTS."""
+    days = [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
+    keys: list[tuple[str, str]] = [(day, key_id) for day in days] if key_id is not None else []
+    if key_id is None:
+        pipe = client.pipeline(transaction=False)
+        for day in days:
+            pipe.smembers(DAYS + day)
+        sets = await pipe.execute()
+        keys = [(day, each.decode()) for day, found in zip(days, sets, strict=True) for each in sorted(found)]
+    rows: list[dict[str, Any]] = []
+    for at in range(0, len(keys), 256):
+        pipe = client.pipeline(transaction=False)
+        for day, key in keys[at : at + 256]:
+            pipe.hgetall(f"{ROWS}{day}:{key}")
+        for (day, key), fields in zip(keys[at : at + 256], await pipe.execute(), strict=True):
+            rows += _rows(day, key, fields)
+    return [
+        row for row in rows if (owner is None or row["owner"] == owner) and (model is None or row["model"] == model)
+    ]
+
+
+def _rows(day: str, key: str, fields: Mapping[bytes, bytes]) -> list[dict[str, Any]]:
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    for name, value in fields.items():
+        owner, upstream, model, metric = orjson.loads(name)
+        found.setdefault((owner, upstream, model), {})[metric] = int(value)
+    return [
+        {"day": day, "key_id": None if key == NOBODY else key, "owner": owner, "upstream": upstream, "model": model}
+        | _figures({metric: told.get(metric, 0) for metric in METRICS})
+        for (owner, upstream, model), told in sorted(found.items())
+    ]
+
+
+def _figures(told: Mapping[str, int]) -> dict[str, Any]:
+    """A row's numbers as the pages show them. `cost_usd` is null, not 0, if no call had a price."""
+    cost = told["cost"]
+    known = cost or not told["unpriced_calls"] or told["unpriced_calls"] < told["upstream_calls"]
+    return {
+        **{metric: told[metric] for metric in METRICS if metric != "cost"},
+        "tokens_served": sum(told[name] for name in METRICS if name.endswith(("prompt_tokens", "completion_tokens")))
+        - told["cached_prompt_tokens"],
+        "cost_usd": float(money.to_usd(cost)) if known else None,
+        "cost_picodollars": cost if known else None,
+        "unpriced": told["unpriced_calls"] > 0,
+    }
+
+
+def total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of rows of `usage`."""
+    sums = dict.fromkeys(METRICS, 0)
+    for row in rows:
+        for metric in METRICS:
+            sums[metric] += row["cost_picodollars"] or 0 if metric == "cost" else row[metric]
+    return _figures(sums)
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows of `usage` as CSV. Names that a spreadsheet would read as a formula are quoted."""
+    columns = ["day", "key_id", "owner", "upstream", "model", *_figures(dict.fromkeys(METRICS, 0))]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns)
+    writer.writeheader()
+    for row in rows:
+        plain = {name: f"'{value}" if str(value)[:1] in "=+-@" and isinstance(value, str) else value
+                 for name, value in row.items()}  # fmt: skip
+        writer.writerow(
+            plain | {"cost_usd": "" if row["cost_picodollars"] is None else money.shown(row["cost_picodollars"])}
+        )
+    return out.getvalue()

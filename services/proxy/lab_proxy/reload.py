@@ -1,0 +1,136 @@
+"""Reload of files that may change while the proxy runs: at SIGHUP, or when modification time, size or inode change.
+
+Knows paths and faults of files; their readers know the content. A faulty file changes nothing: the old content stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+log = logging.getLogger("lab_proxy.watch")
+
+POLL_SECONDS = 1.0
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+class Readable(Protocol):
+    """An object that is read from files."""
+
+    def files(self) -> list[Path]:
+        """The files it is currently read from."""
+
+    def reload(self) -> None:
+        """Read all of them again. Raises ValueError and changes nothing if one is faulty."""
+
+
+class Reloader:
+    """Reloads `read` when its files change. A part: start and stop it."""
+
+    def __init__(
+        self,
+        read: Mapping[str, Readable],
+        *,
+        after: Callable[[], None] = lambda: None,
+        on_reload: Callable[[str, str], None] = lambda *_: None,
+    ) -> None:
+        """`after` runs after each successful reload; `on_reload(name, outcome)` after each attempt: read or refused."""
+        self._read = dict(read)
+        self._after, self._on_reload = after, on_reload
+        self._signatures = {name: _signature(each) for name, each in self._read.items()}
+        self._trouble: dict[str, str] = {}
+        self._times: dict[str, tuple[int, float]] = {name: (1, time.time()) for name in self._read}
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        with suppress(NotImplementedError, RuntimeError, ValueError):  # no signals here, or not the main thread
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        self._task = loop.create_task(self._watch(), name="watch")
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def reload(self) -> None:
+        """Read all files again, changed or not."""
+        for name, each in self._read.items():
+            self._reload_one(name, each)
+
+    def report(self) -> dict[str, Any]:
+        """For the status page: number of reads, time of the last one, and the fault of the current file, if any."""
+        return {
+            name: {"generation": turn, "read": int(at)}
+            | ({"trouble": self._trouble[name]} if name in self._trouble else {})
+            for name, (turn, at) in self._times.items()
+        }
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            self._check()
+
+    def _check(self) -> None:
+        for name, each in self._read.items():
+            if _signature(each) != self._signatures[name]:
+                self._reload_one(name, each)
+
+    def _reload_one(self, name: str, each: Readable) -> None:
+        self._signatures[name] = _signature(each)
+        try:
+            each.reload()
+        except ValueError as error:
+            self._trouble[name] = str(error)
+            self._on_reload(name, "refused")
+            log.error("%s: the file is faulty, its previous content stays in use: %s", name, error)  # noqa: TRY400
+            return
+        self._signatures[name] = _signature(each)  # the new content may name other files
+        self._trouble.pop(name, None)
+        self._times[name] = (self._times[name][0] + 1, time.time())
+        self._on_reload(name, "read")
+        log.info("%s: reloaded", name)
+        self._after()
+
+    def gauges(self) -> Mapping[str, Mapping[tuple[str, ...], float]]:
+        failing: dict[tuple[str, ...], float] = {(name,): float(name in self._trouble) for name in self._read}
+        turns: dict[tuple[str, ...], float] = {(name,): float(turn) for name, (turn, _) in self._times.items()}
+        return {"reload_failing": failing, "generation": turns}
+
+
+def _signature(each: Readable) -> list[tuple[int, int, int] | None]:
+    """Modification time, size and inode of each file: editors and ConfigMaps replace files by new ones."""
+    signature: list[tuple[int, int, int] | None] = []
+    for path in each.files():
+        try:
+            found = path.stat()
+        except OSError:
+            signature.append(None)
+        else:
+            signature.append((found.st_mtime_ns, found.st_size, found.st_ino))
+    return signature
+
+
+def read_yaml(shape: type[Shape], path: Path | None, packaged: str, variable: str) -> Shape:
+    """The YAML file at `path`, or the packaged one. Raises ValueError with one line that names the variable."""
+    try:
+        text = (path or resources.files(__package__).joinpath(packaged)).read_text("utf-8")
+        return shape.model_validate(yaml.safe_load(text))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{variable} cannot be read: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        why = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{variable} is wrong at {where or 'the top'}: {why}") from None

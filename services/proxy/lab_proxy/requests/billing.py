@@ -1,0 +1,100 @@
+"""Billing: each upstream call is charged by its usage, each hit and each shared answer by what it saved.
+
+Decides when a charge is recorded and when it is corrected. Knows no prices.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..endpoints import ENDPOINTS
+from ..ledger.ledger import Charge, Ledger, day_of
+from ..ledger.reconciliation import Reconciliation, TokenUsage
+from ..ledger.usage import NOBODY
+from ..telemetry.record import UpstreamCall
+from .context import RequestContext
+
+
+class Billing:
+    def __init__(self, ledger: Ledger | None, reconciliation: Reconciliation | None) -> None:
+        """`reconciliation` reports the real usage of interrupted calls."""
+        self._ledger = ledger
+        self._reconciliation = reconciliation
+
+    def close_request(self, request: RequestContext) -> None:
+        """The request has ended: charge what it got without an upstream call of its own."""
+        ledger, record, endpoint = self._ledger, request.record, ENDPOINTS[request.endpoint]
+        if ledger is None:
+            return
+        charge = _charge(request, record.upstream, record.model)
+        if record.upstream_called:
+            # `add_call` charges upstream calls. Some inputs of the answer may have come from the cache.
+            saved = record.prompt_tokens - record.billed_tokens
+            if endpoint.per_input and record.billed_tokens and saved > 0:
+                charge.source, charge.prompt, charge.request = "hit", saved, False
+                ledger.record(charge)
+            if endpoint.billing == "call":
+                return
+        elif record.cache in {"hit", "stale"}:
+            charge.source = "hit"
+        elif record.cache == "collapsed" and record.prompt_tokens + record.completion_tokens:
+            charge.source = "collapsed"
+        else:
+            return
+        charge.prompt, charge.completion = record.prompt_tokens, record.completion_tokens
+        charge.cached = record.cached_tokens
+        if charge.source == "upstream" and not charge.prompt + charge.completion:  # it broke off before its usage
+            charge.prompt, charge.estimated = len(request.raw) // 4, True
+        ledger.record(charge)
+
+    def add_call(self, request: RequestContext, call: UpstreamCall, usage: Any, chunks: int) -> None:
+        """Charge one upstream call by its reported `usage`, or estimate it by its `chunks` until reconciliation.
+
+        A call without an answer is charged only by reconciliation.
+        """
+        if self._ledger is None:
+            return
+        record = request.record
+        charge = _charge(request, call.upstream, call.model)
+        if isinstance(usage, dict):
+            charge.prompt, charge.completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+            charge.cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+        else:
+            charge.prompt, charge.completion, charge.estimated = len(request.raw) // 4, chunks, True
+        if call.answered:
+            record.billed_tokens += charge.prompt + charge.completion
+            self._ledger.record(charge)
+        if charge.estimated and call.id and self._reconciliation is not None:
+            self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))
+        elif request.admission is not None:
+            # The caller may have left before its followers.
+            request.admission.correct(record.upstream_tokens)
+
+    def _reconcile(self, request: RequestContext, call: UpstreamCall, charge: Charge, usage: TokenUsage) -> None:
+        """The model service has reported the usage of an interrupted call."""
+        if self._ledger is None:
+            return
+        record, tokens = request.record, usage.prompt + usage.completion
+        if call.answered:
+            record.billed_tokens += tokens - charge.prompt - charge.completion
+            self._ledger.correct(charge, *usage)
+        elif tokens:
+            record.billed_tokens += tokens
+            made = _charge(request, call.upstream, call.model)
+            made.prompt, made.completion, made.cached = usage
+            made.day = day_of(call.began)
+            self._ledger.record(made)
+        if request.admission is not None:
+            request.admission.correct(record.upstream_tokens)
+
+
+def _charge(request: RequestContext, upstream: str, model: str) -> Charge:
+    who = request.identity
+    return Charge(who.key_id or NOBODY, who.owner, upstream, model, "upstream", batch_price=request.batch_price)
+
+
+def _count(usage: Any, name: str) -> int:
+    """A token count as an upstream reported it; 0 for anything else."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and value > 0 else 0

@@ -1,0 +1,183 @@
+"""Fetch of a chat or text answer: the upstream's request, its answer, and the entry that is stored of it.
+
+Writes the answer into a flight; does not know the flight's subscribers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import orjson
+
+from .. import canonical
+from ..cache import entry, policy, streams
+from ..cache.flight import Flight
+from ..cache.key import key_of, sample_key
+from ..cache.store import Cache, NoCache
+from ..errors import UpstreamBroken
+from ..telemetry.record import UpstreamCall
+from ..upstreams.client import UpstreamRequest
+from ..upstreams.failover import UpstreamPool
+from ..upstreams.model_list import ModelList
+from ..upstreams.reply import UpstreamResponse
+from ..upstreams.routes import Target
+from .billing import Billing
+from .delivery import STREAM_ERROR
+from .planner import Plan, Planner
+
+
+class CompletionFetch:
+    def __init__(
+        self,
+        cache: Cache | NoCache,
+        upstreams: UpstreamPool,
+        models: ModelList,
+        planner: Planner,
+        billing: Billing,
+        *,
+        total_seconds: float,
+    ) -> None:
+        self._cache = cache
+        self._upstreams = upstreams
+        self._models = models
+        self._planner = planner
+        self._billing = billing
+        self._total = total_seconds
+
+    def upstream_request(self, plan: Plan, body: Callable[[Target], bytes]) -> UpstreamRequest:
+        request = plan.request
+        deadline = (plan.retried_at or request.started) + self._total
+        # Followers may wait longer for a shared answer than this caller, who then leaves the flight to them.
+        caller_deadline = None if plan.shareable else request.caller_deadline
+        return UpstreamRequest(
+            request.endpoint, request.request_id, plan.stream, deadline, body, request.record.add_call, caller_deadline
+        )
+
+    def renamed_body(self, plan: Plan) -> Callable[[Target], bytes]:
+        """The body as received, or with the target's model."""
+        request = plan.request
+        return lambda target: (
+            request.raw
+            if request.body["model"] == target.model
+            else canonical.dump(request.body | {"model": target.model})
+        )
+
+    def _body_with_usage(self, plan: Plan, target: Target) -> bytes:
+        """The body for `target`, which always gets `include_usage` for a stream."""
+        request = plan.request
+        options = request.body.get("stream_options") or {}
+        valid = isinstance(
+            options.get("include_usage", False), bool
+        )  # otherwise the upstream refuses it with its own message
+        if not (plan.stream and target.config.stream_usage and valid and not plan.include_usage):
+            return self.renamed_body(plan)(target)
+        changed = {"model": target.model, "stream_options": {**options, "include_usage": True}}
+        return canonical.dump(request.body | changed)
+
+    def revision(self, plan: Plan, response: UpstreamResponse) -> tuple[bool, str | None]:
+        """Whether the revision of this answer is known, and the revision."""
+        if not response.target.versioned:
+            return True, None
+        self._models.observe_revision(response.target.model, response.revision)
+        return response.revision is not None, response.revision
+
+    async def fetch(self, plan: Plan, flight: Flight) -> None:
+        """Fetch the answer into `flight`, and store it. Raises ProxyErrors."""
+        request, record = plan.request, plan.request.record
+        accumulator = streams.StreamAccumulator(request.endpoint)
+        targets = plan.targets
+        upstream_request = self.upstream_request(plan, partial(self._body_with_usage, plan))
+        epochs = {each.model: self._cache.epoch(request.tenant, each.model) for each in targets[1:]}
+
+        def on_call(call: UpstreamCall) -> None:
+            record.add_call(call)
+            if call.answered or call.possibly_processed:
+                self._billing.add_call(request, call, accumulator.usage, accumulator.content_chunks)
+
+        async with self._upstreams.send(targets, replace(upstream_request, on_call=on_call)) as response:
+            record.model_known = record.upstream_called = True
+            kept = self._plan_for(plan, response, epochs)
+            name = response.target.upstream
+            if plan.stream and response.is_stream:
+                return await self._stream(kept, response, flight, accumulator)
+            if response.is_stream:
+                raise UpstreamBroken(f"The upstream `{name}` streams where nobody asked it to.")
+            raw, answer = await response.json()
+            if not isinstance(answer, dict):
+                raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is no object.")
+            if plan.stream and not isinstance(answer.get("choices"), list):
+                raise UpstreamBroken(f"The upstream `{name}` answered without choices.")
+            accumulator.usage = answer.get("usage")
+            record.set_usage(accumulator.usage)
+            # Stored before its end is delivered, so that the next request finds it. The call is closed, and so billed,
+            # while redis works: in the loop's turn after the next, because the next one sends the commands.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, response.close)
+            outcome = await self._store(kept, response, answer)
+            flight.begin({"streams": False, "headers": response.headers})
+            await flight.append(raw)
+            return flight.end(outcome)
+
+    async def _stream(
+        self, plan: Plan, response: UpstreamResponse, flight: Flight, accumulator: streams.StreamAccumulator
+    ) -> None:
+        """Fetch a live stream, event by event."""
+        request, record, parser = plan.request, plan.request.record, streams.SseParser()
+        name = response.target.upstream
+        record.prompt_tokens = len(request.raw) // 4  # until the upstream reports it
+        flight.begin({"streams": True, "headers": response.headers})
+        async for data in response.chunks():
+            try:
+                for event in parser.feed(data):
+                    payload = streams.event_data(event)
+                    if payload == b"[DONE]":
+                        outcome = await self._store(plan, response, accumulator.answer())
+                        await flight.append(event)
+                        flight.end(outcome)
+                        return await response.drain()
+                    if payload is not None:
+                        chunk = orjson.loads(payload)
+                        if chunk.get("error") is not None:
+                            await flight.append(response.redact(event))
+                            flight.end(STREAM_ERROR)
+                            return await response.drain()
+                        accumulator.feed(chunk)
+                        if streams.has_content(chunk):
+                            record.completion_tokens = accumulator.content_chunks = accumulator.content_chunks + 1
+                            record.ttft = record.ttft or time.perf_counter() - request.started
+                        record.set_usage(accumulator.usage)
+                    await flight.append(event)
+            except (ValueError, TypeError, AttributeError, KeyError):
+                raise UpstreamBroken(f"The upstream `{name}` streams something that is not OpenAI's.") from None
+        raise UpstreamBroken(f"The upstream `{name}` ended its stream without [DONE]: the answer is not whole.")
+
+    def _plan_for(self, plan: Plan, response: UpstreamResponse, epochs: Mapping[str, str]) -> Plan:
+        """The plan for the upstream that answered: the answer of a fallback is stored as its own."""
+        target, request = response.target, plan.request
+        if target is plan.target or plan.bypass:
+            return plan
+        temperature, sampled = (
+            target.default_temperature.get(request.endpoint),
+            target.store_sampled or request.store_sampled,
+        )
+        bypass = policy.bypass_reason(request.endpoint, request.body, temperature, sampled)
+        return replace(plan, target=target, bypass=bypass, epoch=epochs[target.model], canonical_form=b"", key="")
+
+    async def _store(self, plan: Plan, response: UpstreamResponse, answer: Mapping[str, Any]) -> str | None:
+        """`stored`, or why the answer is not stored."""
+        if plan.bypass:
+            return None
+        unstorable = policy.unstorable_reason(plan.request.endpoint, plan.request.body, answer)
+        known, revision = self.revision(plan, response)
+        if unstorable or not known:
+            return unstorable or "revision"
+        target, form = plan.target, self._planner.canonical_form(plan, revision)
+        key = plan.key if form is plan.canonical_form else key_of(self._cache.secret, form)
+        kept = entry.of_answer(answer, target.ttl, time.time(), plan.epoch)
+        kept.attach_request(form, max(target.stale_while_revalidate, target.stale_if_error))
+        return await self._cache.write({sample_key(key, plan.slot): kept}) or "stored"

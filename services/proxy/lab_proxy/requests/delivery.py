@@ -1,0 +1,117 @@
+"""Delivery: one caller's answer, from a flight or a cache entry, as JSON or as a stream, under an id of its own.
+
+Knows plans and wire modes. Knows HTTP only as a ResponseWriter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import orjson
+
+from .. import canonical
+from ..cache import entry, streams
+from ..cache.entry import Entry
+from ..cache.flight import Subscriber
+from ..endpoints import ENDPOINTS
+from .planner import Plan
+
+JSON = "application/json"
+SSE = "text/event-stream; charset=utf-8"
+STREAM_ERROR = "stream-error"  # outcome of a flight whose last event is the upstream's error
+
+
+class ResponseWriter(Protocol):
+    """Where an answer goes: an HTTP response, or a line of a batch."""
+
+    headers: dict[str, str]  # sent with every answer to this request
+    started: bool
+    ended: bool
+
+    async def send(self, body: bytes, headers: Mapping[str, str], content_type: str = JSON) -> None:
+        """A whole answer."""
+
+    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """A whole answer with encoded headers."""
+
+    async def start_stream(self, headers: Mapping[str, str]) -> None: ...
+
+    async def write(self, data: bytes) -> None: ...
+
+    async def end(self) -> None: ...
+
+
+async def deliver(plan: Plan, subscriber: Subscriber, writer: ResponseWriter) -> None:
+    """Deliver a flight: the upstream's own events to the request that called it, rewritten ones to the others."""
+    request, record = plan.request, plan.request.record
+    if not subscriber.first:
+        record.cache = "collapsed"
+    head = await subscriber.head()
+    own = record.upstream_called
+    if own:
+        headers = head["headers"] | plan.miss_headers()
+    else:
+        record.cache, record.model_known = "collapsed", True
+        headers = plan.collapsed_headers(head["headers"])
+    if not head["streams"]:
+        return await _deliver_json(plan, subscriber, headers, head.get("usage"), writer)
+    events = (
+        streams.PassThroughEvents(plan.include_usage)
+        if own
+        else streams.RewrittenEvents(request.endpoint, plan.include_usage, int(time.time()))
+    )
+    async for parts in subscriber.parts():
+        data = b"".join([events.rewrite(event) for event in parts])
+        if not own:
+            record.completion_tokens = events.content_events
+            record.set_usage(events.usage)
+            if events.content_events and record.ttft is None:
+                record.ttft = time.perf_counter() - request.started
+        if data:
+            if not writer.started:
+                await writer.start_stream(headers)
+            await writer.write(data)
+    if subscriber.outcome == STREAM_ERROR:
+        record.error = "upstream_stream_error"
+    return await writer.end()
+
+
+async def _deliver_json(
+    plan: Plan, subscriber: Subscriber, headers: dict[str, str], usage: Any, writer: ResponseWriter
+) -> None:
+    request, record = plan.request, plan.request.record
+    raw = b"".join([part async for parts in subscriber.parts() for part in parts])
+    if record.upstream_called:
+        headers |= plan.miss_headers(subscriber.outcome)
+        if not plan.stream:
+            return await writer.send(raw, headers)
+    if ENDPOINTS[request.endpoint].per_input:  # without an id of its own, and possibly large
+        record.set_usage(usage)
+        return await writer.send(raw, headers)
+    answer = orjson.loads(raw)
+    record.set_usage(answer.get("usage"))
+    if plan.stream:
+        return await _replay(plan, answer, headers, writer)
+    fresh = {"id": entry.new_id(request.endpoint), "created": int(time.time())}
+    own = answer | {name: value for name, value in fresh.items() if name in answer}
+    return await writer.send(canonical.dump(own), headers)
+
+
+async def deliver_hit(plan: Plan, found: Entry, writer: ResponseWriter, failed: int | None = None) -> None:
+    """Deliver an entry. `failed`: status of the failed upstream call that a stale entry replaces."""
+    record, endpoint = plan.request.record, plan.request.endpoint
+    record.cache, record.model_known = "hit" if failed is None else "stale", True
+    record.set_usage(found.metadata.get("usage"))
+    headers = plan.hit_headers(found.ttl, found.age(time.time()), plan.key, failed)
+    if plan.stream:
+        return await _replay(plan, orjson.loads(found.body), headers, writer)
+    return await writer.send(entry.with_identity(found.body, entry.new_id(endpoint), int(time.time())), headers)
+
+
+async def _replay(plan: Plan, answer: Mapping[str, Any], headers: Mapping[str, str], writer: ResponseWriter) -> None:
+    endpoint = plan.request.endpoint
+    events = streams.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), plan.include_usage)
+    plan.request.record.ttft = time.perf_counter() - plan.request.started
+    await writer.send(b"".join(events), headers, SSE)

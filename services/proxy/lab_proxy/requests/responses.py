@@ -1,0 +1,71 @@
+"""OpenAI's Responses API, passed through: answers are not cached, their tokens are counted.
+
+Knows the API's events as far as their end and their usage. Upstreams need `responses: true` in the routes file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from ..cache.streams import SseParser, event_data
+from ..errors import UpstreamBroken
+from ..telemetry.record import RequestRecord
+from ..upstreams.reply import UpstreamResponse
+from .delivery import ResponseWriter
+
+_LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed", "error"})
+
+
+async def relay(
+    response: UpstreamResponse,
+    writer: ResponseWriter,
+    record: RequestRecord,
+    headers: Mapping[str, str],
+    started: float,
+) -> None:
+    """Pass the answer on as it arrives. `started`: the request's time.perf_counter().
+
+    Raises UpstreamBroken for an incomplete stream.
+    """
+    name = response.target.upstream
+    if not response.is_stream:
+        raw, answer = await response.json()
+        if not isinstance(answer, dict):
+            raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is no object.")
+        _count(record, answer)
+        return await writer.send(raw, headers)
+    parser = SseParser()
+    async for data in response.chunks():
+        events, last = [], False
+        try:
+            for event in parser.feed(data):
+                payload = event_data(event)
+                fields = orjson.loads(payload) if payload not in {None, b"[DONE]"} else {}
+                kind = fields.get("type", "")
+                if kind.endswith(".delta") and record.ttft is None:
+                    record.ttft = time.perf_counter() - started
+                _count(record, fields.get("response") or {})
+                last = last or kind in _LAST_EVENTS
+                events.append(response.redact(event))
+        except (ValueError, TypeError, AttributeError):
+            raise UpstreamBroken(f"The upstream `{name}` streams something that is not OpenAI's.") from None
+        if events:
+            if not writer.started:
+                await writer.start_stream(headers)
+            await writer.write(b"".join(events))
+        if last:
+            await writer.end()
+            return await response.drain()
+    raise UpstreamBroken(f"The upstream `{name}` ended its stream before `response.completed`: it is not whole.")
+
+
+def _count(record: RequestRecord, response: Mapping[str, Any]) -> None:
+    usage = response.get("usage")
+    if isinstance(usage, dict):
+        record.set_usage({"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")})
+        details = usage.get("input_tokens_details")
+        record.cached_tokens = (details.get("cached_tokens") or 0) if isinstance(details, dict) else 0

@@ -1,0 +1,58 @@
+"""The record of one request: the numbers that log line, metrics, traces and billing read. No prompt, answer or key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class UpstreamCall:
+    """One call that an upstream received: billed, counted and traced. Times are in seconds."""
+
+    upstream: str
+    model: str
+    began: float  # time.time()
+    seconds: float = 0.0  # waited for the upstream, up to the end of its answer
+    status: int = 0  # 0: no answer
+    outcome: str = ""  # ok, refused (4xx), failed (5xx, no answer), broken (after its first byte), cancelled
+    answered: bool = False  # a 2xx: its content is the caller's answer
+    id: str = ""  # by which the model service reports the call's usage; empty for other upstreams
+
+    @property
+    def possibly_processed(self) -> bool:
+        """The call got no answer but may have used tokens: it was cut off, or failed on the way."""
+        return bool(self.id) and not self.answered and self.status in {0, 500, 504}
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What log line, metrics and ledger read of one request."""
+
+    model: str = ""
+    model_known: bool = False  # `model` is listed by the model service, or an upstream answered to it
+    upstream: str = ""
+    cache: str = ""
+    error: str = ""
+    ttft: float | None = None  # seconds
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens from the upstream's own cache; Responses API only
+    upstream_called: bool = False  # this request caused an upstream call: its tokens count
+    billed_tokens: int = 0  # tokens of its upstream calls that are in the ledger
+    upstream_seconds: float = 0.0  # waited for upstreams
+    calls: list[UpstreamCall] = field(default_factory=list)
+
+    def add_call(self, call: UpstreamCall) -> None:
+        self.calls.append(call)
+        self.upstream_seconds += call.seconds
+
+    @property
+    def upstream_tokens(self) -> int:
+        """Tokens that this request used at upstreams."""
+        return self.billed_tokens or (self.prompt_tokens + self.completion_tokens if self.upstream_called else 0)
+
+    def set_usage(self, usage: Any) -> None:
+        if isinstance(usage, dict):
+            self.prompt_tokens = usage.get("prompt_tokens") or 0
+            self.completion_tokens = usage.get("completion_tokens") or 0

@@ -1,0 +1,120 @@
+"""OpenTelemetry traces over OTLP/HTTP: a span for each request and one below it for each upstream call.
+
+Follows the GenAI semantic conventions: names, counts, times and outcomes; no prompts or answers. The opentelemetry
+packages are an extra (`lab-proxy[otel]`) and are imported only if PROXY_OTLP_ENDPOINT is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import time
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..endpoints import ENDPOINTS
+from .record import RequestRecord, UpstreamCall
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+SEND_SECONDS = 5.0  # for one batch to the collector
+
+
+def installed() -> bool:
+    """The opentelemetry packages are installed."""
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class Traces:
+    """A part. A thread of the SDK sends the spans. `exporter` replaces OTLP/HTTP, for tests."""
+
+    def __init__(self, endpoint: str, exporter: SpanExporter | None = None) -> None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - an extra
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context  # noqa: PLC0415
+
+        self._kinds, self._within = SpanKind, set_span_in_context
+        self._failed = Status(StatusCode.ERROR)
+        resource = Resource.create({"service.name": "proxy", "service.version": __version__})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        out = exporter or OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=SEND_SECONDS)
+        self._provider.add_span_processor(BatchSpanProcessor(out, schedule_delay_millis=1000))
+        self._tracer = self._provider.get_tracer("lab_proxy", __version__)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._provider.shutdown)
+
+    def record(self, route: str, record: RequestRecord, status: int, seconds: float, request_id: str) -> None:
+        """One request has ended: a span for it, and one below it for each upstream call."""
+        now = time.time()
+        operation = ENDPOINTS[route].operation
+        model = record.model if record.model_known else "other"
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.request.model": model,
+            "http.route": route,
+            "http.response.status_code": status,
+            "lab.request_id": request_id,
+            "lab.cache": record.cache,
+        }
+        if record.upstream:
+            attributes["gen_ai.provider.name"] = _provider(record.upstream)
+        if status < 400:
+            attributes["gen_ai.response.model"] = model
+        if record.prompt_tokens or record.completion_tokens:
+            attributes["gen_ai.usage.input_tokens"] = record.prompt_tokens
+            attributes["gen_ai.usage.output_tokens"] = record.completion_tokens
+        if record.ttft is not None:
+            attributes["gen_ai.response.time_to_first_chunk"] = record.ttft
+        if record.error:
+            attributes["error.type"] = record.error
+        span = self._tracer.start_span(
+            f"{operation} {model}".strip(),
+            kind=self._kinds.SERVER,
+            attributes=attributes,
+            start_time=_nanoseconds(now - seconds),
+        )
+        for call in record.calls:
+            self._child_span(span, operation, call)
+        if record.error or status >= 500:
+            span.set_status(self._failed)
+        span.end(_nanoseconds(now))
+
+    def _child_span(self, span: Any, operation: str, call: UpstreamCall) -> None:
+        attributes: dict[str, Any] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.request.model": call.model,
+            "gen_ai.provider.name": _provider(call.upstream),
+            "lab.outcome": call.outcome,
+        }
+        if call.status:
+            attributes["http.response.status_code"] = call.status
+        good = call.outcome == "ok"
+        if not good:
+            attributes["error.type"] = str(call.status) if call.status >= 400 else call.outcome
+        made = self._tracer.start_span(
+            f"{operation} {call.model}",
+            context=self._within(span),
+            kind=self._kinds.CLIENT,
+            attributes=attributes,
+            start_time=_nanoseconds(call.began),
+        )
+        if not good:
+            made.set_status(self._failed)
+        made.end(_nanoseconds(call.began + call.seconds))
+
+
+def _provider(upstream: str) -> str:
+    return "llm-lab" if upstream == "model" else upstream
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,274 @@
+"""HTTP client of one upstream: one request, with retries and a bound on every wait.
+
+Maps all faults of network and upstream to the errors of this package. Knows nothing of the cache or callers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+import orjson
+
+from .. import __version__
+from ..errors import (
+    CircuitOpen,
+    ProxyError,
+    UpstreamBroken,
+    UpstreamLimited,
+    UpstreamRefused,
+)
+from ..settings import Settings
+from ..telemetry.metrics import Metrics
+from ..telemetry.record import UpstreamCall
+from .breaker import CircuitBreaker
+from .http1 import Answer, Failed, Origin, Unreachable
+from .reply import UpstreamResponse, forwarded_headers, network_error, read_whole
+from .routes import Target, UpstreamConfig
+
+KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close idle connections
+LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is passed on to the caller
+BACKOFF_SECONDS = 0.1  # before the first retry, doubled for each further one; half of it is jitter
+PASSING = frozenset({502, 503, 504})  # sent by gateways before an engine: nothing was generated, so a retry is safe
+
+
+@dataclass(slots=True)
+class UpstreamRequest:
+    """One request to an upstream."""
+
+    endpoint: str
+    request_id: str
+    stream: bool
+    deadline: float  # time.perf_counter() at which the whole answer is due
+    body: Callable[[Target], bytes]
+    on_call: Callable[[UpstreamCall], None] = lambda _: None  # called at the end of each call
+    caller_deadline: float | None = (
+        None  # like `deadline`, but the caller's own; passed on to the model service, not enforced here
+    )
+
+
+class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
+    """Why there is no answer. `retry_after`: seconds before a retry at the same upstream; None: no retry."""
+
+    def __init__(self, error: ProxyError, *, retry_after: float | None, fallback: bool, failed: bool) -> None:
+        """`fallback`: another upstream may succeed. `failed`: the upstream is at fault, not the request."""
+        super().__init__()
+        self.error, self.retry_after, self.fallback, self.failed = error, retry_after, fallback, failed
+
+
+class UpstreamClient:
+    """One OpenAI-compatible API. Needs a running event loop; its connections are kept and reused."""
+
+    def __init__(self, config: UpstreamConfig, settings: Settings, metrics: Metrics) -> None:
+        self.config = config
+        self._settings = settings
+        self._metrics = metrics
+        self._key = (config.key or "").encode()
+        self._paths: dict[tuple[str, str], str] = {}
+        self._call_prefix, self._numbers = secrets.token_hex(8), itertools.count(1)
+        self.breakers: dict[str, CircuitBreaker] = {}
+        headers = {"user-agent": f"llm-lab-proxy/{__version__}", "accept-encoding": "identity"}
+        if config.key:
+            headers["authorization"] = f"Bearer {config.key}"
+        self._origin = Origin(
+            config.base_url, headers, connect_timeout=settings.connect_timeout_seconds, keepalive=KEEPALIVE_SECONDS
+        )
+
+    async def stop(self) -> None:
+        await self._origin.stop()
+
+    async def send(self, request: UpstreamRequest, target: Target) -> UpstreamResponse:
+        """The answer's head, after retries where they may help. The caller closes it.
+
+        Raises UpstreamFault. `request.on_call` gets every call at its end.
+        """
+        breaker = self._breaker(target.model)
+        body = request.body(target)
+        last: UpstreamFault | None = None
+        turn = 0
+        while True:
+            if wait := breaker.wait():
+                raise last or _circuit_open(self.config.name, wait)
+            if last:
+                self._metrics.count("upstream_retries", self.config.name)
+            call, began = UpstreamCall(self.config.name, target.model, time.time()), breaker.began()
+            if self.config.kind == "model":
+                call.id = f"{self._call_prefix}.{next(self._numbers)}"
+            try:
+                reply = await self._send_once(request, target, body, call)
+            except UpstreamFault as fault:
+                call.outcome = "failed" if fault.failed else "refused"
+                (breaker.failed if fault.failed else breaker.succeeded)(began)
+                pause = BACKOFF_SECONDS * 2**turn
+                pause = max(fault.retry_after or 0.0, random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+                turn += 1
+                late = time.perf_counter() + pause >= request.deadline
+                if fault.retry_after is None or turn > self._settings.upstream_retries or late:
+                    raise
+                last = fault
+            else:
+                breaker.succeeded(began)
+                reply.on_close = partial(self._on_close, request, breaker, began)
+                return reply
+            finally:
+                if not call.answered:
+                    call.outcome = call.outcome or "cancelled"  # the caller left: no verdict on the upstream
+                    self._finish_call(request, call)
+            await asyncio.sleep(pause)
+
+    def _on_close(self, request: UpstreamRequest, breaker: CircuitBreaker, began: int, reply: UpstreamResponse) -> None:
+        """An answer was read or closed."""
+        call = reply.call
+        if call.outcome == "broken":
+            breaker.failed(began, answered=True)
+        call.outcome = call.outcome or ("ok" if reply.complete else "cancelled")
+        self._finish_call(request, call)
+
+    async def get_json(self, path: str, limit: float) -> tuple[int, Any]:
+        """Status and parsed body of a GET at the upstream's root, within `limit` seconds.
+
+        Raises UpstreamDown, UpstreamTimeout or UpstreamBroken.
+        """
+        try:
+            async with asyncio.timeout(limit):
+                answer = await self._origin.ask("GET", path, {"accept": "application/json"}, within=limit)
+                try:
+                    raw = await read_whole(answer)
+                finally:
+                    answer.close()
+        except (Failed, TimeoutError) as error:
+            raise network_error(self.config.name, error) from None
+        try:
+            return answer.status, orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            raise UpstreamBroken(f"`{self.config.name}` answers {path} with something that is not JSON.") from None
+
+    async def _send_once(
+        self, request: UpstreamRequest, target: Target, body: bytes, call: UpstreamCall
+    ) -> UpstreamResponse:
+        config, settings = self.config, self._settings
+        since = time.perf_counter()
+        left = max(0.0, request.deadline - since)
+        headers = {
+            "content-type": "application/json",
+            "accept": "text/event-stream" if request.stream else "application/json",
+            "x-request-id": request.request_id,
+        }
+        if config.kind == "model":
+            own = left if request.caller_deadline is None else min(left, request.caller_deadline - since)
+            headers["x-request-timeout-ms"] = str(max(1, int(own * 1000)))
+            headers["x-call-id"] = call.id
+        # JSON arrives when it is complete: the total time bounds it.
+        limit = min(left, settings.first_byte_timeout_seconds) if request.stream else left
+        try:
+            path = self._path(request.endpoint, target.model)
+            answer = await self._origin.ask("POST", path, headers, body, within=limit)
+            call.status = answer.status
+            if answer.status >= 300:
+                try:
+                    async with asyncio.timeout(limit - (time.perf_counter() - since)):
+                        self._refuse(answer, await read_whole(answer))
+                finally:
+                    answer.close()
+        except (Failed, TimeoutError) as error:
+            unheard = isinstance(error, Unreachable)
+            silent = (
+                isinstance(error, TimeoutError) and not unheard
+            )  # the time is spent, and the upstream may still be working
+            mapped = network_error(config.name, error)
+            if unheard:
+                call.id = ""  # nothing was sent: there is no usage to report
+            raise UpstreamFault(mapped, retry_after=None if silent else 0.0, fallback=True, failed=True) from None
+        finally:
+            call.seconds += time.perf_counter() - since
+        call.answered = True
+        reply = UpstreamResponse(answer, target, call, settings, self._key)
+        if reply.headers.get("x-upstream-request-id") == request.request_id:
+            del reply.headers["x-upstream-request-id"]
+        return reply
+
+    def _path(self, endpoint: str, model: str) -> str:
+        """The path below the base URL."""
+        if self.config.kind != "model":
+            return endpoint[3:]
+        found = self._paths.get((endpoint, model))
+        if found is None:
+            found = self._paths[endpoint, model] = f"/m/{quote(model, safe='')}{endpoint}"
+        return found
+
+    def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
+        """Raise the fault for a status from 300."""
+        name, status = self.config.name, answer.status
+        headers = forwarded_headers(answer.headers)
+        envelope: dict[str, Any] | None = None
+        with contextlib.suppress(orjson.JSONDecodeError):
+            parsed = orjson.loads(raw)
+            if status >= 400 and isinstance(parsed, dict) and isinstance(parsed.get("error"), dict):
+                envelope = parsed["error"]
+        # 1. The caller's error.
+        error: ProxyError
+        if status == 401:
+            error = UpstreamBroken(
+                f"The upstream `{name}` does not accept the proxy's key: check PROXY_OPENAI_API_KEY "
+                "or the key file in the routes file.",
+                code="upstream_key_refused",
+            )
+        elif envelope is not None:
+            error = UpstreamRefused(status, raw.replace(self._key, b"[redacted]") if self._key else raw, headers)
+        elif status == 429:
+            error = UpstreamLimited(f"The upstream `{name}` takes no more requests for now.", headers=headers)
+        else:
+            error = UpstreamBroken(
+                f"The upstream `{name}` answered {status} with something that is not OpenAI's error: "
+                "check its base URL.",
+                headers={"retry-after": headers["retry-after"]} if "retry-after" in headers else {},
+            )
+        # 2. Whether to retry. A 500 may have done work: only if the upstream says so itself.
+        late = (
+            envelope is not None and envelope.get("code") == "deadline_exceeded"
+        )  # the caller's deadline, not the upstream's fault
+        wish = headers.get("x-should-retry", "").lower()
+        may = status >= 500 and not late and (wish == "true" or (status in PASSING and wish != "false"))
+        wait = _seconds(headers.get("retry-after"))
+        retry_after = wait if may and wait <= LONGEST_WAIT_SECONDS else None
+        failed = status >= 500 and not late
+        raise UpstreamFault(error, retry_after=retry_after, fallback=failed or status == 429, failed=failed)
+
+    def _breaker(self, model: str) -> CircuitBreaker:
+        """One for each model of the model service, which may be down alone; one for each other upstream."""
+        name = f"{self.config.name}/{model}" if self.config.kind == "model" else self.config.name
+        found = self.breakers.get(name)
+        if found is None:
+            found = self.breakers[name] = CircuitBreaker(lambda: self._metrics.count("breaker_opened", name))
+        return found
+
+    def _finish_call(self, request: UpstreamRequest, call: UpstreamCall) -> None:
+        self._metrics.count("upstream_calls", call.upstream, call.outcome)
+        request.on_call(call)
+
+
+def _circuit_open(name: str, wait: float) -> UpstreamFault:
+    error = CircuitOpen(
+        f"The upstream `{name}` failed too often: it is asked again in {wait:.0f} s.",
+        headers={"retry-after": str(max(1, round(wait + 0.499)))},
+    )
+    return UpstreamFault(error, retry_after=None, fallback=True, failed=False)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Seconds of a Retry-After; infinite for a date or an invalid value, 0 without one."""
+    if retry_after is None:
+        return 0.0
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        return float("inf")

@@ -1,0 +1,122 @@
+"""The pool of upstreams, and failover: a request goes to its target, then to the fallbacks. Knows no retries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..endpoints import ENDPOINTS
+from ..errors import UpstreamDown
+from ..settings import Settings
+from ..telemetry.metrics import Metrics
+from .client import UpstreamClient, UpstreamFault, UpstreamRequest
+from .reply import UpstreamResponse
+from .routes import Routes, Target, UpstreamConfig
+
+
+class PendingResponse:
+    """One request to the pool; `async with` it to get its answer."""
+
+    __slots__ = ("_answer", "_pool", "_request", "_targets")
+
+    def __init__(self, pool: UpstreamPool, targets: Sequence[Target], request: UpstreamRequest) -> None:
+        self._pool, self._targets, self._request = pool, targets, request
+        self._answer: UpstreamResponse | None = None
+
+    async def __aenter__(self) -> UpstreamResponse:
+        self._answer = await self._pool.send_first(self._targets, self._request)
+        return self._answer
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._answer is not None:
+            self._answer.close()
+
+
+class UpstreamPool:
+    """A client for each upstream of the routes file. Requests in flight keep the client they began with. A part."""
+
+    def __init__(self, routes: Routes, settings: Settings, metrics: Metrics) -> None:
+        self._routes = routes
+        self._settings = settings
+        self._metrics = metrics
+        self._clients: dict[UpstreamConfig, UpstreamClient] = {}
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        for upstream in self._clients.values():
+            await upstream.stop()
+
+    @property
+    def model_service(self) -> UpstreamClient:
+        """The model service."""
+        return self._client(next(config for config in self._routes.upstreams.values() if config.kind == "model"))
+
+    def send(self, targets: Sequence[Target], request: UpstreamRequest) -> PendingResponse:
+        """`async with` it: the answer of the first of `targets` that succeeds, see `target` and `x-model-fallback`.
+
+        Leaving the block early closes the connection, which tells the upstream to stop. If all fail, raises the error
+        of the first: UpstreamDown, CircuitOpen, UpstreamTimeout, UpstreamBroken, UpstreamLimited, UpstreamRefused.
+        """
+        return PendingResponse(self, targets, request)
+
+    async def send_first(self, targets: Sequence[Target], request: UpstreamRequest) -> UpstreamResponse:
+        """The same answer; the caller closes it."""
+        first_fault: UpstreamFault | None = None
+        for target in targets:
+            if target is not targets[0] and not _can_replace(target, targets[0], request.endpoint):
+                continue
+            try:
+                answer = await self._client(target.config).send(request, target)
+            except UpstreamFault as fault:
+                first_fault = first_fault or fault
+                if not fault.fallback or time.perf_counter() >= request.deadline:
+                    break
+                continue
+            if first_fault is not None:
+                answer.headers["x-model-fallback"] = f"{target.upstream}/{target.model}"
+                self._metrics.count("fallbacks", targets[0].upstream, target.upstream)
+            return answer
+        raise first_fault.error if first_fault else UpstreamDown("Nobody can be asked.")
+
+    def status(self) -> list[dict[str, Any]]:
+        """For the status page, without keys: all upstreams, and their open circuit breakers."""
+        states = []
+        for name, config in self._routes.upstreams.items():
+            found = self._clients.get(config)
+            broken = sorted(which for which, each in found.breakers.items() if each.is_open) if found else []
+            states.append({"name": name, "configured": config.configured} | ({"open": broken} if broken else {}))
+        return states
+
+    def breaker_states(self) -> dict[str, bool]:
+        """All circuit breakers, and whether each is open."""
+        return {name: each.is_open for upstream in self._clients.values() for name, each in upstream.breakers.items()}
+
+    def on_routes_reloaded(self) -> None:
+        """The routes file was reloaded: close the clients of removed upstreams, once their answers must have ended."""
+        kept = set(self._routes.upstreams.values())
+        for config in [config for config in self._clients if config not in kept]:
+            asyncio.get_running_loop().call_later(self._settings.total_timeout_seconds, self._retire, config)
+
+    def _retire(self, config: UpstreamConfig) -> None:
+        if config in self._clients and config not in self._routes.upstreams.values():
+            gone = asyncio.ensure_future(self._clients.pop(config).stop())
+            gone.add_done_callback(lambda _: None)
+
+    def _client(self, config: UpstreamConfig) -> UpstreamClient:
+        found = self._clients.get(config)
+        if found is None:
+            found = self._clients[config] = UpstreamClient(config, self._settings, self._metrics)
+        return found
+
+
+def _can_replace(target: Target, first: Target, endpoint: str) -> bool:
+    """`target` may answer instead of `first`."""
+    rule = ENDPOINTS[endpoint].fallback
+    if rule == "same_model":
+        return target.model == first.model
+    if rule == "responses":
+        return target.config.responses
+    return target.kind != "embedding"

@@ -1,0 +1,346 @@
+"""Routes: the upstream of each model name, its fallbacks and cache rules, from one YAML file.
+
+Knows names, patterns, aliases and tables of defaults. Makes no calls: the model list is passed in. A reload replaces
+the whole table or nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..canonical import encode
+from ..endpoints import default_tables
+from ..errors import ModelNotFound, UpstreamDown
+from ..reload import read_yaml
+from ..settings import Settings, is_http
+
+OPENAI_URL = "https://api.openai.com/v1"
+AUTO = "auto"
+MAX_CACHED_NAMES = 1000  # cached targets: callers may invent any number of names
+
+Listed = Mapping[str, Mapping[str, Any]]  # the model service's models by id
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class UpstreamRow(_Strict):
+    kind: Literal["model", "openai"]
+    base_url: str | None = None
+    api_key_file: Path | None = None
+    keyless: bool = False
+    defaults: str | None = None
+    stream_usage: bool = True
+    responses: bool = False
+
+    @field_validator("base_url")
+    @classmethod
+    def _http_url(cls, value: str | None) -> str | None:
+        if value is not None and (not is_http(value) or "?" in value):
+            raise ValueError("must be an http:// or https:// URL without a query")
+        return value
+
+
+class FallbackRow(_Strict):
+    upstream: str
+    model: str
+
+
+class RouteRow(_Strict):
+    upstream: str
+    match: list[str] | None = None
+    ttl_seconds: int | None = Field(None, ge=1)
+    store_sampled: bool = False
+    samples: int = Field(1, ge=1, le=100)
+    stale_while_revalidate_seconds: int = Field(0, ge=0)
+    stale_if_error_seconds: int = Field(0, ge=0)
+    fallbacks: list[FallbackRow] = []
+
+
+class AliasRow(_Strict):
+    name: str
+    model: str
+    unless: str | None = None
+
+
+class AutoRow(_Strict):
+    """What `model: "auto"` stands for. A threshold of None is ignored."""
+
+    small: str
+    large: str
+    prompt_characters: int | None = Field(None, ge=1)
+    messages: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    large_for: list[Literal["tools", "response_format", "images"]] = []
+
+    def size(self, body: Mapping[str, Any]) -> str:
+        """`small`, or `large` with the first reason that holds."""
+        messages = body.get("messages")
+        messages = messages if isinstance(messages, list) else []
+        form = body.get("response_format")
+        form = form.get("type", "text") if isinstance(form, dict) else "text"
+        given = [each.get("content") for each in messages if isinstance(each, dict)]
+        given += [body.get(name) for name in ("prompt", "input", "instructions")]
+        characters, images = 0, False
+        for content in given:
+            for part in content if isinstance(content, list) else [content]:
+                text = (part.get("text") or part.get("content")) if isinstance(part, dict) else part
+                characters += len(text) if isinstance(text, str) else 0
+                images = images or (isinstance(part, dict) and str(part.get("type", "text")).find("image") >= 0)
+        limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+        most = max((limit for limit in limits if isinstance(limit, int)), default=0)
+        reasons = (
+            ("tools", "tools" in self.large_for and bool(body.get("tools")) and body.get("tool_choice") != "none"),
+            ("response_format", "response_format" in self.large_for and form != "text"),
+            ("images", "images" in self.large_for and images),
+            ("prompt", self.prompt_characters is not None and characters > self.prompt_characters),
+            ("messages", self.messages is not None and len(messages) > self.messages),
+            ("max_tokens", self.max_tokens is not None and most > self.max_tokens),
+        )
+        return next((f"large; why={why}" for why, holds in reasons if holds), "small")
+
+
+class Table(_Strict):
+    """The routes file."""
+
+    upstreams: dict[str, UpstreamRow]
+    routes: list[RouteRow]
+    aliases: list[AliasRow] = []
+    auto: AutoRow | None = None
+    defaults: dict[str, dict[str, dict[str, Any]]] = {}
+
+    @model_validator(mode="after")
+    def _names(self) -> Table:
+        if sum(row.kind == "model" for row in self.upstreams.values()) != 1:
+            raise ValueError("exactly one upstream is of the kind `model`")
+        for row in self.routes:
+            for named in (row.upstream, *(fallback.upstream for fallback in row.fallbacks)):
+                if named not in self.upstreams:
+                    raise ValueError(f"routes name the upstream {named!r}, which is not among upstreams")
+            if row.match is None and self.upstreams[row.upstream].kind != "model":
+                raise ValueError(f"the route to {row.upstream!r} needs `match`")
+        for name, upstream in self.upstreams.items():
+            if upstream.defaults is not None and upstream.defaults not in self.defaults | default_tables():
+                raise ValueError(f"upstream {name!r} names the defaults {upstream.defaults!r}, which are not there")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamConfig:
+    """Address and features of one upstream. `base_url` ends before the endpoint's path; `key`: None if keyless."""
+
+    name: str
+    kind: str
+    base_url: str
+    key: str | None = field(repr=False)
+    configured: bool
+    stream_usage: bool
+    responses: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Upstream and model of one request, and the rules for caching its answer."""
+
+    upstream: str
+    model: str
+    revision: str | None  # None if the upstream reports none
+    versioned: bool  # the upstream sends a revision with every answer
+    alias: str | None  # the requested name, if it is not `model`
+    ttl: int
+    store_sampled: bool
+    defaults: Mapping[str, Mapping[str, bytes]]  # endpoint -> field -> canonical bytes
+    default_temperature: Mapping[str, Any]  # endpoint -> default temperature, if known
+    config: UpstreamConfig
+    kind: str | None = None  # kind of the model, as the model service reports it
+    auto: str | None = None  # `small` or `large` with its reason, if `auto` was requested
+    samples: int = 1  # number of sampled answers stored for one request
+    stale_while_revalidate: int = (
+        0  # seconds after the TTL in which a stale entry is served while a new answer is fetched
+    )
+    stale_if_error: int = 0  # seconds after the TTL in which a stale entry is served if the upstream fails
+    fallbacks: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One reading of the routes file, joined with the settings."""
+
+    table: Table
+    configs: Mapping[str, UpstreamConfig]
+    defaults: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    canonical: Mapping[str, Mapping[str, Mapping[str, bytes]]]
+
+
+class Routes:
+    """The routes file, joined with the settings. Raises ValueError with one line that names the fault."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ttl = settings.cache_ttl_seconds
+        self._now = _read(settings)
+        self._targets: dict[str, Target] = {}
+        self._targets_of: tuple[_Read, Listed] = (self._now, {})
+        self.generation = 1  # grows with each reload: cached plans become invalid
+
+    @property
+    def upstreams(self) -> Mapping[str, UpstreamConfig]:
+        return self._now.configs
+
+    def files(self) -> list[Path]:
+        """The routes file and the key files that it names."""
+        rows = self._now.table.upstreams.values()
+        named = (self._settings.routes_file, self._settings.openai_api_key_file, *(row.api_key_file for row in rows))
+        return [path for path in named if path is not None]
+
+    def reload(self) -> None:
+        """Read the files again. Raises ValueError and changes nothing if one is faulty."""
+        self._now = _read(self._settings)
+        self.generation += 1
+
+    def resolve(self, asked: str, local: Listed, body: Mapping[str, Any] | None = None) -> Target:
+        """The target of the requested name. `local`: the model list, empty while unknown. `body`: read for `auto`.
+
+        Targets are cached as long as the table and `local` are the same objects.
+
+        Raises ModelNotFound, or UpstreamDown if the name may belong to a model of the unknown list.
+        """
+        if (
+            self._targets_of[0] is not self._now
+            or self._targets_of[1] is not local
+            or len(self._targets) > MAX_CACHED_NAMES
+        ):
+            self._targets, self._targets_of = {}, (self._now, local)
+        target = self._targets.get(asked)
+        if target is None:
+            target = self._find(asked, local, body)
+            if target.auto is None:
+                self._targets[asked] = target
+        return target
+
+    def _find(self, asked: str, local: Listed, body: Mapping[str, Any] | None) -> Target:
+        now, name, auto = self._now, asked, None
+        if asked == AUTO and now.table.auto is not None and AUTO not in local:
+            auto = now.table.auto.size(body or {})
+            name = now.table.auto.small if auto == "small" else now.table.auto.large
+        for row in now.table.aliases:
+            if row.name == name and not _is_on(now, row.unless):
+                name = row.model
+                break
+        for route in now.table.routes:
+            config = now.configs[route.upstream]
+            if not config.configured:
+                continue
+            if name in local if config.kind == "model" else _matches(route, name):
+                listed = local.get(name, {}) if config.kind == "model" else {}
+                first = self._target(now, route, FallbackRow(upstream=route.upstream, model=name), listed, asked=asked)
+                return replace(first, auto=auto, fallbacks=self._fallbacks(now, route, local, first))
+        if not local and any(config.kind == "model" for config in now.configs.values()):
+            raise UpstreamDown(
+                f"The model service does not answer, so it is not known whether it has `{asked}`. "
+                "Start the lab with `make start`, or look at `make logs`; in containers: `docker compose ps`.",
+                param="model",
+                headers={"retry-after": "2"},
+            )
+        raise ModelNotFound(f"The model `{asked}` does not exist here. {self._available(local)}", name)
+
+    def aliases(self, local: Mapping[str, Any]) -> dict[str, str]:
+        """The aliases that are active now, and their models."""
+        now = self._now
+        return {row.name: row.model for row in now.table.aliases if not _is_on(now, row.unless) and row.model in local}
+
+    def _fallbacks(self, now: _Read, route: RouteRow, local: Listed, first: Target) -> tuple[Target, ...]:
+        """The fallbacks that are available now."""
+        found = []
+        for row in route.fallbacks:
+            is_local = now.configs[row.upstream].kind == "model"
+            there = row.model in local if is_local else now.configs[row.upstream].configured
+            if there and (row.upstream, row.model) != (first.upstream, first.model):
+                listed = local[row.model] if is_local else {}
+                found.append(self._target(now, route, row, listed, asked=first.alias or first.model))
+        return tuple(found)
+
+    def _target(
+        self, now: _Read, route: RouteRow, who: FallbackRow, listed: Mapping[str, Any], *, asked: str
+    ) -> Target:
+        """The target `who` with the route's rules. `listed`: the model's entry in the model list."""
+        config = now.configs[who.upstream]
+        return Target(
+            upstream=who.upstream,
+            model=who.model,
+            revision=listed.get("revision"),
+            versioned=config.kind == "model",
+            alias=asked if who.model != asked else None,
+            ttl=route.ttl_seconds or self._ttl,
+            store_sampled=route.store_sampled,
+            defaults=now.canonical[who.upstream],
+            default_temperature={
+                path: fields.get("temperature") for path, fields in now.defaults[who.upstream].items()
+            },
+            config=config,
+            kind=listed.get("kind"),
+            samples=route.samples,
+            stale_while_revalidate=route.stale_while_revalidate_seconds,
+            stale_if_error=route.stale_if_error_seconds,
+        )
+
+    def _available(self, local: Mapping[str, Any]) -> str:
+        now = self._now
+        names = ", ".join([*local, *self.aliases(local)])
+        text = [f"There is: {names}."]
+        for route in now.table.routes:
+            if route.match:
+                until = "" if now.configs[route.upstream].configured else " once it has a key (PROXY_OPENAI_API_KEY)"
+                text.append(f"Names like {', '.join(route.match)} go to {route.upstream}{until}.")
+        return " ".join(text)
+
+
+def _is_on(now: _Read, upstream: str | None) -> bool:
+    return upstream is not None and upstream in now.configs and now.configs[upstream].configured
+
+
+def _matches(route: RouteRow, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in route.match or ())
+
+
+def _read(settings: Settings) -> _Read:
+    table = read_yaml(Table, settings.routes_file, "upstreams/routes.yaml", "PROXY_ROUTES_FILE")
+    configs = {name: _config(name, row, settings) for name, row in table.upstreams.items()}
+    tables: dict[str, Mapping[str, Mapping[str, Any]]] = {**default_tables(), **table.defaults}
+    defaults: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+    for name, row in table.upstreams.items():
+        known = row.defaults and (row.base_url or row.kind == "model" or settings.openai_base_url == OPENAI_URL)
+        defaults[name] = tables[row.defaults] if row.defaults and known else {}
+    canonical = {
+        name: {path: {k: encode(v) for k, v in fields.items()} for path, fields in each.items()}
+        for name, each in defaults.items()
+    }
+    return _Read(table, configs, defaults, canonical)
+
+
+def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
+    if row.kind == "model":
+        return UpstreamConfig(
+            name, row.kind, row.base_url or settings.model_url, None, True, row.stream_usage, row.responses
+        )
+    if row.base_url is None:
+        key = settings.openai_key()
+        return UpstreamConfig(
+            name, row.kind, settings.openai_base_url, key, key is not None, row.stream_usage, row.responses
+        )
+    key = None
+    if row.api_key_file is not None:
+        try:
+            key = row.api_key_file.read_text().strip() or None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"PROXY_ROUTES_FILE: the key file of upstream {name} cannot be read: {error}") from None
+    return UpstreamConfig(
+        name, row.kind, row.base_url.rstrip("/"), key, row.keyless or key is not None, row.stream_usage, row.responses
+    )
