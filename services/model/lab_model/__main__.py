@@ -20,8 +20,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .catalogue import CatalogueError, Entry, load_catalogue, locate
-from .front import Front, FrontError, Route, binary
+from .errors import CatalogueError
+from .models.catalogue import Entry, load_catalogue, locate
+from .serving.front import Front, FrontError, Route, binary
 from .settings import AppArgs, CatalogueArgs, Settings
 
 ABSENT = Path(__file__).with_name("absent")  # packages that our processes shall not find
@@ -128,7 +129,7 @@ def run(
     from ray.serve.config import HTTPOptions  # noqa: PLC0415
     from ray.serve.schema import LoggingConfig  # noqa: PLC0415
 
-    from .serve import build_app, build_catalogue, endpoints  # noqa: PLC0415
+    from .serving.catalogue_app import build_app, build_catalogue, endpoints  # noqa: PLC0415
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started = time.monotonic()
@@ -281,7 +282,7 @@ def watch(settings: Settings, entries: list[Entry], started: float, ended: threa
     """Say what loads, then stay until a signal. A model that cannot load, or a dead Ray, ends the service."""
     from ray import serve  # noqa: PLC0415
 
-    from .serve import reason  # noqa: PLC0415
+    from .serving.catalogue_app import reason  # noqa: PLC0415
 
     waiting = {entry.id for entry in entries}
     while not ended.wait(0.5 if waiting else 5):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .catalogue import Entry
+from .models.catalogue import Entry
 
 
 class Settings(BaseSettings):

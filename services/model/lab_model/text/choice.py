@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .answer import CallPart, Piece, Scored
-from .engine import Event
-from .sampling import Logprob
-from .text import Growing, Text
-from .tools import Calls, Said
+from ..api.wire.answers import CallPart, Piece, Scored
+from ..engine.sampler import Logprob
+from ..engine.scheduler import Event
+from .tokenizer import Growing, Text
+from .tool_calls import Calls, Said
 
 
 class Choice:

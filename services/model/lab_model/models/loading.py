@@ -20,20 +20,22 @@ from starlette.types import ASGIApp
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
-from . import gguf, native, weights
-from .api import embedding_app, generation_app
-from .catalogue import CatalogueError, Entry, Source, locate, revision
-from .embedding import Embedder
-from .engine import Engine, Event, Request
-from .envelope import start_logging
-from .generator import Generator
-from .host import cores, memory_left
-from .llama import Llama
-from .native import Native
-from .pages import PAGE_TOKENS
-from .plain import Plain
-from .settings import AppArgs
-from .text import Text
+from ..api.app import embedding_app, generation_app
+from ..api.generator import Generator
+from ..api.http.service import start_logging
+from ..encoders.embedder import Embedder
+from ..engine.kv_pages import PAGE_TOKENS
+from ..engine.scheduler import Engine, Event, Request
+from ..errors import CatalogueError
+from ..host import cores, memory_left
+from ..runners import cpu
+from ..runners.cpu import Native
+from ..runners.llama import Llama
+from ..runners.transformers import Plain
+from ..settings import AppArgs
+from ..text.tokenizer import Text
+from ..weights import gguf, llama
+from .catalogue import Entry, Source, locate, revision
 
 log = logging.getLogger(__name__)
 
@@ -192,10 +194,10 @@ def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Lla
         file = gguf.File(Path(source.folder) / source.gguf_file)
         with gguf.named(file.path):
             text = read_text(file) or Text.load(source)
-            if entry.dtype == "auto" and device.type == "cpu" and native.reads(file):
+            if entry.dtype == "auto" and device.type == "cpu" and cpu.reads(file):
                 return Native(file, torch.get_num_threads()), text, None
-            if weights.reads(file):
-                return Llama(weights.from_file(file, dtype, device), device, dtype), text, None
+            if llama.reads(file):
+                return Llama(llama.from_file(file, dtype, device), device, dtype), text, None
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     else:
@@ -205,7 +207,7 @@ def load_causal(entry: Entry, source: Source, device: torch.device) -> tuple[Lla
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise CatalogueError(f"{source.folder}: layers of type {', '.join(sorted(kinds))} are not supported")
-    runner = Llama(weights.from_model(model), device, dtype) if weights.fits(model) else Plain(model)
+    runner = Llama(llama.from_model(model), device, dtype) if llama.fits(model) else Plain(model)
     return runner, text, model.config
 
 

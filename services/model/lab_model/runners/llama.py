@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
-from .engine import Span
-from .graphs import Graphs, rounded
-from .linear import Linear, Norm
-from .pages import PAGE_TOKENS
+from ..engine.kv_pages import PAGE_TOKENS
+from ..engine.scheduler import Span
+from ..weights.linear import Linear, Norm
+from .cuda_graphs import Graphs, rounded
 
 # From here on matrix products of all rows are faster than torch's attention, which treats each row and head alone.
 MANY_ROWS = 5

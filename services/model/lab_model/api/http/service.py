@@ -25,9 +25,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from . import wire
-from .answer import new_id
-from .tally import Tally, Used
+from ... import errors
+from ..wire.answers import new_id
+from .usage import Tally, Used
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Service:
             and "*" not in self._hosts
             and not re.fullmatch(r"[0-9.]+|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", name)
         ):
-            raise wire.HostError("No such host here: use localhost, or name it in MODEL_ALLOWED_HOSTS.")
+            raise errors.HostError("No such host here: use localhost, or name it in MODEL_ALLOWED_HOSTS.")
 
     async def _respond(self, http: HttpRequest, path: str) -> Response:
         try:
@@ -217,15 +217,15 @@ class Service:
                 return await endpoint(http)
             known = {method for method, there in self._endpoints if there == path}
             if known:
-                raise wire.MethodNotAllowedError(f"{path} takes {', '.join(sorted(known))}, not {http.method}.")
-            raise wire.NotFoundError(f"There is no {path} here.", code="not_found")
-        except wire.WireError as error:
+                raise errors.MethodNotAllowedError(f"{path} takes {', '.join(sorted(known))}, not {http.method}.")
+            raise errors.NotFoundError(f"There is no {path} here.", code="not_found")
+        except errors.ApiError as error:
             return Json(error.body(), error.status, error.headers)
         except (ClientGoneError, ClientDisconnect):
             raise
         except Exception:
             log.exception("a request failed unexpectedly")
-            fault = wire.ServerError("The model service failed on this request; its log has the trace.")
+            fault = errors.ServerError("The model service failed on this request; its log has the trace.")
             return Json(fault.body(), fault.status)
 
 
@@ -325,7 +325,7 @@ async def read_json(http: HttpRequest, limit: int) -> Any:
     """The body as JSON. Raises the WireError for a wrong type, size or syntax."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise wire.MediaTypeError("Send the request as application/json.")
+        raise errors.MediaTypeError("Send the request as application/json.")
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -333,10 +333,10 @@ async def read_json(http: HttpRequest, limit: int) -> Any:
                 parts.append(part)
                 size += len(part)
                 if size > limit:
-                    raise wire.BodyTooLargeError(f"The body is larger than {limit} bytes.")
+                    raise errors.BodyTooLargeError(f"The body is larger than {limit} bytes.")
     except TimeoutError:
-        raise wire.BodyTooSlowError(f"The body did not come within {BODY_SECONDS} s.") from None
+        raise errors.BodyTooSlowError(f"The body did not come within {BODY_SECONDS} s.") from None
     try:
         return orjson.loads(b"".join(parts))
     except orjson.JSONDecodeError as error:
-        raise wire.BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        raise errors.BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None

@@ -17,19 +17,21 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import wire
-from .answer import Answer, Piece, embeddings, usage
-from .chat import ChatRequest, ChosenFunction
-from .choice import Choice
-from .embedding import Embedder
-from .engine import Request
-from .envelope import Endpoint, EventStream, Json, Record, Service, read_json, sse, until_gone
-from .generator import Flow, Generator, Work, late
-from .grammar import ANY_OBJECT, GrammarError, Grammars, Schema, TokenGrammar, answer_source
-from .sampling import Sampling
-from .tally import Used
-from .text import TemplateError, Text
-from .tools import Calls, ForcedCalls, FreeCalls, told
+from .. import errors
+from ..encoders.embedder import Embedder
+from ..engine.sampler import Sampling
+from ..engine.scheduler import Request
+from ..errors import deadline_exceeded
+from ..text.choice import Choice
+from ..text.grammar import ANY_OBJECT, GrammarError, Grammars, Schema, TokenGrammar, answer_source
+from ..text.tokenizer import TemplateError, Text
+from ..text.tool_calls import Calls, ForcedCalls, FreeCalls, told
+from .generator import Flow, Generator, Work
+from .http.service import Endpoint, EventStream, Json, Record, Service, read_json, sse, until_gone
+from .http.usage import Used
+from .wire.answers import Answer, Piece, embeddings, usage
+from .wire.chat import ChatRequest, ChosenFunction
+from .wire.requests import CompletionRequest, EmbeddingRequest, Generation, parse
 
 T = TypeVar("T")
 
@@ -52,10 +54,10 @@ def generation_app(model: Generator, *, max_body_bytes: int, hosts: Collection[s
 
 async def converse(model: Generator, http: HttpRequest, body: Any) -> Response:
     if model.kind != "chat":
-        raise wire.BadRequestError(
+        raise errors.BadRequestError(
             f"{model.name} is a base model without a chat template; use /v1/completions.", param="model"
         )
-    asked = wire.parse(ChatRequest, body)
+    asked = parse(ChatRequest, body)
     check_model(http, asked.model, model.name)
     messages = [message.plain() for message in asked.messages]
     chosen = asked.tool_choice or "auto"
@@ -72,7 +74,7 @@ async def converse(model: Generator, http: HttpRequest, body: Any) -> Response:
     try:
         ids = await tokenize(lambda said: model.text.chat(said, shown), messages, size)
     except TemplateError as error:
-        raise wire.BadRequestError(
+        raise errors.BadRequestError(
             f"The model's chat template does not take these messages: {error}", param="messages"
         ) from None
     grammar = await grammar_of(model, asked)
@@ -87,7 +89,7 @@ async def converse(model: Generator, http: HttpRequest, body: Any) -> Response:
 
 
 async def complete(model: Generator, http: HttpRequest, body: Any) -> Response:
-    asked = wire.parse(wire.CompletionRequest, body)
+    asked = parse(CompletionRequest, body)
     check_model(http, asked.model, model.name)
     check_capacity(model, len(asked.prompts), "prompt")
     prompts = await tokenize_all(model.text, model.vocab_size, asked.prompts, "prompt")
@@ -96,7 +98,7 @@ async def complete(model: Generator, http: HttpRequest, body: Any) -> Response:
 
 def check_capacity(model: Generator, count: int, param: str) -> None:
     if count > model.engine.capacity:
-        raise wire.BadRequestError(
+        raise errors.BadRequestError(
             f"{count} answers in one request: this model holds {model.engine.capacity} at most.", param=param
         )
 
@@ -104,7 +106,7 @@ def check_capacity(model: Generator, count: int, param: str) -> None:
 async def answer(
     model: Generator,
     http: HttpRequest,
-    asked: wire.Generation,
+    asked: Generation,
     prompts: list[list[int]],
     source: str,
     *,
@@ -117,7 +119,7 @@ async def answer(
     check_capacity(model, len(prompts) * each, "n")
     unknown = max(asked.logit_bias or (0,))
     if unknown >= model.vocab_size:
-        raise wire.BadRequestError(
+        raise errors.BadRequestError(
             f"Token id {unknown} is not in the vocabulary: ids go up to {model.vocab_size - 1}.",
             param="logit_bias",
             code="invalid_value",
@@ -128,7 +130,7 @@ async def answer(
         limit = asked.limit or min(model.default_max_tokens, context - len(ids))
         if limit < 1 or len(ids) + limit > context:
             wanted = f" + {asked.limit} for {asked.limit_name}" if asked.limit else ""
-            raise wire.BadRequestError(
+            raise errors.BadRequestError(
                 f"This model's context is {context} tokens. Your request asks for {len(ids)} in {source}{wanted}. "
                 f"Shorten the prompt or lower {asked.limit_name}.",
                 param=source,
@@ -172,7 +174,7 @@ async def answer(
     return await until_gone(http.receive, collect())
 
 
-def sampling_of(asked: wire.Generation, choice: int) -> Sampling:
+def sampling_of(asked: Generation, choice: int) -> Sampling:
     """The parameters of one of `n` choices: seeded, each has a random stream of its own."""
     return Sampling(
         temperature=1.0 if asked.temperature is None else asked.temperature,
@@ -194,7 +196,7 @@ def deadline_of(http: HttpRequest) -> float | None:
     if given is None:
         return None
     if not (given.isascii() and given.isdecimal() and len(given) < 10 and 0 < int(given) <= LONGEST_TIMEOUT_MS):
-        raise wire.BadRequestError(
+        raise errors.BadRequestError(
             f"The header x-request-timeout-ms is whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}.",
             param="x-request-timeout-ms",
             code="invalid_value",
@@ -202,7 +204,7 @@ def deadline_of(http: HttpRequest) -> float | None:
     record: Record = http.scope["record"]
     deadline = record.started + int(given) / 1000
     if time.monotonic() >= deadline:
-        raise late()
+        raise deadline_exceeded()
     return deadline
 
 
@@ -246,8 +248,8 @@ def check_schema(grammars: Grammars, schema: Schema, param: str) -> None:
         raise unenforceable(error, param) from None
 
 
-def unenforceable(error: GrammarError, param: str) -> wire.BadRequestError:
-    return wire.BadRequestError(f"'{param}' cannot be enforced: {error}", param=param, code="invalid_value")
+def unenforceable(error: GrammarError, param: str) -> errors.BadRequestError:
+    return errors.BadRequestError(f"'{param}' cannot be enforced: {error}", param=param, code="invalid_value")
 
 
 async def chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
@@ -277,7 +279,7 @@ async def events(
                 opened = []
         closing = frame.closing(counted())
         yield (sse(closing) if closing else b"") + b"data: [DONE]\n\n"
-    except wire.WireError as error:
+    except errors.ApiError as error:
         record.outcome = "error"
         yield sse(error.body())
 
@@ -314,10 +316,10 @@ def embedding_app(
     waiting, seconds = 0, 0.1  # requests here now; how long one takes, from asking to answer
 
     async def embed(http: HttpRequest) -> Response:
-        asked = wire.parse(wire.EmbeddingRequest, await read_json(http, max_body_bytes))
+        asked = parse(EmbeddingRequest, await read_json(http, max_body_bytes))
         check_model(http, asked.model, name)
         if asked.dimensions not in (None, model.dimensions):
-            raise wire.BadRequestError(
+            raise errors.BadRequestError(
                 f"{name} has {model.dimensions} dimensions and cannot be shortened.",
                 param="dimensions",
                 code="unsupported_parameter",
@@ -326,7 +328,7 @@ def embedding_app(
         rows = await tokenize_all(text, text.vocab_size, asked.inputs, "input")
         for index, row in enumerate(rows):
             if len(row) > model.context:
-                raise wire.BadRequestError(
+                raise errors.BadRequestError(
                     f"This model's context is {model.context} tokens; input {index} has {len(row)}. Split it.",
                     param="input",
                     code="context_length_exceeded",
@@ -334,7 +336,9 @@ def embedding_app(
         record.prompt_tokens = sum(map(len, rows))
         nonlocal waiting, seconds
         if waiting > max_queued:
-            raise wire.BusyError("The model is busy: its queue is full. Retry after the time in Retry-After.", seconds)
+            raise errors.BusyError(
+                "The model is busy: its queue is full. Retry after the time in Retry-After.", seconds
+            )
         waiting += 1
         left, started = threading.Event(), time.monotonic()
         try:
@@ -363,13 +367,13 @@ async def tokenize_all(text: Text, vocab: int, given: list[str | list[int]], par
         rows = [item if isinstance(item, list) else text.encode(item) for item in given]
         for index, row in enumerate(rows):
             if not row:
-                raise wire.BadRequestError(
+                raise errors.BadRequestError(
                     f"'{param}' {index} is empty: this model needs at least one token.",
                     param=param,
                     code="invalid_value",
                 )
             if max(row) >= vocab:
-                raise wire.BadRequestError(
+                raise errors.BadRequestError(
                     f"Token id {max(row)} is not in the vocabulary: ids go up to {vocab - 1}.",
                     param=param,
                     code="invalid_value",
@@ -382,7 +386,7 @@ async def tokenize_all(text: Text, vocab: int, given: list[str | list[int]], par
 
 def check_model(http: HttpRequest, asked: str, name: str) -> None:
     if asked != name:
-        raise wire.NotFoundError(
+        raise errors.NotFoundError(
             f"The model '{asked}' does not exist here; this address serves '{name}'.",
             param="model",
             code="model_not_found",

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .catalogue import CatalogueError, Source
+from ..errors import CatalogueError
+from ..models.catalogue import Source
 
 # Two bytes of an unfinished UTF-8 character decode to this; text that ends in it may still change.
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"

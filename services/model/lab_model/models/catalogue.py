@@ -15,16 +15,13 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from . import __version__
+from .. import __version__
+from ..errors import CatalogueError
 
 # What `from_pretrained` reads: not the same weights again in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 Kind = Literal["chat", "base", "embedding"]
-
-
-class CatalogueError(Exception):
-    """The catalogue or a model's source is not usable. The message says which line, and what to do."""
 
 
 class Entry(BaseModel):
@@ -132,7 +129,7 @@ def _in_wheel(entry: Entry, rest: str) -> Path:
     return Path(spec.origin).parent / inside
 
 
-CODE = Path(__file__).parent
+CODE = Path(__file__).parents[1]  # the package
 
 
 def revision(entry: Entry, source: Source, *facts: str) -> str:
@@ -142,7 +139,7 @@ def revision(entry: Entry, source: Source, *facts: str) -> str:
     gives other answers.
     """
     digest = hashlib.sha256()
-    for path in sorted([*CODE.glob("*.py"), *CODE.glob("*.[ch]")]):
+    for path in sorted([*CODE.rglob("*.py"), *CODE.rglob("*.[ch]")]):
         digest.update(path.read_bytes())
     for fact in (__version__, entry.id, entry.kind, entry.dtype, str(entry.context), *facts):
         digest.update(fact.encode() + b"\0")

@@ -18,8 +18,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from .pages import PAGE_TOKENS, ROOT, Pages
-from .sampling import Draw, Grammar, Logprob, SampleError, Sampling, sample
+from .kv_pages import PAGE_TOKENS, ROOT, Pages
+from .sampler import Draw, Grammar, Logprob, SampleError, Sampling, sample
 
 log = logging.getLogger(__name__)
 

@@ -6,89 +6,13 @@ Knows JSON and status codes; knows nothing of HTTP servers, tokens or models.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
+from ...errors import BadRequestError
+
 # Errors: one tree, and how each looks on the wire.
-
-
-class WireError(Exception):
-    """Becomes OpenAI's error envelope."""
-
-    status: ClassVar[int] = 400
-    type: ClassVar[str] = "invalid_request_error"
-    code: str | None = None
-    param: str | None = None
-
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code or self.code
-        self.headers: dict[str, str] = {}
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
-
-
-class BadRequestError(WireError):
-    pass
-
-
-class NotFoundError(WireError):
-    status = 404
-
-
-class MethodNotAllowedError(WireError):
-    status = 405
-    code = "method_not_allowed"
-
-
-class BodyTooLargeError(WireError):
-    status = 413
-    code = "request_too_large"
-
-
-class BodyTooSlowError(WireError):
-    status = 408
-    code = "request_timeout"
-
-
-class HostError(WireError):
-    status = 421
-    code = "host_not_allowed"
-
-
-class MediaTypeError(WireError):
-    status = 415
-    code = "unsupported_media_type"
-
-
-class BusyError(WireError):
-    status = 429
-    type = "rate_limit_error"
-    code = "queue_full"
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        # Whole seconds, at least one: RFC 9110 knows no fractions here.
-        self.headers = {"retry-after": str(max(1, round(retry_after + 0.499)))}
-
-
-class ServerError(WireError):
-    status = 500
-    type = "server_error"
-    code: str | None = "model_fault"
-
-
-class DeadlineExceededError(ServerError):
-    status = 504
-    code = "deadline_exceeded"
-
-
-class UnavailableError(ServerError):
-    status = 503
-    code = "model_unavailable"
 
 
 # Requests

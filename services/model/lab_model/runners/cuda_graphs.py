@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .pages import PAGE_TOKENS
+from ..engine.kv_pages import PAGE_TOKENS
 
 # (ids, positions, write, read, lengths) -> logits; read: (rows, blocks), all others (rows,)
 Step = Callable[..., torch.Tensor]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .engine import Span
-from .pages import PAGE_TOKENS
+from ..engine.kv_pages import PAGE_TOKENS
+from ..engine.scheduler import Span
 
 
 class PagedCache:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ..runners.llama import Layer, Weights
 from .gguf import File
 from .linear import Linear, Norm
-from .llama import Layer, Weights
 
 # Families whose decoder is Llama's: `Weights` says all that tells them apart.
 FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}

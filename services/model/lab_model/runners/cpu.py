@@ -5,7 +5,8 @@ C is for: torch has no kernel that multiplies a few rows by 4-bit blocks in inte
 made 1,200 small operators; here a step is one call. Rows never depend on each other, so the runner is exact.
 
 There is one library for each kind of processor, and all give the same bits. A start compiles the best one that its
-processor has. `python -m lab_model.native` compiles all of them, for an image that runs on other machines than the one
+processor has. `python -m lab_model.runners.cpu` compiles all of them, for an image that runs on other machines than the
+one
 that builds it. LAB_KERNELS=avx2 (or another of VARIANTS) takes that one and no other: for tests and measurements.
 """
 
@@ -30,10 +31,10 @@ from typing import Any
 
 import torch
 
-from . import weights
-from .engine import Span
-from .gguf import File, Tensor
-from .pages import PAGE_TOKENS
+from ..engine.kv_pages import PAGE_TOKENS
+from ..engine.scheduler import Span
+from ..weights import llama
+from ..weights.gguf import File, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
     """Beside Python's own compiled files where that is possible, else in a folder of this process. known: a folder that
     keeps what was compiled."""
     flags = [*FLAGS, *[f"-m{need.replace('_', '')}" for need in VARIANTS[variant]]]
-    source = SOURCE.read_bytes() + SOURCE.with_name("vectors.h").read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
     name = f"kernels-{hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]}.so"
     kept = SOURCE.parent / "__pycache__" / name
     if kept.exists():
@@ -270,9 +271,9 @@ def reads(file: File) -> bool:
 
 
 def _fits(file: File) -> bool:
-    if not weights.reads(file):
+    if not llama.reads(file):
         return False
-    said = weights.facts(file)
+    said = llama.facts(file)
     dim = said["head_dim"]
     inputs = [tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2]
     group = said["attention.head_count"] // said["kv_heads"]
@@ -287,7 +288,7 @@ class Native:
 
     def __init__(self, file: File, threads: int) -> None:
         self._library = library()
-        said, tensors = weights.facts(file), file.tensors
+        said, tensors = llama.facts(file), file.tensors
         heads, kv_heads, dim, width = (
             said[name] for name in ("attention.head_count", "kv_heads", "head_dim", "embedding_length")
         )
@@ -317,7 +318,7 @@ class Native:
 
         layers = [layer(f"blk.{index}") for index in range(said["block_count"])]
         table = matrix("token_embd")
-        self._rotations = weights.rotations(said)
+        self._rotations = llama.rotations(said)
         parallel, team = _openmp()
         self._model = Model(
             layers=len(layers),

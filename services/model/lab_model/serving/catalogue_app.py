@@ -27,9 +27,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import __version__, tally, wire
-from .catalogue import Kind
-from .settings import AppArgs, CatalogueArgs
+from .. import __version__, errors
+from ..api.http import usage
+from ..models.catalogue import Kind
+from ..settings import AppArgs, CatalogueArgs
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +84,11 @@ class Model:
 
     def __init__(self, args: AppArgs) -> None:
         # torch and transformers stay out of the processes that only route.
-        from . import replica  # noqa: PLC0415
-        from .envelope import TALLY  # noqa: PLC0415
+        from ..api.http.service import TALLY  # noqa: PLC0415
+        from ..models import loading  # noqa: PLC0415
 
         TALLY.open(args.metrics_dir)
-        self._app, self._info, self._alive = replica.load(args)
+        self._app, self._info, self._alive = loading.load(args)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
@@ -117,7 +118,7 @@ def build_catalogue(args: CatalogueArgs) -> serve.Application:
 @serve.ingress()
 class Catalogue:
     def __init__(self, args: CatalogueArgs) -> None:
-        from .envelope import start_logging  # noqa: PLC0415
+        from ..api.http.service import start_logging  # noqa: PLC0415
 
         start_logging(args.log_format, args.log_pipe)
         self._entries = {entry.id: entry for entry in args.entries}
@@ -134,7 +135,7 @@ class Catalogue:
         }
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        from .envelope import Endpoint, Service  # noqa: PLC0415
+        from ..api.http.service import Endpoint, Service  # noqa: PLC0415
 
         posts = dict.fromkeys((*endpoints("chat"), *endpoints("embedding")), self.forward)
         gets: dict[str, Endpoint] = {
@@ -208,22 +209,22 @@ class Catalogue:
     async def tally(self, http: HttpRequest) -> Response:
         """What each `id` of the query really used, whichever replica it ran on, where it has ended not long ago."""
         ids = http.query_params.getlist("id")[:MOST_IDS]
-        found = await asyncio.to_thread(tally.find, self._folder, ids)
+        found = await asyncio.to_thread(usage.find, self._folder, ids)
         return _json({id_: used._asdict() for id_, used in found.items()})
 
     async def forward(self, http: HttpRequest) -> Response:
         """Hand the request to the model that its body names, and its answer back as it comes."""
-        from .envelope import EventStream, read_json, sse, until_gone  # noqa: PLC0415
+        from ..api.http.service import EventStream, read_json, sse, until_gone  # noqa: PLC0415
 
         body = await read_json(http, self._limit)
         name = body.get("model") if isinstance(body, dict) else None
         if not isinstance(name, str) or not name:
-            raise wire.BadRequestError(
+            raise errors.BadRequestError(
                 "Missing required parameter: 'model'.", param="model", code="missing_required_parameter"
             )
         found = (await self.survey()).get(name)
         if found is None:
-            raise wire.NotFoundError(
+            raise errors.NotFoundError(
                 f"The model '{name}' does not exist. There is: {', '.join(self._entries)}.",
                 param="model",
                 code="model_not_found",
@@ -231,7 +232,7 @@ class Catalogue:
         self._check_ready(found)
         path = http.url.path
         if path not in endpoints(found["kind"]):
-            raise wire.BadRequestError(f"{name} is of kind {found['kind']}: {path} does not take it.", param="model")
+            raise errors.BadRequestError(f"{name} is of kind {found['kind']}: {path} does not take it.", param="model")
         record = http.scope["record"]
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
@@ -241,12 +242,12 @@ class Catalogue:
         try:
             data = orjson.dumps(body)
         except orjson.JSONEncodeError:  # it reads 1,024 levels, and writes 254
-            raise wire.BadRequestError("The body is nested too deeply.", code="invalid_value") from None
+            raise errors.BadRequestError("The body is nested too deeply.", code="invalid_value") from None
         ask = self._session.post(f"{self._address}/m/{name}{path}", data=data, headers=headers)
         try:
             answer = await until_gone(http.receive, ask)
         except aiohttp.ClientError as error:
-            raise wire.UnavailableError(f"{name} does not answer: {error}.") from None
+            raise errors.UnavailableError(f"{name} does not answer: {error}.") from None
         record.outcome = "forwarded"  # its own line is the model's
 
         async def parts() -> AsyncGenerator[bytes]:
@@ -258,7 +259,7 @@ class Catalogue:
                 log.warning("%s broke its answer off: %s", name, type(error).__name__)
                 if answer.content_type != "text/event-stream":
                     raise
-                yield sse(wire.UnavailableError(f"{name} broke its answer off; it starts again by itself.").body())
+                yield sse(errors.UnavailableError(f"{name} broke its answer off; it starts again by itself.").body())
             finally:
                 answer.close()
 
@@ -273,7 +274,9 @@ class Catalogue:
     def _check_ready(self, model: dict[str, Any]) -> None:
         if model["state"] != "ready":
             detail = f" ({model['detail']})" if "detail" in model else ""
-            raise wire.UnavailableError(f"{model['id']} is {model['state']}{detail}; GET /ready tells when it answers.")
+            raise errors.UnavailableError(
+                f"{model['id']} is {model['state']}{detail}; GET /ready tells when it answers."
+            )
 
 
 def _json(body: Any, status: int = 200) -> Response:

@@ -15,10 +15,8 @@ from typing import Any, TypeVar
 
 from prometheus_client import Gauge
 
-from . import wire
-from .answer import Piece
-from .choice import Choice
-from .engine import (
+from .. import errors
+from ..engine.scheduler import (
     DeadlineError,
     Engine,
     EngineError,
@@ -28,10 +26,13 @@ from .engine import (
     Request,
     UnknownTokenError,
 )
-from .envelope import Record
-from .grammar import Grammars, TokenGrammar
-from .tally import Used
-from .text import Text
+from ..errors import deadline_exceeded
+from ..text.choice import Choice
+from ..text.grammar import Grammars, TokenGrammar
+from ..text.tokenizer import Text
+from .http.service import Record
+from .http.usage import Used
+from .wire.answers import Piece
 
 T = TypeVar("T")
 
@@ -322,7 +323,7 @@ class Generator:
     async def grammar(self, build: Callable[[Grammars], T]) -> T:
         """Compile away from the event loop, a few at a time. Raises BadRequestError, BusyError or what `build` does."""
         if self._compiling >= MOST_COMPILING:
-            raise wire.BusyError("Too many schemas are being compiled. Retry after the time in Retry-After.", 1)
+            raise errors.BusyError("Too many schemas are being compiled. Retry after the time in Retry-After.", 1)
         self._compiling += 1
         # Counted until the thread is done: a caller that leaves does not stop it.
         work = asyncio.get_running_loop().run_in_executor(self._compilers, build, self.grammars)
@@ -330,7 +331,7 @@ class Generator:
         try:
             return await asyncio.wait_for(asyncio.shield(work), COMPILE_SECONDS)
         except TimeoutError:
-            raise wire.BadRequestError(
+            raise errors.BadRequestError(
                 f"The schema was not compiled within {COMPILE_SECONDS} s.", code="invalid_value"
             ) from None
 
@@ -355,27 +356,23 @@ def on_the_wire(requests: Sequence[Request]) -> Iterator[None]:
     try:
         yield
     except QueueFullError as error:
-        raise wire.BusyError(
+        raise errors.BusyError(
             "The model is busy: every place and the queue are taken. Retry after the time in Retry-After.",
             error.retry_after,
         ) from None
     except DeadlineError:
-        raise late() from None
+        raise deadline_exceeded() from None
     except UnknownTokenError:
-        raise wire.BadRequestError(
+        raise errors.BadRequestError(
             "The prompt holds a token that this model's tokenizer knows and the model itself does not.",
             code="invalid_value",
         ) from None
     except EngineFaultError as error:
         for request in requests:
             if isinstance(request.grammar, TokenGrammar) and request.grammar.fault:
-                raise wire.BadRequestError(
+                raise errors.BadRequestError(
                     f"The schema is too complex: {request.grammar.fault}", code="invalid_value"
                 ) from None
-        raise wire.ServerError(f"The model could not finish this answer: {error}.") from None
+        raise errors.ServerError(f"The model could not finish this answer: {error}.") from None
     except EngineError as error:
-        raise wire.UnavailableError(f"The model takes no request now: {error}.") from None
-
-
-def late() -> wire.DeadlineExceededError:
-    return wire.DeadlineExceededError("The time that x-request-timeout-ms gave is over.")
+        raise errors.UnavailableError(f"The model takes no request now: {error}.") from None

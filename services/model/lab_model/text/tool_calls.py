@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from .answer import CallPart
+from ..api.wire.answers import CallPart
 from .grammar import CALL_BEGIN, CALL_END, ending
 
 # Qwen's and Hermes' own words, for templates that have none.

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from .wire import MOST_INPUTS, MOST_LOGPROBS, BadRequestError, Generation, Object, Text, Whole
+from ...errors import BadRequestError
+from .requests import MOST_INPUTS, MOST_LOGPROBS, Generation, Object, Text, Whole
 
 MOST_TOOLS = 128  # OpenAI's limit
 
