@@ -53,7 +53,7 @@ class Ours:
     name = "this engine"
 
     def __init__(self, entry: Any) -> None:
-        from lab_model.replica import load_engine  # noqa: PLC0415 - torch's threads are set first
+        from lab_model.models.loading import load_engine  # noqa: PLC0415 - torch's threads are set first
 
         self._heard: dict[Any, list[float]] = defaultdict(list)  # when each token came
         self._ended: set[Any] = set()
@@ -73,8 +73,8 @@ class Ours:
             self._changed.notify_all()
 
     def submit(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> list[Any]:
-        from lab_model.engine import Request  # noqa: PLC0415
-        from lab_model.sampling import Sampling  # noqa: PLC0415
+        from lab_model.engine.sampler import Sampling  # noqa: PLC0415
+        from lab_model.engine.scheduler import Request  # noqa: PLC0415
 
         requests = [Request(list(prompt), tokens, sampling=Sampling(**sampling)) for prompt in prompts]
         self.engine.submit(*requests)
@@ -170,7 +170,7 @@ class Vllm:
 
     def __init__(self, entry: Any) -> None:
         import vllm  # type: ignore[import-not-found]  # noqa: PLC0415
-        from lab_model.catalogue import locate  # noqa: PLC0415
+        from lab_model.models.catalogue import locate  # noqa: PLC0415
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         source = locate(entry)
@@ -195,7 +195,7 @@ class LlamaCpp:
     name = "llama.cpp, Q4_1"
 
     def __init__(self, entry: Any) -> None:
-        from lab_model.catalogue import locate  # noqa: PLC0415
+        from lab_model.models.catalogue import locate  # noqa: PLC0415
         from llama_cpp import Llama  # type: ignore[import-not-found]  # noqa: PLC0415
 
         source = locate(entry)
@@ -223,7 +223,7 @@ def to_the_end(tokens: int) -> Any:
 def reference(entry: Any, dtype: torch.dtype) -> Any:
     """transformers' model of the dequantized file."""
     import transformers  # noqa: PLC0415
-    from lab_model.catalogue import locate  # noqa: PLC0415
+    from lab_model.models.catalogue import locate  # noqa: PLC0415
     from transformers.utils.quantization_config import GgufConfig  # noqa: PLC0415
 
     source = locate(entry)
@@ -243,7 +243,7 @@ class Bench:
     """The run: its prompts, the engines that are up, its rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from lab_model.catalogue import load_catalogue, locate  # noqa: PLC0415
+        from lab_model.models.catalogue import load_catalogue, locate  # noqa: PLC0415
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         self.options, self.rounds = options, options.rounds

@@ -21,8 +21,8 @@ from processes import ANSWERS, RUNNING, Process, describe, free_port, process, p
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
-    from lab_model.catalogue import Source
-    from lab_model.gguf import File
+    from lab_model.models.catalogue import Source
+    from lab_model.weights.gguf import File
 
 CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
 # Ray Serve and the embedded models on two busy cores.
@@ -104,7 +104,7 @@ def logs(tmp_path_factory: TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def catalogue(logs: Path) -> Path:
     """The packaged catalogue, and a tiny model beside it for what needs speed rather than sense."""
-    packaged = Path(__file__).parents[1] / "services/model/lab_model/models.yaml"
+    packaged = Path(__file__).parents[1] / "services/model/lab_model/models/models.yaml"
     folder = tiny.write(logs / "tiny")
     added = {"id": TINY, "kind": "chat", "source": f"file:{folder}", "dtype": "float32"}
     path = logs / "models.yaml"
@@ -181,14 +181,14 @@ def client(target: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def source() -> Source:
-    from lab_model.catalogue import load_catalogue, locate
+    from lab_model.models.catalogue import load_catalogue, locate
 
     return locate(load_catalogue(None)[0])
 
 
 @pytest.fixture(scope="session")
 def file(source: Source) -> File:
-    from lab_model.gguf import File
+    from lab_model.weights.gguf import File
 
     assert source.gguf_file
     return File(Path(source.folder) / source.gguf_file)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from lab_model import native
+from lab_model.runners import cpu
 
 
 def missing() -> str | None:
     """What this machine lacks for them, or for the one in LAB_KERNELS; sources that do not compile are no lack."""
     try:
-        native._runnable()
-    except native.NativeError as error:
+        cpu._runnable()
+    except cpu.NativeError as error:
         return str(error)
-    return None if native._compiler() else "no compiler"
+    return None if cpu._compiler() else "no compiler"
 
 
 kernels = pytest.mark.skipif(missing() is not None, reason=f"no kernels here: {missing()}")

@@ -9,13 +9,13 @@ import httpx2
 import pytest
 import tiny
 from conftest import TINY
-from lab_model import api
-from lab_model.api import generation_app
-from lab_model.engine import Engine
-from lab_model.generator import Generator
-from lab_model.grammar import TokenGrammar
-from lab_model.plain import Plain
-from lab_model.text import Text
+from lab_model.api import app as api_app
+from lab_model.api.app import generation_app
+from lab_model.api.generator import Generator
+from lab_model.engine.scheduler import Engine
+from lab_model.runners.transformers import Plain
+from lab_model.text.grammar import TokenGrammar
+from lab_model.text.tokenizer import Text
 
 END = 0  # the tiny tokenizer's end of text
 
@@ -78,4 +78,4 @@ def says(monkeypatch: pytest.MonkeyPatch, app: InProcess, text: str) -> None:
     async def puppet(*_: Any) -> TokenGrammar:
         return app.generator.grammars.make(f"%llguidance {{}}\nstart: {json.dumps(text)}")
 
-    monkeypatch.setattr(api, "grammar_of", puppet)
+    monkeypatch.setattr(api_app, "grammar_of", puppet)

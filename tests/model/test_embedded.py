@@ -15,14 +15,16 @@ from fixtures_embedded import kernels
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab_model import gguf, native, weights
-from lab_model.catalogue import Source, load_catalogue
-from lab_model.engine import Engine, Event, Request, Runner, Span
-from lab_model.llama import Llama
-from lab_model.native import MOST_ROWS, Native
-from lab_model.pages import PAGE_TOKENS
-from lab_model.replica import load_causal, read_text
-from lab_model.sampling import Sampling
+from lab_model.engine.kv_pages import PAGE_TOKENS
+from lab_model.engine.sampler import Sampling
+from lab_model.engine.scheduler import Engine, Event, Request, Runner, Span
+from lab_model.models.catalogue import Source, load_catalogue
+from lab_model.models.loading import load_causal, read_text
+from lab_model.runners import cpu
+from lab_model.runners.cpu import MOST_ROWS, Native
+from lab_model.runners.llama import Llama
+from lab_model.weights import gguf
+from lab_model.weights import llama as llama_weights
 from transformers import AutoTokenizer
 
 CPU = torch.device("cpu")
@@ -89,7 +91,11 @@ def test_tokenizer_is_that_of_transformers(source: Source, file: gguf.File) -> N
 @pytest.mark.parametrize("reader", ["transformers", "ours"])
 def test_greedy_equals_generate_in_float32(reference: Any, file: gguf.File, ids: list[int], reader: str) -> None:
     """Our forward over the same dequantized weights answers token by token what `generate` answers."""
-    read = weights.from_model(reference) if reader == "transformers" else weights.from_file(file, torch.float32, CPU)
+    read = (
+        llama_weights.from_model(reference)
+        if reader == "transformers"
+        else llama_weights.from_file(file, torch.float32, CPU)
+    )
     runner = Llama(read, CPU, torch.float32)
     for length in (7, 64, 150):
         prompt = torch.tensor([ids[:length]])
@@ -246,7 +252,7 @@ def test_without_kernels_the_file_is_unpacked(
     source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str
 ) -> None:
     """No compiler, another processor: torch's operators run the same file, and the log says why and what to do."""
-    monkeypatch.setattr(native, "reason", lambda: "there is no C compiler")
+    monkeypatch.setattr(cpu, "reason", lambda: "there is no C compiler")
     entry = load_catalogue(None)[0].model_copy(update={"dtype": dtype})
     with caplog.at_level(logging.WARNING):
         runner, _, _ = load_causal(entry, source, CPU)
@@ -259,11 +265,11 @@ def test_without_kernels_the_file_is_unpacked(
 
 def test_files_of_other_models_are_left_to_transformers(file: gguf.File, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias, stretched rotations, another architecture: nothing of a file is passed over in silence."""
-    assert weights.reads(file)
+    assert llama_weights.reads(file)
     with monkeypatch.context() as patch:
         patch.setitem(file.tensors, "blk.0.attn_q.bias", file.tensors["blk.0.attn_norm.weight"])
-        assert not weights.reads(file)
-        assert not native.reads(file)
+        assert not llama_weights.reads(file)
+        assert not cpu.reads(file)
     said = file.metadata
     for key, value in (
         ("llama.rope.scaling.type", "yarn"),
@@ -277,16 +283,16 @@ def test_files_of_other_models_are_left_to_transformers(file: gguf.File, monkeyp
     ):
         with monkeypatch.context() as patch:
             patch.setitem(said, key, value)
-            assert not weights.reads(file), key
-            assert not native.reads(file), key
+            assert not llama_weights.reads(file), key
+            assert not cpu.reads(file), key
     for key in ("llama.block_count", "llama.attention.layer_norm_rms_epsilon"):
         with monkeypatch.context() as patch:
             patch.delitem(said, key)
-            assert not weights.reads(file), key
+            assert not llama_weights.reads(file), key
     with monkeypatch.context() as patch:
         patch.delitem(file.tensors, "blk.29.ffn_up.weight")
-        assert not weights.reads(file)
-        assert not native.reads(file)
+        assert not llama_weights.reads(file)
+        assert not cpu.reads(file)
 
 
 @kernels
@@ -354,7 +360,7 @@ def test_a_file_of_any_content_is_read_or_refused(small: bytes, tmp_path: Path, 
         file = gguf.File(path)
         with gguf.named(path):
             read_text(file)
-            native.reads(file)
+            cpu.reads(file)
             for tensor in file.tensors.values():
                 tensor.dense()
     except gguf.GGUFError as error:

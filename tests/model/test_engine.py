@@ -14,8 +14,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_model import weights
-from lab_model.engine import (
+from lab_model.engine.kv_pages import PAGE_TOKENS
+from lab_model.engine.sampler import Sampling
+from lab_model.engine.scheduler import (
     PIECE_TOKENS,
     CancelledError,
     DeadlineError,
@@ -29,18 +30,17 @@ from lab_model.engine import (
     Runner,
     UnknownTokenError,
 )
-from lab_model.graphs import Graphs
-from lab_model.llama import Llama
-from lab_model.pages import PAGE_TOKENS
-from lab_model.plain import Plain
-from lab_model.sampling import Sampling
+from lab_model.runners.cuda_graphs import Graphs
+from lab_model.runners.llama import Llama
+from lab_model.runners.transformers import Plain
+from lab_model.weights import llama as llama_weights
 
 # Every architecture by transformers' own forward, and those of the family by ours too.
 RUNNERS = ("llama", "llama plain", "qwen2", "qwen3", "qwen3 plain", "gpt2 plain")
 
 
 def runner(model: Any, *, plain: bool = False) -> Runner:
-    return Plain(model) if plain else Llama(weights.from_model(model), model.device, model.dtype)
+    return Plain(model) if plain else Llama(llama_weights.from_model(model), model.device, model.dtype)
 
 
 class Bench:
@@ -159,7 +159,7 @@ def test_logits_are_for_an_engine_at_rest() -> None:
 def test_steps_of_one_shape_equal_generate(device: str) -> None:
     """What CUDA records as graphs gives the same tokens; on the CPU the same code runs unrecorded."""
     model = tiny.model("qwen3").to(device)
-    made = Llama(weights.from_model(model), torch.device(device), torch.float32)
+    made = Llama(llama_weights.from_model(model), torch.device(device), torch.float32)
     made.graphs = Graphs(made.step, torch.device(device))
     bench = Bench(made)
     try:
@@ -294,7 +294,7 @@ class NaN(Llama):
 
 def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
     """The ill request fails; its neighbours' answers are what they would have been."""
-    bench = Bench(NaN(weights.from_model(llama), llama.device, llama.dtype))
+    bench = Bench(NaN(llama_weights.from_model(llama), llama.device, llama.dtype))
     try:
         well = [p for p in prompts(20, 30, 40) if 7 not in p]
         requests = [asking(p, 20) for p in well]
@@ -318,7 +318,7 @@ def test_who_leaves_half_way_leaves_no_nan_behind(llama: Any) -> None:
     """A request of which one piece is computed, NaN and all, is cancelled; two others inherit its pages."""
     events: list[Event] = []
     engine = Engine(
-        NaN(weights.from_model(llama), llama.device, llama.dtype), events.extend, kv_tokens=10 * PAGE_TOKENS
+        NaN(llama_weights.from_model(llama), llama.device, llama.dtype), events.extend, kv_tokens=10 * PAGE_TOKENS
     )
     ill = Request([5, 7] * 145, 20)
     engine.submit(ill)
@@ -367,7 +367,7 @@ def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
             embedded = super()._embed(ids)
             return embedded * float("nan") if self.ill else embedded
 
-    made = Once(weights.from_model(llama), llama.device, llama.dtype)
+    made = Once(llama_weights.from_model(llama), llama.device, llama.dtype)
     bench = Bench(made)
     try:
         (prompt,) = prompts(300)
@@ -418,7 +418,7 @@ def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: An
                 raise RuntimeError("made for this test")
             super().wipe(pages)
 
-    made = Unwiped(weights.from_model(llama), llama.device, llama.dtype)
+    made = Unwiped(llama_weights.from_model(llama), llama.device, llama.dtype)
     bench = Bench(made)
     try:
         (prompt,) = prompts(9)

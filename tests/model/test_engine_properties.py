@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import event as count
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lab_model import weights
-from lab_model.engine import (
+from lab_model.engine.kv_pages import PAGE_TOKENS
+from lab_model.engine.sampler import Choice, Draw, Sampling, sample
+from lab_model.engine.scheduler import (
     MOST_FAULTS,
     DeadlineError,
     Engine,
@@ -31,10 +32,9 @@ from lab_model.engine import (
     Request,
     Span,
 )
-from lab_model.llama import Llama
-from lab_model.pages import PAGE_TOKENS
-from lab_model.plain import Plain
-from lab_model.sampling import Choice, Draw, Sampling, sample
+from lab_model.runners.llama import Llama
+from lab_model.runners.transformers import Plain
+from lab_model.weights import llama as llama_weights
 
 VOCABULARY = 64
 POISON = 7  # a text that holds it has logits of NaN; no text that does not can come to it
@@ -516,7 +516,7 @@ FAULTS = {name for name in HOSTILE if "schema" in name or name in {"NaN logits",
 
 def runner(kind: str) -> Any:
     model = tiny.model("llama")
-    return Llama(weights.from_model(model), model.device, model.dtype) if kind == "llama" else Plain(model)
+    return Llama(llama_weights.from_model(model), model.device, model.dtype) if kind == "llama" else Plain(model)
 
 
 def neighbours() -> list[Request]:
@@ -580,7 +580,7 @@ def test_keys_that_are_no_numbers_reach_no_neighbour(kind: str, place: int, leng
     made.get_input_embeddings().register_forward_hook(
         lambda _, given, out: out.masked_fill(given[0][..., None] == rare, float("nan"))
     )
-    model = NaNLlama(weights.from_model(made), made.device, made.dtype) if kind == "llama" else Plain(made)
+    model = NaNLlama(llama_weights.from_model(made), made.device, made.dtype) if kind == "llama" else Plain(made)
     model.rare = rare
     heard = Heard(model)
     try:

@@ -19,7 +19,7 @@ import pytest
 import tiny
 import yaml
 from conftest import MODEL_START_SECONDS
-from lab_model.front import REST_SECONDS, Front, FrontError, Route, binary
+from lab_model.serving.front import REST_SECONDS, Front, FrontError, Route, binary
 from processes import Process, free_port, process, python
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")

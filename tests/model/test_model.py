@@ -22,13 +22,15 @@ import pytest
 import tiny
 from conftest import CHAT, EMBEDDING, TINY
 from inprocess import InProcess, events, says
-from lab_model import wire
+from lab_model import errors
 from lab_model.__main__ import relay_log
-from lab_model.api import embedding_app
-from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, revision
-from lab_model.chat import ChatRequest
+from lab_model.api.app import embedding_app
+from lab_model.api.wire import requests
+from lab_model.api.wire.chat import ChatRequest
+from lab_model.errors import CatalogueError
 from lab_model.host import cores, memory_left
-from lab_model.text import Growing, Text
+from lab_model.models.catalogue import Entry, load_catalogue, locate, revision
+from lab_model.text.tokenizer import Growing, Text
 from processes import Process, free_port, python
 
 
@@ -238,8 +240,8 @@ def test_a_huge_wrong_body_is_refused_at_once(entry: object, count: int) -> None
 
     def seconds() -> float:
         started = time.thread_time()
-        with pytest.raises(wire.BadRequestError) as refused:
-            wire.parse(wire.CompletionRequest, {"model": TINY, "prompt": [entry] * count})
+        with pytest.raises(errors.BadRequestError) as refused:
+            requests.parse(requests.CompletionRequest, {"model": TINY, "prompt": [entry] * count})
         took = time.thread_time() - started
         assert (refused.value.param or "").startswith("prompt")
         return took
@@ -256,8 +258,8 @@ def test_a_huge_wrong_body_is_refused_at_once(entry: object, count: int) -> None
     ],
 )
 def test_the_param_of_an_error_is_a_path_of_the_body(content: Any, param: str) -> None:
-    with pytest.raises(wire.BadRequestError) as refused:
-        wire.parse(ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
+    with pytest.raises(errors.BadRequestError) as refused:
+        requests.parse(ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
     assert refused.value.param == param
 
 
@@ -717,7 +719,7 @@ def test_revision_changes_with_weights_and_code_and_nothing_else(
     other = revision(entry, locate(entry))
     assert other != before
     write(tmp_path / "linear.py", "ROUNDS = 'otherwise'")
-    monkeypatch.setattr("lab_model.catalogue.CODE", tmp_path)
+    monkeypatch.setattr("lab_model.models.catalogue.CODE", tmp_path)
     assert revision(entry, locate(entry)) not in {before, other}
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from fixtures_embedded import kernels, missing
-from lab_model import gguf, native
-from lab_model.engine import Span
-from lab_model.native import Native
+from lab_model.engine.scheduler import Span
+from lab_model.runners import cpu
+from lab_model.runners.cpu import Native
+from lab_model.weights import gguf
 
 PAGES = [[1, 2, 3, 4], [5, 6, 7, 8]]
 LENGTH = 100
@@ -33,17 +34,17 @@ def ids(file: gguf.File) -> list[list[int]]:
     return [tokenizer.encode(text * 9).ids[:LENGTH] for text in texts]
 
 
-@pytest.fixture(scope="module", params=native.VARIANTS)
+@pytest.fixture(scope="module", params=cpu.VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every one that this machine can run, taken by what starts while it is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_KERNELS", request.param)
-        native.library.cache_clear()
+        cpu.library.cache_clear()
         if lack := missing():
             pytest.skip(f"{request.param}: {lack}")
-        native.library()
+        cpu.library()
         yield request.param
-    native.library.cache_clear()
+    cpu.library.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_what_is_no_number_reaches_no_token_before_it(variant: str) -> None:
 @pytest.fixture
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What stands in for /proc/cpuinfo; nobody asks for a variant."""
-    monkeypatch.setattr(native, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "PROCESSOR", tmp_path / "cpuinfo")
     monkeypatch.delenv("LAB_KERNELS", raising=False)
     return tmp_path / "cpuinfo"
 
@@ -273,12 +274,12 @@ def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the sources and nothing compiled."""
-    for name in ("kernels.c", "vectors.h"):
-        shutil.copy(native.SOURCE.with_name(name), tmp_path)
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernels.c")
-    native.library.cache_clear()
+    for source in cpu.SOURCE.parent.glob("*.[ch]"):
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "kernels.c")
+    cpu.library.cache_clear()
     yield tmp_path
-    native.library.cache_clear()
+    cpu.library.cache_clear()
 
 
 AVX2 = "sse4_2 fma avx f16c avx2"
@@ -297,28 +298,28 @@ AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
 )
 def test_a_processor_takes_the_best_that_it_has(processor: Path, flags: str, takes: list[str]) -> None:
     processor.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: avx512_vnni\n")
-    assert native._runnable() == takes
+    assert cpu._runnable() == takes
 
 
 def test_all_cores_must_have_it(processor: Path) -> None:
     processor.write_text(f"flags : {AVX512} avx512_vnni\nflags : {AVX2}\n")
-    assert native._runnable() == ["avx2"]
+    assert cpu._runnable() == ["avx2"]
 
 
 def test_what_a_processor_lacks_is_named(processor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own name; the same where a variant is asked for that it lacks, or that there is not."""
-    with pytest.raises(native.NativeError, match="cpuinfo"):
-        native._runnable()
+    with pytest.raises(cpu.NativeError, match="cpuinfo"):
+        cpu._runnable()
     processor.write_text("flags : fpu avx f16c\n")
-    with pytest.raises(native.NativeError, match=r"this processor has no avx2, fma$"):
-        native._runnable()
+    with pytest.raises(cpu.NativeError, match=r"this processor has no avx2, fma$"):
+        cpu._runnable()
     processor.write_text(f"flags : {AVX2}\n")
     monkeypatch.setenv("LAB_KERNELS", "avxvnni")
-    with pytest.raises(native.NativeError, match=r"this processor has no avx_vnni$"):
-        native._runnable()
+    with pytest.raises(cpu.NativeError, match=r"this processor has no avx_vnni$"):
+        cpu._runnable()
     monkeypatch.setenv("LAB_KERNELS", "neon")
-    with pytest.raises(native.NativeError, match="LAB_KERNELS is none of avx512, avxvnni, avx2"):
-        native._runnable()
+    with pytest.raises(cpu.NativeError, match="LAB_KERNELS is none of avx512, avxvnni, avx2"):
+        cpu._runnable()
 
 
 def compiler(folder: Path, refuses: str) -> str:
@@ -333,11 +334,11 @@ def compiler(folder: Path, refuses: str) -> str:
 def test_an_old_compiler_makes_the_next_best(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not know the newer instructions: the start goes on with those it knows, and compiles nothing else."""
     monkeypatch.setenv("CC", compiler(empty, "*-mavx512*|*-mavxvnni*"))
-    assert native.library()
+    assert cpu.library()
     assert len(list(empty.glob("__pycache__/*.so"))) == 1
 
 
-@pytest.mark.skipif(not native._compiler(), reason="no compiler here")
+@pytest.mark.skipif(not cpu._compiler(), reason="no compiler here")
 def test_all_are_compiled_for_an_image(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,29 +346,29 @@ def test_all_are_compiled_for_an_image(
     known = empty / "known"
     known.mkdir()
     monkeypatch.setenv("CC", compiler(empty, "*-mavxvnni*"))
-    assert native.main(str(known)) == 0
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()][-3:] == list(native.VARIANTS)
+    assert cpu.main(str(known)) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()][-3:] == list(cpu.VARIANTS)
     assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 2
     for made in empty.glob("__pycache__/*"):
         made.unlink()
     monkeypatch.setenv("CC", compiler(empty, "*"))
-    assert native.main(str(known)) == 0
+    assert cpu.main(str(known)) == 0
     assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 2
     for made in empty.glob("__pycache__/*"):
         made.unlink()
     capsys.readouterr()
-    assert native.main() == 1
+    assert cpu.main() == 1
     assert capsys.readouterr().out.count("unknown option") == 3
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", os.devnull)
-    assert native.main() == 0
+    assert cpu.main() == 0
 
 
-@pytest.mark.skipif(not native._compiler(), reason="no compiler here")
+@pytest.mark.skipif(not cpu._compiler(), reason="no compiler here")
 def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(
     empty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "VARIANTS", {"avx2": native.VARIANTS["avx2"]})
-    assert native.main(str(empty / "missing")) == 0
+    monkeypatch.setattr(cpu, "VARIANTS", {"avx2": cpu.VARIANTS["avx2"]})
+    assert cpu.main(str(empty / "missing")) == 0
     assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 1
     assert "cannot be kept" in caplog.text

@@ -13,15 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_model import sampling
-from lab_model.sampling import Choice, Draw, Grammar, SampleError, Sampling
+from lab_model.engine import sampler
+from lab_model.engine.sampler import Choice, Draw, Grammar, SampleError, Sampling
 
 INF = float("inf")
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleError]:
     """`sampling.sample` changes what it is given, and these tests use it again."""
-    return sampling.sample(logits.clone(), draws)
+    return sampler.sample(logits.clone(), draws)
 
 
 class Allow:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_model.text import Decoding, Growing, PieceDecoding, TemplateError, Text
+from lab_model.text.tokenizer import Decoding, Growing, PieceDecoding, TemplateError, Text
 
 PLAIN = tiny.tokenizer()
 TEXT = Text.of(PLAIN)

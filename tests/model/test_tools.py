@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import END, InProcess, says
-from lab_model.answer import CallPart
-from lab_model.grammar import ANY_OBJECT, GrammarError, Grammars, TokenGrammar, answer_source
-from lab_model.text import Text
-from lab_model.tools import Calls, ForcedCalls, FreeCalls, Said, told
+from lab_model.api.wire.answers import CallPart
+from lab_model.text.grammar import ANY_OBJECT, GrammarError, Grammars, TokenGrammar, answer_source
+from lab_model.text.tokenizer import Text
+from lab_model.text.tool_calls import Calls, ForcedCalls, FreeCalls, Said, told
 
 ARGUMENTS: dict[str, Any] = {
     "type": "object",

@@ -14,15 +14,16 @@ import pytest
 import tiny
 from conftest import TINY
 from inprocess import InProcess
-from lab_model import wire
-from lab_model.answer import Piece
-from lab_model.choice import Choice
-from lab_model.engine import CancelledError, EngineFaultError, Event, Request
-from lab_model.envelope import Record
-from lab_model.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, Flow, Generator, Work
-from lab_model.sampling import Logprob
-from lab_model.text import Text
-from lab_model.tools import CALL_BEGIN, ForcedCalls, ending
+from lab_model import errors
+from lab_model.api.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, Flow, Generator, Work
+from lab_model.api.http.service import Record
+from lab_model.api.wire.answers import Piece
+from lab_model.engine.sampler import Logprob
+from lab_model.engine.scheduler import CancelledError, EngineFaultError, Event, Request
+from lab_model.text.choice import Choice
+from lab_model.text.tokenizer import Text
+from lab_model.text.tool_calls import ForcedCalls
+from lab_model.tools import CALL_BEGIN, ending
 from starlette.types import Message
 
 STREAMS = 150  # so many that only its limit bounds the wait
@@ -95,7 +96,7 @@ class Stage:
                     async for part in pieces:
                         begun.writes.append((time.monotonic(), part))
                         await begun.reads.wait()
-            except wire.WireError as error:
+            except errors.ApiError as error:
                 begun.error = error
 
         begun.task = asyncio.create_task(read())
@@ -261,8 +262,8 @@ async def test_what_comes_after_a_stop_string_is_not_counted(stage: Stage) -> No
 async def test_nobody_touches_what_waits(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token among many costs nothing until it is time; then each stream gets all of its own at once."""
     await stage.crowd()
-    monkeypatch.setattr("lab_model.generator.LONGEST_WAIT_SECONDS", 60)
-    monkeypatch.setattr("lab_model.generator.WRITES_A_SECOND", 1)
+    monkeypatch.setattr("lab_model.api.generator.LONGEST_WAIT_SECONDS", 60)
+    monkeypatch.setattr("lab_model.api.generator.WRITES_A_SECOND", 1)
     given = list[Event]()
     give = stage.generator._give
     stage.generator._give = lambda event: (given.append(event), give(event))[1]  # type: ignore[method-assign, func-returns-value]
@@ -270,7 +271,7 @@ async def test_nobody_touches_what_waits(stage: Stage, monkeypatch: pytest.Monke
     for word in words:
         await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stage.streams))
         assert not given
-    monkeypatch.setattr("lab_model.generator.LONGEST_WAIT_SECONDS", 0)
+    monkeypatch.setattr("lab_model.api.generator.LONGEST_WAIT_SECONDS", 0)
     await stage.step(*(Event(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
     assert len(given) == STREAMS
     assert {one.text for one in stage.streams} == {"the" + "".join(words) + " the"}
@@ -375,7 +376,7 @@ async def test_an_error_comes_after_what_was_held(stage: Stage) -> None:
     await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
     await stage.step(Event(one.requests[0], [], error=EngineFaultError("the model failed: Test")))
     assert one.text == "the cat"
-    assert isinstance(one.error, wire.ServerError)
+    assert isinstance(one.error, errors.ServerError)
 
 
 async def test_an_answer_in_one_piece_is_woken_at_its_beginning_and_end(stage: Stage) -> None:

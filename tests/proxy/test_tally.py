@@ -23,12 +23,12 @@ from conftest import MODEL_START_SECONDS
 from fixtures_keys import ADMIN_KEY, school_on
 from fixtures_proxy import CHAT_MODEL, eventually, new, proxy, redis_url
 from inprocess import END, InProcess
-from lab_model import envelope
-from lab_model.api import embedding_app
-from lab_model.engine import Request
-from lab_model.generator import Work
-from lab_model.tally import SLOTS, Tally, Used, find
-from lab_model.text import Text
+from lab_model.api.app import embedding_app
+from lab_model.api.generator import Work
+from lab_model.api.http import service
+from lab_model.api.http.usage import SLOTS, Tally, Used, find
+from lab_model.engine.scheduler import Request
+from lab_model.text.tokenizer import Text
 from lab_proxy import tally as asking
 from lab_proxy.errors import UpstreamDown
 from processes import Process, free_port, process, python, redis_server
@@ -366,7 +366,7 @@ def test_cache_a1_json_that_is_abandoned_costs_what_the_model_tells(tmp_path: Pa
 async def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[InProcess]:
     ring = Tally()
     ring.open(tmp_path)
-    monkeypatch.setattr(envelope, "TALLY", ring)
+    monkeypatch.setattr(service, "TALLY", ring)
     made = InProcess(max_running=1, max_queued=1)
     yield made
     await made.close()
@@ -408,7 +408,7 @@ async def test_cache_a1_what_is_told_is_what_the_engine_computed(small: InProces
     by its own request id: its usage. Refused: nothing."""
 
     def counted() -> tuple[float, float]:
-        values = [envelope.TOKENS.labels("tiny", kind)._value.get() for kind in ("prompt", "completion")]
+        values = [service.TOKENS.labels("tiny", kind)._value.get() for kind in ("prompt", "completion")]
         return values[0], values[1]
 
     before, made = counted(), small.engine.stats().generated_tokens
@@ -491,7 +491,7 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
     """The inputs whose vectors were made before it was heard that nobody waits; of a request in the queue none."""
     ring = Tally()
     ring.open(tmp_path)
-    monkeypatch.setattr(envelope, "TALLY", ring)
+    monkeypatch.setattr(service, "TALLY", ring)
 
     class Half:
         context, dimensions = 16, 2
@@ -532,7 +532,7 @@ def test_the_ring_is_bounded_and_forgets(tmp_path: Path, monkeypatch: pytest.Mon
     two.put("1", Used(2, 2, 2))
     assert find(tmp_path, ["1"]) == {"1": (2, 2, 2)}, "the latest"
     assert sum(path.stat().st_size for path in tmp_path.glob("*.tally")) == 2 * SLOTS * 40
-    monkeypatch.setattr("lab_model.tally.KEPT_SECONDS", -1.0)
+    monkeypatch.setattr("lab_model.api.http.usage.KEPT_SECONDS", -1.0)
     assert find(tmp_path, ids) == {}
     nowhere = Tally()
     nowhere.open(tmp_path / "none")
