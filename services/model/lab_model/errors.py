@@ -1,8 +1,12 @@
-"""Errors of the service: an unusable catalogue, and one tree of what the API answers."""
+"""Errors: an unusable catalogue, and one tree of those that the API answers."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
+
+
+class CatalogueError(Exception):
+    """The catalogue or a model's source cannot be used. The message names the line and what to do."""
 
 
 class ApiError(Exception):
@@ -63,7 +67,7 @@ class BusyError(ApiError):
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
-        # Whole seconds, at least one: RFC 9110 knows no fractions here.
+        # Whole seconds, at least one: RFC 9110 has no fractions here.
         self.headers = {"retry-after": str(max(1, round(retry_after + 0.499)))}
 
 
@@ -85,7 +89,3 @@ class UnavailableError(ServerError):
 
 def deadline_exceeded() -> DeadlineExceededError:
     return DeadlineExceededError("The time that x-request-timeout-ms gave is over.")
-
-
-class CatalogueError(Exception):
-    """The catalogue or a model's source is not usable. The message says which line, and what to do."""

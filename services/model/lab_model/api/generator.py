@@ -1,6 +1,6 @@
-"""One model's answers: the way between the engine's thread and the event loop, and what the engine's errors mean.
+"""The client of one model's engine: between the engine's thread and the event loop, and its errors as API errors.
 
-Knows engine and asyncio; knows nothing of HTTP requests or token ids.
+Knows the scheduler and asyncio. Knows nothing of request bodies or of single endpoints.
 """
 
 from __future__ import annotations
@@ -13,59 +13,60 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
-from .. import errors
-from ..engine.scheduler import (
+from ..engine.request import (
     DeadlineError,
-    Engine,
     EngineError,
     EngineFaultError,
-    Event,
     QueueFullError,
     Request,
+    Stats,
+    StepOutput,
     UnknownTokenError,
 )
-from ..errors import deadline_exceeded
-from ..text.choice import Choice
+from ..engine.scheduler import Scheduler
+from ..errors import BadRequestError, BusyError, ServerError, UnavailableError, deadline_exceeded
+from ..text.choice import Choice, Piece
 from ..text.grammar import Grammars, TokenGrammar
-from ..text.tokenizer import Text
-from .http.service import Record
-from .http.usage import Used
-from .wire.answers import Piece
+from ..text.tokenizer import ModelTokenizer
+from .http.record import ENGINE, Record
+from .http.usage import TokenUsage
 
 T = TypeVar("T")
 
-# A schema's compilation ends by its own limits after about a second; this is for those who wait behind others.
+# A compilation ends by the limits on schemas after about a second; this bounds the wait behind others.
 COMPILE_SECONDS = 10
 MOST_COMPILING = 16
-# The gauges are at most this old.
+# The metrics of the engine are at most this old.
 MEASURE_SECONDS = 0.5
-# What is done for a token costs the cores that the engine computes on, and ten times what it takes by itself: after a
-# step the caches hold weights. Together the streams write about so often a second: a token waits for those that follow
-# it, the longer the more streams there are, and until then nobody touches it; never longer than this, or one step.
+# Handling a token takes time from the cores that the engine computes on, and ten times what it takes alone: after a
+# step the CPU caches hold weights. So all streams together write about this often a second: a token waits for the ones
+# after it, longer the more streams there are, and is not handled before; at most LONGEST_WAIT_SECONDS, or one step.
 WRITES_A_SECOND = 640
 LONGEST_WAIT_SECONDS = 0.05
 
-# `sum` over the replicas of a model, each a process.
-RUNNING = Gauge("model_running", "Requests in the batch.", ["model"], multiprocess_mode="livesum")
-WAITING = Gauge("model_waiting", "Requests in the queue.", ["model"], multiprocess_mode="livesum")
-KV_USED = Gauge("model_kv_used_ratio", "Part of the KV pages in use.", ["model"], multiprocess_mode="livemax")
-FAULTS = Gauge("model_engine_faults", "Steps that failed since the start.", ["model"], multiprocess_mode="livesum")
-PREEMPTED = Gauge(
-    "model_preempted", "Requests sent back to the queue for their pages.", ["model"], multiprocess_mode="livesum"
-)
+# Summed over the replicas of a model, each of which is a process.
+LABELS = ["model_name", "engine"]
+RUNNING = Gauge("vllm:num_requests_running", "Requests in the batch.", LABELS, multiprocess_mode="livesum")
+WAITING = Gauge("vllm:num_requests_waiting", "Requests in the queue.", LABELS, multiprocess_mode="livesum")
+KV_USED = Gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", LABELS, multiprocess_mode="livemax")
+PREEMPTED = Counter("vllm:num_preemptions", "Requests sent back to the queue for their pages.", LABELS)
+QUERIES = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", LABELS)
+HITS = Counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", LABELS)
+SUCCESS = Counter("vllm:request_success", "Choices generated to their end.", [*LABELS, "finished_reason"])
+FAULTS = Counter("lab_model_engine_faults", "Steps of the engine that failed.", ["model_name"])
 
 
-class Work:
-    """What the engine does for one request of the API. `ended` is set while it has nothing to do for it."""
+class EngineWork:
+    """The engine's work for one API request. `ended` is set while there is none."""
 
     def __init__(self, requests: Sequence[Request], each: int) -> None:
-        """`each`: so many `requests`, one after the other, share a prompt."""
+        """each: so many consecutive `requests` share a prompt."""
         self.requests = requests
         self.ended = asyncio.Event()
         self.ended.set()
-        self.counted: dict[int, int] = {}  # tokens of those that ended for the caller, by their place
+        self.counted: dict[int, int] = {}  # tokens of requests that ended for the caller, by index
         self._each = each
         self._open: set[Request] = set()
 
@@ -78,76 +79,78 @@ class Work:
         if not self._open:
             self.ended.set()
 
-    def used(self) -> Used:
-        """What was computed, final when `ended`: of a prompt as much as was prefilled, or found in the prefix cache on
-        the way; of an answer every token, also one that nobody was there for. An answer that ended before the request
-        did counts like a whole one."""
+    def used(self) -> TokenUsage:
+        """Tokens computed so far; final when `ended`. Of a prompt, those that were prefilled or found in the prefix
+        cache; of an answer, all tokens, also those generated after the client left. An answer that ended before its
+        engine request counts as complete."""
         prompt = cached = 0
         for at in range(0, len(self.requests), self._each):
-            alike = self.requests[at : at + self._each]
-            computed = max(min(request.prefilled, len(request.prompt)) for request in alike)
+            same_prompt = self.requests[at : at + self._each]
+            computed = max(min(request.prefilled, len(request.prompt)) for request in same_prompt)
             prompt += computed
-            cached += min(computed, alike[0].reused)
+            cached += min(computed, same_prompt[0].prefix_hit_tokens)
         tokens = [self.counted.get(at, request.generated) for at, request in enumerate(self.requests)]
-        return Used(prompt, sum(tokens), cached)
+        return TokenUsage(prompt, sum(tokens), cached)
 
 
-class Flow:
-    """One call of the API while it is answered: the engine's events in, pieces out, gathered until they leave."""
+class OutputCollector:
+    """Collects the output of one API request: the engine's step outputs in, pieces out, merged until they are taken."""
 
-    def __init__(self, work: Work, choices: Sequence[Choice], record: Record, *, stream: bool) -> None:
+    def __init__(self, work: EngineWork, choices: Sequence[Choice], record: Record, *, stream: bool) -> None:
         self.work, self.stream = work, stream
-        self.woken = asyncio.Event()  # it is time to take what there is
-        self.begun = False  # something was taken
+        self.ready = asyncio.Event()  # pieces are to be taken now
+        self.begun = False  # a piece has been taken
         self.left = len(choices)
         self.error: Exception | None = None
         self._choices, self._record = choices, record
         self._counts = [0] * len(choices)
         self._pieces: list[Piece] = []
-        self._last: dict[int, Piece] = {}  # of each choice, of those in `_pieces`
+        self._last: dict[int, Piece] = {}  # the last piece of each choice in `_pieces`
 
     def take(self) -> list[Piece]:
-        """What has gathered, at most a piece for each choice, but for tool calls."""
-        self.woken.clear()
+        """The collected pieces: without tool calls at most one for each choice."""
+        self.ready.clear()
         pieces, self._pieces, self._last = self._pieces, [], {}
         self.begun = self.begun or bool(pieces)
         return pieces
 
-    def push(self, index: int, event: Event) -> bool:
-        """What the engine brought choice `index`; whether the engine may forget its request.
+    def push(self, index: int, output: StepOutput) -> bool:
+        """Add a step's output of choice `index`; whether the engine may cancel its request.
 
-        Stop strings and tool calls are found here and now: an answer that has ended makes no more tokens, and its end
-        waits for nobody.
+        Stop strings and tool calls are found here at once: an ended answer generates no more tokens, and its end is
+        not delayed.
         """
         choice = self._choices[index]
         if choice.ended or self.error or not self.left:
             return False
         if self._record.ttft is None:
             self._record.ttft = time.monotonic() - self._record.started
-        if event.error:
-            self.end(event.error)
+        if output.error:
+            self.end(output.error)
             return False
-        # Of what was delivered: the engine may be steps ahead when a stop string is found here.
-        count = len(event.tokens) + (event.finish == "stop")
+        # Counted by delivered tokens: the engine may be steps ahead when a stop string is found.
+        count = len(output.tokens) + (output.finish == "stop")
         self._record.completion_tokens += count
         self._counts[index] += count
-        piece = choice.push(event)
+        piece = choice.push(output)
         if piece is None:
             return False
         self._add(piece)
         if piece.finish:
             self.left -= 1
             self.work.counted[index] = self._counts[index]
-            self.woken.set()
-        return bool(piece.finish and not event.finish)
+            reason = "length" if piece.finish == "length" else "stop"
+            SUCCESS.labels(self._record.model or "-", ENGINE, reason).inc()
+            self.ready.set()
+        return bool(piece.finish and not output.finish)
 
     def end(self, error: Exception) -> None:
-        """There is no more than what has gathered, and this."""
+        """No more output follows; raise `error` after the collected pieces."""
         self.error = error
-        self.woken.set()
+        self.ready.set()
 
     def close(self) -> None:
-        """Nobody takes anything any more."""
+        """Discard all further output."""
         self.left = 0
 
     @property
@@ -156,10 +159,10 @@ class Flow:
 
     @property
     def waiting(self) -> bool:
-        return bool(self._pieces) and not self.woken.is_set()
+        return bool(self._pieces) and not self.ready.is_set()
 
     def eager(self, index: int) -> bool:
-        """Whether choice `index` has to see each token when it comes: it may end the answer, or show the first one."""
+        """Whether choice `index` needs each token at once: it may end the answer, or be the first to show."""
         return self._choices[index].ends_itself or not (self.begun or self._pieces)
 
     def _add(self, piece: Piece) -> None:
@@ -174,36 +177,39 @@ class Flow:
             last.scored += piece.scored or ()
 
 
-class Generator:
-    """One chat or base model: tokenizer, engine, and the way between the engine's thread and the event loop."""
+class EngineClient:
+    """One chat or base model: its name, tokenizer and engine. Its methods run on the event loop, but for `deliver`."""
 
-    def __init__(self, *, name: str, kind: str, revision: str, text: Text, default_max_tokens: int) -> None:
+    def __init__(self, *, name: str, kind: str, revision: str, text: ModelTokenizer, default_max_tokens: int) -> None:
         self.name, self.kind, self.revision, self.text = name, kind, revision, text
         self.default_max_tokens = default_max_tokens
-        self._measured = 0.0
+        self._measured = 0.0  # when the metrics were last set
+        self._stats: Stats | None = None  # of then
         self.stop_ids: frozenset[int] = frozenset()
         self.vocab_size = text.vocab_size
-        self._engine: Engine | None = None
+        self._engine: Scheduler | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._flows: dict[Request, tuple[Flow, int]] = {}  # of requests that the engine has not let go, whose they are
-        self._begun: set[Flow] = set()  # streams that have, and get more
-        self._arrived: deque[list[Event]] = deque()  # what the engine's steps brought, for the loop
-        self._gathered: dict[Request, Event] = {}  # of it what waits
-        self._eager: set[Request] = set()  # whose events never wait
-        self._held: set[Flow] = set()  # streams with pieces to show
-        self._delivered = self._since = 0.0  # when the last step came, and the first whose events may wait
+        self._collectors: dict[
+            Request, tuple[OutputCollector, int]
+        ] = {}  # of requests that the engine has not let go, whose they are
+        self._streaming: set[OutputCollector] = set()  # streams that have begun and not ended
+        self._arrived: deque[list[StepOutput]] = deque()  # outputs of the engine's steps, for the event loop
+        self._gathered: dict[Request, StepOutput] = {}  # outputs held back
+        self._eager: set[Request] = set()  # requests whose outputs are never held back
+        self._held: set[OutputCollector] = set()  # streams with pieces to write
+        self._delivered = self._since = 0.0  # time of the last step, and of the first held-back one
         self._grammars: Grammars | None = None
         self._compilers = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._compiling = 0
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Scheduler:
         assert self._engine is not None, "attach the engine first"  # noqa: S101
         return self._engine
 
-    def attach(self, engine: Engine, stop_ids: frozenset[int]) -> None:
+    def attach(self, engine: Scheduler, stop_ids: frozenset[int]) -> None:
         self._engine, self.stop_ids = engine, stop_ids
-        # A tokenizer may know more than the model has embeddings for.
+        # A tokenizer may have more tokens than the model has embeddings.
         self.vocab_size = min(self.text.vocab_size, engine.vocab)
         self._grammars = Grammars(self.text.tokenizer, stop_ids)
 
@@ -212,167 +218,171 @@ class Generator:
         assert self._grammars is not None, "attach the engine first"  # noqa: S101
         return self._grammars
 
-    def deliver(self, events: list[Event]) -> None:
-        """The engine's `deliver`: at most one hop into the event loop a step, however many requests it served."""
+    def deliver(self, outputs: list[StepOutput]) -> None:
+        """The engine's callback, in its thread: at most one call into the event loop a step, for all requests."""
         if self._loop and not self._loop.is_closed():
-            self._hand_over(events, self._loop)
-        if not events or time.monotonic() - self._measured > MEASURE_SECONDS:
+            self._enqueue(outputs, self._loop)
+        if not outputs or time.monotonic() - self._measured > MEASURE_SECONDS:
             self._measure()
 
-    def _hand_over(self, events: list[Event], loop: asyncio.AbstractEventLoop) -> None:
+    def _enqueue(self, outputs: list[StepOutput], loop: asyncio.AbstractEventLoop) -> None:
         now, before = time.monotonic(), self._delivered
         self._delivered = now
-        if events:
-            self._arrived.append(events)
+        if outputs:
+            self._arrived.append(outputs)
             self._since = self._since or now
-        # A stream that is alone waits for nobody; without any there is nothing to show. And what came first shall not
-        # wait for another step like the last one.
-        streams = len(self._begun)
+        # A single stream is never held back; without streams there is nothing to write. And the first held-back output
+        # must not wait for another step as long as the last one.
+        streams = len(self._streaming)
         wait = min((streams - 1) / WRITES_A_SECOND, LONGEST_WAIT_SECONDS) if streams else LONGEST_WAIT_SECONDS
         due = bool(self._since) and now + (now - before) - self._since > wait
         if due:
             self._since = 0.0
-        if due or any(event.finish or event.error or event.request in self._eager for event in events):
-            loop.call_soon_threadsafe(self._sort, due)
+        if due or any(output.finish or output.error or output.request in self._eager for output in outputs):
+            loop.call_soon_threadsafe(self._dispatch, due)
 
-    def _sort(self, due: bool) -> None:
-        """Give to whom they belong the events that do not wait; when it is time, all: the tokens of several steps at
-        once, and of all streams together."""
+    def _dispatch(self, due: bool) -> None:
+        """Hand urgent outputs to their collectors; when due, all of them: the tokens of several steps and of all
+        streams at once."""
         while self._arrived:
-            for event in self._arrived.popleft():
-                request = event.request
-                waits = not (event.finish or event.error or request in self._eager)
+            for output in self._arrived.popleft():
+                request = output.request
+                waits = not (output.finish or output.error or request in self._eager)
                 earlier = self._gathered.pop(request, None)
-                if earlier is not None and event.error:
-                    self._give(earlier)
+                if earlier is not None and output.error:
+                    self._push(earlier)
                 elif earlier is not None:
-                    event.tokens[:0] = earlier.tokens
-                    event.logprobs[:0] = earlier.logprobs
+                    output.tokens[:0] = earlier.tokens
+                    output.logprobs[:0] = earlier.logprobs
                 if waits:
-                    self._gathered[request] = event
+                    self._gathered[request] = output
                 else:
-                    self._give(event)
+                    self._push(output)
         if due:
             gathered, self._gathered = self._gathered, {}
-            for event in gathered.values():
-                self._give(event)
-            for flow in self._held:
-                flow.woken.set()
+            for output in gathered.values():
+                self._push(output)
+            for collector in self._held:
+                collector.ready.set()
             self._held.clear()
 
-    def _give(self, event: Event) -> None:
-        request = event.request
-        if not (found := self._flows.get(request)):
+    def _push(self, output: StepOutput) -> None:
+        request = output.request
+        if not (found := self._collectors.get(request)):
             return
-        flow, index = found
+        collector, index = found
         try:
-            if flow.push(index, event):
+            if collector.push(index, output):
                 self.engine.cancel(request)
         except Exception as error:
-            flow.end(error)  # its own fault, not that of the others in this step
-        if event.finish or event.error:
-            del self._flows[request]
-            flow.work.end(request)
-        if flow.ended:
-            self._begun.discard(flow)  # whoever reads it slowly has no part in how long others wait
-        elif flow.waiting and not flow.begun:
-            flow.woken.set()  # the first token never waits
-        elif flow.waiting and flow.stream:
-            self._held.add(flow)
-        if request not in self._flows or not flow.eager(index):
+            collector.end(error)  # its own fault: the other requests of this step go on
+        if output.finish or output.error:
+            del self._collectors[request]
+            collector.work.end(request)
+        if collector.ended:
+            self._streaming.discard(collector)  # a slow reader does not count as a stream for the others
+        elif collector.waiting and not collector.begun:
+            collector.ready.set()  # the first token never waits
+        elif collector.waiting and collector.stream:
+            self._held.add(collector)
+        if request not in self._collectors or not collector.eager(index):
             self._eager.discard(request)
 
-    async def run(self, flow: Flow) -> AsyncGenerator[list[Piece]]:
-        """Submit the call's requests and yield its pieces as they come, until all have ended. Raises WireError when the
-        engine gives up.
+    async def run(self, collector: OutputCollector) -> AsyncGenerator[list[Piece]]:
+        """Submit the collector's requests and yield its pieces until all have ended. Raises ApiError when the engine
+        fails.
 
-        However the caller leaves, the places of the unfinished are freed before the engine's next step.
+        Closing the generator early frees the places of unfinished requests before the engine's next step.
         """
         self._loop = asyncio.get_running_loop()
-        requests = flow.work.requests
-        with on_the_wire(requests):
-            self._flows |= {request: (flow, index) for index, request in enumerate(requests)}
+        requests = collector.work.requests
+        with as_api_errors(requests):
+            self._collectors |= {request: (collector, index) for index, request in enumerate(requests)}
             self._eager.update(requests)
-            self._sort(due=True)  # a prompt makes a long step: what waits shall not wait for it too
+            self._dispatch(due=True)  # a prompt makes a long step: deliver what is held back before it
             try:
                 self.engine.submit(*requests)
             except BaseException:
                 for request in requests:
-                    del self._flows[request]
+                    del self._collectors[request]
                 self._eager.difference_update(requests)
                 raise
-            flow.work.begin()
+            collector.work.begin()
             try:
                 ended = False
                 while not ended:
-                    await flow.woken.wait()
-                    ended, pieces = not flow.left, flow.take()
-                    if flow.stream and flow.begun and not flow.ended:
-                        self._begun.add(flow)
+                    await collector.ready.wait()
+                    ended, pieces = not collector.left, collector.take()
+                    if collector.stream and collector.begun and not collector.ended:
+                        self._streaming.add(collector)
                     if pieces:
                         yield pieces
-                    if flow.error:
-                        raise flow.error
+                    if collector.error:
+                        raise collector.error
             finally:
-                flow.close()
-                self._begun.discard(flow)
-                self._held.discard(flow)
-                if open_ := [request for request in requests if request in self._flows]:
+                collector.close()
+                self._streaming.discard(collector)
+                self._held.discard(collector)
+                if open_ := [request for request in requests if request in self._collectors]:
                     self.engine.cancel(*open_)
 
     async def grammar(self, build: Callable[[Grammars], T]) -> T:
-        """Compile away from the event loop, a few at a time. Raises BadRequestError, BusyError or what `build` does."""
+        """Compile in a thread, with a bounded queue. Raises BadRequestError, BusyError or what `build` raises."""
         if self._compiling >= MOST_COMPILING:
-            raise errors.BusyError("Too many schemas are being compiled. Retry after the time in Retry-After.", 1)
+            raise BusyError("Too many schemas are being compiled. Retry after the time in Retry-After.", 1)
         self._compiling += 1
-        # Counted until the thread is done: a caller that leaves does not stop it.
+        # Counted until the thread is done: a cancelled caller does not stop it.
         work = asyncio.get_running_loop().run_in_executor(self._compilers, build, self.grammars)
         work.add_done_callback(self._compiled)
         try:
             return await asyncio.wait_for(asyncio.shield(work), COMPILE_SECONDS)
         except TimeoutError:
-            raise errors.BadRequestError(
+            raise BadRequestError(
                 f"The schema was not compiled within {COMPILE_SECONDS} s.", code="invalid_value"
             ) from None
 
     def _compiled(self, work: asyncio.Future[Any]) -> None:
         self._compiling -= 1
         if not work.cancelled():
-            work.exception()  # read, or asyncio complains when nobody waited for it
+            work.exception()  # retrieved: otherwise asyncio logs it when nothing awaited it
 
     def _measure(self) -> None:
         self._measured = time.monotonic()
-        stats = self.engine.stats()
-        RUNNING.labels(self.name).set(stats.running)
-        WAITING.labels(self.name).set(stats.waiting)
-        KV_USED.labels(self.name).set(stats.pages_used / stats.pages_total)
-        FAULTS.labels(self.name).set(stats.faults)
-        PREEMPTED.labels(self.name).set(stats.preempted)
+        last, stats = self._stats, self.engine.stats()
+        self._stats = stats
+        labels = self.name, ENGINE
+        RUNNING.labels(*labels).set(stats.running)
+        WAITING.labels(*labels).set(stats.waiting)
+        KV_USED.labels(*labels).set(stats.pages_used / stats.pages_total)
+        PREEMPTED.labels(*labels).inc(stats.preempted - (last.preempted if last else 0))
+        QUERIES.labels(*labels).inc(stats.prompt_tokens - (last.prompt_tokens if last else 0))
+        HITS.labels(*labels).inc(stats.reused_tokens - (last.reused_tokens if last else 0))
+        FAULTS.labels(self.name).inc(stats.faults - (last.faults if last else 0))
 
 
 @contextlib.contextmanager
-def on_the_wire(requests: Sequence[Request]) -> Iterator[None]:
-    """The engine's errors as the API says them."""
+def as_api_errors(requests: Sequence[Request]) -> Iterator[None]:
+    """Turn the engine's errors into API errors."""
     try:
         yield
     except QueueFullError as error:
-        raise errors.BusyError(
+        raise BusyError(
             "The model is busy: every place and the queue are taken. Retry after the time in Retry-After.",
             error.retry_after,
         ) from None
     except DeadlineError:
         raise deadline_exceeded() from None
     except UnknownTokenError:
-        raise errors.BadRequestError(
+        raise BadRequestError(
             "The prompt holds a token that this model's tokenizer knows and the model itself does not.",
             code="invalid_value",
         ) from None
     except EngineFaultError as error:
         for request in requests:
             if isinstance(request.grammar, TokenGrammar) and request.grammar.fault:
-                raise errors.BadRequestError(
+                raise BadRequestError(
                     f"The schema is too complex: {request.grammar.fault}", code="invalid_value"
                 ) from None
-        raise errors.ServerError(f"The model could not finish this answer: {error}.") from None
+        raise ServerError(f"The model could not finish this answer: {error}.") from None
     except EngineError as error:
-        raise errors.UnavailableError(f"The model takes no request now: {error}.") from None
+        raise UnavailableError(f"The model takes no request now: {error}.") from None

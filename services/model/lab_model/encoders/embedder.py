@@ -1,6 +1,6 @@
 """Sentence embeddings from a Hugging Face encoder: token ids in, unit vectors out.
 
-Mean pooling over the tokens and normalisation, as sentence-transformers models of this family are trained
+Mean pooling over the tokens and normalization, as sentence-transformers models of this family are trained
 (Reimers and Gurevych 2019). Knows nothing of HTTP or text.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# Tokens, padding counted, of one forward: bounds the memory of activations, and the time until a client that left is
-# noticed (about 200 ms on 2 cores).
+# Tokens of one forward, padding included: bounds the memory of activations, and the time until a cancelled request ends
+# (about 200 ms on 2 cores).
 BATCH_TOKENS = 1024
 
 
@@ -26,15 +26,16 @@ class Embedder:
         self.dimensions = int(model.config.hidden_size)
 
     @torch.inference_mode()
-    def embed(self, inputs: Sequence[Sequence[int]], left: threading.Event) -> list[list[float]]:
+    def embed(self, inputs: Sequence[Sequence[int]], cancelled: threading.Event) -> list[list[float]]:
         """One vector of `dimensions` floats, length 1, for each list of token ids (1 to `context` of them).
 
-        Set `left` from another thread to end it after the forward under way; what it returns then is not whole.
+        Set `cancelled` from another thread to end it after the current forward; inputs not computed by then have empty
+        vectors.
         """
         vectors: list[list[float]] = [[] for _ in inputs]
-        # Of equal lengths together: less padding.
+        # Inputs of similar length together: less padding.
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
-        while order and not left.is_set():
+        while order and not cancelled.is_set():
             width = len(inputs[order[0]])
             part, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
             for i, vector in zip(part, self._forward([inputs[i] for i in part], width), strict=True):
@@ -48,5 +49,5 @@ class Embedder:
         hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (rows, width, dim)
         weight = mask[..., None].float()
         mean = (hidden * weight).sum(1) / weight.sum(1)
-        found: list[list[float]] = torch.nn.functional.normalize(mean, dim=-1).tolist()
-        return found
+        vectors: list[list[float]] = torch.nn.functional.normalize(mean, dim=-1).tolist()
+        return vectors

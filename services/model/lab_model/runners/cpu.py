@@ -12,43 +12,22 @@ that builds it. LAB_KERNELS=avx2 (or another of VARIANTS) takes that one and no 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..engine.kv_pages import PAGE_TOKENS
-from ..engine.scheduler import Span
+from ..engine.runner import Span
 from ..weights import llama
-from ..weights.gguf import File, Tensor
+from ..weights.gguf import GGUFFile, Tensor
+from .kernels import Layer, Matrix, Model, Step, _openmp, library, main, why_unavailable
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC"]
-# What a processor must have, the best first. By Linux's names; a compiler's are the same without the underscore.
-VARIANTS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"),
-    "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),  # Intel's laptops from the 12th generation on
-    "avx2": ("avx2", "fma", "f16c"),
-}
-# Unlike CPUID it leaves out what the system does not let programs use.
-PROCESSOR = Path("/proc/cpuinfo")
-COMPILE_SECONDS = 120
 
 # As in kernels.c.
 BLOCK, LANES, TILE = 32, 16, 32
@@ -58,177 +37,14 @@ PEAK = 4
 MOST_ROWS = 256
 
 
-class NativeError(Exception):
-    """No kernels here. The message says why, and what to do."""
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("out", ctypes.c_int32), ("in", ctypes.c_int32), ("bits", ctypes.c_int32)]
-
-
-class Layer(ctypes.Structure):
-    _fields_ = [
-        ("norm", ctypes.c_void_p),
-        ("qkv", Matrix),
-        ("output", Matrix),
-        ("mlp_norm", ctypes.c_void_p),
-        ("gate_up", Matrix),
-        ("down", Matrix),
-    ]
-
-
-class Model(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("layers", "heads", "kv_heads", "head_dim", "threads")],
-        ("epsilon", ctypes.c_float),
-        ("layer", ctypes.POINTER(Layer)),
-        ("table", Matrix),
-        ("head", Matrix),
-        *[(name, ctypes.c_void_p) for name in ("norm", "turns", "pool")],
-        ("pages", ctypes.c_int64),
-        *[(name, ctypes.c_void_p) for name in ("parallel", "team")],
-    ]
-
-
-class Step(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("rows", "wanted", "columns")],
-        *[(name, ctypes.c_void_p) for name in ("ids", "positions", "owners", "pages", "last", "logits")],
-        *[(name, ctypes.c_void_p) for name in ("x", "qkv", "values", "digits", "units", "peaks", "counts", "jobs")],
-    ]
-
-
 # ---- the library
-
-
-@functools.cache
-def library() -> Any:
-    """The best kernels for this processor, from where the last start left them. Raises NativeError."""
-    faults = []
-    for variant in _runnable():
-        try:
-            return _loaded(_compiled(variant))
-        except NativeError as error:
-            faults.append(error)  # a compiler that does not know this variant's flags may know the next one's
-    raise faults[0]
-
-
-def _runnable() -> list[str]:
-    """The variants that this processor has, the best first, at least one: none is loaded before. Raises NativeError."""
-    if not _x86():
-        raise NativeError("they are for x86-64 processors")
-    wanted = os.environ.get("LAB_KERNELS")
-    if wanted and wanted not in VARIANTS:
-        raise NativeError(f"LAB_KERNELS is none of {', '.join(VARIANTS)}")
-    try:
-        lines = PROCESSOR.read_text().splitlines()
-    except OSError as error:
-        raise NativeError(f"what the processor has cannot be read: {error}") from None
-    cores = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
-    has = set.intersection(*cores) if cores else set()
-    variants = [variant for variant in VARIANTS if not wanted or variant == wanted]
-    if found := [variant for variant in variants if has.issuperset(VARIANTS[variant])]:
-        return found
-    raise NativeError(f"this processor has no {', '.join(need for need in VARIANTS[variants[-1]] if need not in has)}")
-
-
-def _x86() -> bool:
-    return platform.machine().lower() in {"x86_64", "amd64"}
-
-
-def _loaded(path: Path) -> Any:
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NativeError(f"the compiled kernels cannot be loaded: {error}") from None
-    found.lab_step.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Step)]
-    found.lab_step.restype = None
-    found.lab_phases.argtypes = [ctypes.POINTER(Model)]
-    return found
-
-
-@functools.cache
-def reason() -> str | None:
-    """Why there are no kernels here; None where there are."""
-    try:
-        library()
-        _openmp()
-    except NativeError as error:
-        return str(error)
-    return None
-
-
-def _compiler() -> str | None:
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
-def _compiled(variant: str, known: Path | None = None) -> Path:
-    """Beside Python's own compiled files where that is possible, else in a folder of this process. known: a folder that
-    keeps what was compiled."""
-    flags = [*FLAGS, *[f"-m{need.replace('_', '')}" for need in VARIANTS[variant]]]
-    source = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
-    name = f"kernels-{hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]}.so"
-    kept = SOURCE.parent / "__pycache__" / name
-    if kept.exists():
-        return kept
-    if known and (known / name).exists():
-        kept.parent.mkdir(exist_ok=True)
-        return Path(shutil.copy(known / name, kept))
-    compiler = _compiler()
-    if compiler is None:
-        raise NativeError("there is no C compiler (on Debian and Ubuntu: apt-get install gcc libc6-dev)")
-    if not os.access(kept.parent if kept.parent.exists() else SOURCE.parent, os.W_OK):
-        kept = Path(tempfile.mkdtemp(prefix="lab-kernels-")) / name
-    kept.parent.mkdir(exist_ok=True)
-    # Replicas start together: each writes its own and the last one stays.
-    written = kept.with_name(f".{name}.{os.getpid()}")
-    try:
-        done = subprocess.run(  # noqa: S603
-            [compiler, *flags, "-o", str(written), str(SOURCE), "-lm"],
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[0]
-            raise NativeError(f"{compiler} does not compile the kernels: {said}")
-        if known:
-            _keep(written, known / name)
-        written.replace(kept)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeError(f"{compiler} does not compile the kernels: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            written.unlink()
-    return kept
-
-
-def _keep(written: Path, place: Path) -> None:
-    """Whole or not at all: a later build takes what lies there. Where that fails, it compiles again."""
-    try:
-        shutil.copyfile(written, place.with_name(written.name)).replace(place)
-    except OSError as error:
-        log.warning("compiled kernels cannot be kept for the next build: %s", error)
-
-
-def _openmp() -> tuple[int, int]:
-    """Addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch uses: one pool of threads, not two
-    that take each other's cores. Raises NativeError."""
-    try:
-        torch_ = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        found = [ctypes.cast(torch_[name], ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_num_threads")]
-    except (AttributeError, OSError):
-        raise NativeError("this build of torch has another OpenMP runtime than GNU's") from None
-    return found[0] or 0, found[1] or 0
 
 
 # ---- weights
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedMatrix:
     """A weight as kernels.c reads it. data: (tiles, blocks, 2, bytes), uint8."""
 
     data: torch.Tensor
@@ -240,7 +56,7 @@ class Packed:
         return Matrix(self.data.data_ptr(), self.out, self.columns, self.bits)
 
 
-def packed(*tensors: Tensor) -> Packed:
+def pack(*tensors: Tensor) -> PackedMatrix:
     """One matrix of the tensors' rows one after the other: of 4 bits if all of them are, else of 8. Rows are filled up
     with zeros to whole tiles."""
     blocks = [tensor.blocks() for tensor in tensors]
@@ -258,37 +74,37 @@ def packed(*tensors: Tensor) -> Packed:
     facts = [part.view(faces, LANES, count).transpose(1, 2).half().contiguous() for part in (scale, minimum)]
     data = torch.cat([groups.flatten(2), *[part.view(torch.uint8) for part in facts]], -1)
     data = data.view(faces // 2, 2, count, -1).transpose(1, 2).contiguous()
-    return Packed(data, out + more, columns, bits)
+    return PackedMatrix(data, out + more, columns, bits)
 
 
-def reads(file: File) -> bool:
+def can_run(file: GGUFFile) -> bool:
     """These kernels know this file's shapes, and this machine the kernels."""
     if not _fits(file):
         return False
-    if why := reason():
+    if why := why_unavailable():
         log.warning("the model runs in torch's own operators, several times slower than in our kernels: %s", why)
     return why is None
 
 
-def _fits(file: File) -> bool:
-    if not llama.reads(file):
+def _fits(file: GGUFFile) -> bool:
+    if not llama.can_read(file):
         return False
-    said = llama.facts(file)
+    said = llama.hyperparameters(file)
     dim = said["head_dim"]
     inputs = [tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2]
     group = said["attention.head_count"] // said["kv_heads"]
     return group <= MOST_GROUP and dim % BLOCK == 0 and dim <= MOST_HEAD and not any(size % BLOCK for size in inputs)
 
 
-class Native:
+class CpuRunner:
     """The engine's runner of a GGUF file. Raises NativeError, GGUFError."""
 
-    exact = True
+    batch_invariant = True
     kind = "int4+int8"
 
-    def __init__(self, file: File, threads: int) -> None:
+    def __init__(self, file: GGUFFile, threads: int) -> None:
         self._library = library()
-        said, tensors = llama.facts(file), file.tensors
+        said, tensors = llama.hyperparameters(file), file.tensors
         heads, kv_heads, dim, width = (
             said[name] for name in ("attention.head_count", "kv_heads", "head_dim", "embedding_length")
         )
@@ -297,7 +113,7 @@ class Native:
         self.bytes = 0
 
         def matrix(*names: str) -> Matrix:
-            made = packed(*[tensors[f"{name}.weight"] for name in names])
+            made = pack(*[tensors[f"{name}.weight"] for name in names])
             self._held.append(made)
             self.bytes += made.data.nbytes
             return made.matrix()
@@ -372,13 +188,13 @@ class Native:
             ends.append(at)
         return self._forward(ids, positions, owners, [span.pages for span in spans], ends)
 
-    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
         return self._forward(ids, range(len(ids)), [0] * len(ids), [pages], range(len(ids)))
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         return self._forward(ids, positions, range(len(ids)), pages, range(len(ids)))
 
-    def wipe(self, pages: Sequence[int]) -> None:
+    def zero_pages(self, pages: Sequence[int]) -> None:
         """Nothing: a row's attention reads its own tokens alone."""
 
     def _forward(
@@ -414,33 +230,6 @@ class Native:
             self._library.lab_step(self._model, step)
             done += len(last)
         return logits[:, : self.vocab]
-
-
-def main(known: str | None = None) -> int:
-    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. known:
-    a folder that keeps them for the next build."""
-    try:
-        runnable = _runnable()
-    except NativeError as error:
-        _say(f"this machine takes none: {error}")
-        runnable = []
-    made, taken = 0, False
-    with ThreadPoolExecutor() as pool:  # each in a process of its own, on a core of its own
-        compiling = {variant: pool.submit(_compiled, variant, Path(known) if known else None) for variant in VARIANTS}
-    for variant, done in compiling.items():
-        try:
-            path = done.result()
-            made += 1
-            mine = variant in runnable and not taken and bool(_loaded(path))
-            taken |= mine
-            _say(f"{variant}: {path}{', which this machine takes' if mine else ''}")
-        except NativeError as error:
-            _say(f"{variant}: {error}")
-    return int(_x86() and not made and _compiler() is not None)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

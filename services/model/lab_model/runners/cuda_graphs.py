@@ -17,24 +17,24 @@ from ..engine.kv_pages import PAGE_TOKENS
 Step = Callable[..., torch.Tensor]
 
 
-class Graphs:
+class CudaGraphs:
     """`step` by shape. Device memory of the graphs is shared: only one runs at a time."""
 
     def __init__(self, step: Step, device: torch.device) -> None:
         self._step, self._device = step, device
-        self._recorded: dict[tuple[int, int], Recorded] = {}
+        self._recorded: dict[tuple[int, int], RecordedStep] = {}
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         """As Llama.decode. The logits are overwritten by the next step of the same shape."""
-        rows = rounded(len(ids))
-        blocks = rounded(max(positions) // PAGE_TOKENS + 1)
+        rows = next_power_of_two(len(ids))
+        blocks = next_power_of_two(max(positions) // PAGE_TOKENS + 1)
         if (rows, blocks) not in self._recorded:
-            self._recorded[rows, blocks] = Recorded(self._step, rows, blocks, self._device, self._memory)
+            self._recorded[rows, blocks] = RecordedStep(self._step, rows, blocks, self._device, self._memory)
         return self._recorded[rows, blocks].run(ids, positions, pages)
 
 
-class Recorded:
+class RecordedStep:
     """One shape's inputs, in host memory that the device reads by itself, and its graph."""
 
     def __init__(self, step: Step, rows: int, blocks: int, device: torch.device, memory: Any) -> None:
@@ -76,6 +76,6 @@ class Recorded:
         return self._step(ids, positions, write, self._given[:, 4:], lengths)
 
 
-def rounded(count: int) -> int:
+def next_power_of_two(count: int) -> int:
     """The next power of two."""
     return 1 << (count - 1).bit_length()

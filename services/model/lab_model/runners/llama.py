@@ -18,60 +18,26 @@ import torch
 from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from ..engine.kv_pages import PAGE_TOKENS
-from ..engine.scheduler import Span
-from ..weights.linear import Linear, Norm
-from .cuda_graphs import Graphs, rounded
+from ..engine.runner import Span
+from ..weights.llama import LlamaWeights
+from .cuda_graphs import CudaGraphs, next_power_of_two
 
 # From here on matrix products of all rows are faster than torch's attention, which treats each row and head alone.
 MANY_ROWS = 5
 Attend = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, queries) -> what they saw
 
 
-@dataclass
-class Layer:
-    """`qkv` and `gate_up` hold the norm before them. The two halves of a head that turn together lie pair by pair."""
-
-    qkv: Linear
-    query_norm: Norm | None  # Qwen3: over each head
-    key_norm: Norm | None
-    output: Linear
-    gate_up: Linear
-    down: Linear
-
-
-@dataclass
-class Weights:
-    """dtype: of the rows between the layers. rotations: (head_dim / 2,) inverse frequencies. head: with its norm."""
-
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int
-    rotations: torch.Tensor
-    rotation_scale: float
-    embedding: torch.Tensor
-    layers: list[Layer]
-    head: Linear
-
-    @property
-    def bytes(self) -> int:
-        linears = [part for layer in self.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        head = 0 if self.head.weight.data_ptr() == self.embedding.data_ptr() else self.head.bytes  # one for both
-        return sum(part.bytes for part in linears) + head + self.embedding.nbytes
-
-
-class Llama:
+class LlamaRunner:
     """Weights with a pool of pages. `prefill` and `decode` give logits as (rows, vocab), float32."""
 
-    exact = False  # torch's products of few rows may round otherwise than those of many
+    batch_invariant = False  # torch's products of few rows may round otherwise than those of many
 
-    def __init__(self, weights: Weights, device: torch.device, kv_dtype: torch.dtype) -> None:
+    def __init__(self, weights: LlamaWeights, device: torch.device, kv_dtype: torch.dtype) -> None:
         """kv_dtype: of keys and values in the pool."""
         self._weights = w = weights
         self.device, self.dtype, self._kv_dtype = device, w.dtype, kv_dtype
         self.context, self.vocab = w.context, len(w.embedding)
-        self.graphs = Graphs(self.step, device) if device.type == "cuda" else None
+        self.graphs = CudaGraphs(self.step, device) if device.type == "cuda" else None
 
     @property
     def kind(self) -> str:
@@ -96,7 +62,7 @@ class Llama:
         # (context, head_dim / 2), complex: a head's pairs are turned by one product.
         self._turns = torch.polar(torch.full_like(angles, w.rotation_scale), angles).to(self.device)
         # As long as the next power of two of pages: graphs.py rounds up.
-        self._columns = torch.arange(rounded(-(-rows // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
+        self._columns = torch.arange(next_power_of_two(-(-rows // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
         # Head by head, first all keys: one write and one gather a layer, and each head's come out in one piece.
         shape = (len(w.layers), 2 * w.kv_heads, pages * PAGE_TOKENS, w.head_dim)
         self._pool = torch.zeros(shape, dtype=self._kv_dtype, device=self.device)
@@ -110,7 +76,7 @@ class Llama:
         ends = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1
         return self._logits(self._prefill(ids, spans).index_select(0, ends.to(self.device)))
 
-    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
         return self._logits(self._prefill(ids, [Span(0, len(ids), pages)]))
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -123,7 +89,7 @@ class Llama:
             [row[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for row, p in zip(pages, positions, strict=True)],
             device=device,
         )
-        groups = [self._group(members, positions, pages) for members in alike(positions)]
+        groups = [self._group(members, positions, pages) for members in group_by_length(positions)]
         x = self._embed(torch.tensor(ids, device=device))
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
@@ -146,7 +112,7 @@ class Llama:
         x = self._through(self._embed(ids), where, write, lambda layer, q: self._look(layer, q, group))
         return self._logits(x)
 
-    def wipe(self, pages: Sequence[int]) -> None:
+    def zero_pages(self, pages: Sequence[int]) -> None:
         self._pages.index_fill_(2, torch.tensor(pages, device=self.device), 0)
 
     # ---- inside
@@ -162,7 +128,7 @@ class Llama:
             ]
         ).to(device)
         read = torch.cat(owners).to(device)
-        units = [list(cut(span)) for span in spans]
+        units = [list(split_at_pages(span)) for span in spans]
         masks = [[self._mask(start, stop) for start, stop in each] for each in units]
         x = self._embed(torch.tensor(ids, device=device))
 
@@ -275,7 +241,7 @@ class Group:
     many: bool
 
 
-def alike(positions: Sequence[int]) -> list[list[int]]:
+def group_by_length(positions: Sequence[int]) -> list[list[int]]:
     """Rows in groups whose shortest is at least half as long as the longest: padding stays below the work itself."""
     groups: list[list[int]] = []
     for i in sorted(range(len(positions)), key=lambda i: -positions[i]):
@@ -286,7 +252,7 @@ def alike(positions: Sequence[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def cut(span: Span) -> list[tuple[int, int]]:
+def split_at_pages(span: Span) -> list[tuple[int, int]]:
     """The span in units that begin at whole pages: a token's attention is computed alike wherever a prefill began."""
     edges = [span.start, *range((span.start // PAGE_TOKENS + 1) * PAGE_TOKENS, span.stop, PAGE_TOKENS), span.stop]
     return list(itertools.pairwise(edges))

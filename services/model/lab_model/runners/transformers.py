@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..engine.kv_pages import PAGE_TOKENS
-from ..engine.scheduler import Span
+from ..engine.runner import Span
 
 
 class PagedCache:
@@ -54,10 +54,10 @@ class PagedCache:
         return 0
 
 
-class Plain:
+class TransformersRunner:
     """A transformers model with a language head. Shorter rows are padded on the left: the last column is the newest."""
 
-    exact = False
+    batch_invariant = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -94,13 +94,13 @@ class Plain:
         places = [range(span.start, span.stop) for span in spans]
         return self._forward(rows, places, [span.pages for span in spans])[:, -1]
 
-    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
         return self._forward([list(ids)], [range(len(ids))], [pages], keep=0)[0]
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         return self._forward([[token] for token in ids], [range(p, p + 1) for p in positions], pages)[:, -1]
 
-    def wipe(self, pages: Sequence[int]) -> None:
+    def zero_pages(self, pages: Sequence[int]) -> None:
         where = torch.tensor(pages, device=self._model.device)
         for pool in (self._cache.keys, self._cache.values):
             layers, _, *rest = pool.shape

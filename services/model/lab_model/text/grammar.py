@@ -1,7 +1,7 @@
-"""What a structured answer may say: JSON Schemas and tool calls as grammars over token ids, by llguidance.
+"""Structured output: JSON Schemas and tool calls as grammars over token ids, by llguidance.
 
-Knows tokens and schemas; knows nothing of HTTP or models. A schema is compiled in `Grammars.make`, in milliseconds or,
-for the largest that the limits let pass, in a second: not on an event loop. Its masks are computed as they are needed.
+`Grammars.make` compiles a schema, in milliseconds or, for the largest that the limits allow, in a second: not on an
+event loop. Masks are computed when they are needed. Knows tokens and schemas. Knows nothing of HTTP or models.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 
 Schema = Mapping[str, Any]
 ANY_OBJECT: Schema = {"type": "object"}
-# How a call is written: Hermes' form, which Qwen, SmolLM and many others are trained on.
+# Hermes' format of a call, which Qwen, SmolLM and many others are trained on.
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 
-# A schema may explode (each alternative multiplies the next): these bound a mask at about 20 ms and a compilation at
-# about one second, and both end with an error instead. llguidance's own defaults allow twenty times as much.
+# The cost of a schema can grow exponentially, as alternatives multiply. These limits bound a mask to about 20 ms and a
+# compilation to about one second; beyond them both raise. llguidance's defaults allow twenty times as much.
 LIMITS = LLParserLimits(
     max_items_in_row=500,
     step_max_items=5_000,
@@ -31,23 +31,23 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 MOST_SCHEMA_BYTES = 64 * 1024
-MOST_CALLS = 8  # in one answer that must call: without a bound a small model goes on for ever
+MOST_CALLS = 8  # in an answer that must call: a small model would never stop calling
 MOST_CACHED = 64
 
 
 class GrammarError(Exception):
-    """This schema cannot be enforced. The message says what in it, in the words of llguidance."""
+    """This schema cannot be enforced. The message is llguidance's."""
 
 
 class TokenGrammar:
-    """One request's way through a grammar; what the engine calls."""
+    """One request's state in a grammar; the engine calls it."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
         self.fault: str | None = None
 
     def fill(self, row: torch.Tensor) -> bool:
-        """Write the ids that may come next. Raises GrammarError at the limits of what a step may cost."""
+        """Write the mask of allowed next ids. Raises GrammarError if the step exceeds the limits."""
         mask = self._matcher.compute_bitmask()
         self._check()
         words = torch.frombuffer(bytearray(mask), dtype=torch.int32)
@@ -61,7 +61,7 @@ class TokenGrammar:
         self._check()
 
     def again(self) -> TokenGrammar:
-        """The same grammar from its beginning, for another choice; before the first token only."""
+        """A copy for another choice; only before the first token."""
         return TokenGrammar(self._matcher.deep_copy())
 
     def _check(self) -> None:
@@ -71,9 +71,9 @@ class TokenGrammar:
 
 
 class Grammars:
-    """The grammars of one model. `stop_ids`: the tokens that may end an answer when its grammar is complete.
+    """The grammars of one model. stop_ids: the tokens that may end an answer once its grammar is complete.
 
-    Takes a third of a second at the first use: most models never see a schema.
+    The first use takes a third of a second, and not the start: most models never get a schema.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
@@ -95,7 +95,7 @@ class Grammars:
                 self._known = LLTokenizer(self._tokenizer.to_str(), eos_token=self._stop_ids)
         matcher = LLMatcher(self._known, source, log_level=0, limits=LIMITS)
         if not matcher.is_error():
-            # The first mask is the dearest: what explodes there explodes here.
+            # The first mask costs most: exceed the limits here rather than in a step.
             matcher.compute_bitmask()
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
@@ -115,8 +115,8 @@ def answer_source(
 ) -> str:
     """The grammar of an answer, as llguidance's Lark. Raises GrammarError for schemas too large or too deep.
 
-    schema: what the answer follows, None: any text. functions: the schemas of the arguments of what it may call
-    instead, or, `must_call`, calls and says nothing; with any text calls may stand in it anywhere.
+    schema: of the answer, None: any text. functions: the schemas of the arguments of functions that it may call
+    instead; in free text calls may occur anywhere. must_call: the answer consists of calls alone.
     """
     calls = [
         f"{_string(beginning(name)[len(CALL_BEGIN) :])} {_json(arguments)} {_string(ending())}"
@@ -141,7 +141,7 @@ def answer_source(
 
 
 def beginning(name: str) -> str:
-    """What a forced call is written like up to its arguments; `ending` is what follows them."""
+    """A forced call up to its arguments; `ending` follows them."""
     return f'{CALL_BEGIN}\n{{"name":"{name}","arguments":'
 
 
@@ -150,7 +150,7 @@ def ending() -> str:
 
 
 def _json(schema: Schema) -> str:
-    # Without white space between its parts: a small model that may write it often writes nothing else.
+    # Without white space between tokens: a small model that may write it often writes nothing else.
     options = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
     try:
         return "%json " + orjson.dumps({**schema, "x-guidance": options}).decode()
@@ -163,6 +163,6 @@ def _string(text: str) -> str:
 
 
 def _reason(error: str) -> str:
-    """llguidance's message without its own source, of which the caller knows nothing."""
+    """llguidance's message without the grammar's source, which the caller does not know."""
     first = error.replace("<non-verbose/>", "").strip().partition("\n   1 |")[0]
     return first.rpartition("failed to compile JSON schema: ")[2].strip() or "it is too complex"

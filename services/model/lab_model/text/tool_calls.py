@@ -1,6 +1,7 @@
-"""Tool calls: how a model is told of functions, and how its calls are found in what it writes.
+"""Tool calls: how functions are described to a model, and how its calls are parsed from its text.
 
-The form is Hermes': `<tool_call>{"name": …, "arguments": {…}}</tool_call>`. Knows text; nothing of tokens or HTTP.
+The format is Hermes': `<tool_call>{"name": …, "arguments": {…}}</tool_call>`. Knows text. Knows nothing of tokens or
+HTTP.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import secrets
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from ..api.wire.answers import CallPart
 from .grammar import CALL_BEGIN, CALL_END, ending
 
-# Qwen's and Hermes' own words, for templates that have none.
+# The wording of Qwen and Hermes, for templates without tools.
 PROMPT = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -29,12 +29,12 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
-# The head of a call that a grammar has written: `grammar.beginning` of any name.
+# The beginning of a call under a grammar: `grammar.beginning` of any name.
 FORCED = re.compile(rf'\s*{CALL_BEGIN}\n\{{"name":"([A-Za-z0-9_-]+)","arguments":')
 
 
-def told(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows nothing of tools: they, calls and results become text."""
+def render_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation for a template without tools: tools, calls and results become text."""
     out: list[dict[str, Any]] = []
     if tools:
         prompt = PROMPT.format(tools="\n".join(_json(tool) for tool in tools))
@@ -47,7 +47,7 @@ def told(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) ->
         role, content = message["role"], message["content"]
         if role == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
-            if before == "tool":  # some templates want roles to alternate: several results are one message
+            if before == "tool":  # some templates require alternating roles: several results become one message
                 out[-1]["content"] += f"\n{content}"
             else:
                 out.append({"role": "user", "content": content})
@@ -58,66 +58,75 @@ def told(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) ->
     return out
 
 
-class Said(NamedTuple):
-    """Words of the answer and their place in the whole text, in characters."""
+class CallPart(NamedTuple):
+    """A part of a tool call: first its id and name, then its arguments."""
+
+    call: int  # its index in the answer
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+class TextSpan(NamedTuple):
+    """Text of the answer outside calls, and its offset in the whole text, in characters."""
 
     text: str
     start: int
 
 
-class FreeCalls:
-    """Calls in a text that may hold them: one is a call when it is complete and of a known function, else text.
+class ToolCallParser:
+    """Parses text that may contain calls. A call that is incomplete or of an unknown function is text.
 
-    `most`: how many calls an answer may hold; `done` after so many.
+    most: calls that an answer may hold; `done` after so many.
     """
 
     def __init__(self, names: Collection[str], most: int | None = None) -> None:
         self._names, self._most = frozenset(names), most
-        self._waiting = ""  # what may still become a call
-        self.at = 0  # its place in the text, which is settled so far
+        self._pending = ""  # text that may still become a call
+        self.at = 0  # its offset in the text; everything before it is final
         self.count = 0
 
     @property
     def done(self) -> bool:
         return self.count == self._most
 
-    def push(self, text: str, *, last: bool = False) -> list[Said | CallPart]:
-        """What has become certain, in order. `last`: nothing follows, so nothing waits."""
-        out: list[Said | CallPart] = []
-        self._waiting += text
-        text_until = 0  # call marks before it are text: what follows them is no call
-        while (begin := self._waiting.find(CALL_BEGIN, text_until)) >= 0 and not self.done:
-            before = len(self._waiting[:begin].rstrip())
-            end = self._waiting.find(CALL_END, begin)
+    def push(self, text: str, *, last: bool = False) -> list[TextSpan | CallPart]:
+        """What has become final, in order. last: no text follows, so nothing is held back."""
+        out: list[TextSpan | CallPart] = []
+        self._pending += text
+        text_until = 0  # call marks before it are text, because no call follows them
+        while (begin := self._pending.find(CALL_BEGIN, text_until)) >= 0 and not self.done:
+            before = len(self._pending[:begin].rstrip())
+            end = self._pending.find(CALL_END, begin)
             if end < 0 and not last:
-                self._say(out, before)
+                self._emit_text(out, before)
                 return out
-            # A model that forgets the mark at the end has called all the same, when what it wrote is whole.
-            stop = end if end >= 0 else len(self._waiting)
-            calls = self._read(self._waiting[begin + len(CALL_BEGIN) : stop])
+            # A complete call counts even if the model omits the closing mark.
+            stop = end if end >= 0 else len(self._pending)
+            calls = self._parse(self._pending[begin + len(CALL_BEGIN) : stop])
             if not calls:
                 text_until = begin + len(CALL_BEGIN)
                 continue
-            self._say(out, before)
+            self._emit_text(out, before)
             self._skip(stop - before + (len(CALL_END) if end >= 0 else 0))
             out += calls
             text_until = 0
-        if self.done or (last and self.count and not self._waiting.strip()):
+        if self.done or (last and self.count and not self._pending.strip()):
             return out
-        self._say(out, len(self._waiting) if last else len(_certain(self._waiting)))
+        self._emit_text(out, len(self._pending) if last else len(_final(self._pending)))
         return out
 
-    def _say(self, out: list[Said | CallPart], length: int) -> None:
+    def _emit_text(self, out: list[TextSpan | CallPart], length: int) -> None:
         if length:
-            out.append(Said(self._waiting[:length], self.at))
+            out.append(TextSpan(self._pending[:length], self.at))
             self._skip(length)
 
     def _skip(self, length: int) -> None:
         self.at += length
-        self._waiting = self._waiting[length:]
+        self._pending = self._pending[length:]
 
-    def _read(self, written: str) -> list[CallPart]:
-        """The calls in what stands between the marks (SmolLM writes a list there); none where it is no call."""
+    def _parse(self, written: str) -> list[CallPart]:
+        """The calls between the marks (SmolLM writes a list there); none if it is not a call."""
         out: list[CallPart] = []
         try:
             found = json.loads(written)
@@ -126,7 +135,7 @@ class FreeCalls:
                 if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
                     return []
                 written = _json(arguments)
-                written.encode()  # JSON can name halves of characters, UTF-8 cannot
+                written.encode()  # JSON can escape lone surrogates, UTF-8 cannot encode them
                 index = self.count + len(out) // 2
                 out += [CallPart(index, "", call_id(), name), CallPart(index, written)]
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -137,55 +146,55 @@ class FreeCalls:
         return out
 
 
-class ForcedCalls:
-    """Calls that a grammar makes the model write: their form is known, so that arguments stream as they come."""
+class ForcedToolCallParser:
+    """Parses calls under a grammar: their format is known, so that arguments stream as they are generated."""
 
     done = False  # the grammar ends the answer
-    at = 0  # nothing is said
+    at = 0  # there is no text outside calls
 
     def __init__(self) -> None:
-        self._waiting = ""
+        self._pending = ""
         self._inside = False
         self.count = 0
 
-    def push(self, text: str, *, last: bool = False) -> list[Said | CallPart]:
-        """What has become certain. `last`: an answer cut in its arguments shows what there is of them."""
-        out: list[Said | CallPart] = []
-        self._waiting += text
+    def push(self, text: str, *, last: bool = False) -> list[TextSpan | CallPart]:
+        """What has become final. last: arguments that were cut off are returned as far as they go."""
+        out: list[TextSpan | CallPart] = []
+        self._pending += text
         while True:
             if not self._inside:
-                if not (head := FORCED.match(self._waiting)):
+                if not (head := FORCED.match(self._pending)):
                     return out
                 out.append(CallPart(self.count, "", call_id(), head.group(1)))
                 self._inside, self.count = True, self.count + 1
-                self._waiting = self._waiting[head.end() :]
-            # A line break in a JSON string is written \n, so that the end cannot stand in the arguments.
-            part, end, rest = self._waiting.partition(ending())
+                self._pending = self._pending[head.end() :]
+            # A line break in a JSON string is escaped, so that the arguments cannot contain the end mark.
+            part, end, rest = self._pending.partition(ending())
             if not end:
                 held = 0 if last else _overlap(part, ending())
                 part, rest = part[: len(part) - held], part[len(part) - held :]
             if part:
                 out.append(CallPart(self.count - 1, part))
-            self._waiting = rest
+            self._pending = rest
             if not end:
                 return out
             self._inside = False
 
 
-Calls = FreeCalls | ForcedCalls
+CallParser = ToolCallParser | ForcedToolCallParser
 
 
 def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _certain(text: str) -> str:
-    """The text without what may belong to a call that begins at its end: white space and a piece of the mark."""
+def _final(text: str) -> str:
+    """The text without what may belong to a call that begins at its end: white space and part of the mark."""
     return text[: len(text) - _overlap(text, CALL_BEGIN)].rstrip()
 
 
 def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` a `mark` may begin with."""
+    """How many characters at the end of `text` are the beginning of `mark`."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 

@@ -5,12 +5,12 @@ Knows the names that files and transformers give to tensors; knows nothing of ho
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..runners.llama import Layer, Weights
-from .gguf import File
+from .gguf import GGUFFile
 from .linear import Linear, Norm
 
 # Families whose decoder is Llama's: `Weights` says all that tells them apart.
@@ -24,9 +24,9 @@ ROTATIONS = {"default", "linear", "llama3", "yarn"}
 SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
 
-def reads(file: File) -> bool:
+def can_read(file: GGUFFile) -> bool:
     """`from_file` knows all that this file holds: these tensors, of these shapes, and no others."""
-    said, tensors = facts(file), file.tensors
+    said, tensors = hyperparameters(file), file.tensors
     factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 1))
     scaling = said.get("rope.scaling.type", "none" if factor in (0, 1) else "linear")
     if file.metadata.get("general.architecture") != "llama" or scaling != "none":
@@ -63,7 +63,7 @@ def reads(file: File) -> bool:
     )
 
 
-def facts(file: File) -> dict[str, Any]:
+def hyperparameters(file: GGUFFile) -> dict[str, Any]:
     """The file's metadata about a Llama, with `kv_heads` and `head_dim`, which it may leave out."""
     said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
     heads, width = said.get("attention.head_count"), said.get("embedding_length")
@@ -80,7 +80,7 @@ def rotations(said: dict[str, Any]) -> torch.Tensor:
     return speeds
 
 
-def fits(model: Any) -> bool:
+def supports(model: Any) -> bool:
     """`from_model` knows this model: its family, and nothing in its configuration that Llama does not have."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -93,9 +93,9 @@ def fits(model: Any) -> bool:
     )
 
 
-def from_file(file: File, dtype: torch.dtype, device: torch.device) -> Weights:
+def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
     """Weights of a GGUF file that `reads` knows, unpacked."""
-    said, tensors = facts(file), file.tensors
+    said, tensors = hyperparameters(file), file.tensors
 
     def dense(*names: str) -> torch.Tensor:
         return torch.cat([tensors[f"{name}.weight"].dense() for name in names]).to(device, dtype)
@@ -115,7 +115,7 @@ def from_file(file: File, dtype: torch.dtype, device: torch.device) -> Weights:
         for at in (f"blk.{index}" for index in range(said["block_count"]))
     ]
     table = dense("token_embd")
-    return Weights(
+    return LlamaWeights(
         dtype=dtype,
         heads=said["attention.head_count"],
         kv_heads=said["kv_heads"],
@@ -129,7 +129,7 @@ def from_file(file: File, dtype: torch.dtype, device: torch.device) -> Weights:
     )
 
 
-def from_model(model: Any) -> Weights:
+def from_model(model: Any) -> LlamaWeights:
     """Weights of a transformers model of these families, in its own type, on its device."""
     config, inner = model.config, model.model
     rotary = inner.rotary_emb
@@ -164,7 +164,7 @@ def from_model(model: Any) -> Weights:
         )
         for block in inner.layers
     ]
-    return Weights(
+    return LlamaWeights(
         dtype=model.dtype,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -182,3 +182,37 @@ def _dense(*parts: Any, before: Norm | None = None) -> Linear:
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     biases = [part.bias for part in parts]
     return Linear(weight, None if biases[0] is None else torch.cat(biases), before)
+
+
+@dataclass
+class Layer:
+    """`qkv` and `gate_up` hold the norm before them. The two halves of a head that turn together lie pair by pair."""
+
+    qkv: Linear
+    query_norm: Norm | None  # Qwen3: over each head
+    key_norm: Norm | None
+    output: Linear
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass
+class LlamaWeights:
+    """dtype: of the rows between the layers. rotations: (head_dim / 2,) inverse frequencies. head: with its norm."""
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    rotations: torch.Tensor
+    rotation_scale: float
+    embedding: torch.Tensor
+    layers: list[Layer]
+    head: Linear
+
+    @property
+    def bytes(self) -> int:
+        linears = [part for layer in self.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        head = 0 if self.head.weight.data_ptr() == self.embedding.data_ptr() else self.head.bytes  # one for both
+        return sum(part.bytes for part in linears) + head + self.embedding.nbytes

@@ -1,8 +1,9 @@
-"""What each request that has ended really used, for who asks by its id: also for one that broke off.
+"""Tokens used by each ended request, by its id, also of interrupted requests. The proxy reads them to bill those.
 
-Each process writes into a ring of fixed slots, one file in a folder that all processes of this machine share: bounded
-in number and age, and a process that was killed leaves its own behind. Whole requests are in it too: who left while the
-last byte was on its way does not know that its answer was whole. To write one is a copy of 40 bytes in memory.
+Each process writes to a ring buffer of fixed slots, one file in a folder that all processes of this machine share.
+Number and age are bounded, and the file of a killed process remains. Complete requests are in it too: a client that
+disconnects during the last byte cannot know that its answer was complete. Writing one request copies 40 bytes in
+memory. Knows ids and token counts. Knows nothing of models or HTTP.
 """
 
 from __future__ import annotations
@@ -24,49 +25,49 @@ SLOTS = 16_384  # in each process
 KEPT_SECONDS = 900.0
 _SLOT = struct.Struct("<16sdIII4x")  # the id's digest, unix time, prompt, completion, cached
 _NUMBERS = struct.Struct("<dIII")
-_NOBODY = bytes(16)
+_EMPTY = bytes(16)
 
 
-class Used(NamedTuple):
-    """Tokens. `cached`: those of the prompt that were not computed again."""
+class TokenUsage(NamedTuple):
+    """Tokens. cached: those of the prompt that came from the prefix cache."""
 
     prompt: int
     completion: int
     cached: int
 
 
-class Tally:
-    """This process's ring; until it is opened nothing is kept."""
+class UsageRing:
+    """This process's ring; until it is opened nothing is recorded."""
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._next = 0
 
     def open(self, folder: Path) -> None:
-        """Keep what ends from now on where `find` looks. Without room on the disk: nowhere."""
+        """Record requests that end from now on in a file that `find` reads; in none if the disk has no room."""
         try:
             path = folder / f"{os.getpid()}-{time.time_ns()}.tally"
             with path.open("x+b") as file:
-                # Not a file with holes: a full disk would be a signal that ends the process, at the first write.
+                # Not a sparse file: on a full disk the first write to it would end the process by a signal.
                 file.write(bytes(SLOTS * _SLOT.size))
                 file.flush()
                 self._memory = mmap.mmap(file.fileno(), SLOTS * _SLOT.size)
         except OSError as error:
-            log.warning("what requests used that break off will not be told: %s", error)
+            log.warning("usage of interrupted requests cannot be recorded: %s", error)
 
-    def put(self, id_: str, used: Used) -> None:
-        """A request has ended, and used no more than this."""
+    def put(self, id_: str, used: TokenUsage) -> None:
+        """Record the usage of a request that has ended."""
         if self._memory is None:
             return
         at = self._next * _SLOT.size
         self._next = (self._next + 1) % SLOTS
-        self._memory[at : at + 16] = _NOBODY  # nobody may find half of it
+        self._memory[at : at + 16] = _EMPTY  # a reader must not find half of it
         _NUMBERS.pack_into(self._memory, at + 16, time.time(), *used)
         self._memory[at : at + 16] = _digest(id_)
 
 
-def find(folder: Path, ids: Iterable[str]) -> dict[str, Used]:
-    """What those of `ids` used that have ended not long ago. Reads files: call it in a thread."""
+def find(folder: Path, ids: Iterable[str]) -> dict[str, TokenUsage]:
+    """Usage of those of `ids` that ended within KEPT_SECONDS. Reads files: call it in a thread."""
     rings = []
     for path in folder.glob("*.tally"):
         with contextlib.suppress(OSError):
@@ -80,12 +81,12 @@ def find(folder: Path, ids: Iterable[str]) -> dict[str, Used]:
     return found
 
 
-def _slots(ring: bytes, digest: bytes) -> Iterable[tuple[float, Used]]:
+def _slots(ring: bytes, digest: bytes) -> Iterable[tuple[float, TokenUsage]]:
     at = ring.find(digest)
     while at >= 0:
         if at % _SLOT.size == 0:
             when, *used = _NUMBERS.unpack_from(ring, at + 16)
-            yield when, Used(*used)
+            yield when, TokenUsage(*used)
         at = ring.find(digest, at + 1)
 
 

@@ -1,28 +1,25 @@
 """OpenAI's wire format of answers: JSON, and the chunks of a stream.
 
-Knows the shapes; knows nothing of requests, HTTP servers or models.
+Knows shapes. Knows nothing of requests, HTTP servers or models.
 """
 
 from __future__ import annotations
 
-import base64
-import secrets
 import struct
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+from ...text.choice import Piece, TokenLogprob, TokenName
+from ..http.service import new_id
 
 Object = dict[str, Any]
-LEAST_LOGPROB = -9999.0  # OpenAI's word for minus infinity, which JSON has not
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(12)}"
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI does the same
 
 
 def usage(prompt: int, completion: int, cached: int) -> Object:
-    """Tokens. cached: those of the prompt that were not computed again."""
+    """Numbers of tokens. cached: those of the prompt that came from the prefix cache."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -31,41 +28,8 @@ def usage(prompt: int, completion: int, cached: int) -> Object:
     }
 
 
-# A token as `logprobs` shows it: its name, and its bytes where it has any.
-Named = tuple[str, list[int] | None]
-
-
-class Scored(NamedTuple):
-    """One token of an answer with its logprob, and the best alternatives with theirs."""
-
-    token: Named
-    logprob: float
-    top: list[tuple[Named, float]]
-    start: int  # its place in the text, in characters
-
-
-class CallPart(NamedTuple):
-    """A piece of a tool call: id and name at its beginning, then arguments."""
-
-    call: int  # which of the answer's calls
-    arguments: str
-    id: str | None = None
-    name: str | None = None
-
-
-@dataclass(slots=True)
-class Piece:
-    """What one step brought one choice."""
-
-    index: int
-    text: str = ""
-    finish: str | None = None
-    scored: list[Scored] | None = None  # None: no logprobs were asked for
-    calls: Sequence[CallPart] = ()
-
-
 class Answer:
-    """The frame of one answer: what all its chunks, or its JSON, have in common."""
+    """Writes one answer. Its chunks, or its JSON, share one frame of id, model and time."""
 
     def __init__(self, *, chat: bool, model: str, revision: str, stream: bool, wants_usage: bool) -> None:
         self._chat, self._stream, self._wants_usage = chat, stream, wants_usage
@@ -79,11 +43,11 @@ class Answer:
         }
 
     def opening(self, index: int) -> Object | None:
-        """A chat stream's first chunk says who speaks."""
+        """The first chunk of a chat stream: the role."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None) if self._chat else None
 
     def chunks(self, piece: Piece) -> Iterator[Object]:
-        """A piece of a stream; its end is a chunk of its own."""
+        """The chunks of one piece; the finish reason has its own."""
         if piece.text or piece.scored:
             yield self._chunk(piece.index, {"content": piece.text}, None, piece.text, self._logprobs(piece.scored))
         for part in piece.calls:
@@ -95,20 +59,20 @@ class Answer:
         if piece.finish:
             yield self._chunk(piece.index, {}, piece.finish)
 
-    def closing(self, counted: Object) -> Object | None:
+    def closing(self, counts: Object) -> Object | None:
         """The last chunk of a stream whose caller asked for usage."""
-        return {**self._frame, "choices": [], "usage": counted} if self._wants_usage else None
+        return {**self._frame, "choices": [], "usage": counts} if self._wants_usage else None
 
-    def whole(self, choices: Sequence[Sequence[Piece]], counted: Object) -> Object:
-        """The JSON of all the pieces of each choice."""
-        return {**self._frame, "choices": [self._choice(i, p) for i, p in enumerate(choices)], "usage": counted}
+    def whole(self, choices: Sequence[Sequence[Piece]], counts: Object) -> Object:
+        """The JSON of a complete answer. choices: all pieces of each choice."""
+        return {**self._frame, "choices": [self._choice(i, p) for i, p in enumerate(choices)], "usage": counts}
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> Object:
         text = "".join([piece.text for piece in pieces])
         finish = next((piece.finish for piece in pieces if piece.finish), None)
-        asked = any(piece.scored is not None for piece in pieces)
-        logprobs = self._logprobs([one for piece in pieces for one in piece.scored or ()] if asked else None)
-        said: Object = {"text": text}
+        wanted = any(piece.scored is not None for piece in pieces)
+        logprobs = self._logprobs([one for piece in pieces for one in piece.scored or ()] if wanted else None)
+        body: Object = {"text": text}
         if self._chat:
             calls: list[Object] = []
             for part in [part for piece in pieces for part in piece.calls]:
@@ -118,15 +82,15 @@ class Answer:
                 else:
                     calls[part.call]["function"]["arguments"] += part.arguments
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
-            said = {"message": {**message, "tool_calls": calls} if calls else message}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
+            body = {"message": {**message, "tool_calls": calls} if calls else message}
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, scored: Sequence[Scored] | None) -> Object | None:
+    def _logprobs(self, scored: Sequence[TokenLogprob] | None) -> Object | None:
         if scored is None:
             return None
         if self._chat:
 
-            def entry(token: Named, logprob: float) -> Object:
+            def entry(token: TokenName, logprob: float) -> Object:
                 return {"token": token[0], "logprob": max(logprob, LEAST_LOGPROB), "bytes": token[1]}
 
             content = [
@@ -137,7 +101,7 @@ class Answer:
         return {
             "tokens": [one.token[0] for one in scored],
             "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in scored],
-            # The chosen token is always there: one more than asked for, where it is none of the best.
+            # Always with the chosen token: one entry more than wanted where it is not among the best.
             "top_logprobs": [
                 {token[0]: logprob for token, logprob in one.top} | {one.token[0]: one.logprob} for one in scored
             ],
@@ -147,24 +111,24 @@ class Answer:
     def _chunk(
         self, index: int, delta: Object, finish: str | None, text: str = "", logprobs: Object | None = None
     ) -> Object:
-        said: Object = {"delta": delta} if self._chat else {"text": text}
-        chunk = {**self._frame, "choices": [{"index": index, **said, "logprobs": logprobs, "finish_reason": finish}]}
+        body: Object = {"delta": delta} if self._chat else {"text": text}
+        chunk = {**self._frame, "choices": [{"index": index, **body, "logprobs": logprobs, "finish_reason": finish}]}
         return {**chunk, "usage": None} if self._wants_usage else chunk
 
 
-def embeddings(model: str, vectors: Sequence[Sequence[float]], counts: list[int], *, packed: bool) -> Object:
-    """OpenAI's embedding list. `packed`: base64 of little-endian float32, which the official client asks for.
+def embedding_list(model: str, vectors: Sequence[Sequence[float]], counts: list[int], *, base64: bool) -> Object:
+    """OpenAI's embedding list. base64: of little-endian float32, which the official client asks for.
 
-    `usage.per_input_tokens` is ours: a cache that keeps single inputs needs it to add up another batch's usage.
+    `usage.per_input_tokens` is an extension: a cache of single inputs needs it to add up another batch's usage.
     """
     data = [
-        {"object": "embedding", "index": index, "embedding": pack(vector) if packed else vector}
+        {"object": "embedding", "index": index, "embedding": to_base64(vector) if base64 else vector}
         for index, vector in enumerate(vectors)
     ]
     total = sum(counts)
-    counted = {"prompt_tokens": total, "total_tokens": total, "per_input_tokens": counts}
-    return {"object": "list", "data": data, "model": model, "usage": counted}
+    usage_ = {"prompt_tokens": total, "total_tokens": total, "per_input_tokens": counts}
+    return {"object": "list", "data": data, "model": model, "usage": usage_}
 
 
-def pack(vector: Sequence[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def to_base64(vector: Sequence[float]) -> str:
+    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -136,7 +136,7 @@ class ChatRequest(Generation):
     parallel_tool_calls: bool | None = None
 
     @property
-    def shown(self) -> int | None:
+    def top_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property

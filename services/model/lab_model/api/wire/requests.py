@@ -114,7 +114,7 @@ class Generation(BaseModel):
 
     @property
     @abstractmethod
-    def shown(self) -> int | None:
+    def top_count(self) -> int | None:
         """How many alternatives `logprobs` shows beside each token; None: no logprobs."""
 
     def check(self) -> None:
@@ -141,7 +141,7 @@ class CompletionRequest(Generation):
     best_of: Whole | None = None
 
     @property
-    def shown(self) -> int | None:
+    def top_count(self) -> int | None:
         return self.logprobs
 
     @property
