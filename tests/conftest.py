@@ -21,8 +21,8 @@ from processes import ANSWERS, RUNNING, Process, describe, free_port, process, p
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
-    from lab_model.models.catalogue import Source
-    from lab_model.weights.gguf import File
+    from lab_model.models.sources import Source
+    from lab_model.weights.gguf import GGUFFile
 
 CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
 # Ray Serve and the embedded models on two busy cores.
@@ -181,17 +181,18 @@ def client(target: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def source() -> Source:
-    from lab_model.models.catalogue import load_catalogue, locate
+    from lab_model.models.catalogue import load_catalogue
+    from lab_model.models.sources import resolve_source
 
-    return locate(load_catalogue(None)[0])
+    return resolve_source(load_catalogue(None)[0])
 
 
 @pytest.fixture(scope="session")
-def file(source: Source) -> File:
-    from lab_model.weights.gguf import File
+def file(source: Source) -> GGUFFile:
+    from lab_model.weights.gguf import GGUFFile
 
     assert source.gguf_file
-    return File(Path(source.folder) / source.gguf_file)
+    return GGUFFile(Path(source.folder) / source.gguf_file)
 
 
 @pytest.fixture(scope="session")

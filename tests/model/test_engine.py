@@ -15,24 +15,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_model.engine.kv_pages import PAGE_TOKENS
-from lab_model.engine.sampler import Sampling
-from lab_model.engine.scheduler import (
-    PIECE_TOKENS,
+from lab_model.engine.request import (
     CancelledError,
     DeadlineError,
-    Engine,
     EngineClosedError,
     EngineFaultError,
-    Event,
     QueueFullError,
     Request,
     RequestTooLongError,
-    Runner,
+    StepOutput,
     UnknownTokenError,
 )
-from lab_model.runners.cuda_graphs import Graphs
-from lab_model.runners.llama import Llama
-from lab_model.runners.transformers import Plain
+from lab_model.engine.runner import Runner
+from lab_model.engine.sampling_params import SamplingParams
+from lab_model.engine.scheduler import PIECE_TOKENS, Scheduler
+from lab_model.runners.cuda_graphs import CudaGraphs
+from lab_model.runners.llama import LlamaRunner
+from lab_model.runners.transformers import TransformersRunner
 from lab_model.weights import llama as llama_weights
 
 # Every architecture by transformers' own forward, and those of the family by ours too.
@@ -40,7 +39,9 @@ RUNNERS = ("llama", "llama plain", "qwen2", "qwen3", "qwen3 plain", "gpt2 plain"
 
 
 def runner(model: Any, *, plain: bool = False) -> Runner:
-    return Plain(model) if plain else Llama(llama_weights.from_model(model), model.device, model.dtype)
+    return (
+        TransformersRunner(model) if plain else LlamaRunner(llama_weights.from_model(model), model.device, model.dtype)
+    )
 
 
 class Bench:
@@ -49,13 +50,13 @@ class Bench:
     def __init__(self, model: Any, **limits: int) -> None:
         """model: a runner, or a transformers model of the family."""
         self.tokens: dict[Request, list[int]] = {}
-        self.ended: dict[Request, Event] = {}
-        self.steps: queue.Queue[list[Event]] = queue.Queue()
+        self.ended: dict[Request, StepOutput] = {}
+        self.steps: queue.Queue[list[StepOutput]] = queue.Queue()
         self._changed = threading.Condition()
-        self.engine = Engine(model if hasattr(model, "prefill") else runner(model), self._deliver, **limits)
+        self.engine = Scheduler(model if hasattr(model, "prefill") else runner(model), self._deliver, **limits)
         self.engine.start()
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: list[StepOutput]) -> None:
         with self._changed:
             for event in events:
                 assert event.request not in self.ended, "an event after the end"
@@ -144,7 +145,7 @@ def test_greedy_equals_generate(which: str) -> None:
 
 def test_logits_are_for_an_engine_at_rest() -> None:
     """A runner is for one thread: who asks beside a request is told so, and may ask when it has ended."""
-    engine = Engine(runner(tiny.model("llama")), lambda events: None, kv_tokens=256)
+    engine = Scheduler(runner(tiny.model("llama")), lambda events: None, kv_tokens=256)
     asked = Request([5, 6, 7], 2)
     engine.submit(asked)
     with pytest.raises(RuntimeError, match="requests"):
@@ -159,8 +160,8 @@ def test_logits_are_for_an_engine_at_rest() -> None:
 def test_steps_of_one_shape_equal_generate(device: str) -> None:
     """What CUDA records as graphs gives the same tokens; on the CPU the same code runs unrecorded."""
     model = tiny.model("qwen3").to(device)
-    made = Llama(llama_weights.from_model(model), torch.device(device), torch.float32)
-    made.graphs = Graphs(made.step, torch.device(device))
+    made = LlamaRunner(llama_weights.from_model(model), torch.device(device), torch.float32)
+    made.graphs = CudaGraphs(made.step, torch.device(device))
     bench = Bench(made)
     try:
         asked = prompts(1, 5, 33, 40, 64, 100, 300)
@@ -175,7 +176,7 @@ def test_batched_equals_alone(bench: Bench) -> None:
     asked = prompts(5, 20, 40, 7, 90, 3, 12, 60)
 
     def requests() -> list[Request]:
-        return [Request(p, 30, sampling=Sampling(0.9, (1.0, 0.7)[i % 2], seed=i)) for i, p in enumerate(asked)]
+        return [Request(p, 30, sampling=SamplingParams(0.9, (1.0, 0.7)[i % 2], seed=i)) for i, p in enumerate(asked)]
 
     together = bench.answer(*requests())
     alone = [bench.answer(request)[0] for request in requests()]
@@ -285,7 +286,7 @@ class Poisoned:
         return output
 
 
-class NaN(Llama):
+class NaN(LlamaRunner):
     """Our own forward, with NaN wherever token 7 goes: in its keys and values too, and so in all that follows it."""
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -316,8 +317,8 @@ def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
 
 def test_who_leaves_half_way_leaves_no_nan_behind(llama: Any) -> None:
     """A request of which one piece is computed, NaN and all, is cancelled; two others inherit its pages."""
-    events: list[Event] = []
-    engine = Engine(
+    events: list[StepOutput] = []
+    engine = Scheduler(
         NaN(llama_weights.from_model(llama), llama.device, llama.dtype), events.extend, kv_tokens=10 * PAGE_TOKENS
     )
     ill = Request([5, 7] * 145, 20)
@@ -326,7 +327,7 @@ def test_who_leaves_half_way_leaves_no_nan_behind(llama: Any) -> None:
         engine._admit()
         engine._step(events)
         assert ill.prefilling
-        assert ill.cached == PIECE_TOKENS
+        assert ill.computed_tokens == PIECE_TOKENS
         engine.cancel(ill)
         engine._drop(events)
         heirs = [asking([5] * 140, 10), asking([6] * 100, 10)]  # the shorter one is padded beside the longer one
@@ -360,7 +361,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(llama: Any, plain: bool
 def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
     """A prompt's pages are shared before its logits are looked at: once these were NaN, nobody finds them."""
 
-    class Once(Llama):
+    class Once(LlamaRunner):
         ill = True
 
         def _embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -375,7 +376,7 @@ def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
         made.ill = False
         again = asking(prompt, 5)
         assert bench.answer(again) == [reference(llama, prompt, 5)]
-        assert again.reused == 0
+        assert again.prefix_hit_tokens == 0
     finally:
         bench.engine.close()
 
@@ -390,7 +391,7 @@ def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) 
             return super().__call__(**kwargs)
 
     model = Broken(llama)
-    bench = Bench(Plain(model))
+    bench = Bench(TransformersRunner(model))
     try:
         (prompt,) = prompts(9)
         model.broken = True
@@ -410,13 +411,13 @@ def test_fault_in_a_step_fails_those_in_flight_and_the_loop_goes_on(llama: Any) 
 
 
 def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: Any) -> None:
-    class Unwiped(Llama):
+    class Unwiped(LlamaRunner):
         broken = True
 
-        def wipe(self, pages: Sequence[int]) -> None:
+        def zero_pages(self, pages: Sequence[int]) -> None:
             if self.broken:
                 raise RuntimeError("made for this test")
-            super().wipe(pages)
+            super().zero_pages(pages)
 
     made = Unwiped(llama_weights.from_model(llama), llama.device, llama.dtype)
     bench = Bench(made)
@@ -440,7 +441,7 @@ def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
             return super().__call__(**kwargs)
 
     early, late = Request([5] * 4, 900), Request([9] * 40, 1)
-    bench = Bench(Plain(BreaksBeside(llama)))
+    bench = Bench(TransformersRunner(BreaksBeside(llama)))
     try:
         bench.engine.submit(early)
         bench.started(early)
@@ -453,7 +454,7 @@ def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
 
 
 def test_a_negative_seed_is_another_seed() -> None:
-    seeded = [Request([1], 1, sampling=Sampling(seed=seed)).draw.random.random() for seed in (5, -5)]
+    seeded = [Request([1], 1, sampling=SamplingParams(seed=seed)).sampling_state.random.random() for seed in (5, -5)]
     assert seeded[0] != seeded[1]
 
 
@@ -485,11 +486,11 @@ def test_a_shared_beginning_is_computed_once(bench: Bench, llama: Any) -> None:
     first, second = asking(shared + one, 20), asking(shared + two, 20)
     bench.answer(first)
     assert bench.answer(second) == [reference(llama, shared + two, 20)]
-    assert (first.reused, second.reused) == (0, 256)  # in float32: whole pieces
+    assert (first.prefix_hit_tokens, second.prefix_hit_tokens) == (0, 256)  # in float32: whole pieces
     assert bench.engine.stats().reused_tokens == 256
     again = asking(shared + one, 20)
     assert bench.answer(again) == [bench.tokens[first]]
-    assert again.reused == 256
+    assert again.prefix_hit_tokens == 256
 
 
 def test_what_is_held_is_shared_while_it_runs(bench: Bench, llama: Any) -> None:
@@ -502,7 +503,7 @@ def test_what_is_held_is_shared_while_it_runs(bench: Bench, llama: Any) -> None:
     bench.started(second)
     bench.engine.cancel(first)
     bench.wait([second])
-    assert second.reused == 256
+    assert second.prefix_hit_tokens == 256
     assert bench.tokens[second] == reference(llama, [*shared, 11, 12], 30)
     bench.settled()
 
@@ -519,7 +520,7 @@ def test_kept_beginnings_give_way(llama: Any) -> None:
         (last,) = prompts(*[300] * 6)[-1:]
         again = asking(last, 10)
         bench.answer(again)
-        assert again.reused == 256
+        assert again.prefix_hit_tokens == 256
     finally:
         bench.engine.close()
 

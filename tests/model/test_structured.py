@@ -16,9 +16,9 @@ import torch
 from inprocess import END, InProcess, events
 from lab_model.text import grammar
 from lab_model.text.grammar import GrammarError, Grammars, TokenGrammar, answer_source
-from lab_model.text.tokenizer import Text
+from lab_model.text.tokenizer import ModelTokenizer
 
-TEXT = Text.of(tiny.tokenizer())
+TEXT = ModelTokenizer.of(tiny.tokenizer())
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {

@@ -15,14 +15,13 @@ import tiny
 from conftest import TINY
 from inprocess import InProcess
 from lab_model import errors
-from lab_model.api.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, Flow, Generator, Work
-from lab_model.api.http.service import Record
-from lab_model.api.wire.answers import Piece
-from lab_model.engine.sampler import Logprob
-from lab_model.engine.scheduler import CancelledError, EngineFaultError, Event, Request
-from lab_model.text.choice import Choice
-from lab_model.text.tokenizer import Text
-from lab_model.text.tool_calls import ForcedCalls
+from lab_model.api.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, EngineClient, EngineWork, OutputCollector
+from lab_model.api.http.record import Record
+from lab_model.engine.request import CancelledError, EngineFaultError, Request, StepOutput
+from lab_model.engine.sampling_params import Logprob
+from lab_model.text.choice import Choice, Piece
+from lab_model.text.tokenizer import ModelTokenizer
+from lab_model.text.tool_calls import ForcedToolCallParser
 from lab_model.tools import CALL_BEGIN, ending
 from starlette.types import Message
 
@@ -49,7 +48,7 @@ class Hand:
 class Stream:
     """One call, and what it wrote: when, and which pieces."""
 
-    flow: Flow
+    flow: OutputCollector
     requests: list[Request]
     writes: list[tuple[float, list[Piece]]] = field(default_factory=list)
     error: Exception | None = None
@@ -70,9 +69,9 @@ class Stream:
 
 class Stage:
     def __init__(self) -> None:
-        self.text = Text.of(tiny.tokenizer())
+        self.text = ModelTokenizer.of(tiny.tokenizer())
         self.hand = Hand()
-        self.generator = Generator(name=TINY, kind="chat", revision="r", text=self.text, default_max_tokens=100)
+        self.generator = EngineClient(name=TINY, kind="chat", revision="r", text=self.text, default_max_tokens=100)
         self.generator._engine = self.hand  # type: ignore[assignment]
         self.generator._measured = float("inf")  # it has no gauges
         self.streams: list[Stream] = []
@@ -83,11 +82,11 @@ class Stage:
     ) -> Stream:  # fmt: skip
         requests = [Request([1], 1000) for _ in range(choices)]
         told = [
-            Choice(index, self.text, stops, logprobs=logprobs, calls=ForcedCalls() if calls else None)
+            Choice(index, self.text, stops, logprobs=logprobs, calls=ForcedToolCallParser() if calls else None)
             for index in range(choices)
         ]
         record = Record("r", "r", "chat/completions", time.monotonic())
-        begun = Stream(Flow(Work(requests, choices), told, record, stream=stream), requests)
+        begun = Stream(OutputCollector(EngineWork(requests, choices), told, record, stream=stream), requests)
         begun.reads.set()
 
         async def read() -> None:
@@ -103,7 +102,7 @@ class Stage:
         self.streams.append(begun)
         return begun
 
-    async def step(self, *events: Event) -> None:
+    async def step(self, *events: StepOutput) -> None:
         """What one step of the engine brings, and a moment for who is woken by it."""
         self.generator.deliver(list(events))
         for _ in range(5):
@@ -113,7 +112,7 @@ class Stage:
         """So many streams that tokens wait as long as they ever do; their first tokens are out."""
         crowd = [self.begin() for _ in range(STREAMS)]
         await asyncio.sleep(0)
-        await self.step(*(Event(one.requests[0], self.text.encode("the")) for one in crowd))
+        await self.step(*(StepOutput(one.requests[0], self.text.encode("the")) for one in crowd))
         assert all(len(one.writes) == 1 for one in crowd)
         self.generator._delivered = time.monotonic()  # the next step is a short one
 
@@ -137,7 +136,7 @@ async def test_a_stream_that_is_alone_writes_every_token_at_once(stage: Stage) -
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for count, token in enumerate(tokens, 1):
-        await stage.step(Event(one.requests[0], [token]))
+        await stage.step(StepOutput(one.requests[0], [token]))
         assert len(one.writes) == count
     assert one.text == stage.text.decode(tokens)
 
@@ -150,11 +149,11 @@ async def test_many_streams_write_seldom_and_lose_nothing(stage: Stage) -> None:
     came: list[float] = []
     for token in tokens:
         came.append(time.monotonic())
-        await stage.step(*(Event(one.requests[0], [token]) for one in many))
+        await stage.step(*(StepOutput(one.requests[0], [token]) for one in many))
         await asyncio.sleep(STEP_SECONDS)
     seconds = time.monotonic() - came[0]
     for one in many:
-        await stage.step(Event(one.requests[0], [], "length"))
+        await stage.step(StepOutput(one.requests[0], [], "length"))
     expected = stage.text.decode(tokens)
     # This machine itself may have stood still for so long.
     slack = SOON + max(b - a for a, b in itertools.pairwise(came)) - STEP_SECONDS
@@ -184,7 +183,7 @@ async def test_few_streams_hardly_wait(stage: Stage) -> None:
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for count, token in enumerate(tokens, 1):
-        await stage.step(*(Event(stream.requests[0], [token]) for stream in (one, two)))
+        await stage.step(*(StepOutput(stream.requests[0], [token]) for stream in (one, two)))
         assert [len(stream.writes) for stream in (one, two)] == [count, count]
         await asyncio.sleep(2 / WRITES_A_SECOND)
 
@@ -193,7 +192,7 @@ async def test_the_first_token_of_a_stream_waits_for_nobody(stage: Stage) -> Non
     await stage.crowd()
     late = stage.begin()
     await asyncio.sleep(0)
-    await stage.step(Event(late.requests[0], stage.text.encode("the")))
+    await stage.step(StepOutput(late.requests[0], stage.text.encode("the")))
     assert late.text == "the"
 
 
@@ -204,9 +203,9 @@ async def test_half_a_character_is_no_first_token(stage: Stage) -> None:
     await asyncio.sleep(0)
     parts = stage.text.encode("ß")
     assert len(parts) == 2
-    await stage.step(Event(late.requests[0], parts[:1]))
+    await stage.step(StepOutput(late.requests[0], parts[:1]))
     assert late.writes == []
-    await stage.step(Event(late.requests[0], parts[1:]))
+    await stage.step(StepOutput(late.requests[0], parts[1:]))
     assert late.text == "ß"
 
 
@@ -214,9 +213,9 @@ async def test_the_end_waits_for_nobody(stage: Stage) -> None:
     """And takes with it what was held."""
     await stage.crowd()
     one = stage.streams[0]
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat")))
     assert one.text == "the"
-    await stage.step(Event(one.requests[0], stage.text.encode(" sat"), "length"))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" sat"), "length"))
     assert one.text == "the cat sat"
     assert one.pieces[-1].finish == "length"
 
@@ -225,8 +224,8 @@ async def test_who_reads_slowly_gets_the_end_too(stage: Stage) -> None:
     one = stage.begin()
     one.reads.clear()
     await asyncio.sleep(0)
-    await stage.step(Event(one.requests[0], stage.text.encode("the")))
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat"), "length"))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode("the")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat"), "length"))
     one.reads.set()
     await asyncio.sleep(0.01)
     assert one.text == "the cat"
@@ -239,9 +238,9 @@ async def test_a_stop_string_ends_the_answer_when_it_comes(stage: Stage) -> None
     one = stage.begin(choices=2, stops=["sat"])
     await asyncio.sleep(0)
     for word in ("the", " cat"):
-        await stage.step(*(Event(request, stage.text.encode(word)) for request in one.requests))
+        await stage.step(*(StepOutput(request, stage.text.encode(word)) for request in one.requests))
     assert not stage.hand.cancelled
-    await stage.step(Event(one.requests[0], stage.text.encode(" sat")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" sat")))
     assert stage.hand.cancelled == one.requests[:1], "the other choice goes on"
     assert one.text == "the cat "
     assert [piece.finish for piece in one.pieces if piece.index == 0][-1] == "stop"
@@ -253,7 +252,7 @@ async def test_what_comes_after_a_stop_string_is_not_counted(stage: Stage) -> No
     one = stage.begin(stops=["sat"])
     await asyncio.sleep(0)
     for word in ("the", " cat", " sat", " on"):
-        stage.generator.deliver([Event(one.requests[0], stage.text.encode(word))])
+        stage.generator.deliver([StepOutput(one.requests[0], stage.text.encode(word))])
     await asyncio.sleep(0.01)
     assert one.text == "the cat "
     assert one.flow.work.counted == {0: len(stage.text.encode("the cat sat"))}
@@ -264,15 +263,15 @@ async def test_nobody_touches_what_waits(stage: Stage, monkeypatch: pytest.Monke
     await stage.crowd()
     monkeypatch.setattr("lab_model.api.generator.LONGEST_WAIT_SECONDS", 60)
     monkeypatch.setattr("lab_model.api.generator.WRITES_A_SECOND", 1)
-    given = list[Event]()
-    give = stage.generator._give
-    stage.generator._give = lambda event: (given.append(event), give(event))[1]  # type: ignore[method-assign, func-returns-value]
+    given = list[StepOutput]()
+    give = stage.generator._push
+    stage.generator._push = lambda event: (given.append(event), give(event))[1]  # type: ignore[method-assign, func-returns-value]
     words = (" cat", " sat", " on")
     for word in words:
-        await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stage.streams))
+        await stage.step(*(StepOutput(one.requests[0], stage.text.encode(word)) for one in stage.streams))
         assert not given
     monkeypatch.setattr("lab_model.api.generator.LONGEST_WAIT_SECONDS", 0)
-    await stage.step(*(Event(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
+    await stage.step(*(StepOutput(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
     assert len(given) == STREAMS
     assert {one.text for one in stage.streams} == {"the" + "".join(words) + " the"}
 
@@ -281,7 +280,7 @@ async def test_a_new_prompt_brings_out_what_waits(stage: Stage) -> None:
     """Its step is a long one."""
     await stage.crowd()
     one = stage.streams[0]
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat")))
     assert one.text == "the"
     stage.begin()
     await asyncio.sleep(0.01)
@@ -295,12 +294,12 @@ async def test_who_has_left_or_only_reads_counts_no_more(stage: Stage) -> None:
     for other in others[::2]:
         other.reads.clear()
     for word in (" cat", " sat"):
-        await stage.step(*(Event(other.requests[0], stage.text.encode(word)) for other in others))
-    await stage.step(*(Event(other.requests[0], [], "length") for other in others))
+        await stage.step(*(StepOutput(other.requests[0], stage.text.encode(word)) for other in others))
+    await stage.step(*(StepOutput(other.requests[0], [], "length") for other in others))
     writes = len(one.writes)
     for count, word in enumerate((" cat", " sat", " on"), 1):
         await asyncio.sleep(0.001)
-        await stage.step(Event(one.requests[0], stage.text.encode(word)))
+        await stage.step(StepOutput(one.requests[0], stage.text.encode(word)))
         assert len(one.writes) == writes + count
     for other in others:
         other.reads.set()
@@ -312,16 +311,16 @@ async def test_nothing_is_kept_of_those_who_left(stage: Stage) -> None:
     stops = [stage.begin(stops=["mat"]) for _ in range(STREAMS)]
     await asyncio.sleep(0)
     for word in ("the", " cat"):
-        await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stops))
+        await stage.step(*(StepOutput(one.requests[0], stage.text.encode(word)) for one in stops))
     for one in stops:
         assert one.task is not None
         one.task.cancel()
     await asyncio.sleep(0.01)
     assert len(stage.hand.cancelled) == STREAMS
     gone = CancelledError("it was cancelled")
-    await stage.step(*(Event(one.requests[0], [], error=gone) for one in stops))
+    await stage.step(*(StepOutput(one.requests[0], [], error=gone) for one in stops))
     generator = stage.generator
-    for kept in (generator._flows, generator._gathered, generator._eager, generator._held, generator._begun):
+    for kept in (generator._collectors, generator._gathered, generator._eager, generator._held, generator._streaming):
         assert not kept
 
 
@@ -331,8 +330,8 @@ async def test_logprobs_stay_with_their_tokens(stage: Stage) -> None:
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for number, token in enumerate(tokens):
-        await stage.step(Event(one.requests[0], [token], logprobs=[Logprob(-float(number), [])]))
-    await stage.step(Event(one.requests[0], [], "length"))
+        await stage.step(StepOutput(one.requests[0], [token], logprobs=[Logprob(-float(number), [])]))
+    await stage.step(StepOutput(one.requests[0], [], "length"))
     scored = [each for piece in one.pieces for each in piece.scored or ()]
     assert [each.token for each in scored] == [stage.text.name(token) for token in tokens]
     assert [each.logprob for each in scored] == [-float(number) for number in range(len(tokens))]
@@ -346,10 +345,10 @@ async def test_choices_do_not_mix(stage: Stage) -> None:
     one = stage.begin(choices=2)
     await asyncio.sleep(0)
     for first, second in zip(stage.text.encode("the cat sat on"), stage.text.encode("the dog ate the"), strict=False):
-        await stage.step(Event(one.requests[0], [first]), Event(one.requests[1], [second]))
-    await stage.step(Event(one.requests[1], [], "length"))
+        await stage.step(StepOutput(one.requests[0], [first]), StepOutput(one.requests[1], [second]))
+    await stage.step(StepOutput(one.requests[1], [], "length"))
     assert [piece.finish for piece in one.pieces if piece.index == 1][-1] == "length"
-    await stage.step(Event(one.requests[0], [], "stop"))
+    await stage.step(StepOutput(one.requests[0], [], "stop"))
     assert one.text_of(0).startswith("the cat sat")
     assert one.text_of(1).startswith("the dog ate")
     assert all(len({piece.index for piece in pieces}) == len(pieces) for _, pieces in one.writes)
@@ -362,8 +361,8 @@ async def test_calls_keep_their_order(stage: Stage) -> None:
     await asyncio.sleep(0)
     written = f'{CALL_BEGIN}\n{{"name":"look","arguments":{{"at": "the cat on the mat"}}{ending()}'
     for token in stage.text.encode(written):
-        await stage.step(Event(one.requests[0], [token]))
-    await stage.step(Event(one.requests[0], [], "stop"))
+        await stage.step(StepOutput(one.requests[0], [token]))
+    await stage.step(StepOutput(one.requests[0], [], "stop"))
     parts = [part for piece in one.pieces for part in piece.calls]
     assert [part.name for part in parts][:2] == ["look", None]
     assert "".join(part.arguments for part in parts) == '{"at": "the cat on the mat"}'
@@ -373,8 +372,8 @@ async def test_calls_keep_their_order(stage: Stage) -> None:
 async def test_an_error_comes_after_what_was_held(stage: Stage) -> None:
     await stage.crowd()
     one = stage.streams[0]
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
-    await stage.step(Event(one.requests[0], [], error=EngineFaultError("the model failed: Test")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat")))
+    await stage.step(StepOutput(one.requests[0], [], error=EngineFaultError("the model failed: Test")))
     assert one.text == "the cat"
     assert isinstance(one.error, errors.ServerError)
 
@@ -385,9 +384,9 @@ async def test_an_answer_in_one_piece_is_woken_at_its_beginning_and_end(stage: S
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for token in tokens:
-        await stage.step(Event(one.requests[0], [token]))
+        await stage.step(StepOutput(one.requests[0], [token]))
     await asyncio.sleep(LONGEST_WAIT_SECONDS)
-    await stage.step(Event(one.requests[0], [], "length"))
+    await stage.step(StepOutput(one.requests[0], [], "length"))
     assert one.text == stage.text.decode(tokens)
     assert len(one.writes) == 2
 
@@ -396,7 +395,7 @@ async def test_a_fault_in_one_answer_leaves_the_others_alone(stage: Stage) -> No
     one, other = stage.begin(), stage.begin()
     await asyncio.sleep(0)
     one.flow._choices[0].push = None  # type: ignore[assignment, method-assign]
-    await stage.step(Event(one.requests[0], [5]), Event(other.requests[0], stage.text.encode("the")))
+    await stage.step(StepOutput(one.requests[0], [5]), StepOutput(other.requests[0], stage.text.encode("the")))
     assert other.text == "the"
     assert one.task is not None
     with pytest.raises(TypeError):
