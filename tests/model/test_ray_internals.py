@@ -24,7 +24,8 @@ Check against the new version, then set CHECKED_RAY:
 def ray_source(path: str) -> str:
     """Text of a file of the installed Ray; importing it would start half of Ray."""
     spec = find_spec("ray")
-    assert spec and spec.origin
+    assert spec is not None
+    assert spec.origin is not None
     return (Path(spec.origin).parent / path).read_text(encoding="utf-8")
 
 
