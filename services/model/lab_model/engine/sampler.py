@@ -1,6 +1,6 @@
-"""The next token of each request, from the model's logits. Ids in, ids out.
+"""Samples the next token of each request from the model's logits.
 
-Knows nothing of pages, text or HTTP: a grammar is anything that can say which ids may come next.
+Knows logits, parameters and masks of ids. Knows nothing of pages or text; a grammar is anything that gives a mask.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 # Below this temperature the softmax is a one-hot vector in float32 anyway.
 GREEDY_BELOW = 1e-4
-# Above it every finite logit weighs the same, and -inf still nothing.
+# Above it all finite logits have the same weight, and -inf still has none.
 HOT = 1e30
-# The vocabulary is read in blocks: their sums and maxima tell where to look, and cost a tenth of a sort or an argmax.
+# The vocabulary is searched by blocks: their sums and maxima show where to look, at a tenth of the cost of a sort.
 BLOCK = 32
-# Tokens that top_k, top_p and min_p look at before they look at all. A nucleus is rarely larger.
+# top_k, top_p and min_p first consider so many tokens, then all. A nucleus is rarely larger.
 CANDIDATES = 128
 
 
@@ -32,7 +32,7 @@ class SampleError(Exception):
     """No token for this request: logits or parameters without a finite maximum, or a grammar that failed."""
 
 
-def sample(logits: torch.Tensor, draws: Sequence[SamplingState]) -> list[SampledToken | SampleError]:
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SampleError]:
     """The next token of each row, or why there is none. logits: (rows, vocab), float32, which may be changed in place.
 
     A row depends on its own logits, parameters and random stream alone, never on its neighbours. In this order:
@@ -41,11 +41,11 @@ def sample(logits: torch.Tensor, draws: Sequence[SamplingState]) -> list[Sampled
     2. logit_bias added;
     3. what the grammar does not allow is out;
     4. temperature; below 1e-4, or with top_k 1, or top_p so small (1 / vocab) that it holds one token: the first of
-       the most likely, without a draw;
+       the most likely, without a state;
     5. top_k: a token stays if fewer than k are more likely; beyond the vocabulary it does nothing;
     6. top_p, of what top_k left: stays if those more likely hold less than top_p;
     7. min_p: stays if at least min_p times as likely as the most likely.
-    Equally likely tokens stay or go together. Every draw takes one number from the request's stream.
+    Equally likely tokens stay or go together. Every state takes one number from the request's stream.
     logprobs are of the logits as given. A row faults alone: a NaN or +inf, nothing above -inf, an id outside the
     vocabulary, a grammar that raises or allows nothing.
     """
@@ -57,31 +57,31 @@ def sample(logits: torch.Tensor, draws: Sequence[SamplingState]) -> list[Sampled
         logits = functional.pad(logits, (0, -vocab % BLOCK), value=-math.inf)
     faults: dict[int, SampleError] = {
         i: SampleError("a parameter names a token outside the vocabulary")
-        for i, draw in enumerate(draws)
-        if draw.highest >= vocab
+        for i, state in enumerate(states)
+        if state.highest >= vocab
     }
     # 1. The logits as given, for who asks for logprobs.
-    asking = [i for i, draw in enumerate(draws) if draw.sampling.logprobs is not None and i not in faults]
+    asking = [i for i, state in enumerate(states) if state.sampling.logprobs is not None and i not in faults]
     if asking:
         chosen_from = torch.tensor(asking, device=logits.device)
         # Not logsumexp: it adds up a single row in another order than a row of many.
         raw = (logits if len(asking) == rows else logits[chosen_from]).log_softmax(-1)
     # 2. What the parameters and grammars make of them, and the most likely token of every row.
-    _shape(logits, draws, vocab, faults)
+    _shape(logits, states, vocab, faults)
     peaks, picks = _argmax(logits)  # (rows,)
-    # 3. Rows that draw: those without a cut by the whole distribution, the others by its head.
+    # 3. Rows that state: those without a cut by the whole distribution, the others by its head.
     plain: list[int] = []
     cut: list[int] = []
-    for i, draw in enumerate(draws):
-        asked = draw.sampling
+    for i, state in enumerate(states):
+        asked = state.sampling
         if i in faults or asked.temperature < GREEDY_BELOW or asked.top_k == 1 or asked.top_p * vocab <= 1:
             continue
         (cut if asked.top_p < 1 or asked.min_p > 0 or 0 < asked.top_k < vocab else plain).append(i)
     for part, draw_part in ((plain, _draw), (cut, _draw_cut)):
         if part:
             table = [
-                (min(s.temperature, HOT), min(s.top_k, vocab), s.top_p, s.min_p, draws[i].random.random())
-                for i, s in ((i, draws[i].sampling) for i in part)
+                (min(s.temperature, HOT), min(s.top_k, vocab), s.top_p, s.min_p, states[i].random.random())
+                for i, s in ((i, states[i].sampling) for i in part)
             ]
             wanted = torch.tensor(table, dtype=torch.double).to(logits.device, non_blocking=True)
             where = torch.tensor(part).to(logits.device, non_blocking=True)
@@ -96,15 +96,15 @@ def sample(logits: torch.Tensor, draws: Sequence[SamplingState]) -> list[Sampled
     told = torch.cat(packed).cpu().numpy()
     # 5. Choices and faults; who gets a token remembers it.
     choices: list[SampledToken | SampleError] = []
-    chances = _logprobs(told[2 * rows :], asking, draws) if asking else {}
-    for i, draw in enumerate(draws):
+    chances = _logprobs(told[2 * rows :], asking, states) if asking else {}
+    for i, state in enumerate(states):
         token, peak = int(told[2 * i]), told[2 * i + 1]
         if i not in faults and not math.isfinite(peak):
-            empty = peak == -math.inf and draw.grammar is not None
+            empty = peak == -math.inf and state.grammar is not None
             faults[i] = SampleError("the grammar allows no token" if empty else "the model's logits were not finite")
         if i not in faults:
             try:
-                draw.take(token)
+                state.take(token)
             except Exception as error:
                 log.exception("a grammar failed; its request ends with an error")
                 faults[i] = SampleError(f"the grammar failed: {type(error).__name__}")
@@ -112,11 +112,11 @@ def sample(logits: torch.Tensor, draws: Sequence[SamplingState]) -> list[Sampled
     return choices
 
 
-def _shape(logits: torch.Tensor, draws: Sequence[SamplingState], vocab: int, faults: dict[int, SampleError]) -> None:
+def _shape(logits: torch.Tensor, states: Sequence[SamplingState], vocab: int, faults: dict[int, SampleError]) -> None:
     """Penalties, bias and grammar, in place. Adds to `faults`."""
-    well = [(i, draw) for i, draw in enumerate(draws) if i not in faults]
-    penalised = [(i, draw) for i, draw in well if draw.sampling.penalises and len(draw.said[0])]
-    biased = [(i, draw) for i, draw in well if len(draw.bias_ids)]
+    well = [(i, state) for i, state in enumerate(states) if i not in faults]
+    penalised = [(i, state) for i, state in well if state.sampling.penalises and len(state.seen[0])]
+    biased = [(i, state) for i, state in well if len(state.bias_ids)]
     width, device = logits.shape[1], logits.device
     allowed, masked = _allowed(well, width, vocab, faults)
     flat = logits.view(-1)
@@ -128,11 +128,11 @@ def _shape(logits: torch.Tensor, draws: Sequence[SamplingState], vocab: int, fau
         return torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
 
     if penalised:
-        said = [draw.said for _, draw in penalised]
-        sizes = [len(ids) for ids, _ in said]
-        places = joined([ids for ids, _ in said]) + spread([i * width for i, _ in penalised], sizes)
-        counts = joined([counts for _, counts in said])
-        settings = [draw.sampling for _, draw in penalised]
+        seen = [state.seen for _, state in penalised]
+        sizes = [len(ids) for ids, _ in seen]
+        places = joined([ids for ids, _ in seen]) + spread([i * width for i, _ in penalised], sizes)
+        counts = joined([counts for _, counts in seen])
+        settings = [state.sampling for _, state in penalised]
         repetition = spread([np.float32(s.repetition_penalty) for s in settings], sizes)
         frequency = spread([np.float32(s.frequency_penalty) for s in settings], sizes)
         presence = spread([np.float32(s.presence_penalty) for s in settings], sizes)
@@ -140,9 +140,9 @@ def _shape(logits: torch.Tensor, draws: Sequence[SamplingState], vocab: int, fau
         values = torch.where(values > 0, values / repetition, values * repetition)
         flat[places] = values - (counts * frequency + (counts > 0) * presence)
     if biased:
-        sizes = [len(draw.bias_ids) for _, draw in biased]
-        places = joined([draw.bias_ids for _, draw in biased]) + spread([i * width for i, _ in biased], sizes)
-        flat[places] += joined([draw.biases for _, draw in biased])
+        sizes = [len(state.bias_ids) for _, state in biased]
+        places = joined([state.bias_ids for _, state in biased]) + spread([i * width for i, _ in biased], sizes)
+        flat[places] += joined([state.biases for _, state in biased])
     if masked:
         octets = allowed.view(torch.uint8).flatten().to(device, non_blocking=True)
         shut = _octets(device).index_select(0, octets.int()).view(len(masked), width)
@@ -153,7 +153,7 @@ def _allowed(
     well: list[tuple[int, SamplingState]], width: int, vocab: int, faults: dict[int, SampleError]
 ) -> tuple[torch.Tensor, list[int]]:
     """What the grammars allow: (masks, width / 32) int32, and the row of each mask. Adds to `faults`."""
-    held = [(i, draw.grammar) for i, draw in well if draw.grammar is not None]
+    held = [(i, state.grammar) for i, state in well if state.grammar is not None]
     masks = torch.full((len(held), width // 32), -1, dtype=torch.int32)
     masked: list[int] = []
     for i, grammar in held:
@@ -284,7 +284,7 @@ def _descending(weights: torch.Tensor, count: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
 
 
-def _logprobs(told: np.ndarray, asking: list[int], draws: Sequence[SamplingState]) -> dict[int, Logprob]:
+def _logprobs(told: np.ndarray, asking: list[int], states: Sequence[SamplingState]) -> dict[int, Logprob]:
     """By row, from the flat transfer: chosen (asking,), the best (asking, n), their ids (asking, n)."""
     chosen, rest = told[: len(asking)], told[len(asking) :]
     best, ids = rest.reshape(2, len(asking), -1)
@@ -292,5 +292,5 @@ def _logprobs(told: np.ndarray, asking: list[int], draws: Sequence[SamplingState
     for place, i in enumerate(asking):
         pairs = zip(ids[place].astype(int).tolist(), best[place].tolist(), strict=True)
         top = [(token, chance) for token, chance in pairs if chance > -math.inf]
-        made[i] = Logprob(float(chosen[place]), top[: draws[i].sampling.logprobs])
+        made[i] = Logprob(float(chosen[place]), top[: states[i].sampling.logprobs])
     return made

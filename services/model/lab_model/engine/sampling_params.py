@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-# OpenAI's bound; one bound for all rows keeps a row's list the same whatever its neighbours ask for.
+# OpenAI's limit. All rows are computed with it, so that a row's list does not depend on its neighbours'.
 MOST_LOGPROBS = 20
 
 
@@ -22,7 +22,8 @@ MOST_LOGPROBS = 20
 class SamplingParams:
     """One request's parameters; `sample` says in which order they act. Raises ValueError outside their ranges.
 
-    top_k, 0: off. logprobs, None: not asked; k: the chosen token's and the k best, of the raw distribution.
+    top_k: 0 turns it off. logprobs: None for none; k: those of the sampled token and of the k best, of the raw
+    distribution.
     """
 
     temperature: float = 0.0
@@ -54,19 +55,19 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        """What was said before changes what comes next."""
+        """Whether earlier tokens change the distribution."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 class Grammar(Protocol):
-    """Which tokens may come next in one request. Called on the engine's thread."""
+    """Which tokens may follow in one request. Called in the engine's thread."""
 
     def fill(self, row: torch.Tensor) -> bool:
         """Write the allowed ids into row, (ceil(vocab / 32),) int32 on the CPU, bit set: allowed. False: all are."""
         ...
 
     def accept(self, token: int) -> None:
-        """This token was chosen (also the stop token)."""
+        """This token was sampled; also called for the stop token."""
         ...
 
 
@@ -74,7 +75,7 @@ class Grammar(Protocol):
 class Logprob:
     """Of the raw distribution: before penalties, bias, grammar and temperature. top: (id, logprob), the best first.
 
-    A token that the raw logits exclude and a bias brings back has -inf; `top` never holds such a token.
+    A token that the raw logits exclude and a bias allows again has -inf; `top` never contains such a token.
     """
 
     logprob: float
@@ -83,22 +84,23 @@ class Logprob:
 
 @dataclass(slots=True)
 class SampledToken:
-    """What comes next."""
+    """The next token of one request."""
 
     token: int
     logprob: Logprob | None = None
 
 
 class SamplingState:
-    """What one request carries from step to step: its random stream, what it has said, its grammar."""
+    """One request's state from step to step: random stream, tokens so far, grammar."""
 
     def __init__(self, sampling: SamplingParams, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
         self.sampling, self.grammar = sampling, grammar
         seed = sampling.seed
-        # Not cryptographic: a seeded stream per request makes an answer repeatable whoever shares its batch.
+        # Not cryptographic: a seeded stream for each request makes its answer repeatable in any batch.
         # Unsigned, because Random takes the absolute value.
         self.random = random.Random(None if seed is None else seed % 2**64)  # noqa: S311
-        # What was said, each id once, and how often it was generated: arrays with room to grow, `said` ids in use.
+        # Each id so far once, and how often it was generated: arrays with spare room, of which `seen` returns the used
+        # part.
         known = dict.fromkeys(prompt) if sampling.repetition_penalty != 1 else {}
         self._places = {token: place for place, token in enumerate(known)}
         self._ids = np.fromiter(known, np.int64, len(known))
@@ -108,13 +110,13 @@ class SamplingState:
         self.highest = max([*known, *sampling.logit_bias], default=0)  # id that these parameters touch
 
     @property
-    def said(self) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, how often each was generated); ids of the prompt are there when repetition_penalty needs them."""
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids so far, how often each was generated). With a repetition_penalty the prompt's ids are included."""
         used = len(self._places)
         return self._ids[:used], self._counts[:used]
 
     def take(self, token: int) -> None:
-        """This token was chosen. Raises what the grammar raises."""
+        """Record the sampled token. Raises what the grammar raises."""
         if self.sampling.penalises:
             place = self._places.setdefault(token, len(self._places))
             if place == len(self._ids):

@@ -1,19 +1,15 @@
-"""A GGUF file's Llama in C, on CPUs with AVX2: `kernels.c` compiled, its weights packed, the engine's runner.
+"""The forward of a quantized Llama on CPUs with AVX2, by the C kernels: packs the weights of a GGUF file and runs
+steps.
 
-The same file runs in torch's own operators where there is no compiler or no such processor (weights.py, llama.py). What
-C is for: torch has no kernel that multiplies a few rows by 4-bit blocks in integers, and between its kernels a step
-made 1,200 small operators; here a step is one call. Rows never depend on each other, so the runner is exact.
-
-There is one library for each kind of processor, and all give the same bits. A start compiles the best one that its
-processor has. `python -m lab_model.runners.cpu` compiles all of them, for an image that runs on other machines than the
-one
-that builds it. LAB_KERNELS=avx2 (or another of VARIANTS) takes that one and no other: for tests and measurements.
+torch has no kernel that multiplies a few rows by 4-bit blocks in integers, and its forward is 1,200 small operators a
+step; here a step is one call. Rows never depend on each other, so the runner is batch invariant. Without a compiler or
+such a processor the same file runs in torch (`llama`). Knows the layout that the kernels read. Knows nothing of
+requests or of compiling.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +20,7 @@ from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.runner import Span
 from ..weights import llama
 from ..weights.gguf import GGUFFile, Tensor
-from .kernels import Layer, Matrix, Model, Step, _openmp, library, main, why_unavailable
+from .kernels import Layer, Matrix, Model, Step, library, openmp, why_unavailable
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +29,13 @@ log = logging.getLogger(__name__)
 BLOCK, LANES, TILE = 32, 16, 32
 MOST_GROUP, MOST_HEAD = 8, 256
 PEAK = 4
-# Rows of one call, for whose activations there is room. 64 to 256 were equally fast.
+# Rows of one call, for which activations have room. 64 to 256 were equally fast.
 MOST_ROWS = 256
-
-
-# ---- the library
-
-
-# ---- weights
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight as kernels.c reads it. data: (tiles, blocks, 2, bytes), uint8."""
+    """A matrix as kernels.c reads it. data: (tiles, blocks, 2, bytes), uint8."""
 
     data: torch.Tensor
     out: int
@@ -57,8 +47,7 @@ class PackedMatrix:
 
 
 def pack(*tensors: Tensor) -> PackedMatrix:
-    """One matrix of the tensors' rows one after the other: of 4 bits if all of them are, else of 8. Rows are filled up
-    with zeros to whole tiles."""
+    """One matrix of the rows of all tensors: 4 bits if all tensors have 4, else 8. Zero rows complete the last tile."""
     blocks = [tensor.blocks() for tensor in tensors]
     bits = 4
     if None in blocks:
@@ -78,37 +67,37 @@ def pack(*tensors: Tensor) -> PackedMatrix:
 
 
 def can_run(file: GGUFFile) -> bool:
-    """These kernels know this file's shapes, and this machine the kernels."""
+    """Whether the kernels support this file's shapes, and this machine the kernels. Logs why a machine does not."""
     if not _fits(file):
         return False
     if why := why_unavailable():
-        log.warning("the model runs in torch's own operators, several times slower than in our kernels: %s", why)
+        log.warning("the model runs in torch's operators, several times slower than in the C kernels: %s", why)
     return why is None
 
 
 def _fits(file: GGUFFile) -> bool:
     if not llama.can_read(file):
         return False
-    said = llama.hyperparameters(file)
-    dim = said["head_dim"]
+    values = llama.hyperparameters(file)
+    dim = values["head_dim"]
     inputs = [tensor.shape[1] for tensor in file.tensors.values() if len(tensor.shape) == 2]
-    group = said["attention.head_count"] // said["kv_heads"]
+    group = values["attention.head_count"] // values["kv_heads"]
     return group <= MOST_GROUP and dim % BLOCK == 0 and dim <= MOST_HEAD and not any(size % BLOCK for size in inputs)
 
 
 class CpuRunner:
-    """The engine's runner of a GGUF file. Raises NativeError, GGUFError."""
+    """The runner of a GGUF file. Raises KernelError, GGUFError."""
 
     batch_invariant = True
     kind = "int4+int8"
 
     def __init__(self, file: GGUFFile, threads: int) -> None:
         self._library = library()
-        said, tensors = llama.hyperparameters(file), file.tensors
+        values, tensors = llama.hyperparameters(file), file.tensors
         heads, kv_heads, dim, width = (
-            said[name] for name in ("attention.head_count", "kv_heads", "head_dim", "embedding_length")
+            values[name] for name in ("attention.head_count", "kv_heads", "head_dim", "embedding_length")
         )
-        self.context: int = said["context_length"]
+        self.context: int = values["context_length"]
         self._held: list[Any] = []  # what the structures point to
         self.bytes = 0
 
@@ -132,17 +121,17 @@ class CpuRunner:
                 down=matrix(f"{at}.ffn_down"),
             )
 
-        layers = [layer(f"blk.{index}") for index in range(said["block_count"])]
+        layers = [layer(f"blk.{index}") for index in range(values["block_count"])]
         table = matrix("token_embd")
-        self._rotations = llama.rotations(said)
-        parallel, team = _openmp()
+        self._rotations = llama.rotations(values)
+        parallel, team = openmp()
         self._model = Model(
             layers=len(layers),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=dim,
             threads=threads,
-            epsilon=said["attention.layer_norm_rms_epsilon"],
+            epsilon=values["attention.layer_norm_rms_epsilon"],
             layer=(Layer * len(layers))(*layers),
             table=table,
             head=matrix("output") if "output.weight" in tensors else table,
@@ -172,7 +161,7 @@ class CpuRunner:
 
     def allocate(self, pages: int) -> None:
         m = self._model
-        rows = min(self.context, pages * PAGE_TOKENS)  # a file may say millions
+        rows = min(self.context, pages * PAGE_TOKENS)  # a file may claim millions
         angles = torch.arange(rows).float()[:, None] * self._rotations
         self._turns = torch.stack([angles.cos(), angles.sin()], -1).contiguous()
         m.turns = self._turns.data_ptr()
@@ -195,7 +184,7 @@ class CpuRunner:
         return self._forward(ids, positions, range(len(ids)), pages, range(len(ids)))
 
     def zero_pages(self, pages: Sequence[int]) -> None:
-        """Nothing: a row's attention reads its own tokens alone."""
+        """Does nothing: attention reads only the row's own tokens."""
 
     def _forward(
         self,
@@ -206,7 +195,7 @@ class CpuRunner:
         asked: Sequence[int],
     ) -> torch.Tensor:
         """Logits of the rows `asked`, ascending, as (asked, vocab). owners: each row's line of `pages`."""
-        # C reads where these point, whatever they are.
+        # C does not check them.
         if not (min(ids) >= 0 and max(ids) < self.vocab and max(positions) < len(self._turns)):
             raise IndexError("a token id or a position is outside the model's table")
         columns = max(len(row) for row in pages)
@@ -230,7 +219,3 @@ class CpuRunner:
             self._library.lab_step(self._model, step)
             done += len(last)
         return logits[:, : self.vocab]
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

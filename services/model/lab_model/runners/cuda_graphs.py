@@ -1,7 +1,7 @@
-"""Decode steps of one shape, recorded once as CUDA graphs: one launch a step instead of a thousand.
+"""Decode steps recorded as CUDA graphs, one for each shape: one launch a step instead of a thousand.
 
-A step's rows and pages are rounded up to powers of two; what is too many decodes as padding, on page 0. Where nothing
-can be recorded (no CUDA), the same step runs as it is: that is how the CPU's tests see this code.
+Rows and pages of a step are rounded up to powers of two; the additional rows decode as padding, on page 0. Without CUDA
+the same step runs unrecorded, so that tests on the CPU cover this code. Knows shapes. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CudaGraphs:
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
-        """As Llama.decode. The logits are overwritten by the next step of the same shape."""
+        """As LlamaRunner.decode. The logits are overwritten by the next step of the same shape."""
         rows = next_power_of_two(len(ids))
         blocks = next_power_of_two(max(positions) // PAGE_TOKENS + 1)
         if (rows, blocks) not in self._recorded:
@@ -35,17 +35,18 @@ class CudaGraphs:
 
 
 class RecordedStep:
-    """One shape's inputs, in host memory that the device reads by itself, and its graph."""
+    """The inputs of one shape, in pinned host memory, and its graph."""
 
     def __init__(self, step: Step, rows: int, blocks: int, device: torch.device, memory: Any) -> None:
         self._step, self._rows, self._blocks = step, rows, blocks
         # Columns: id, position, place to write, length, then the pages to read.
         self._host = torch.zeros(rows, 4 + blocks, dtype=torch.long, pin_memory=device.type == "cuda")
-        self._host[:, 3] = 1  # who sees nothing at all may come out as NaN, and what padding writes is read, masked
+        self._host[:, 3] = 1  # a row that attends to nothing may become NaN, and padding's writes are read, masked
         self._given = self._host.to(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            # Once outside the graph: the libraries choose and allocate what must not happen while it is recorded.
+            # Once outside the graph: libraries choose kernels and allocate memory, which is not allowed while
+            # recording.
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -62,7 +63,7 @@ class RecordedStep:
         ]
         width = 4 + self._blocks
         self._host[: len(table)] = torch.tensor([row + [0] * (width - len(row)) for row in table])
-        # Padding: token 0 at place 0 of page 0, which sees itself.
+        # Padding: token 0 at place 0 of page 0, which attends to itself.
         self._host[len(table) :] = torch.tensor([0, 0, 0, 1] + [0] * self._blocks)
         self._given.copy_(self._host, non_blocking=True)
         if self._graph is None:

@@ -4,13 +4,14 @@
  * Weights are blocks of 32 along the input, 4 or 8 bits a weight, with a scale and a minimum, as a GGUF file holds
  * them; activations are rounded to 8 bits with a scale for each block of 32 in a row (llama.cpp's Q8_1), but for the
  * peaks: the few values that are far larger than their row and would bring most of the error are multiplied as they
- * are. Sums within a block are integers that a float holds exactly; across blocks they are added in one order, the
- * peaks after all blocks. So a row's result never depends on its neighbours, on how many there are, on the number of
- * threads nor on the processor: a step of 1 row and a prefill of 256 take the same way.
+ * are. Sums within a block are integers that a float represents exactly; sums of blocks are added in one order, the
+ * peaks after all blocks. So a row's result depends neither on its neighbours nor on their number, the number of threads
+ * or the processor: a step of 1 row and a prefill of 256 are computed alike.
  *
- * Knows rows, pages and weights; knows nothing of requests. native.py packs the weights, fills the structures below and
- * is the only caller; vectors.h holds what processors differ in. GNU C11; no library but the OpenMP runtime that
- * torch has loaded already.
+ * This file is the step over all layers; step.h has the structures and threads, products.h the matrix products,
+ * attention.h the attention, vectors.h the instructions of each kind of processor. cpu.py packs the weights, fills the
+ * structures and is the only caller. GNU C11; no library but the OpenMP runtime that torch has loaded.
+ * Knows rows, pages and weights. Knows nothing of requests.
  */
 #include "attention.h"
 #include "products.h"
@@ -45,7 +46,7 @@ static void work(void *given) {
         product(w, &layer->qkv, &s->rounded, NULL, rows, s->qkv);
         EACH(w, rows, r) turn_row(m, s, i, r);
         meet(w);
-        /* What the last layer makes of the others nobody reads. */
+        /* In the last layer only these rows' results are read. */
         if (i == m->layers - 1) which = s->last, rows = s->wanted;
         if (!rows) return;
         EACH(w, (rows + 1) / 2 * m->kv_heads, job)
@@ -62,7 +63,7 @@ static void work(void *given) {
     product(w, &m->head, &s->rounded, NULL, s->wanted, s->logits);
 }
 
-/* Phases of a step: so many counters `jobs` must hold. */
+/* Phases of a step: the number of counters in `jobs`. */
 int32_t lab_phases(const Model *m) { return 1 + 10 * m->layers + 2; }
 
 void lab_step(const Model *m, const Step *s) {

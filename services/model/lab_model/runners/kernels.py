@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,28 +28,20 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-
-
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-shared", "-fPIC"]
-
-
-# What a processor must have, the best first. By Linux's names; a compiler's are the same without the underscore.
+# Instruction sets that each variant needs, the best variant first. Linux's names; a compiler's lack the underscore.
 VARIANTS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"),
     "avxvnni": ("avx2", "fma", "f16c", "avx_vnni"),  # Intel's laptops from the 12th generation on
     "avx2": ("avx2", "fma", "f16c"),
 }
-
-
-# Unlike CPUID it leaves out what the system does not let programs use.
+# Unlike CPUID it omits what the system does not allow programs to use.
 PROCESSOR = Path("/proc/cpuinfo")
-
-
 COMPILE_SECONDS = 120
 
 
 class KernelError(Exception):
-    """No kernels here. The message says why, and what to do."""
+    """The kernels cannot be used here. The message says why, and what to do."""
 
 
 class Matrix(ctypes.Structure):
@@ -89,18 +82,18 @@ class Step(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The best kernels for this processor, from where the last start left them. Raises NativeError."""
+    """The best variant for this processor, compiled unless an earlier start has done it. Raises KernelError."""
     faults = []
     for variant in _runnable():
         try:
             return _loaded(_compiled(variant))
         except KernelError as error:
-            faults.append(error)  # a compiler that does not know this variant's flags may know the next one's
+            faults.append(error)  # the compiler may support the flags of the next variant
     raise faults[0]
 
 
 def _runnable() -> list[str]:
-    """The variants that this processor has, the best first, at least one: none is loaded before. Raises NativeError."""
+    """The variants that this processor supports, the best first, at least one. Raises KernelError."""
     if not _x86():
         raise KernelError("they are for x86-64 processors")
     wanted = os.environ.get("LAB_KERNELS")
@@ -109,7 +102,7 @@ def _runnable() -> list[str]:
     try:
         lines = PROCESSOR.read_text().splitlines()
     except OSError as error:
-        raise KernelError(f"what the processor has cannot be read: {error}") from None
+        raise KernelError(f"the processor's flags cannot be read: {error}") from None
     cores = [set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")]
     has = set.intersection(*cores) if cores else set()
     variants = [variant for variant in VARIANTS if not wanted or variant == wanted]
@@ -135,10 +128,10 @@ def _loaded(path: Path) -> Any:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why there are no kernels here; None where there are."""
+    """Why the kernels cannot be used here; None if they can."""
     try:
         library()
-        _openmp()
+        openmp()
     except KernelError as error:
         return str(error)
     return None
@@ -150,8 +143,8 @@ def _compiler() -> str | None:
 
 
 def _compiled(variant: str, known: Path | None = None) -> Path:
-    """Beside Python's own compiled files where that is possible, else in a folder of this process. known: a folder that
-    keeps what was compiled."""
+    """The compiled library: in __pycache__ where that is writable, else in a temporary folder. known: a folder with
+    libraries of earlier builds, to take from and to add to."""
     flags = [*FLAGS, *[f"-m{need.replace('_', '')}" for need in VARIANTS[variant]]]
     source = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
     name = f"kernels-{hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]}.so"
@@ -167,7 +160,7 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
     if not os.access(kept.parent if kept.parent.exists() else SOURCE.parent, os.W_OK):
         kept = Path(tempfile.mkdtemp(prefix="lab-kernels-")) / name
     kept.parent.mkdir(exist_ok=True)
-    # Replicas start together: each writes its own and the last one stays.
+    # Replicas start together: each writes a file of its own, and the last rename stays.
     written = kept.with_name(f".{name}.{os.getpid()}")
     try:
         done = subprocess.run(  # noqa: S603
@@ -178,8 +171,8 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
             check=False,
         )
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[0]
-            raise KernelError(f"{compiler} does not compile the kernels: {said}")
+            message = (done.stderr.strip().splitlines() or ["nothing"])[0]
+            raise KernelError(f"{compiler} does not compile the kernels: {message}")
         if known:
             _keep(written, known / name)
         written.replace(kept)
@@ -192,16 +185,16 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
 
 
 def _keep(written: Path, place: Path) -> None:
-    """Whole or not at all: a later build takes what lies there. Where that fails, it compiles again."""
+    """Copy atomically: a later build takes what lies there. If that fails, a later build compiles again."""
     try:
         shutil.copyfile(written, place.with_name(written.name)).replace(place)
     except OSError as error:
         log.warning("compiled kernels cannot be kept for the next build: %s", error)
 
 
-def _openmp() -> tuple[int, int]:
-    """Addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch uses: one pool of threads, not two
-    that take each other's cores. Raises NativeError."""
+def openmp() -> tuple[int, int]:
+    """Addresses of GOMP_parallel and omp_get_num_threads in torch's OpenMP runtime: two pools of threads would compete
+    for the cores. Raises KernelError."""
     try:
         torch_ = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         found = [ctypes.cast(torch_[name], ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_num_threads")]
@@ -211,8 +204,8 @@ def _openmp() -> tuple[int, int]:
 
 
 def main(known: str | None = None) -> int:
-    """Compile all variants and say which one this machine takes; 1 if there is a compiler and it compiles none. known:
-    a folder that keeps them for the next build."""
+    """Compile all variants and print which one this machine uses. Exit code 1 if a compiler compiles none. known: as
+    for `_compiled`."""
     try:
         runnable = _runnable()
     except KernelError as error:
@@ -235,3 +228,7 @@ def main(known: str | None = None) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,10 +1,8 @@
-"""The forward of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM) as a server needs it.
+"""The forward of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM) in torch, for serving.
 
-All tokens of a step lie in one flat row, whoever they belong to: linear layers see one matrix, attention each request's
-own pages. Knows weights and tensors; knows nothing of requests, queues or files.
-
-Why not the model's own code: on two cores more than half of a decode step was small operators, masks and copies that
-transformers makes for every layer.
+The tokens of all requests of a step form one flat batch: linear layers see one matrix, attention each request's own
+pages. transformers' forward spends more than half of a decode step on two cores in small operators, masks and copies
+for each layer. Knows weights and tensors. Knows nothing of requests, queues or files.
 """
 
 from __future__ import annotations
@@ -22,15 +20,16 @@ from ..engine.runner import Span
 from ..weights.llama import LlamaWeights
 from .cuda_graphs import CudaGraphs, next_power_of_two
 
-# From here on matrix products of all rows are faster than torch's attention, which treats each row and head alone.
+# From so many rows on, matrix products of all rows are faster than torch's attention, which handles each row and head
+# separately.
 MANY_ROWS = 5
-Attend = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, queries) -> what they saw
+Attend = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, queries) -> attention's result
 
 
 class LlamaRunner:
     """Weights with a pool of pages. `prefill` and `decode` give logits as (rows, vocab), float32."""
 
-    batch_invariant = False  # torch's products of few rows may round otherwise than those of many
+    batch_invariant = False  # torch's products of few rows may round differently from those of many
 
     def __init__(self, weights: LlamaWeights, device: torch.device, kv_dtype: torch.dtype) -> None:
         """kv_dtype: of keys and values in the pool."""
@@ -41,38 +40,38 @@ class LlamaRunner:
 
     @property
     def kind(self) -> str:
-        """What the weights are, in a word."""
+        """The dtype of the weights."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def bytes(self) -> int:
-        """Of the weights."""
+        """Size of the weights."""
         return self._weights.bytes
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token."""
+        """Size of the keys and values of one token."""
         w = self._weights
         return len(w.layers) * 2 * w.kv_heads * w.head_dim * self._kv_dtype.itemsize
 
     def allocate(self, pages: int) -> None:
         w = self._weights
-        rows = min(self.context, pages * PAGE_TOKENS)  # a model may say millions
+        rows = min(self.context, pages * PAGE_TOKENS)  # a model may claim millions
         angles = torch.arange(rows, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
         # (context, head_dim / 2), complex: a head's pairs are turned by one product.
         self._turns = torch.polar(torch.full_like(angles, w.rotation_scale), angles).to(self.device)
-        # As long as the next power of two of pages: graphs.py rounds up.
+        # As long as the next power of two of pages: cuda_graphs rounds up.
         self._columns = torch.arange(next_power_of_two(-(-rows // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
-        # Head by head, first all keys: one write and one gather a layer, and each head's come out in one piece.
+        # By head, keys before values: one write and one gather a layer, and each head's are contiguous.
         shape = (len(w.layers), 2 * w.kv_heads, pages * PAGE_TOKENS, w.head_dim)
         self._pool = torch.zeros(shape, dtype=self._kv_dtype, device=self.device)
         self._pages = self._pool.view(len(w.layers), 2 * w.kv_heads, pages, -1)
         self._layers = list(zip(self._pool.unbind(), self._pages.unbind(), strict=True))
 
-    # ---- what the engine asks
+    # ---- the engine's calls
 
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
-        """Compute the spans' tokens, `ids` one after the other; logits of each span's last token."""
+        """Compute the spans' tokens, whose `ids` follow each other. The logits of each span's last token."""
         ends = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1
         return self._logits(self._prefill(ids, spans).index_select(0, ends.to(self.device)))
 
@@ -80,7 +79,7 @@ class LlamaRunner:
         return self._logits(self._prefill(ids, [Span(0, len(ids), pages)]))
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
-        """One more token for each row. positions: their places in the rows' texts."""
+        """One more token for each row. positions: of these tokens in their texts."""
         if self.graphs is not None:
             return self.graphs.decode(ids, positions, pages)
         device = self.device
@@ -105,7 +104,7 @@ class LlamaRunner:
     def step(
         self, ids: torch.Tensor, where: torch.Tensor, write: torch.Tensor, read: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """`decode` of one shape, tensors alone: what graphs.py records."""
+        """`decode` of one shape, tensors alone: what cuda_graphs records."""
         hidden = self._columns[: read.shape[1] * PAGE_TOKENS] >= lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._kv_dtype, device=self.device).masked_fill_(hidden, -math.inf)
         group = Group(ids, read.flatten(), 0, mask[:, None, None], many=False)
@@ -152,7 +151,7 @@ class LlamaRunner:
         return self._through(x, where.to(device), write, attend)
 
     def _mask(self, start: int, stop: int) -> torch.Tensor:
-        """What tokens [start, stop) may see: (new, keys), 0 or -inf."""
+        """The causal mask of tokens [start, stop): (new, keys), 0 or -inf."""
         hidden = self._columns[:stop] > self._columns[start:stop, None]
         return torch.zeros(hidden.shape, dtype=self._kv_dtype, device=self.device).masked_fill_(hidden, -math.inf)
 
@@ -186,7 +185,7 @@ class LlamaRunner:
     def _look(self, layer: int, q: torch.Tensor, group: Group) -> torch.Tensor:
         """Attention of one new token a row. q: (rows, kv_heads, group, head_dim); (rows, heads * head_dim).
 
-        The query heads that share a key head go as if they were a sequence: keys are read once for all of them.
+        The query heads that share a key head are treated as a sequence: keys are read once for all of them.
         """
         w = self._weights
         kv = self._gather(layer, group.read).view(2, w.kv_heads, len(q), -1, w.head_dim)
@@ -227,7 +226,7 @@ class LlamaRunner:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of about one length that decode together.
+    """Rows of similar length that decode together.
 
     length: of the longest, 0: all that `read` holds. mask: 0 or -inf, (rows, 1, 1, length), or None where all are as
     long; of `many`, (kv_heads * rows, 1, length): on the CPU torch's one operator for attention takes longer for many

@@ -24,10 +24,10 @@ INLINE Floats exponential(Floats x) {
     return scaled(y, n);
 }
 
-/* 32 values as digits; one that is no number makes all of them none. */
+/* 32 values as digits; a NaN makes all of them NaN. */
 INLINE void round_block(Floats a, Floats b, int8_t *digits, Unit *unit) {
     float most = largest(larger(magnitude(a), magnitude(b)));
-    if (unordered(a, b)) most = NAN; /* the maximum passed over it */
+    if (unordered(a, b)) most = NAN; /* the maximum ignored it */
     Floats inverse = same(most > 0 ? 127 / most : 0.0f);
     Ints i = rounded(times(a, inverse)), j = rounded(times(b, inverse));
     store_nearest(digits, i);

@@ -14,7 +14,7 @@ enum { MOST_GROUP = 8, MOST_HEAD = 256, MOST_ROWS = 256, PEAK = 4 };
 
 /* A peak is a value above PEAK root mean squares of its row: at most one in PEAK * PEAK, of the embedded model's values
  * one in 150. Its divergence from the file's own distribution is 0.0007 nats so, 0.0004 with 3 and 0.003 without peaks;
- * with AVX2 a prefill takes 7 % more with 3, and 10 % less without. */
+ * with AVX2 a prefill takes 7 % more time with 3, and 10 % less without peaks. */
 #define MOST_PEAKS(width) ((width) / (PEAK * PEAK))
 
 /* ---- structures; kernels.py declares the same fields in the same order */
@@ -48,7 +48,7 @@ typedef struct {
     int (*team)(void);                                              /* omp_get_num_threads */
 } Model;
 
-/* A block of activations: what a digit is worth, and the sum of all digits' values. */
+/* A block of activations: the value of a digit of 1, and the sum of all digits' values. */
 typedef struct {
     float worth, sum;
 } Unit;
@@ -72,7 +72,7 @@ typedef struct {
     const int32_t *positions; /* (rows,) */
     const int32_t *owners;    /* (rows,): which line of `pages` is the row's */
     const int32_t *pages;     /* (owners, columns) */
-    const int32_t *last;      /* (wanted,): the rows whose logits are asked, each once */
+    const int32_t *last;      /* (wanted,): the rows whose logits are wanted, each once */
     float *logits;            /* (wanted, vocab) */
     /* scratch */
     float *x, *qkv, *values; /* (rows, width), (rows, heads + 2 kv_heads, head_dim), (rows, the widest input) */
@@ -105,12 +105,12 @@ static void meet(Worker *w) {
     }
     for (int spins = 0; atomic_load_explicit(&r->generation, memory_order_acquire) == generation; spins++) {
         if (spins < 4000) _mm_pause();
-        else sched_yield(); /* a fellow lost its core */
+        else sched_yield(); /* another thread has lost its core */
     }
 }
 
-/* The next jobs of this phase, [*from, *to); false when none are left. A slow core takes fewer of them: few at a time
- * towards the end, so that nobody waits long for the last. */
+/* The next jobs of this phase, [*from, *to); false when none are left. Chunks become smaller towards the end, so that a
+ * slow core does not delay the others. */
 static int take(Worker *w, int jobs, int *from, int *to) {
     atomic_int *taken = &w->region->s->jobs[w->phase];
     int some = (jobs - atomic_load_explicit(taken, memory_order_relaxed)) / (w->threads * 4);

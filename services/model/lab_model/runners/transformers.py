@@ -1,7 +1,7 @@
-"""Any causal LM of transformers, its forward unmodified, as the engine's runner.
+"""The unmodified forward of any causal LM of transformers, as the engine's runner.
 
-`PagedCache` passes for transformers' cache and the mask is given whole (4-D), which every attention implementation
-takes as it is. Slower than llama.py's own forward, and the reference for it.
+`PagedCache` takes the place of transformers' cache, and the mask is complete (4-D), which every attention
+implementation accepts. Slower than `llama`, and the reference for it. Knows transformers. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ..engine.runner import Span
 class PagedCache:
     """Keys and values of all running requests: one pool of pages a layer, and one page more for what padding writes.
 
-    Padding computes with its row, NaN too, so nobody reads what it writes: page 0, which short rows read, stays zero.
+    Padding is computed with its row, NaN too, so its results go to that page, which is never read: page 0, which short
+    rows read, stays zero.
 
-    Passes for a transformers cache of one forward: `aim` says where the step writes and what it reads.
+    Takes the place of a transformers cache of one forward; `set_places` says where the step writes and what it reads.
     """
 
     def __init__(self, config: Any, pages: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -33,7 +34,7 @@ class PagedCache:
         self._write = self._read = torch.empty(0, dtype=torch.long)
         self._rows = 0
 
-    def aim(self, write: torch.Tensor, read: torch.Tensor) -> None:
+    def set_places(self, write: torch.Tensor, read: torch.Tensor) -> None:
         """Before a forward. write: (rows, new) places in the pool; read: (rows, blocks) page numbers."""
         self._write, self._read, self._rows = write.flatten(), read.flatten(), read.shape[0]
 
@@ -50,7 +51,7 @@ class PagedCache:
         return pages.view(self._rows, -1, heads, dim).transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Asked by some models although positions are given; its value is not used then."""
+        """Called by some models although positions are given; the value is not used."""
         return 0
 
 
@@ -69,17 +70,17 @@ class TransformersRunner:
 
     @property
     def kind(self) -> str:
-        """What the weights are, in a word."""
+        """The dtype of the weights."""
         return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def bytes(self) -> int:
-        """Of the weights."""
+        """Size of the weights."""
         return sum(parameter.nbytes for parameter in self._model.parameters())
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token."""
+        """Size of the keys and values of one token."""
         heads, dim = heads_and_dim(self._model.config)
         return int(2 * self._model.config.num_hidden_layers * heads * dim * self._model.dtype.itemsize)
 
@@ -111,7 +112,7 @@ class TransformersRunner:
     ) -> torch.Tensor:
         """Logits of the last `keep` columns, 0: of all, (rows, columns, vocab).
 
-        Padding attends its own row's first key; nobody reads what comes of it."""
+        Padding attends to its row's first key; its result is not read."""
         width = max(map(len, ids))
         blocks = max(math.ceil(place.stop / PAGE_TOKENS) for place in places)
         device = self._model.device
@@ -121,7 +122,7 @@ class TransformersRunner:
             for row, place in zip(pages, places, strict=True)
         ]
         where = torch.tensor([[*pad, *place] for pad, place in zip(padding, places, strict=True)], device=device)
-        self._cache.aim(
+        self._cache.set_places(
             torch.tensor(
                 [[self._cache.padding] * len(pad) + row for pad, row in zip(padding, write, strict=True)], device=device
             ),

@@ -1,7 +1,7 @@
-/* 16 numbers at once, on the x86-64 processors that there are: what kernels.c computes with.
+/* Vectors of 16 numbers on x86-64 processors.
  *
- * Three ways, by the compiler's flags: AVX-512 VNNI; AVX2 with AVX-VNNI; AVX2 alone (each with FMA and F16C). All round
- * alike and add up a vector in one order, so that they give the same bits.
+ * Three implementations, by the compiler's flags: AVX-512 VNNI; AVX2 with AVX-VNNI; AVX2 alone (each with FMA and F16C).
+ * All round alike and sum a vector in one order, so that they give the same bits.
  */
 #pragma once
 #include <immintrin.h>
@@ -182,7 +182,7 @@ BINARY(Floats, plus, add_ps)
 BINARY(Floats, minus, sub_ps)
 BINARY(Floats, times, mul_ps)
 BINARY(Floats, over, div_ps)
-/* Where one is no number, the second. */
+/* If one is NaN, the second. */
 BINARY(Floats, larger, max_ps)
 BINARY(Floats, smaller, min_ps)
 BINARY(Ints, plus_ints, add_epi32)

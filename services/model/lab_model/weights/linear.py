@@ -1,6 +1,6 @@
-"""Linear layers with the norm before them, in the weights' own type on any device: rows in, rows out.
+"""Linear layers with the norm before them, in the weights' dtype, on any device: rows in, rows out.
 
-Knows nothing of attention, requests or files.
+Knows tensors. Knows nothing of attention, requests or files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A model's weights as llama.Weights: from a GGUF file, or from a transformers model.
+"""The weights of a Llama: from a GGUF file, or from a transformers model.
 
-Knows the names that files and transformers give to tensors; knows nothing of how they are run.
+Knows the names of tensors in both. Knows nothing of how a forward uses them.
 """
 
 from __future__ import annotations
@@ -13,30 +13,62 @@ import torch
 from .gguf import GGUFFile
 from .linear import Linear, Norm
 
-# Families whose decoder is Llama's: `Weights` says all that tells them apart.
+# Families whose decoder is Llama's: `LlamaWeights` expresses all differences.
 FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-
-# Ways to stretch the rotations that are one table for all lengths; the others change it while a text grows.
+# Kinds of rotary scaling that have one table for all lengths; the others change it while a text grows.
 ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
-# What a Llama's GGUF file must say of itself, in whole numbers; some other families have lists here.
+# Metadata that a Llama's GGUF file must have, as integers; some other families have lists there.
 SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
 
+@dataclass
+class Layer:
+    """qkv, gate_up: with the norm before them. The rotary pairs of a head are interleaved."""
+
+    qkv: Linear
+    query_norm: Norm | None  # Qwen3: over each head
+    key_norm: Norm | None
+    output: Linear
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass
+class LlamaWeights:
+    """dtype: of the rows between the layers. rotations: (head_dim / 2,) inverse frequencies. head: with its norm."""
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    rotations: torch.Tensor
+    rotation_scale: float
+    embedding: torch.Tensor
+    layers: list[Layer]
+    head: Linear
+
+    @property
+    def bytes(self) -> int:
+        linears = [part for layer in self.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        head = 0 if self.head.weight.data_ptr() == self.embedding.data_ptr() else self.head.bytes  # one for both
+        return sum(part.bytes for part in linears) + head + self.embedding.nbytes
+
+
 def can_read(file: GGUFFile) -> bool:
-    """`from_file` knows all that this file holds: these tensors, of these shapes, and no others."""
-    said, tensors = hyperparameters(file), file.tensors
-    factor = said.get("rope.scaling.factor", said.get("rope.scale_linear", 1))
-    scaling = said.get("rope.scaling.type", "none" if factor in (0, 1) else "linear")
+    """Whether `from_file` can read this file: it has exactly the tensors of a Llama, in their shapes."""
+    values, tensors = hyperparameters(file), file.tensors
+    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 1))
+    scaling = values.get("rope.scaling.type", "none" if factor in (0, 1) else "linear")
     if file.metadata.get("general.architecture") != "llama" or scaling != "none":
         return False
-    if not all(isinstance(size := said.get(name), int) and size > 0 for name in (*SIZES, "kv_heads", "head_dim")):
+    if not all(isinstance(size := values.get(name), int) and size > 0 for name in (*SIZES, "kv_heads", "head_dim")):
         return False
-    if said["block_count"] > len(tensors):
+    if values["block_count"] > len(tensors):
         return False
     width, inner, heads, kv_heads, dim = (
-        said[name]
+        values[name]
         for name in ("embedding_length", "feed_forward_length", "attention.head_count", "kv_heads", "head_dim")
     )
     layer = {
@@ -50,38 +82,38 @@ def can_read(file: GGUFFile) -> bool:
         "ffn_up": (inner, width),
         "ffn_down": (width, inner),
     }
-    shapes = {f"blk.{i}.{part}.weight": shape for i in range(said["block_count"]) for part, shape in layer.items()}
-    table = (len(said.get("tokenizer.ggml.tokens", ())), width)
+    shapes = {f"blk.{i}.{part}.weight": shape for i in range(values["block_count"]) for part, shape in layer.items()}
+    table = (len(values.get("tokenizer.ggml.tokens", ())), width)
     shapes |= {"token_embd.weight": table, "output_norm.weight": (width,)}
     if "output.weight" in tensors:
         shapes["output.weight"] = table
     return (
         {name: tensor.shape for name, tensor in tensors.items()} == shapes
-        and said.get("rope.dimension_count", dim) == dim == said.get("attention.value_length", dim)
+        and values.get("rope.dimension_count", dim) == dim == values.get("attention.value_length", dim)
         and dim % 2 == heads % kv_heads == 0
-        and "attention.layer_norm_rms_epsilon" in said
+        and "attention.layer_norm_rms_epsilon" in values
     )
 
 
 def hyperparameters(file: GGUFFile) -> dict[str, Any]:
-    """The file's metadata about a Llama, with `kv_heads` and `head_dim`, which it may leave out."""
-    said = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
-    heads, width = said.get("attention.head_count"), said.get("embedding_length")
-    said["kv_heads"] = said.get("attention.head_count_kv", heads)
+    """The file's metadata of a Llama, with `kv_heads` and `head_dim`, which a file may omit."""
+    values = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
+    heads, width = values.get("attention.head_count"), values.get("embedding_length")
+    values["kv_heads"] = values.get("attention.head_count_kv", heads)
     dim = width // heads if isinstance(heads, int) and isinstance(width, int) and heads else 0
-    said["head_dim"] = said.get("attention.key_length", dim)
-    return said
+    values["head_dim"] = values.get("attention.key_length", dim)
+    return values
 
 
-def rotations(said: dict[str, Any]) -> torch.Tensor:
+def rotations(values: dict[str, Any]) -> torch.Tensor:
     """Inverse frequencies, (head_dim / 2,)."""
-    dim = said["head_dim"]
-    speeds: torch.Tensor = said.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
+    dim = values["head_dim"]
+    speeds: torch.Tensor = values.get("rope.freq_base", 10000.0) ** -(torch.arange(0, dim, 2).float() / dim)
     return speeds
 
 
 def supports(model: Any) -> bool:
-    """`from_model` knows this model: its family, and nothing in its configuration that Llama does not have."""
+    """Whether `from_model` can read this model: a supported family without features that Llama does not have."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
@@ -94,14 +126,14 @@ def supports(model: Any) -> bool:
 
 
 def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
-    """Weights of a GGUF file that `reads` knows, unpacked."""
-    said, tensors = hyperparameters(file), file.tensors
+    """Unpacked weights of a GGUF file for which `can_read` holds."""
+    values, tensors = hyperparameters(file), file.tensors
 
     def dense(*names: str) -> torch.Tensor:
         return torch.cat([tensors[f"{name}.weight"].dense() for name in names]).to(device, dtype)
 
     def norm(name: str) -> Norm:
-        return Norm(dense(name), said["attention.layer_norm_rms_epsilon"])
+        return Norm(dense(name), values["attention.layer_norm_rms_epsilon"])
 
     layers = [
         Layer(
@@ -112,16 +144,16 @@ def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> Llama
             gate_up=Linear(dense(f"{at}.ffn_gate", f"{at}.ffn_up"), norm=norm(f"{at}.ffn_norm")),
             down=Linear(dense(f"{at}.ffn_down")),
         )
-        for at in (f"blk.{index}" for index in range(said["block_count"]))
+        for at in (f"blk.{index}" for index in range(values["block_count"]))
     ]
     table = dense("token_embd")
     return LlamaWeights(
         dtype=dtype,
-        heads=said["attention.head_count"],
-        kv_heads=said["kv_heads"],
-        head_dim=said["head_dim"],
-        context=said["context_length"],
-        rotations=rotations(said),
+        heads=values["attention.head_count"],
+        kv_heads=values["kv_heads"],
+        head_dim=values["head_dim"],
+        context=values["context_length"],
+        rotations=rotations(values),
         rotation_scale=1.0,
         embedding=table,
         layers=layers,
@@ -130,7 +162,7 @@ def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> Llama
 
 
 def from_model(model: Any) -> LlamaWeights:
-    """Weights of a transformers model of these families, in its own type, on its device."""
+    """Weights of a transformers model for which `supports` holds, in its dtype, on its device."""
     config, inner = model.config, model.model
     rotary = inner.rotary_emb
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -143,7 +175,7 @@ def from_model(model: Any) -> LlamaWeights:
         return None if module is None else Norm(module.weight[pairs], config.rms_norm_eps)
 
     def paired(rows: torch.Tensor | None) -> torch.Tensor | None:
-        """transformers lays a head's two halves one after the other; here they lie pair by pair, as in GGUF."""
+        """transformers stores the two halves of a head one after the other; here they are interleaved, as in GGUF."""
         return None if rows is None else rows.view(-1, head_dim, *rows.shape[1:])[:, pairs].flatten(0, 1)
 
     def qkv(attention: Any, before: Norm) -> Linear:
@@ -182,37 +214,3 @@ def _dense(*parts: Any, before: Norm | None = None) -> Linear:
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     biases = [part.bias for part in parts]
     return Linear(weight, None if biases[0] is None else torch.cat(biases), before)
-
-
-@dataclass
-class Layer:
-    """`qkv` and `gate_up` hold the norm before them. The two halves of a head that turn together lie pair by pair."""
-
-    qkv: Linear
-    query_norm: Norm | None  # Qwen3: over each head
-    key_norm: Norm | None
-    output: Linear
-    gate_up: Linear
-    down: Linear
-
-
-@dataclass
-class LlamaWeights:
-    """dtype: of the rows between the layers. rotations: (head_dim / 2,) inverse frequencies. head: with its norm."""
-
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int
-    rotations: torch.Tensor
-    rotation_scale: float
-    embedding: torch.Tensor
-    layers: list[Layer]
-    head: Linear
-
-    @property
-    def bytes(self) -> int:
-        linears = [part for layer in self.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        head = 0 if self.head.weight.data_ptr() == self.embedding.data_ptr() else self.head.bytes  # one for both
-        return sum(part.bytes for part in linears) + head + self.embedding.nbytes

@@ -1,6 +1,6 @@
-"""What a chat request may say: messages, tools, the form of the answer.
+"""The chat request: messages, tools, response format.
 
-Knows OpenAI's shapes; knows nothing of HTTP servers, tokens or models.
+Knows OpenAI's shapes. Knows nothing of HTTP servers, tokens or models.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
     def plain(self) -> dict[str, Any]:
-        """For a chat template, which writes arguments as JSON itself; those that were cut off stay text."""
+        """For a chat template, which writes arguments as JSON itself; truncated arguments stay text."""
         try:
             arguments: Any = json.loads(self.function.arguments)
         except (ValueError, RecursionError):
@@ -58,14 +58,14 @@ class Message(BaseModel):
     tool_call_id: Text | None = None
 
     def plain(self) -> dict[str, Any]:
-        """For a chat template: `developer` is OpenAI's newer word for `system`."""
+        """For a chat template. `developer` is OpenAI's newer name for `system`."""
         content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
-        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.tool_calls:
-            said["tool_calls"] = [call.plain() for call in self.tool_calls]
+            plain["tool_calls"] = [call.plain() for call in self.tool_calls]
         if self.tool_call_id:
-            said["tool_call_id"] = self.tool_call_id
-        return said
+            plain["tool_call_id"] = self.tool_call_id
+        return plain
 
 
 class Function(BaseModel):
@@ -121,7 +121,7 @@ class ResponseFormat(BaseModel):
 
     @property
     def schema_(self) -> Object | None:
-        """The JSON Schema that an answer must follow, None: any text."""
+        """The JSON Schema of the answer; None: any text."""
         return self.json_schema.schema_ if self.json_schema else {"type": "object"} if self.type != "text" else None
 
 
@@ -148,7 +148,7 @@ class ChatRequest(Generation):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     def check(self) -> None:
-        """What no single field can tell. Raises BadRequestError."""
+        """Check fields against each other. Raises BadRequestError."""
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs")
         form = self.response_format

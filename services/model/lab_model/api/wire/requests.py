@@ -1,6 +1,6 @@
-"""OpenAI's wire format of requests: what is accepted, what is refused by name, and every error.
+"""OpenAI's wire format of requests: fields, their limits, and what is refused by name.
 
-Knows JSON and status codes; knows nothing of HTTP servers, tokens or models.
+Knows JSON. Knows nothing of HTTP servers, tokenizers or models.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from ...errors import BadRequestError
 
-# Errors: one tree, and how each looks on the wire.
-
-
-# Requests
-
 R = TypeVar("R", bound=BaseModel)
 
 
 def _whole(value: Any) -> Any:
-    # JSON knows one kind of number: 64.0 is 64.
+    # JSON has one kind of number: 64.0 is 64.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -32,14 +27,14 @@ MOST_INPUTS = 2048  # OpenAI's limit of embedding inputs
 MOST_CHOICES = 128  # OpenAI's limit of `n`
 MOST_LOGPROBS = 20
 Text = Annotated[str, StringConstraints(min_length=1)]
-# A stop string is looked for in every token's text: both numbers bound that.
+# Each token's text is searched for stop strings: both limits bound the cost.
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Object = dict[str, Any]
 
-# Accepted whatever they say, because they cannot change an answer.
+# Accepted with any value, because they cannot change an answer.
 WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-# Known to the API and not supported here: only the value that changes nothing passes. An endpoint's own fields are not
-# looked up here: `response_format` is one of chat's, and refused at completions.
+# Fields of the API that are not supported: only values that change nothing are accepted. The fields of an endpoint's
+# own model are not looked up here: chat has `response_format`, completions refuse it.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "top_logprobs": (0,),
@@ -63,7 +58,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def _biases(value: Any) -> Any:
-    # By hand: a wrong map of a million entries must not become a million error objects.
+    # Checked by hand: a wrong map of a million entries must not become a million error objects.
     if not isinstance(value, dict):
         return value
     biases: dict[int, float] = {}
@@ -84,7 +79,7 @@ class StreamOptions(BaseModel):
 
 
 class Generation(BaseModel):
-    """What chat and completions have in common."""
+    """The fields that chat and completions share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -115,14 +110,14 @@ class Generation(BaseModel):
     @property
     @abstractmethod
     def top_count(self) -> int | None:
-        """How many alternatives `logprobs` shows beside each token; None: no logprobs."""
+        """How many alternatives `logprobs` has for each token; None: no logprobs."""
 
     def check(self) -> None:
-        """What no single field can tell. Raises BadRequestError."""
+        """Check fields against each other. Raises BadRequestError."""
 
     @property
     def limit(self) -> int | None:
-        """The caller's bound on the answer, in tokens."""
+        """The caller's limit on the answer, in tokens."""
         return self.max_tokens
 
     @property
@@ -149,7 +144,7 @@ class CompletionRequest(Generation):
         return _several(self.prompt)
 
     def check(self) -> None:
-        # `n` of `n` is no choice at all, and 1 is the default.
+        # The best n of n are all of them, and 1 is the default.
         if self.best_of not in (None, 1, self.n or 1):
             raise BadRequestError(
                 "Unsupported parameter: 'best_of' is not supported with this model, unless it equals 'n'.",
@@ -197,7 +192,7 @@ def parse(shape: type[R], body: Any) -> R:
                 code="unsupported_parameter",
             )
     for message in given["messages"] if isinstance(given.get("messages"), list) else ():
-        # What the SDK's own message objects carry when they are sent back; empty, it says nothing.
+        # The SDK's message objects carry these fields when they are sent back; empty they mean nothing.
         if isinstance(message, dict):
             for name in ("name", "refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning_content"):
                 if name in message and not message[name]:
@@ -214,7 +209,7 @@ def parse(shape: type[R], body: Any) -> R:
 
 
 def _refusal(error: ValidationError, body: Any) -> BadRequestError:
-    # A union reports a fault for each of its members; the deepest is about what the caller most likely meant.
+    # A union reports a fault for each member; the deepest belongs to the member that the caller most likely meant.
     faults = error.errors(include_url=False, include_context=False)
     fault = max(faults, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
     name, value = "", body
