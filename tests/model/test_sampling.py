@@ -459,7 +459,7 @@ def test_a_long_answer_keeps_its_counts() -> None:
     draw = SamplingState(SamplingParams(frequency_penalty=0.1), [])
     for token in [*range(1000), *range(500)]:
         draw.take(token)
-    ids, counts = draw.said
+    ids, counts = draw.seen
     assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {t: 2.0 if t < 500 else 1.0 for t in range(1000)}
 
 
