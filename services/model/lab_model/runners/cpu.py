@@ -20,7 +20,8 @@ from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.runner import Span
 from ..weights import llama
 from ..weights.gguf import GGUFFile, Tensor
-from .kernels import Layer, Matrix, Model, Step, library, openmp, why_unavailable
+from . import kernels
+from .kernels import Layer, Matrix, Model, Step
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def can_run(file: GGUFFile) -> bool:
     """Whether the kernels support this file's shapes, and this machine the kernels. Logs why a machine does not."""
     if not _fits(file):
         return False
-    if why := why_unavailable():
+    if why := kernels.why_unavailable():
         log.warning("the model runs in torch's operators, several times slower than in the C kernels: %s", why)
     return why is None
 
@@ -92,7 +93,7 @@ class CpuRunner:
     kind = "int4+int8"
 
     def __init__(self, file: GGUFFile, threads: int) -> None:
-        self._library = library()
+        self._library = kernels.library()
         values, tensors = llama.hyperparameters(file), file.tensors
         heads, kv_heads, dim, width = (
             values[name] for name in ("attention.head_count", "kv_heads", "head_dim", "embedding_length")
@@ -124,7 +125,7 @@ class CpuRunner:
         layers = [layer(f"blk.{index}") for index in range(values["block_count"])]
         table = matrix("token_embd")
         self._rotations = llama.rotations(values)
-        parallel, team = openmp()
+        parallel, team = kernels.openmp()
         self._model = Model(
             layers=len(layers),
             heads=heads,
