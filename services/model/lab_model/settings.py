@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         None, description="Folder for Ray's session (short path: it holds sockets); left out: a temporary one."
     )
     start_timeout_seconds: float = Field(
-        600, gt=0, description="Time to load the models; then the service ends with an error."
+        600, gt=0, description="A model that is not loaded after this time ends the service with an error."
     )
     drain_timeout_seconds: float = Field(30, ge=0, description="How long running requests may continue after SIGTERM.")
     log_format: Literal["auto", "json", "text"] = Field(
