@@ -189,9 +189,8 @@ class EngineClient:
         self.vocab_size = text.vocab_size
         self._engine: Scheduler | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._collectors: dict[
-            Request, tuple[OutputCollector, int]
-        ] = {}  # of requests that the engine has not let go, whose they are
+        # Collector and choice of each request that the engine has not ended.
+        self._collectors: dict[Request, tuple[OutputCollector, int]] = {}
         self._streaming: set[OutputCollector] = set()  # streams that have begun and not ended
         self._arrived: deque[list[StepOutput]] = deque()  # outputs of the engine's steps, for the event loop
         self._gathered: dict[Request, StepOutput] = {}  # outputs held back

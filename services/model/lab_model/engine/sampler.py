@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
         for i, state in enumerate(states)
         if state.highest >= vocab
     }
-    # 1. The logits as given, for who asks for logprobs.
+    # 1. The raw distribution of the rows with logprobs.
     asking = [i for i, state in enumerate(states) if state.sampling.logprobs is not None and i not in faults]
     if asking:
         chosen_from = torch.tensor(asking, device=logits.device)
@@ -73,10 +73,10 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
     plain: list[int] = []
     cut: list[int] = []
     for i, state in enumerate(states):
-        asked = state.sampling
-        if i in faults or asked.temperature < GREEDY_BELOW or asked.top_k == 1 or asked.top_p * vocab <= 1:
+        params = state.sampling
+        if i in faults or params.temperature < GREEDY_BELOW or params.top_k == 1 or params.top_p * vocab <= 1:
             continue
-        (cut if asked.top_p < 1 or asked.min_p > 0 or 0 < asked.top_k < vocab else plain).append(i)
+        (cut if params.top_p < 1 or params.min_p > 0 or 0 < params.top_k < vocab else plain).append(i)
     for part, draw_part in ((plain, _draw), (cut, _draw_cut)):
         if part:
             table = [
@@ -87,18 +87,18 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
             where = torch.tensor(part).to(logits.device, non_blocking=True)
             weights = _weights(logits, peaks, where, wanted[:, :1])
             picks[where] = draw_part(weights, wanted)
-    # 4. One transfer: picks, peaks and the logprobs of who asked.
+    # 4. One transfer: picks, peaks and the logprobs that are wanted.
     packed = [torch.stack([picks.double(), peaks.double()], dim=1).flatten()]
     if asking:
         values, ids = _highest(raw, min(MOST_LOGPROBS, vocab))
         chosen = raw.gather(1, picks[chosen_from, None])
         packed += [part.double().flatten() for part in (chosen, values, ids)]
-    told = torch.cat(packed).cpu().numpy()
-    # 5. Choices and faults; who gets a token remembers it.
+    results = torch.cat(packed).cpu().numpy()
+    # 5. Tokens and faults; each state records its token.
     choices: list[SampledToken | SampleError] = []
-    chances = _logprobs(told[2 * rows :], asking, states) if asking else {}
+    chances = _logprobs(results[2 * rows :], asking, states) if asking else {}
     for i, state in enumerate(states):
-        token, peak = int(told[2 * i]), told[2 * i + 1]
+        token, peak = int(results[2 * i]), results[2 * i + 1]
         if i not in faults and not math.isfinite(peak):
             empty = peak == -math.inf and state.grammar is not None
             faults[i] = SampleError("the grammar allows no token" if empty else "the model's logits were not finite")
@@ -284,9 +284,9 @@ def _descending(weights: torch.Tensor, count: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
 
 
-def _logprobs(told: np.ndarray, asking: list[int], states: Sequence[SamplingState]) -> dict[int, Logprob]:
+def _logprobs(results: np.ndarray, asking: list[int], states: Sequence[SamplingState]) -> dict[int, Logprob]:
     """By row, from the flat transfer: chosen (asking,), the best (asking, n), their ids (asking, n)."""
-    chosen, rest = told[: len(asking)], told[len(asking) :]
+    chosen, rest = results[: len(asking)], results[len(asking) :]
     best, ids = rest.reshape(2, len(asking), -1)
     made = {}
     for place, i in enumerate(asking):

@@ -193,19 +193,19 @@ class CpuRunner:
         positions: Sequence[int],
         owners: Sequence[int],
         pages: Sequence[Sequence[int]],
-        asked: Sequence[int],
+        wanted: Sequence[int],
     ) -> torch.Tensor:
-        """Logits of the rows `asked`, ascending, as (asked, vocab). owners: each row's line of `pages`."""
+        """Logits of the rows `wanted`, ascending, as (wanted, vocab). owners: each row's line of `pages`."""
         # C does not check them.
         if not (min(ids) >= 0 and max(ids) < self.vocab and max(positions) < len(self._turns)):
             raise IndexError("a token id or a position is outside the model's table")
         columns = max(len(row) for row in pages)
         table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in pages], dtype=torch.int32)
-        logits = torch.empty(len(asked), self._model.head.out)
+        logits = torch.empty(len(wanted), self._model.head.out)
         done = 0
         for first in range(0, len(ids), MOST_ROWS):
             part = slice(first, first + MOST_ROWS)
-            last = [row - first for row in asked[done:] if row < part.stop] if done < len(asked) else []
+            last = [row - first for row in wanted[done:] if row < part.stop] if done < len(wanted) else []
             given = {
                 "ids": torch.tensor(ids[part], dtype=torch.int64),
                 "positions": torch.tensor(positions[part], dtype=torch.int32),

@@ -141,9 +141,9 @@ class LlamaRunner:
                 first += len(pages) * PAGE_TOKENS
                 for (start, stop), mask in zip(span_units, span_masks, strict=True):
                     rows = slice(at, at + stop - start)
-                    asked = q[rows].permute(1, 2, 0, 3)
+                    query = q[rows].permute(1, 2, 0, 3)
                     keys, values = kv[: w.kv_heads, :, :stop], kv[w.kv_heads :, :, :stop]
-                    seen = scaled_dot_product_attention(asked, keys, values, attn_mask=mask)
+                    seen = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
                     out[rows] = seen.permute(2, 0, 1, 3)
                     at += stop - start
             return out.view(len(out), -1)
@@ -194,8 +194,8 @@ class LlamaRunner:
             seen = scaled_dot_product_attention(q.to(self._kv_dtype), keys, values, attn_mask=group.mask)
             return seen.reshape(len(q), -1)
         keys, values = kv.flatten(1, 2).unbind()  # (kv_heads * rows, keys, head_dim)
-        asked = q.transpose(0, 1).to(self._kv_dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-        scores = torch.baddbmm(group.mask, asked, keys.transpose(1, 2), alpha=w.head_dim**-0.5)  # type: ignore[arg-type]
+        query = q.transpose(0, 1).to(self._kv_dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        scores = torch.baddbmm(group.mask, query, keys.transpose(1, 2), alpha=w.head_dim**-0.5)  # type: ignore[arg-type]
         seen = torch.bmm(scores.softmax(-1), values)
         return seen.view(w.kv_heads, len(q), -1).transpose(0, 1).reshape(len(q), -1)
 
