@@ -53,7 +53,7 @@ class Ours:
     name = "this engine"
 
     def __init__(self, entry: Any) -> None:
-        from lab_model.replica import load_engine  # noqa: PLC0415 - torch's threads are set first
+        from lab_model.models.causal import load_engine  # noqa: PLC0415 - torch's threads are set first
 
         self._heard: dict[Any, list[float]] = defaultdict(list)  # when each token came
         self._ended: set[Any] = set()
@@ -73,10 +73,10 @@ class Ours:
             self._changed.notify_all()
 
     def submit(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> list[Any]:
-        from lab_model.engine import Request  # noqa: PLC0415
-        from lab_model.sampling import Sampling  # noqa: PLC0415
+        from lab_model.engine.request import Request  # noqa: PLC0415
+        from lab_model.engine.sampling_params import SamplingParams  # noqa: PLC0415
 
-        requests = [Request(list(prompt), tokens, sampling=Sampling(**sampling)) for prompt in prompts]
+        requests = [Request(list(prompt), tokens, sampling=SamplingParams(**sampling)) for prompt in prompts]
         self.engine.submit(*requests)
         return requests
 
@@ -170,10 +170,10 @@ class Vllm:
 
     def __init__(self, entry: Any) -> None:
         import vllm  # type: ignore[import-not-found]  # noqa: PLC0415
-        from lab_model.catalogue import locate  # noqa: PLC0415
+        from lab_model.models.sources import resolve_source  # noqa: PLC0415
         from transformers import AutoTokenizer  # noqa: PLC0415
 
-        source = locate(entry)
+        source = resolve_source(entry)
         self._folder = tempfile.TemporaryDirectory()
         reference(entry, torch.bfloat16).save_pretrained(self._folder.name)
         AutoTokenizer.from_pretrained(source.folder, **source.arguments()).save_pretrained(self._folder.name)
@@ -195,10 +195,10 @@ class LlamaCpp:
     name = "llama.cpp, Q4_1"
 
     def __init__(self, entry: Any) -> None:
-        from lab_model.catalogue import locate  # noqa: PLC0415
+        from lab_model.models.sources import resolve_source  # noqa: PLC0415
         from llama_cpp import Llama  # type: ignore[import-not-found]  # noqa: PLC0415
 
-        source = locate(entry)
+        source = resolve_source(entry)
         path = Path(source.folder) / (source.gguf_file or "")
         self._model = Llama(str(path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
 
@@ -223,10 +223,10 @@ def to_the_end(tokens: int) -> Any:
 def reference(entry: Any, dtype: torch.dtype) -> Any:
     """transformers' model of the dequantized file."""
     import transformers  # noqa: PLC0415
-    from lab_model.catalogue import locate  # noqa: PLC0415
+    from lab_model.models.sources import resolve_source  # noqa: PLC0415
     from transformers.utils.quantization_config import GgufConfig  # noqa: PLC0415
 
-    source = locate(entry)
+    source = resolve_source(entry)
     arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
     if source.gguf_file:
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
@@ -243,7 +243,8 @@ class Bench:
     """The run: its prompts, the engines that are up, its rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from lab_model.catalogue import load_catalogue, locate  # noqa: PLC0415
+        from lab_model.models.catalogue import load_catalogue  # noqa: PLC0415
+        from lab_model.models.sources import resolve_source  # noqa: PLC0415
         from transformers import AutoTokenizer  # noqa: PLC0415
 
         self.options, self.rounds = options, options.rounds
@@ -251,7 +252,7 @@ class Bench:
         self.speeds: dict[str, dict[int, float]] = {}  # engine, requests: tokens per second
         self.entries = load_catalogue(None)
         self.entry = next(entry for entry in self.entries if entry.kind == "chat")
-        source = locate(self.entry)
+        source = resolve_source(self.entry)
         self.source = source
         self.tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, **source.arguments())
         self.ids: list[int] = self.tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]

@@ -33,8 +33,8 @@ from processes import (
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
-    from lab_model.catalogue import Source
-    from lab_model.gguf import File
+    from lab_model.models.sources import Source
+    from lab_model.weights.gguf import GGUFFile
 
 CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
 # Two replicas, and a context so long that an answer may be as good as endless: for what breaks off.
@@ -135,7 +135,7 @@ def logs(tmp_path_factory: TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def catalogue(logs: Path) -> Path:
     """The packaged catalogue, and beside it tiny models for what needs speed rather than sense."""
-    packaged = Path(__file__).parents[1] / "services/model/lab_model/models.yaml"
+    packaged = Path(__file__).parents[1] / "services/model/lab_model/models/models.yaml"
     folder = tiny.write(logs / "tiny")
     endless = tiny.lengthen(shutil.copytree(folder, logs / "pair"))
     added = [
@@ -225,17 +225,18 @@ def client(target: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def source() -> Source:
-    from lab_model.catalogue import load_catalogue, locate
+    from lab_model.models.catalogue import load_catalogue
+    from lab_model.models.sources import resolve_source
 
-    return locate(load_catalogue(None)[0])
+    return resolve_source(load_catalogue(None)[0])
 
 
 @pytest.fixture(scope="session")
-def file(source: Source) -> File:
-    from lab_model.gguf import File
+def file(source: Source) -> GGUFFile:
+    from lab_model.weights.gguf import GGUFFile
 
     assert source.gguf_file
-    return File(Path(source.folder) / source.gguf_file)
+    return GGUFFile(Path(source.folder) / source.gguf_file)
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,14 @@ class House:
     rooms: tuple[str, ...]
     composition: frozenset[str]  # files at the root that import anything; only each other imports them
     ground: tuple[str, ...]  # files at the root that import no room, only the ground after them
+    scripts: tuple[str, ...] = ()  # modules that Streamlit runs by their path: they import by the package's name
 
     def files(self) -> dict[str, Path]:
         """Dotted module name below the package -> file. A sub-package is named like its folder."""
         found = {}
         for path in sorted(self.package.rglob("*.py")):
+            if not (path.parent / "__init__.py").exists():
+                continue  # stand-ins for packages that a process shall not find
             parts = path.relative_to(self.package).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
         return found
@@ -34,7 +37,10 @@ class House:
     def imports(self) -> dict[str, set[str]]:
         """Module -> the modules of the package that it imports."""
         files = self.files()
-        return {name: set(_imported(path, name, files, self.package.name)) for name, path in files.items()}
+        return {
+            name: set(_imported(path, name, files, self.package.name, script=name in self.scripts))
+            for name, path in files.items()
+        }
 
 
 HOUSES = {
@@ -44,10 +50,35 @@ HOUSES = {
         composition=frozenset({"__main__", "cli"}),
         ground=("reload", "canonical", "endpoints", "settings", "errors", ""),
     ),
+    "model": House(
+        SERVICES / "model/lab_model",
+        rooms=("serving", "models", "api", "text", "encoders", "runners", "engine", "weights"),
+        composition=frozenset({"__main__"}),
+        ground=("host", "settings", "errors", ""),
+    ),
+    "ui": House(
+        SERVICES / "ui/lab_ui",
+        rooms=("app_pages",),
+        composition=frozenset({"__main__", "app"}),
+        ground=(
+            "chat",
+            "status",
+            "session",
+            "proxy",
+            "answer",
+            "snippets",
+            "texts",
+            "formats",
+            "untrusted",
+            "settings",
+            "",
+        ),
+        scripts=("app", "app_pages.chat", "app_pages.status"),
+    ),
 }
 
 
-def _imported(path: Path, name: str, files: dict[str, Path], package: str) -> list[str]:
+def _imported(path: Path, name: str, files: dict[str, Path], package: str, *, script: bool = False) -> list[str]:
     found = []
     inside = name.split(".") if path.name == "__init__.py" and name else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -55,11 +86,15 @@ def _imported(path: Path, name: str, files: dict[str, Path], package: str) -> li
             assert not any(each.name.split(".")[0] == package for each in node.names), f"{path}: an absolute import"
         if not isinstance(node, ast.ImportFrom):
             continue
+        first, _, module = (node.module or "").partition(".")
         if not node.level:
-            assert (node.module or "").split(".")[0] != package, f"{path}:{node.lineno}: an absolute import"
-            continue
-        base = inside[: len(inside) - node.level + 1]
-        module = ".".join([*base, *([node.module] if node.module else [])])
+            if first != package:
+                continue
+            assert script, f"{path}:{node.lineno}: an absolute import"
+        else:
+            assert not script, f"{path}:{node.lineno}: a relative import"
+            base = inside[: len(inside) - node.level + 1]
+            module = ".".join([*base, *([node.module] if node.module else [])])
         for each in node.names:
             below = f"{module}.{each.name}" if module else each.name
             found.append(below if below in files else module)

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lab_model.engine import Engine, EngineFaultError, Event, Request
+from lab_model.engine.request import EngineFaultError, Request, StepOutput
+from lab_model.engine.scheduler import Scheduler
 from processes import GENEROUS_SECONDS, eventually
 
 
@@ -22,12 +23,12 @@ class Driven:
 
     def __init__(self, runner: Any, **limits: int) -> None:
         self.tokens: dict[Request, list[int]] = {}
-        self.ended: dict[Request, Event] = {}  # in the order in which they ended
+        self.ended: dict[Request, StepOutput] = {}  # in the order in which they ended
         self.reports, self.idle = 0, False
-        self._too_late: list[Event] = []
+        self._too_late: list[StepOutput] = []
         self._changed = threading.Condition()
         self._pause = threading.Lock()
-        self.engine = Engine(runner, self._deliver, **limits)
+        self.engine = Scheduler(runner, self._deliver, **limits)
         self.engine.start()
 
     def __enter__(self) -> Driven:
@@ -37,7 +38,7 @@ class Driven:
         self.engine.close()
         assert not self._too_late, "an event after the end"
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: list[StepOutput]) -> None:
         # The engine reports that it is idle with its lock held: a pause there would block `submit`.
         stats = self.engine.stats()
         idle = not (events or stats.running or stats.waiting)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from lab_model import native
+from lab_model.runners import kernels as c_kernels
 
 
 def missing() -> str | None:
     """What this machine lacks for them, or for the one in LAB_KERNELS; sources that do not compile are no lack."""
     try:
-        native._runnable()
-    except native.NativeError as error:
+        c_kernels._runnable()
+    except c_kernels.KernelError as error:
         return str(error)
-    return None if native._compiler() else "no compiler"
+    return None if c_kernels._compiler() else "no compiler"
 
 
 kernels = pytest.mark.skipif(missing() is not None, reason=f"no kernels here: {missing()}")

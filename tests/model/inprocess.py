@@ -9,13 +9,14 @@ import httpx2
 import pytest
 import tiny
 from conftest import TINY
-from lab_model import api
-from lab_model.api import generation_app
-from lab_model.engine import Engine
-from lab_model.generator import Generator
-from lab_model.grammar import TokenGrammar
-from lab_model.plain import Plain
-from lab_model.text import Text
+from lab_model.api import chat as api_chat
+from lab_model.api.app import create_app
+from lab_model.api.generator import EngineClient
+from lab_model.engine.scheduler import Scheduler
+from lab_model.models.kinds import KINDS
+from lab_model.runners.transformers import TransformersRunner
+from lab_model.text.grammar import TokenGrammar
+from lab_model.text.tokenizer import ModelTokenizer
 
 END = 0  # the tiny tokenizer's end of text
 
@@ -24,18 +25,22 @@ class InProcess:
     """One tiny model whose limits the test chooses."""
 
     def __init__(
-        self, kind: str = "chat", *, text: Text | None = None, context: int = tiny.CONTEXT, **limits: int
+        self, kind: str = "chat", *, text: ModelTokenizer | None = None, context: int = tiny.CONTEXT, **limits: int
     ) -> None:
         self.model = tiny.model()
-        runner = Plain(self.model)
+        runner = TransformersRunner(self.model)
         runner.context = context  # rotary positions know no end
-        self.generator = Generator(
-            name=TINY, kind=kind, revision="r", text=text or Text.of(tiny.tokenizer()), default_max_tokens=1000
+        self.generator = EngineClient(
+            name=TINY,
+            kind=kind,
+            revision="r",
+            text=text or ModelTokenizer.of(tiny.tokenizer()),
+            default_max_tokens=1000,
         )
-        self.engine = Engine(runner, self.generator.deliver, **limits)
+        self.engine = Scheduler(runner, self.generator.deliver, **limits)
         self.generator.attach(self.engine, frozenset({END}))
         self.engine.start()
-        self.app = generation_app(self.generator, max_body_bytes=1_000_000)
+        self.app = create_app(self.generator, KINDS["chat"].paths, max_body_bytes=1_000_000)
         self.client = httpx2.AsyncClient(
             transport=httpx2.ASGITransport(self.app), base_url="http://localhost", timeout=60
         )
@@ -78,4 +83,4 @@ def says(monkeypatch: pytest.MonkeyPatch, app: InProcess, text: str) -> None:
     async def puppet(*_: Any) -> TokenGrammar:
         return app.generator.grammars.make(f"%llguidance {{}}\nstart: {json.dumps(text)}")
 
-    monkeypatch.setattr(api, "grammar_of", puppet)
+    monkeypatch.setattr(api_chat, "grammar_of", puppet)

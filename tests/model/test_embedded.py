@@ -16,14 +16,22 @@ from fixtures_embedded import kernels
 from gguf import GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lab_model import gguf, native, weights
-from lab_model.catalogue import Source, load_catalogue
-from lab_model.engine import Engine, Event, Request, Runner, Span
-from lab_model.llama import Llama
-from lab_model.native import MOST_ROWS, Native
-from lab_model.pages import PAGE_TOKENS
-from lab_model.replica import load_causal, read_text
-from lab_model.sampling import Sampling
+from lab_model.engine.kv_pages import PAGE_TOKENS
+from lab_model.engine.request import Request, StepOutput
+from lab_model.engine.runner import Runner, Span
+from lab_model.engine.sampling_params import SamplingParams
+from lab_model.engine.scheduler import Scheduler
+from lab_model.models.catalogue import load_catalogue
+from lab_model.models.causal import load_causal
+from lab_model.models.sources import Source
+from lab_model.models.tokenizers import read_gguf_tokenizer
+from lab_model.runners import cpu
+from lab_model.runners import kernels as c_kernels
+from lab_model.runners.cpu import MOST_ROWS, CpuRunner
+from lab_model.runners.llama import LlamaRunner
+from lab_model.text import gguf_tokenizer
+from lab_model.weights import gguf
+from lab_model.weights import llama as llama_weights
 from processes import GENEROUS_SECONDS
 from tiny import one_thread  # noqa: F401 - of all tests here
 from transformers import AutoTokenizer
@@ -38,22 +46,22 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def packed(file: gguf.File) -> Native:
+def packed(file: gguf.GGUFFile) -> CpuRunner:
     """Its weights are packed once; an engine allocates a pool of its own. One thread: on busy cores two wait for each
     other at every phase of a step."""
-    return Native(file, 1)
+    return CpuRunner(file, 1)
 
 
 @pytest.fixture
-def runner(packed: Native) -> Native:
+def runner(packed: CpuRunner) -> CpuRunner:
     """With a new pool of 80 pages."""
     packed.allocate(80)
     return packed
 
 
 @pytest.fixture(scope="module")
-def ids(file: gguf.File) -> list[int]:
-    tokenizer = gguf.tokenizer(file)
+def ids(file: gguf.GGUFFile) -> list[int]:
+    tokenizer = gguf_tokenizer.build_tokenizer(file.metadata)
     assert tokenizer
     return list(tokenizer.encode(TEXT * 3).ids)
 
@@ -63,7 +71,7 @@ def answers(runner: Runner, *requests: Request, context: int = 2048) -> list[lis
     ended, got = threading.Event(), {request: [] for request in requests}  # type: dict[Request, list[int]]
     open_ = set(requests)
 
-    def deliver(events: list[Event]) -> None:
+    def deliver(events: list[StepOutput]) -> None:
         for event in events:
             assert event.error is None
             got[event.request] += event.tokens
@@ -72,7 +80,7 @@ def answers(runner: Runner, *requests: Request, context: int = 2048) -> list[lis
         if not open_:
             ended.set()
 
-    engine = Engine(runner, deliver, kv_tokens=context)
+    engine = Scheduler(runner, deliver, kv_tokens=context)
     engine.start()
     try:
         engine.submit(*requests)
@@ -82,13 +90,16 @@ def answers(runner: Runner, *requests: Request, context: int = 2048) -> list[lis
     return [got[request] for request in requests]
 
 
-def test_tokenizer_is_that_of_transformers(source: Source, file: gguf.File) -> None:
+def test_tokenizer_is_that_of_transformers(source: Source, file: gguf.GGUFFile) -> None:
     """Same ids for words, code, Korean, emoji, white space and special tokens; decoding gives the text back.
 
     But for white space before digits: the file names its pre-tokenizer (smollm: every digit alone), transformers does
     not read the name.
     """
-    theirs, ours = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file), gguf.tokenizer(file)
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file),
+        gguf_tokenizer.build_tokenizer(file.metadata),
+    )
     assert ours
     for text in (TEXT, "<|im_start|>user\nhi<|im_end|>\n", "it's 1234.50\t\n\n x", "naïve 🎉 ß", "", "<|im_end"):
         mine = ours.encode(text, add_special_tokens=False).ids
@@ -96,11 +107,11 @@ def test_tokenizer_is_that_of_transformers(source: Source, file: gguf.File) -> N
         assert ours.decode(mine, skip_special_tokens=False) == text
 
 
-def test_greedy_equals_generate_in_float32(reference: Any, file: gguf.File, ids: list[int]) -> None:
+def test_greedy_equals_generate_in_float32(reference: Any, file: gguf.GGUFFile, ids: list[int]) -> None:
     """Our forward over our reading of the file answers token by token what transformers' `generate` answers."""
     count = cases(12, 24)
     asked = [Request(ids[:length], count, stop_ids=frozenset({2})) for length in (7, 64, 150)]
-    got = answers(Llama(weights.from_file(file, torch.float32, CPU), CPU, torch.float32), *asked)
+    got = answers(LlamaRunner(llama_weights.from_file(file, torch.float32, CPU), CPU, torch.float32), *asked)
     for request, answer in zip(asked, got, strict=True):
         prompt = torch.tensor([request.prompt])
         out = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
@@ -108,7 +119,7 @@ def test_greedy_equals_generate_in_float32(reference: Any, file: gguf.File, ids:
         assert answer == (want[: want.index(2)] if 2 in want else want)
 
 
-def test_tensors_are_those_of_transformers(reference: Any, file: gguf.File) -> None:
+def test_tensors_are_those_of_transformers(reference: Any, file: gguf.GGUFFile) -> None:
     """Every block unpacks to the same value, 4-bit levels times scale plus minimum included."""
     tensor = file.tensors["blk.3.ffn_up.weight"]
     want = reference.model.layers[3].mlp.up_proj.weight
@@ -121,14 +132,14 @@ def test_tensors_are_those_of_transformers(reference: Any, file: gguf.File) -> N
 
 
 @kernels
-def test_quantized_stays_close_to_the_file(reference: Any, runner: Native, ids: list[int]) -> None:
+def test_quantized_stays_close_to_the_file(reference: Any, runner: CpuRunner, ids: list[int]) -> None:
     """Perplexity within 1 % of the dequantized file's in float32, and its distributions nearly the same."""
 
     def perplexity(logits: torch.Tensor) -> float:
         return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1 : len(logits)])).exp())
 
     with torch.inference_mode():
-        want, got = reference(torch.tensor([ids])).logits[0], runner.every(ids, range(1, 20))
+        want, got = reference(torch.tensor([ids])).logits[0], runner.all_logits(ids, range(1, 20))
     assert perplexity(got) == pytest.approx(perplexity(want), rel=0.01)
     ours, theirs = got.log_softmax(-1), want.log_softmax(-1)
     # 0.0007 nats over long texts; without peaks, 0.003.
@@ -137,27 +148,27 @@ def test_quantized_stays_close_to_the_file(reference: Any, runner: Native, ids: 
 
 @kernels
 def test_a_file_without_4_bit_blocks(
-    reference: Any, file: gguf.File, runner: Native, ids: list[int], monkeypatch: pytest.MonkeyPatch
+    reference: Any, file: gguf.GGUFFile, runner: CpuRunner, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It keeps 8 bits a weight."""
     monkeypatch.setattr(gguf.Tensor, "four_bits", False)
-    eight = Native(file, 2)
+    eight = CpuRunner(file, 2)
     eight.allocate(3)
     with torch.inference_mode():
-        want, got = reference(torch.tensor([ids[:24]])).logits[0], eight.every(ids[:24], [1])
+        want, got = reference(torch.tensor([ids[:24]])).logits[0], eight.all_logits(ids[:24], [1])
     assert torch.nn.functional.cosine_similarity(want, got).min() > 0.999
     assert eight.bytes > 1.4 * runner.bytes
 
 
 @kernels
 @pytest.mark.parametrize("threads", [2, 3])
-def test_rows_do_not_see_their_neighbours(file: gguf.File, runner: Native, ids: list[int], threads: int) -> None:
+def test_rows_do_not_see_their_neighbours(file: gguf.GGUFFile, runner: CpuRunner, ids: list[int], threads: int) -> None:
     """To the last bit: a prompt alone, among others, in pieces, token by token, in batches of each size, whichever the
     number of threads (alone: one)."""
-    other = Native(file, threads)
+    other = CpuRunner(file, threads)
     other.allocate(80)
     first, second = ids[:100], ids[20:90]
-    alone = runner.every(first, [1, 2, 3, 4])
+    alone = runner.all_logits(first, [1, 2, 3, 4])
     together = other.prefill(second + first, [Span(0, 70, [5, 6, 7]), Span(0, 100, [8, 9, 10, 11])])
     assert torch.equal(together[1], alone[-1])
     assert torch.equal(other.prefill(first[64:], [Span(64, 100, [8, 9, 12, 13])])[0], alone[-1])
@@ -173,11 +184,11 @@ def test_rows_do_not_see_their_neighbours(file: gguf.File, runner: Native, ids: 
 
 
 @kernels
-def test_more_rows_than_one_call_takes(runner: Native, ids: list[int]) -> None:
+def test_more_rows_than_one_call_takes(runner: CpuRunner, ids: list[int]) -> None:
     """A long piece goes in several calls; the logits asked for are those of the right rows."""
     long = (ids * 4)[: 2 * MOST_ROWS + 40]
     pages = list(range(1, len(long) // PAGE_TOKENS + 2))
-    whole = runner.every(long, pages)
+    whole = runner.all_logits(long, pages)
     ends = [span.stop for span in (Span(0, 300, pages), Span(300, len(long), pages))]
     some = runner.prefill(long, [Span(0, 300, pages), Span(300, len(long), pages)])
     assert torch.equal(some, whole[[end - 1 for end in ends]])
@@ -185,7 +196,7 @@ def test_more_rows_than_one_call_takes(runner: Native, ids: list[int]) -> None:
 
 
 @kernels
-def test_a_row_that_is_no_number_stays_alone(runner: Native, ids: list[int]) -> None:
+def test_a_row_that_is_no_number_stays_alone(runner: CpuRunner, ids: list[int]) -> None:
     """Of one request a key, of another a value is none: their logits are, and no neighbour's; nor an heir's."""
     for first in (1, 2, 3):
         runner.prefill(ids[:20], [Span(0, 20, [first])])
@@ -203,47 +214,47 @@ def test_a_row_that_is_no_number_stays_alone(runner: Native, ids: list[int]) -> 
 
 
 @kernels
-def test_repeats_itself_with_its_prefix_cached_or_not(packed: Native, ids: list[int]) -> None:
+def test_repeats_itself_with_its_prefix_cached_or_not(packed: CpuRunner, ids: list[int]) -> None:
     """A seeded request on an idle service: the same tokens cold, warm, and after others have filled the cache."""
 
     def asked() -> Request:
-        return Request(ids[:150], 20, sampling=Sampling(1.0, seed=11))
+        return Request(ids[:150], 20, sampling=SamplingParams(1.0, seed=11))
 
     cold = answers(packed, asked())[0]
-    ended: list[Event] = []
-    engine = Engine(packed, ended.extend, kv_tokens=2048)
+    ended: list[StepOutput] = []
+    engine = Scheduler(packed, ended.extend, kv_tokens=2048)
     with torch.inference_mode():
         for other in (Request(ids[:150], 3), Request(ids[:70] + ids[:40], 3)):
             engine.run_alone(other, ended)
         warm = asked()
         engine.run_alone(warm, ended)
-    assert warm.reused == 128
+    assert warm.prefix_hit_tokens == 128
     assert warm.tokens[150:] == cold
 
 
 @kernels
-def test_the_next_turn_finds_the_answer_before_it(packed: Native, ids: list[int]) -> None:
+def test_the_next_turn_finds_the_answer_before_it(packed: CpuRunner, ids: list[int]) -> None:
     """Decoded pages are as good as prefilled ones: a conversation that goes on computes only what is new, and answers
     what a fresh engine answers."""
-    ended: list[Event] = []
-    engine = Engine(packed, ended.extend, kv_tokens=2048)
+    ended: list[StepOutput] = []
+    engine = Scheduler(packed, ended.extend, kv_tokens=2048)
     with torch.inference_mode():
-        first = Request(ids[:50], 70, sampling=Sampling(1.0, seed=5))
+        first = Request(ids[:50], 70, sampling=SamplingParams(1.0, seed=5))
         engine.run_alone(first, ended)
-        second = Request(first.tokens + ids[:20], 20, sampling=Sampling(1.0, seed=6))
+        second = Request(first.tokens + ids[:20], 20, sampling=SamplingParams(1.0, seed=6))
         engine.run_alone(second, ended)
     assert len(first.tokens) == 120
-    assert second.reused == 96
-    fresh = answers(packed, Request(first.tokens + ids[:20], 20, sampling=Sampling(1.0, seed=6)))[0]
+    assert second.prefix_hit_tokens == 96
+    fresh = answers(packed, Request(first.tokens + ids[:20], 20, sampling=SamplingParams(1.0, seed=6)))[0]
     assert second.tokens[140:] == fresh
 
 
 @kernels
-def test_a_seeded_request_answers_the_same_in_any_batch(packed: Native, ids: list[int]) -> None:
+def test_a_seeded_request_answers_the_same_in_any_batch(packed: CpuRunner, ids: list[int]) -> None:
     """Quantized too: others join, prefill and leave around it."""
 
     def asked() -> Request:
-        return Request(ids[:60], 40, sampling=Sampling(1.0, seed=3))
+        return Request(ids[:60], 40, sampling=SamplingParams(1.0, seed=3))
 
     alone = answers(packed, asked())[0]
     others = [Request(ids[at : at + 5 + 9 * at], 3 + 2 * at) for at in range(20)]
@@ -255,24 +266,24 @@ def test_without_kernels_the_file_is_unpacked(
     source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str
 ) -> None:
     """No compiler, another processor: torch's operators run the same file, and the log says why and what to do."""
-    monkeypatch.setattr(native, "reason", lambda: "there is no C compiler")
+    monkeypatch.setattr(c_kernels, "why_unavailable", lambda: "there is no C compiler")
     entry = load_catalogue(None)[0].model_copy(update={"dtype": dtype})
     with caplog.at_level(logging.WARNING):
         runner, _, _ = load_causal(entry, source, CPU)
-    assert (type(runner), runner.kind) == (Llama, "bfloat16" if dtype == "auto" else "float32")
+    assert (type(runner), runner.kind) == (LlamaRunner, "bfloat16" if dtype == "auto" else "float32")
     assert ("there is no C compiler" in caplog.text) == (dtype == "auto")
     runner.allocate(2)
     with torch.inference_mode():
         assert runner.prefill([1, 2, 3], [Span(0, 3, [1])]).isfinite().all()
 
 
-def test_files_of_other_models_are_left_to_transformers(file: gguf.File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_other_models_are_left_to_transformers(file: gguf.GGUFFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias, stretched rotations, another architecture: nothing of a file is passed over in silence."""
-    assert weights.reads(file)
+    assert llama_weights.can_read(file)
     with monkeypatch.context() as patch:
         patch.setitem(file.tensors, "blk.0.attn_q.bias", file.tensors["blk.0.attn_norm.weight"])
-        assert not weights.reads(file)
-        assert not native.reads(file)
+        assert not llama_weights.can_read(file)
+        assert not cpu.can_run(file)
     said = file.metadata
     for key, value in (
         ("llama.rope.scaling.type", "yarn"),
@@ -286,20 +297,20 @@ def test_files_of_other_models_are_left_to_transformers(file: gguf.File, monkeyp
     ):
         with monkeypatch.context() as patch:
             patch.setitem(said, key, value)
-            assert not weights.reads(file), key
-            assert not native.reads(file), key
+            assert not llama_weights.can_read(file), key
+            assert not cpu.can_run(file), key
     for key in ("llama.block_count", "llama.attention.layer_norm_rms_epsilon"):
         with monkeypatch.context() as patch:
             patch.delitem(said, key)
-            assert not weights.reads(file), key
+            assert not llama_weights.can_read(file), key
     with monkeypatch.context() as patch:
         patch.delitem(file.tensors, "blk.29.ffn_up.weight")
-        assert not weights.reads(file)
-        assert not native.reads(file)
+        assert not llama_weights.can_read(file)
+        assert not cpu.can_run(file)
 
 
 @kernels
-def test_c_is_given_no_token_that_is_not_there(runner: Native) -> None:
+def test_c_is_given_no_token_that_is_not_there(runner: CpuRunner) -> None:
     for ids, position in (([49152], 0), ([-1], 0), ([5], 80 * PAGE_TOKENS)):
         with pytest.raises(IndexError):
             runner.decode(ids, [position], [list(range(80))])
@@ -319,7 +330,7 @@ def test_a_damaged_file_says_so(tmp_path: Path, source: Source, cut: int) -> Non
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(gguf.GGUFError, match=name):
-            gguf.File(path)
+            gguf.GGUFFile(path)
 
 
 @pytest.fixture(scope="module")
@@ -343,9 +354,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    content, whole = path.read_bytes(), gguf.File(path)
+    content, whole = path.read_bytes(), gguf.GGUFFile(path)
     assert set(whole.tensors) == {"token_embd.weight", "output_norm.weight"}
-    tokenizer = gguf.tokenizer(whole)
+    tokenizer = gguf_tokenizer.build_tokenizer(whole.metadata)
     assert tokenizer
     assert tokenizer.encode("ab<end>").ids == [2, 3]
     return content
@@ -360,10 +371,10 @@ def test_a_file_of_any_content_is_read_or_refused(small: bytes, tmp_path: Path, 
     path.write_bytes((small[:at] + put + small[at + len(put) :])[: cut if cut < 1200 else None])
     refused = ""
     try:
-        file = gguf.File(path)
-        with gguf.named(path):
-            read_text(file)
-            native.reads(file)
+        file = gguf.GGUFFile(path)
+        with gguf.naming_file(path):
+            read_gguf_tokenizer(file)
+            cpu.can_run(file)
             for tensor in file.tensors.values():
                 tensor.dense()
     except gguf.GGUFError as error:

@@ -15,26 +15,24 @@ import torch
 from driven import Clock, Driven
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_model import weights
-from lab_model.engine import (
-    PIECE_TOKENS,
+from lab_model.engine.kv_pages import PAGE_TOKENS
+from lab_model.engine.request import (
     CancelledError,
     DeadlineError,
-    Engine,
     EngineClosedError,
     EngineFaultError,
     QueueFullError,
     Request,
     RequestTooLongError,
-    Runner,
-    Span,
     UnknownTokenError,
 )
-from lab_model.graphs import Graphs
-from lab_model.llama import Llama
-from lab_model.pages import PAGE_TOKENS
-from lab_model.plain import Plain
-from lab_model.sampling import Sampling
+from lab_model.engine.runner import Runner, Span
+from lab_model.engine.sampling_params import SamplingParams
+from lab_model.engine.scheduler import PIECE_TOKENS, Scheduler
+from lab_model.runners.cuda_graphs import CudaGraphs
+from lab_model.runners.llama import LlamaRunner
+from lab_model.runners.transformers import TransformersRunner
+from lab_model.weights import llama as llama_weights
 from processes import eventually
 from tiny import one_thread  # noqa: F401 - of all tests here
 
@@ -47,7 +45,9 @@ model_of = cache(tiny.model)
 
 
 def runner(model: Any, *, plain: bool = False) -> Runner:
-    return Plain(model) if plain else Llama(weights.from_model(model), model.device, model.dtype)
+    return (
+        TransformersRunner(model) if plain else LlamaRunner(llama_weights.from_model(model), model.device, model.dtype)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_greedy_equals_generate(which: str) -> None:
 
 def test_logits_are_for_an_engine_at_rest() -> None:
     """A runner is for one thread: who asks beside a request is told so, and may ask when it has ended."""
-    engine = Engine(runner(model_of("llama")), lambda events: None, kv_tokens=256)
+    engine = Scheduler(runner(model_of("llama")), lambda events: None, kv_tokens=256)
     asked = Request([5, 6, 7], 2)
     engine.submit(asked)
     with pytest.raises(RuntimeError, match="requests"):
@@ -116,8 +116,8 @@ def test_logits_are_for_an_engine_at_rest() -> None:
 def test_steps_of_one_shape_equal_generate(device: str) -> None:
     """What CUDA records as graphs gives the same tokens; on the CPU the same code runs unrecorded."""
     model = tiny.model("qwen3").to(device)
-    made = Llama(weights.from_model(model), torch.device(device), torch.float32)
-    made.graphs = Graphs(made.step, torch.device(device))
+    made = LlamaRunner(llama_weights.from_model(model), torch.device(device), torch.float32)
+    made.graphs = CudaGraphs(made.step, torch.device(device))
     with Driven(made) as driven:
         asked = prompts(1, 5, 33, 40, 64, 100, 300)
         got = driven.answer(*[asking(p, 40) for p in asked])
@@ -129,7 +129,7 @@ def test_batched_equals_alone(driven: Driven) -> None:
     asked = prompts(5, 20, 40, 7, 90, 3, 12, 60)
 
     def requests() -> list[Request]:
-        return [Request(p, 30, sampling=Sampling(0.9, (1.0, 0.7)[i % 2], seed=i)) for i, p in enumerate(asked)]
+        return [Request(p, 30, sampling=SamplingParams(0.9, (1.0, 0.7)[i % 2], seed=i)) for i, p in enumerate(asked)]
 
     together = driven.answer(*requests())
     alone = [driven.answer(request)[0] for request in requests()]
@@ -176,13 +176,13 @@ def test_cancel_frees_the_place(driven: Driven) -> None:
 
 
 def test_who_is_cancelled_during_a_step_gets_nothing_of_it(llama: Any) -> None:
-    class Leaving(Llama):
+    class Leaving(LlamaRunner):
         def decode(self, *given: Any) -> torch.Tensor:
             driven.engine.cancel(asked)
             return super().decode(*given)
 
     asked = Request([5] * 10, 900)
-    with Driven(Leaving(weights.from_model(llama), llama.device, llama.dtype)) as driven:
+    with Driven(Leaving(llama_weights.from_model(llama), llama.device, llama.dtype)) as driven:
         driven.answer(asked)
         assert isinstance(driven.ended[asked].error, CancelledError)
         assert len(driven.tokens[asked]) == 1  # the prefill's
@@ -252,7 +252,7 @@ class Poisoned:
         return output
 
 
-class NaN(Llama):
+class NaN(LlamaRunner):
     """Our own forward, with NaN wherever token 7 goes: in its keys and values too, and so in all that follows it."""
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -261,7 +261,7 @@ class NaN(Llama):
 
 def test_not_finite_logits_end_one_request_alone(llama: Any) -> None:
     """The ill request fails; its neighbours' answers are what they would have been."""
-    with Driven(NaN(weights.from_model(llama), llama.device, llama.dtype)) as driven:
+    with Driven(NaN(llama_weights.from_model(llama), llama.device, llama.dtype)) as driven:
         well = [p for p in prompts(20, 30, 40) if 7 not in p]
         requests = [asking(p, 20) for p in well]
         ill = Request([5, 7, 5], 20)
@@ -282,10 +282,10 @@ def test_who_leaves_half_way_leaves_no_nan_behind(llama: Any) -> None:
     """A request of which one piece is computed, NaN and all, is cancelled; two others inherit its pages."""
     ill = Request([5, 7] * 145, 20)
     heirs = [asking([5] * 140, 10), asking([6] * 100, 10)]  # the shorter one is padded beside the longer one
-    with Driven(NaN(weights.from_model(llama), llama.device, llama.dtype), kv_tokens=10 * PAGE_TOKENS) as driven:
+    with Driven(NaN(llama_weights.from_model(llama), llama.device, llama.dtype), kv_tokens=10 * PAGE_TOKENS) as driven:
         with driven.paused():
             driven.engine.submit(ill)
-            eventually(lambda: ill.cached == PIECE_TOKENS, what="the first piece")
+            eventually(lambda: ill.computed_tokens == PIECE_TOKENS, what="the first piece")
             driven.engine.cancel(ill)
             driven.engine.submit(*heirs)
         driven.wait([ill, *heirs])
@@ -312,33 +312,33 @@ def test_a_token_that_the_model_does_not_have_is_refused(llama: Any, plain: bool
 def test_what_was_once_nan_is_computed_again(llama: Any) -> None:
     """A prompt's pages are shared before its logits are looked at: once these were NaN, nobody finds them."""
 
-    class Once(Llama):
+    class Once(LlamaRunner):
         ill = True
 
         def _embed(self, ids: torch.Tensor) -> torch.Tensor:
             embedded = super()._embed(ids)
             return embedded * float("nan") if self.ill else embedded
 
-    made = Once(weights.from_model(llama), llama.device, llama.dtype)
+    made = Once(llama_weights.from_model(llama), llama.device, llama.dtype)
     with Driven(made) as driven:
         (prompt,) = prompts(300)
         driven.fails(asking(prompt, 5))
         made.ill = False
         again = asking(prompt, 5)
         assert driven.answer(again) == [reference(llama, prompt, 5)]
-        assert again.reused == 0
+        assert again.prefix_hit_tokens == 0
 
 
 def test_a_device_that_cannot_wipe_pages_fails_a_step_and_not_the_loop(llama: Any) -> None:
-    class Unwiped(Llama):
+    class Unwiped(LlamaRunner):
         broken = True
 
-        def wipe(self, pages: Sequence[int]) -> None:
+        def zero_pages(self, pages: Sequence[int]) -> None:
             if self.broken:
                 raise RuntimeError("made for this test")
-            super().wipe(pages)
+            super().zero_pages(pages)
 
-    made = Unwiped(weights.from_model(llama), llama.device, llama.dtype)
+    made = Unwiped(llama_weights.from_model(llama), llama.device, llama.dtype)
     with Driven(made) as driven:
         (prompt,) = prompts(9)
         driven.fails(asking(prompt, 5))
@@ -357,7 +357,7 @@ def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
             return super().__call__(**kwargs)
 
     early, late = Request([5] * 4, 900), Request([9] * 40, 1)
-    with Driven(Plain(BreaksBeside(llama))) as driven:
+    with Driven(TransformersRunner(BreaksBeside(llama))) as driven:
         with driven.paused():
             driven.engine.submit(early)
             driven.started(early)
@@ -368,7 +368,7 @@ def test_who_ended_before_the_fault_of_a_step_hears_of_it(llama: Any) -> None:
 
 
 def test_a_negative_seed_is_another_seed() -> None:
-    seeded = [Request([1], 1, sampling=Sampling(seed=seed)).draw.random.random() for seed in (5, -5)]
+    seeded = [Request([1], 1, sampling=SamplingParams(seed=seed)).sampling_state.random.random() for seed in (5, -5)]
     assert seeded[0] != seeded[1]
 
 
@@ -403,11 +403,11 @@ def test_a_shared_beginning_is_computed_once(driven: Driven, llama: Any) -> None
     first, second = asking(shared + one, 20), asking(shared + two, 20)
     driven.answer(first)
     assert driven.answer(second) == [reference(llama, shared + two, 20)]
-    assert (first.reused, second.reused) == (0, 256)  # in float32: whole pieces
+    assert (first.prefix_hit_tokens, second.prefix_hit_tokens) == (0, 256)  # in float32: whole pieces
     assert driven.engine.stats().reused_tokens == 256
     again = asking(shared + one, 20)
     assert driven.answer(again) == [driven.tokens[first]]
-    assert again.reused == 256
+    assert again.prefix_hit_tokens == 256
 
 
 def test_what_is_held_is_shared_while_it_runs(driven: Driven, llama: Any) -> None:
@@ -420,7 +420,7 @@ def test_what_is_held_is_shared_while_it_runs(driven: Driven, llama: Any) -> Non
     driven.started(second)
     driven.engine.cancel(first)
     driven.wait([second])
-    assert second.reused == 256
+    assert second.prefix_hit_tokens == 256
     assert driven.tokens[second] == reference(llama, [*shared, 11, 12], 30)
     driven.settled()
 
@@ -436,14 +436,14 @@ def test_kept_beginnings_give_way(llama: Any) -> None:
         (last,) = prompts(*[300] * 6)[-1:]
         again = asking(last, 10)
         driven.answer(again)
-        assert again.reused == 256
+        assert again.prefix_hit_tokens == 256
 
 
 def test_a_deadline_ends_the_request_where_it_is(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the queue or in the batch: DeadlineError, the place is free, the neighbour goes on."""
     clock = Clock(monkeypatch)
 
-    class SecondByToken(Llama):
+    class SecondByToken(LlamaRunner):
         def decode(self, *asked: Any) -> torch.Tensor:
             clock.now += 1
             return super().decode(*asked)
@@ -451,7 +451,7 @@ def test_a_deadline_ends_the_request_where_it_is(llama: Any, monkeypatch: pytest
     running = Request([5] * 10, 1000, deadline=40)
     queued = Request([6] * 10, 1000, deadline=20)
     patient = asking([9] * 10, 5)
-    slow = SecondByToken(weights.from_model(llama), llama.device, llama.dtype)
+    slow = SecondByToken(llama_weights.from_model(llama), llama.device, llama.dtype)
     with Driven(slow, max_running=1) as driven:
         driven.engine.submit(running, queued, patient)
         driven.wait([running, queued, patient])
@@ -467,13 +467,13 @@ def test_a_long_prompt_lets_others_go_on(llama: Any) -> None:
     """While 900 tokens are prefilled, a running answer gets a token between any two pieces."""
     steps: list[int] = []
 
-    class Watched(Llama):
+    class Watched(LlamaRunner):
         def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
             steps.append(running.generated)
             return super().prefill(ids, spans)
 
     running, long = Request([5] * 10, 900), asking(prompts(900)[0], 2)
-    with Driven(Watched(weights.from_model(llama), llama.device, llama.dtype)) as driven:
+    with Driven(Watched(llama_weights.from_model(llama), llama.device, llama.dtype)) as driven:
         with driven.paused():
             driven.engine.submit(running)
             driven.started(running)

@@ -21,21 +21,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import event as count
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from lab_model import weights
-from lab_model.engine import (
-    MOST_FAULTS,
-    DeadlineError,
-    Engine,
-    EngineFaultError,
-    Event,
-    QueueFullError,
-    Request,
-    Span,
-)
-from lab_model.llama import Llama
-from lab_model.pages import PAGE_TOKENS
-from lab_model.plain import Plain
-from lab_model.sampling import Choice, Draw, Sampling, sample
+from lab_model.engine.kv_pages import PAGE_TOKENS
+from lab_model.engine.request import DeadlineError, EngineFaultError, QueueFullError, Request, StepOutput
+from lab_model.engine.runner import Span
+from lab_model.engine.sampler import sample
+from lab_model.engine.sampling_params import SampledToken, SamplingParams, SamplingState
+from lab_model.engine.scheduler import MOST_FAULTS, Scheduler
+from lab_model.runners.llama import LlamaRunner
+from lab_model.runners.transformers import TransformersRunner
+from lab_model.weights import llama as llama_weights
 from tiny import one_thread  # noqa: F401 - of all tests here
 
 VOCABULARY = 64
@@ -56,7 +50,7 @@ class Memory:
     """A runner whose pool holds the token ids themselves, and nothing where nobody wrote."""
 
     def __init__(self, exact: bool, context: int) -> None:
-        self.exact, self.context, self.vocab = exact, context, VOCABULARY
+        self.batch_invariant, self.context, self.vocab = exact, context, VOCABULARY
         self.broken = False
 
     def allocate(self, pages: int) -> None:
@@ -90,7 +84,7 @@ class Memory:
         self._fail()
         return torch.stack([self._scores(span.pages, span.stop) for span in spans])
 
-    def every(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
         return torch.stack([scores(ids[: stop + 1]) for stop in range(len(ids))])
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -99,18 +93,18 @@ class Memory:
         self._fail()
         return torch.stack([self._scores(row, place + 1) for row, place in zip(pages, positions, strict=True)])
 
-    def wipe(self, pages: Sequence[int]) -> None:
+    def zero_pages(self, pages: Sequence[int]) -> None:
         for page in pages:
             self.pool[page] = [None] * PAGE_TOKENS
 
 
 def expected(request: Request) -> tuple[list[int], str]:
     """What this request gets when it is alone in the world: its tokens, and how it ends."""
-    draw = Draw(request.sampling, request.prompt)
+    draw = SamplingState(request.sampling, request.prompt)
     tokens: list[int] = []
     while True:
         (choice,) = sample(scores([*request.prompt, *tokens])[None], [draw])
-        if not isinstance(choice, Choice):
+        if not isinstance(choice, SampledToken):
             return tokens, "fault"
         if choice.token in request.stop_ids:
             return tokens, "stop"
@@ -127,7 +121,7 @@ PROMPTS = st.builds(
     st.lists(st.integers(8, 60), min_size=1, max_size=20),
 )
 SAMPLINGS = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.sampled_from([0.0, 1.0]),
     top_p=st.sampled_from([0.7, 1.0]),
     repetition_penalty=st.sampled_from([1.0, 1.2]),
@@ -138,17 +132,17 @@ SAMPLINGS = st.builds(
 class EngineMachine(RuleBasedStateMachine):
     """The engine, stepped by hand as its thread would, beside what a reader of its documentation expects."""
 
-    exact = True
+    batch_invariant = True
 
     @initialize(pages=st.integers(12, 18), places=st.integers(2, 6), queue=st.integers(0, 6))
     def begin(self, pages: int, places: int, queue: int) -> None:
-        self.runner = Memory(self.exact, 12 * PAGE_TOKENS)
-        self.engine = Engine(
+        self.runner = Memory(self.batch_invariant, 12 * PAGE_TOKENS)
+        self.engine = Scheduler(
             self.runner, lambda _: None, kv_tokens=pages * PAGE_TOKENS, max_running=places, max_queued=queue
         )
         self.number: dict[Request, int] = {}  # in the order of their submission
         self.heard: dict[Request, list[int]] = {}
-        self.ended: dict[Request, Event] = {}
+        self.ended: dict[Request, StepOutput] = {}
         self.gone: set[Request] = set()  # cancelled
         self.late: set[Request] = set()
         self.faults = 0
@@ -157,7 +151,7 @@ class EngineMachine(RuleBasedStateMachine):
     def live(self) -> list[Request]:
         return [r for r in self.number if r not in self.ended and r not in self.gone]
 
-    def hear(self, events: list[Event]) -> None:
+    def hear(self, events: list[StepOutput]) -> None:
         for event in events:
             assert event.request not in self.ended, "an event after the end"
             if event.request in self.gone:
@@ -170,7 +164,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def turn(self) -> bool:
         """One turn of the loop; whether there was anything to do."""
-        events: list[Event] = []
+        events: list[StepOutput] = []
         with self.engine._changed:
             self.engine._drop(events)
             self.engine._admit()
@@ -194,7 +188,7 @@ class EngineMachine(RuleBasedStateMachine):
         poisoned=st.integers(0, 15),
     )
     def submit(
-        self, prompts: list[list[int]], tokens: int, sampling: Sampling, stops: frozenset[int], poisoned: int
+        self, prompts: list[list[int]], tokens: int, sampling: SamplingParams, stops: frozenset[int], poisoned: int
     ) -> None:
         if not poisoned:
             prompts[0].append(POISON)
@@ -216,7 +210,7 @@ class EngineMachine(RuleBasedStateMachine):
         for number in range(count):
             room = self.engine.capacity - len(self.engine._running) - len(self.engine._waiting)
             if room:
-                request = Request([*SHARED[0][:start], 10 + number], 64, sampling=Sampling(1.0, seed=number))
+                request = Request([*SHARED[0][:start], 10 + number], 64, sampling=SamplingParams(1.0, seed=number))
                 self.engine.submit(request)
                 self.number[request] = len(self.number)
                 self.heard[request] = []
@@ -273,14 +267,14 @@ class EngineMachine(RuleBasedStateMachine):
         assert set(self.live) == {r for r in queue if r not in self.gone}
         # Pages: those that run hold their own, each one once; what lies in them is what their owners computed.
         held = {page for request in engine._running for page in request.pages}
-        assert not [r for r in engine._waiting if r.pages or r.cached]
+        assert not [r for r in engine._waiting if r.pages or r.computed_tokens]
         assert all(len(set(r.pages)) == len(r.pages) for r in engine._running)
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (len(engine._running), len(engine._waiting))
         assert stats.pages_used == len(held)
         assert stats.pages_used + stats.pages_kept <= stats.pages_total
         for request in engine._running:
-            assert self.runner.read(request.pages, request.cached) == request.tokens[: request.cached]
+            assert self.runner.read(request.pages, request.computed_tokens) == request.tokens[: request.computed_tokens]
 
     def teardown(self) -> None:
         """Everybody who stayed gets the answer that is due alone; then every page is free or kept."""
@@ -311,7 +305,7 @@ class EngineMachine(RuleBasedStateMachine):
 class InexactMachine(EngineMachine):
     """Prompts in fixed pieces, as for models whose results depend on how many tokens are computed together."""
 
-    exact = False
+    batch_invariant = False
 
 
 MANY = settings(
@@ -420,7 +414,7 @@ class Poisoned:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.exact, self.context, self.vocab = runner.exact, runner.context, runner.vocab
+        self.batch_invariant, self.context, self.vocab = runner.batch_invariant, runner.context, runner.vocab
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -435,7 +429,7 @@ class Poisoned:
         return logits
 
 
-class NaNLlama(Llama):
+class NaNLlama(LlamaRunner):
     """Our own forward, whose embedding of the token `rare` is NaN."""
 
     rare = -1
@@ -447,20 +441,24 @@ class NaNLlama(Llama):
 EVERY = range(tiny.VOCABULARY)
 HOSTILE: dict[str, Request] = {
     "NaN logits": Request([5, POISON, 5], 10),
-    "temperature 0": Request([5], 10, sampling=Sampling(temperature=0.0, top_p=0.5, top_k=3)),
-    "temperature 1e-9": Request([5], 10, sampling=Sampling(temperature=1e-9)),
-    "top_p 0": Request([5], 10, sampling=Sampling(temperature=1.0, top_p=0.0)),
-    "top_p 1e-9": Request([5], 10, sampling=Sampling(temperature=1.0, top_p=1e-9)),
-    "bias +100 on all": Request([5], 10, sampling=Sampling(temperature=1.0, logit_bias=dict.fromkeys(EVERY, 100.0))),
-    "bias -100 on all": Request([5], 10, sampling=Sampling(temperature=1.0, logit_bias=dict.fromkeys(EVERY, -100.0))),
-    "bias beyond the vocabulary": Request([5], 10, sampling=Sampling(logit_bias={10**9: 1.0})),
+    "temperature 0": Request([5], 10, sampling=SamplingParams(temperature=0.0, top_p=0.5, top_k=3)),
+    "temperature 1e-9": Request([5], 10, sampling=SamplingParams(temperature=1e-9)),
+    "top_p 0": Request([5], 10, sampling=SamplingParams(temperature=1.0, top_p=0.0)),
+    "top_p 1e-9": Request([5], 10, sampling=SamplingParams(temperature=1.0, top_p=1e-9)),
+    "bias +100 on all": Request(
+        [5], 10, sampling=SamplingParams(temperature=1.0, logit_bias=dict.fromkeys(EVERY, 100.0))
+    ),
+    "bias -100 on all": Request(
+        [5], 10, sampling=SamplingParams(temperature=1.0, logit_bias=dict.fromkeys(EVERY, -100.0))
+    ),
+    "bias beyond the vocabulary": Request([5], 10, sampling=SamplingParams(logit_bias={10**9: 1.0})),
     "only special tokens": Request([0, 1, 2] * 10, 10),
     "invalid UTF-8": Request([*range(130, 200)], 10),
     "10,000 stop tokens": Request([5], 10, stop_ids=frozenset(range(1000, 11000))),
     "a schema that explodes": Request([5], 10, grammar=Allow(fails="fill")),
     "a schema that explodes later": Request([5], 10, grammar=Allow([9], fails="accept")),
     "a schema that allows nothing": Request([5], 10, grammar=Allow()),
-    "the longest prompt": Request([9] * 1000, 24, sampling=Sampling(temperature=1.0, top_p=0.99, seed=1)),
+    "the longest prompt": Request([9] * 1000, 24, sampling=SamplingParams(temperature=1.0, top_p=0.99, seed=1)),
     "already too late": Request([5], 10, deadline=0.0),
 }
 FAULTS = {name for name in HOSTILE if "schema" in name or name in {"NaN logits", "bias beyond the vocabulary"}}
@@ -473,7 +471,11 @@ def llama() -> Any:
 
 def runner(kind: str) -> Any:
     model = llama()
-    return Llama(weights.from_model(model), model.device, model.dtype) if kind == "llama" else Plain(model)
+    return (
+        LlamaRunner(llama_weights.from_model(model), model.device, model.dtype)
+        if kind == "llama"
+        else TransformersRunner(model)
+    )
 
 
 def neighbours() -> list[Request]:
@@ -486,7 +488,9 @@ def neighbours() -> list[Request]:
     ]
     return [
         Request(
-            torch.randint(8, tiny.VOCABULARY, (3 + 7 * i % 60,)).tolist(), 24, sampling=Sampling(seed=i, **sorts[i % 4])
+            torch.randint(8, tiny.VOCABULARY, (3 + 7 * i % 60,)).tolist(),
+            24,
+            sampling=SamplingParams(seed=i, **sorts[i % 4]),
         )
         for i in range(31)
     ]
@@ -533,7 +537,11 @@ def test_keys_that_are_no_numbers_reach_no_neighbour(kind: str, place: int, leng
     made.get_input_embeddings().register_forward_hook(
         lambda _, given, out: out.masked_fill(given[0][..., None] == rare, float("nan"))
     )
-    model = NaNLlama(weights.from_model(made), made.device, made.dtype) if kind == "llama" else Plain(made)
+    model = (
+        NaNLlama(llama_weights.from_model(made), made.device, made.dtype)
+        if kind == "llama"
+        else TransformersRunner(made)
+    )
     model.rare = rare
     with Driven(model) as driven:
         for _ in range(2):  # the second time in pages that were the first's

@@ -24,12 +24,12 @@ import tiny
 import yaml
 from conftest import MODEL_START_SECONDS, PAIR
 from lab_model import __main__ as service
-from lab_model.catalogue import Entry
-from lab_model.front import Front, FrontError, Route, binary
+from lab_model.models.catalogue import Entry
+from lab_model.serving.front import FrontError, HaproxyFront, Route, haproxy_binary
 from lab_model.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
 
-pytestmark = pytest.mark.skipif(binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
+pytestmark = pytest.mark.skipif(haproxy_binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
 
 LARGE = 12_000_000  # bytes of an answer: more than the buffers on its way hold
 ENDLESS = 15_000  # tokens of an answer that no test waits for
@@ -73,16 +73,16 @@ def named(name: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def front(folder: Path, serve_port: int, **more: int) -> Iterator[tuple[Front, str]]:
+def front(folder: Path, serve_port: int, **more: int) -> Iterator[tuple[HaproxyFront, str]]:
     port = free_port()
-    program = binary()
+    program = haproxy_binary()
     assert program is not None
     routes = {
         "catalogue": Route("/"),
         "one": Route("/m/one", 2, ["/v1/ask"]),
         "one-more": Route("/m/one-more", 1, ["/v1/ask", "/v1/tell"]),
     }
-    made = Front(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, routes=routes, **more)
+    made = HaproxyFront(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, routes=routes, **more)
     made.start()
     try:
         yield made, f"http://127.0.0.1:{port}"
@@ -123,7 +123,7 @@ def test_paths_lead_to_their_replicas(tmp_path: Path) -> None:
         front(tmp_path, serve) as (made, url),
     ):  # fmt: skip
         assert asked(f"{url}/m/one/v1/x") == "serve /m/one/v1/x", "Serve's own process knows what loads"
-        made.aim({"catalogue": [catalogue], "one": [a, b], "one-more": [c, serve]})
+        made.set_replicas({"catalogue": [catalogue], "one": [a, b], "one-more": [c, serve]})
         eventually(lambda: asked(f"{url}/ready") == "catalogue /ready")
         eventually(lambda: {asked(f"{url}/m/one/x") for _ in range(6)} == {"a /m/one/x", "b /m/one/x"})
         eventually(lambda: {asked(f"{url}/m/one-more/x?y=1") for _ in range(6)} == {"c /m/one-more/x?y=1"})
@@ -140,7 +140,7 @@ def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None
         def post(path: str, content: bytes) -> str:
             return httpx2.post(f"{url}{path}", content=content, timeout=60).text
 
-        made.aim({"catalogue": [catalogue], "one": [a]})
+        made.set_replicas({"catalogue": [catalogue], "one": [a]})
         eventually(lambda: post("/v1/ask", b'{"x": {"model": "no"}, "model": "one"}') == "a /m/one/v1/ask")
         others = {
             "/v1/tell": b'{"model": "one"}',  # not one of its endpoints
@@ -153,7 +153,7 @@ def test_a_body_that_names_its_model_goes_straight_to_it(tmp_path: Path) -> None
         }
         for path, content in others.items():
             assert post(path, content) == f"catalogue {path}"
-        made.aim({"catalogue": [catalogue], "one": [a], "one-more": [b]})
+        made.set_replicas({"catalogue": [catalogue], "one": [a], "one-more": [b]})
         eventually(lambda: post("/v1/tell", b'{"model": "one-more"}') == "b /m/one-more/v1/tell")
 
 
@@ -168,16 +168,16 @@ def test_a_body_that_does_not_come_is_a_408(tmp_path: Path) -> None:
 def test_replicas_come_and_go(tmp_path: Path) -> None:
     with named("serve") as serve, named("b") as b, front(tmp_path, serve) as (made, url):
         with named("a") as a:
-            made.aim({"one": [a]})
+            made.set_replicas({"one": [a]})
             eventually(lambda: asked(f"{url}/m/one/") == "a /m/one/")
         assert asked(f"{url}/m/one/") == "serve /m/one/", "it refuses, and nobody has told the front yet"
-        made.aim({"one": [b]})
+        made.set_replicas({"one": [b]})
         eventually(lambda: asked(f"{url}/m/one/") == "b /m/one/")
-        made.aim({})
+        made.set_replicas({})
         assert asked(f"{url}/m/one/") == "serve /m/one/", "b lives, but is the model's no more"
         for _ in range(5):  # more successors than there are places
             with named("c") as c:
-                made.aim({"one": [c]})
+                made.set_replicas({"one": [c]})
                 eventually(lambda: asked(f"{url}/m/one/") == "c /m/one/")
 
 
@@ -205,7 +205,9 @@ def test_a_folder_may_be_called_anything(tmp_path: Path) -> None:
 
 def test_who_still_reads_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The replica has said all, and ends; what lies on the way is not thrown away with the front."""
-    monkeypatch.setattr("lab_model.front.REST_SECONDS", 250)  # a slow machine reads for longer than readers may
+    monkeypatch.setattr(
+        "lab_model.serving.front.FLUSH_SECONDS", 250
+    )  # a slow machine reads for longer than readers may
     with named("serve") as serve, front(tmp_path, serve) as (made, url):
         with httpx2.stream("GET", f"{url}/large") as answer:
             parts = answer.iter_raw(65536)
@@ -222,7 +224,7 @@ def test_who_still_reads_gets_the_rest(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_drained_front_ends_although_somebody_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client never closes its connection, and the front is stopped all the same."""
-    monkeypatch.setattr("lab_model.front.REST_SECONDS", 0.2)
+    monkeypatch.setattr("lab_model.serving.front.FLUSH_SECONDS", 0.2)
     with named("serve") as serve, front(tmp_path, serve) as (made, url), connected(url) as line:
         made.drain()
         made.stop()
@@ -272,18 +274,18 @@ def test_a_front_that_died_is_told(tmp_path: Path) -> None:
     with named("serve") as serve, front(tmp_path, serve) as (made, _):
         made.stop()
         with pytest.raises(FrontError, match="has ended"):
-            made.aim({})
+            made.set_replicas({})
 
 
 def test_a_taken_port_is_the_reason(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        program = binary()
+        program = haproxy_binary()
         assert program is not None
         routes = {"catalogue": Route("/")}
         port = taken.getsockname()[1]
-        made = Front(program, tmp_path, host="127.0.0.1", port=port, serve_port=1, routes=routes)
+        made = HaproxyFront(program, tmp_path, host="127.0.0.1", port=port, serve_port=1, routes=routes)
         with pytest.raises(FrontError, match="front"):
             made.start()
 
@@ -292,11 +294,11 @@ def test_two_fronts_do_not_share_a_port(tmp_path: Path) -> None:
     """Two services that start at the same moment would: each would get some of the other's requests."""
     (tmp_path / "other").mkdir()
     with named("serve") as serve, front(tmp_path, serve) as (_, url):
-        program = binary()
+        program = haproxy_binary()
         assert program is not None
         port = int(url.rpartition(":")[2])
         routes = {"catalogue": Route("/")}
-        other = Front(program, tmp_path / "other", host="127.0.0.1", port=port, serve_port=serve, routes=routes)
+        other = HaproxyFront(program, tmp_path / "other", host="127.0.0.1", port=port, serve_port=serve, routes=routes)
         try:
             with pytest.raises(FrontError, match="front"):
                 other.start()

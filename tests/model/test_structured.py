@@ -14,13 +14,13 @@ import pytest
 import tiny
 import torch
 from inprocess import END, InProcess, events
-from lab_model import grammar
-from lab_model.grammar import GrammarError, Grammars, TokenGrammar, answer_source
-from lab_model.text import Text
+from lab_model.text import grammar
+from lab_model.text.grammar import GrammarError, Grammars, TokenGrammar, answer_source
+from lab_model.text.tokenizer import ModelTokenizer
 from processes import eventually_async
 from tiny import one_thread  # noqa: F401 - of all tests here
 
-TEXT = Text.of(tiny.tokenizer())
+TEXT = ModelTokenizer.of(tiny.tokenizer())
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -201,7 +201,7 @@ async def test_nobody_waits_for_a_compilation(app: InProcess, monkeypatch: pytes
 
 async def test_a_compilation_has_a_bound(app: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr("lab_model.generator.COMPILE_SECONDS", 0.1)
+    monkeypatch.setattr("lab_model.api.generator.COMPILE_SECONDS", 0.1)
     monkeypatch.setattr(Grammars, "make", lambda *_: go.wait())
     try:
         answer = await app.ask(response_format=form(PERSON))

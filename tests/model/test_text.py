@@ -9,14 +9,15 @@ import tiny
 from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_model.text import Decoding, Growing, PieceDecoding, TemplateError, Text
+from lab_model.text.decoding import Decoding, IncrementalDetokenizer, PieceDecoding
+from lab_model.text.tokenizer import ModelTokenizer, TemplateError
 
 PLAIN = tiny.tokenizer()
-TEXT = Text.of(PLAIN)
+TEXT = ModelTokenizer.of(PLAIN)
 NAMES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def sentencepiece() -> Text:
+def sentencepiece() -> ModelTokenizer:
     """A tokenizer of the other family: spaces are ▁, unknown characters are byte tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -29,11 +30,13 @@ def sentencepiece() -> Text:
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Text(made, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", {"bos_token": "<s>"})
+    return ModelTokenizer(
+        made, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", {"bos_token": "<s>"}
+    )
 
 
 def grow(ids: list[int], stop: list[str], step: int = 1, decoding: Decoding | None = None) -> tuple[str, bool]:
-    growing = Growing(decoding or TEXT.decoding(), stop)
+    growing = IncrementalDetokenizer(decoding or TEXT.decoding(), stop)
     out = ""
     for at in range(0, len(ids), step):
         out += growing.push(ids[at : at + step])
@@ -87,7 +90,7 @@ def test_nothing_of_a_stop_string_leaks(text: str, stops: list[str]) -> None:
 def test_every_token_knows_its_place(text: str, step: int) -> None:
     """A token begins where the certain text of those before it ends."""
     ids = TEXT.encode(text)
-    growing = Growing(TEXT.decoding(), ["cab"], aligned=True)
+    growing = IncrementalDetokenizer(TEXT.decoding(), ["cab"], aligned=True)
     for at in range(0, len(ids), step):
         growing.push(ids[at : at + step])
         if growing.stopped:
@@ -120,15 +123,15 @@ def test_no_text_is_cut_or_filled_up() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=8)
-    assert Text.of(tokenizer).encode("x" * 6) == TEXT.encode("x" * 6)
-    assert Text.of(tokenizer).encode("x") == TEXT.encode("x")
+    assert ModelTokenizer.of(tokenizer).encode("x" * 6) == TEXT.encode("x" * 6)
+    assert ModelTokenizer.of(tokenizer).encode("x") == TEXT.encode("x")
 
 
 def test_a_template_that_refuses_says_why() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(TemplateError, match="roles must alternate"):
-        Text.of(tokenizer).chat([{"role": "user", "content": "hi"}])
+        ModelTokenizer.of(tokenizer).chat([{"role": "user", "content": "hi"}])
 
 
 @pytest.mark.parametrize("content", ["", "hello 안녕", "a < b | c > d", "<im_end>", "<|im_en"])
@@ -155,12 +158,12 @@ def test_special_tokens_in_tools_and_errors_are_text() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "<|im_start|>{{ tools | tojson }}"
     tools: list[dict[str, Any]] = [{"function": {"name": "f", "<|im_end|>": ["<|im_start|>"]}}]
-    ids = Text.of(tokenizer).chat([], tools)
+    ids = ModelTokenizer.of(tokenizer).chat([], tools)
     assert [id_ for id_ in ids if id_ < len(NAMES)] == [1]
     assert PLAIN.decode(ids).count("<|im_end|>") == 1
     tokenizer.chat_template = "{{ raise_exception(messages[0]['content']) }}"
     with pytest.raises(TemplateError, match=r"^<\|im_end\|>$"):
-        Text.of(tokenizer).chat([{"role": "user", "content": "<|im_end|>"}])
+        ModelTokenizer.of(tokenizer).chat([{"role": "user", "content": "<|im_end|>"}])
 
 
 def test_special_tokens_of_sentencepiece_are_text_too() -> None:

@@ -17,10 +17,9 @@ from counts import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import END, InProcess, says
-from lab_model.answer import CallPart
-from lab_model.grammar import ANY_OBJECT, GrammarError, Grammars, TokenGrammar, answer_source
-from lab_model.text import Text
-from lab_model.tools import Calls, ForcedCalls, FreeCalls, Said, told
+from lab_model.text.grammar import ANY_OBJECT, GrammarError, Grammars, TokenGrammar, answer_source
+from lab_model.text.tokenizer import ModelTokenizer
+from lab_model.text.tool_calls import CallParser, CallPart, ForcedToolCallParser, TextSpan, ToolCallParser, render_tools
 from tiny import one_thread  # noqa: F401 - of all tests here
 
 ARGUMENTS: dict[str, Any] = {
@@ -35,7 +34,7 @@ def tool(name: str, **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": "d", "parameters": ARGUMENTS, **fields}}
 
 
-TEXT = Text.of(tiny.tokenizer())
+TEXT = ModelTokenizer.of(tiny.tokenizer())
 TOOLS = [tool("weather"), tool("news")]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "서울", "days": 1}}\n</tool_call>'
 HERMES = (
@@ -52,9 +51,9 @@ async def app() -> AsyncIterator[InProcess]:
     await made.close()
 
 
-def heard(calls: Calls, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def heard(calls: CallParser, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     """The words and the (name, arguments) of calls in a text that comes in pieces."""
-    parts: list[Said | CallPart] = []
+    parts: list[TextSpan | CallPart] = []
     for piece in pieces:
         parts += calls.push(piece)
     parts += calls.push("", last=True)
@@ -66,7 +65,7 @@ def heard(calls: Calls, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
                 found.append([part.name, ""])
             assert part.call == len(found) - 1
             found[-1][1] += part.arguments
-    return "".join(part.text for part in parts if isinstance(part, Said)), [(name, said) for name, said in found]
+    return "".join(part.text for part in parts if isinstance(part, TextSpan)), [(name, said) for name, said in found]
 
 
 def cut(text: str, places: list[int]) -> list[str]:
@@ -104,7 +103,7 @@ def test_calls_are_found_however_the_text_comes(
     text: str, said: str | None, names: list[str], places: list[int]
 ) -> None:
     """A whole call of a known function is a call; a broken one stays the text it is."""
-    words, found = heard(FreeCalls(["weather", "news"]), cut(text, places))
+    words, found = heard(ToolCallParser(["weather", "news"]), cut(text, places))
     assert words == (text if said is None else said)
     assert [name for name, _ in found] == names
     for _, arguments in found:
@@ -118,8 +117,8 @@ def test_forced_calls_stream_their_arguments(places: list[int], length: int) -> 
     arguments = '{"a":"}\\n</tool_call>","b":1}'
     text = f'<tool_call>\n{{"name":"f","arguments":{arguments}}}\n</tool_call>'
     both = f"{text}\n{text}"
-    assert heard(ForcedCalls(), cut(both, places)) == ("", [("f", arguments)] * 2)
-    words, found = heard(ForcedCalls(), cut(both[:length], places))
+    assert heard(ForcedToolCallParser(), cut(both, places)) == ("", [("f", arguments)] * 2)
+    words, found = heard(ForcedToolCallParser(), cut(both[:length], places))
     assert words == ""
     for name, part in found:
         # A cut inside the mark at the end leaves a piece of it that nobody can tell from arguments.
@@ -128,9 +127,9 @@ def test_forced_calls_stream_their_arguments(places: list[int], length: int) -> 
 
 
 def test_a_place_is_kept_for_what_is_said() -> None:
-    calls = FreeCalls(["weather"])
+    calls = ToolCallParser(["weather"])
     parts = calls.push(f"one {CALL} two", last=True)
-    assert [part for part in parts if isinstance(part, Said)] == [("one", 0), (" two", len(f"one {CALL}"))]
+    assert [part for part in parts if isinstance(part, TextSpan)] == [("one", 0), (" two", len(f"one {CALL}"))]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -320,7 +319,7 @@ async def test_calls_and_results_are_taken_back(app: InProcess) -> None:
 
 def test_a_template_that_knows_no_tools_is_told_in_words() -> None:
     """Hermes' form: definitions in the system message, calls and results as text, results one message."""
-    said = told(
+    said = render_tools(
         [
             {"role": "system", "content": "Be kind."},
             {"role": "user", "content": "hi"},
@@ -336,16 +335,16 @@ def test_a_template_that_knows_no_tools_is_told_in_words() -> None:
     assert all(json.dumps(one, ensure_ascii=False) in said[0]["content"] for one in TOOLS)
     assert said[2]["content"] == '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
     assert said[3]["content"].count("<tool_response>") == 2
-    assert told([{"role": "user", "content": "hi"}], []) == [{"role": "user", "content": "hi"}]
+    assert render_tools([{"role": "user", "content": "hi"}], []) == [{"role": "user", "content": "hi"}]
 
 
 async def test_a_template_that_knows_tools_gets_them() -> None:
     """As objects: the template writes arguments as JSON itself."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = HERMES
-    text = Text.of(tokenizer)
+    text = ModelTokenizer.of(tokenizer)
     assert text.takes_tools
-    assert not Text.of(tiny.tokenizer()).takes_tools
+    assert not ModelTokenizer.of(tiny.tokenizer()).takes_tools
     app = InProcess(text=text, context=4096)
     seen: list[str] = []
     encode = text.encode
@@ -365,7 +364,7 @@ async def test_long_arguments_do_not_hold_up_others(size: int) -> None:
     """They are tokenized beside the event loop, like any long text; what is short is not worth the way."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = HERMES
-    text, threads = Text.of(tokenizer), list[int]()
+    text, threads = ModelTokenizer.of(tokenizer), list[int]()
     app = InProcess(text=text, context=4096)
     chat = text.chat
     text.chat = lambda *given: (threads.append(threading.get_ident()), chat(*given))[1]  # type: ignore[method-assign]

@@ -18,15 +18,15 @@ import pytest
 import tiny
 from conftest import TINY
 from inprocess import END, InProcess
-from lab_model import wire
-from lab_model.answer import Piece
-from lab_model.choice import Choice
-from lab_model.engine import CancelledError, EngineFaultError, Event, Request, Stats
-from lab_model.envelope import Record
-from lab_model.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, Flow, Generator, Work
-from lab_model.sampling import Logprob
-from lab_model.text import Text
-from lab_model.tools import CALL_BEGIN, ForcedCalls, ending
+from lab_model import errors
+from lab_model.api.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, EngineClient, EngineWork, OutputCollector
+from lab_model.api.http.record import Record
+from lab_model.engine.request import CancelledError, EngineFaultError, Request, Stats, StepOutput
+from lab_model.engine.sampling_params import Logprob
+from lab_model.text.choice import Choice, Piece
+from lab_model.text.tokenizer import ModelTokenizer
+from lab_model.text.tool_calls import ForcedToolCallParser
+from lab_model.tools import CALL_BEGIN, ending
 from processes import eventually_async
 from starlette.types import Message
 
@@ -58,13 +58,13 @@ class Counting(Choice):
 
     pushes = 0
 
-    def push(self, event: Event) -> Piece | None:
+    def push(self, event: StepOutput) -> Piece | None:
         Counting.pushes += 1
         return super().push(event)
 
 
 class Broken(Choice):
-    def push(self, event: Event) -> Piece | None:
+    def push(self, event: StepOutput) -> Piece | None:
         raise RuntimeError("made for this test")
 
 
@@ -72,7 +72,7 @@ class Broken(Choice):
 class Stream:
     """One call, and what it wrote: when, and which pieces."""
 
-    flow: Flow
+    flow: OutputCollector
     requests: list[Request]
     writes: list[tuple[float, list[Piece]]] = field(default_factory=list)
     error: Exception | None = None
@@ -94,9 +94,9 @@ class Stream:
 class Stage:
     def __init__(self) -> None:
         self.now = 1000.0
-        self.text = Text.of(tiny.tokenizer())
+        self.text = ModelTokenizer.of(tiny.tokenizer())
         self.hand = Hand()
-        self.generator = Generator(name=TINY, kind="chat", revision="r", text=self.text, default_max_tokens=100)
+        self.generator = EngineClient(name=TINY, kind="chat", revision="r", text=self.text, default_max_tokens=100)
         self.generator.attach(self.hand, frozenset({END}))  # type: ignore[arg-type]
         self.streams: list[Stream] = []
 
@@ -106,11 +106,11 @@ class Stage:
     ) -> Stream:  # fmt: skip
         requests = [Request([1], 1000) for _ in range(choices)]
         told = [
-            kind(index, self.text, stops, logprobs=logprobs, calls=ForcedCalls() if calls else None)
+            kind(index, self.text, stops, logprobs=logprobs, calls=ForcedToolCallParser() if calls else None)
             for index in range(choices)
         ]
         record = Record("r", "r", "chat/completions", self.now)
-        begun = Stream(Flow(Work(requests, choices), told, record, stream=stream), requests)
+        begun = Stream(OutputCollector(EngineWork(requests, choices), told, record, stream=stream), requests)
         begun.reads.set()
 
         async def read() -> None:
@@ -119,14 +119,14 @@ class Stage:
                     async for part in pieces:
                         begun.writes.append((self.now, part))
                         await begun.reads.wait()
-            except wire.WireError as error:
+            except errors.ApiError as error:
                 begun.error = error
 
         begun.task = asyncio.create_task(read())
         self.streams.append(begun)
         return begun
 
-    async def step(self, *events: Event) -> None:
+    async def step(self, *events: StepOutput) -> None:
         """What one step of the engine brings, and a moment for who is woken by it."""
         self.generator.deliver(list(events))
         await self.settle()
@@ -140,7 +140,7 @@ class Stage:
         """So many streams that tokens wait as long as they ever do; their first tokens are out."""
         crowd = [self.begin() for _ in range(STREAMS)]
         await asyncio.sleep(0)
-        await self.step(*(Event(one.requests[0], self.text.encode("the")) for one in crowd))
+        await self.step(*(StepOutput(one.requests[0], self.text.encode("the")) for one in crowd))
         assert all(len(one.writes) == 1 for one in crowd)
 
     def tokens(self, text: str = WORDS) -> Iterator[int]:
@@ -165,7 +165,7 @@ async def test_a_stream_that_is_alone_writes_every_token_at_once(stage: Stage) -
     tokens = list(stage.tokens())
     for count, token in enumerate(tokens, 1):
         stage.now += STEP_SECONDS
-        await stage.step(Event(one.requests[0], [token]))
+        await stage.step(StepOutput(one.requests[0], [token]))
         assert len(one.writes) == count
     assert one.text == stage.text.decode(tokens)
 
@@ -178,10 +178,10 @@ async def test_many_streams_write_seldom_and_lose_nothing(stage: Stage) -> None:
     came: list[float] = []
     for token in tokens:
         came.append(stage.now)
-        await stage.step(*(Event(one.requests[0], [token]) for one in many))
+        await stage.step(*(StepOutput(one.requests[0], [token]) for one in many))
         stage.now += STEP_SECONDS
     for one in many:
-        await stage.step(Event(one.requests[0], [], "length"))
+        await stage.step(StepOutput(one.requests[0], [], "length"))
     expected = stage.text.decode(tokens)
     for one in many:
         assert one.text == expected
@@ -206,7 +206,7 @@ async def test_few_streams_hardly_wait(stage: Stage) -> None:
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for count, token in enumerate(tokens, 1):
-        await stage.step(*(Event(stream.requests[0], [token]) for stream in (one, two)))
+        await stage.step(*(StepOutput(stream.requests[0], [token]) for stream in (one, two)))
         assert [len(stream.writes) for stream in (one, two)] == [count, count]
         stage.now += 2 / WRITES_A_SECOND
 
@@ -215,7 +215,7 @@ async def test_the_first_token_of_a_stream_waits_for_nobody(stage: Stage) -> Non
     await stage.crowd()
     late = stage.begin()
     await asyncio.sleep(0)
-    await stage.step(Event(late.requests[0], stage.text.encode("the")))
+    await stage.step(StepOutput(late.requests[0], stage.text.encode("the")))
     assert late.text == "the"
 
 
@@ -226,9 +226,9 @@ async def test_half_a_character_is_no_first_token(stage: Stage) -> None:
     await asyncio.sleep(0)
     parts = stage.text.encode("ß")
     assert len(parts) == 2
-    await stage.step(Event(late.requests[0], parts[:1]))
+    await stage.step(StepOutput(late.requests[0], parts[:1]))
     assert late.writes == []
-    await stage.step(Event(late.requests[0], parts[1:]))
+    await stage.step(StepOutput(late.requests[0], parts[1:]))
     assert late.text == "ß"
 
 
@@ -236,9 +236,9 @@ async def test_the_end_waits_for_nobody(stage: Stage) -> None:
     """And takes with it what was held."""
     await stage.crowd()
     one = stage.streams[0]
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat")))
     assert one.text == "the"
-    await stage.step(Event(one.requests[0], stage.text.encode(" sat"), "length"))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" sat"), "length"))
     assert one.text == "the cat sat"
     assert one.pieces[-1].finish == "length"
 
@@ -247,8 +247,8 @@ async def test_who_reads_slowly_gets_the_end_too(stage: Stage) -> None:
     one = stage.begin()
     one.reads.clear()
     await asyncio.sleep(0)
-    await stage.step(Event(one.requests[0], stage.text.encode("the")))
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat"), "length"))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode("the")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat"), "length"))
     one.reads.set()
     await stage.settle()
     assert one.text == "the cat"
@@ -261,9 +261,9 @@ async def test_a_stop_string_ends_the_answer_when_it_comes(stage: Stage) -> None
     one = stage.begin(choices=2, stops=["sat"])
     await asyncio.sleep(0)
     for word in ("the", " cat"):
-        await stage.step(*(Event(request, stage.text.encode(word)) for request in one.requests))
+        await stage.step(*(StepOutput(request, stage.text.encode(word)) for request in one.requests))
     assert not stage.hand.cancelled
-    await stage.step(Event(one.requests[0], stage.text.encode(" sat")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" sat")))
     assert stage.hand.cancelled == one.requests[:1], "the other choice goes on"
     assert one.text == "the cat "
     assert [piece.finish for piece in one.pieces if piece.index == 0][-1] == "stop"
@@ -275,7 +275,7 @@ async def test_what_comes_after_a_stop_string_is_not_counted(stage: Stage) -> No
     one = stage.begin(stops=["sat"])
     await asyncio.sleep(0)
     for word in ("the", " cat", " sat", " on"):
-        stage.generator.deliver([Event(one.requests[0], stage.text.encode(word))])
+        stage.generator.deliver([StepOutput(one.requests[0], stage.text.encode(word))])
     await stage.settle()
     assert one.text == "the cat "
     assert one.flow.work.used().completion == len(stage.text.encode("the cat sat"))
@@ -287,10 +287,10 @@ async def test_nobody_touches_what_waits(stage: Stage) -> None:
     before = Counting.pushes
     words = (" cat", " sat", " on")
     for word in words:
-        await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stage.streams))
+        await stage.step(*(StepOutput(one.requests[0], stage.text.encode(word)) for one in stage.streams))
         assert Counting.pushes == before
     stage.now += LONGEST_WAIT_SECONDS
-    await stage.step(*(Event(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
+    await stage.step(*(StepOutput(one.requests[0], stage.text.encode(" the")) for one in stage.streams))
     assert Counting.pushes == before + STREAMS
     assert {one.text for one in stage.streams} == {"the" + "".join(words) + " the"}
 
@@ -299,7 +299,7 @@ async def test_a_new_prompt_brings_out_what_waits(stage: Stage) -> None:
     """Its step is a long one."""
     await stage.crowd()
     one = stage.streams[0]
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat")))
     assert one.text == "the"
     stage.begin()
     await stage.settle()
@@ -313,12 +313,12 @@ async def test_who_has_left_or_only_reads_counts_no_more(stage: Stage) -> None:
     for other in others[::2]:
         other.reads.clear()
     for word in (" cat", " sat"):
-        await stage.step(*(Event(other.requests[0], stage.text.encode(word)) for other in others))
-    await stage.step(*(Event(other.requests[0], [], "length") for other in others))
+        await stage.step(*(StepOutput(other.requests[0], stage.text.encode(word)) for other in others))
+    await stage.step(*(StepOutput(other.requests[0], [], "length") for other in others))
     writes = len(one.writes)
     for count, word in enumerate((" cat", " sat", " on"), 1):
         stage.now += 0.001
-        await stage.step(Event(one.requests[0], stage.text.encode(word)))
+        await stage.step(StepOutput(one.requests[0], stage.text.encode(word)))
         assert len(one.writes) == writes + count
     for other in others:
         other.reads.set()
@@ -330,7 +330,7 @@ async def test_nothing_is_kept_of_those_who_left(stage: Stage) -> None:
         stage.begin(stops=["mat"] if number % 2 else [])
     await asyncio.sleep(0)
     for word in ("the", " cat"):
-        await stage.step(*(Event(one.requests[0], stage.text.encode(word)) for one in stage.streams))
+        await stage.step(*(StepOutput(one.requests[0], stage.text.encode(word)) for one in stage.streams))
     flows = [weakref.ref(one.flow) for one in stage.streams]
     tasks = [one.task for one in stage.streams if one.task]
     for task in tasks:
@@ -340,7 +340,7 @@ async def test_nothing_is_kept_of_those_who_left(stage: Stage) -> None:
     cancelled = stage.hand.cancelled
     assert len(cancelled) == STREAMS
     # The engine lets go of them with its next step.
-    await stage.step(*(Event(request, [], error=CancelledError("it was cancelled")) for request in cancelled))
+    await stage.step(*(StepOutput(request, [], error=CancelledError("it was cancelled")) for request in cancelled))
     stage.streams.clear()
     cancelled.clear()
     gc.collect()
@@ -353,8 +353,8 @@ async def test_logprobs_stay_with_their_tokens(stage: Stage) -> None:
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for number, token in enumerate(tokens):
-        await stage.step(Event(one.requests[0], [token], logprobs=[Logprob(-float(number), [])]))
-    await stage.step(Event(one.requests[0], [], "length"))
+        await stage.step(StepOutput(one.requests[0], [token], logprobs=[Logprob(-float(number), [])]))
+    await stage.step(StepOutput(one.requests[0], [], "length"))
     scored = [each for piece in one.pieces for each in piece.scored or ()]
     assert [each.token for each in scored] == [stage.text.name(token) for token in tokens]
     assert [each.logprob for each in scored] == [-float(number) for number in range(len(tokens))]
@@ -368,10 +368,10 @@ async def test_choices_do_not_mix(stage: Stage) -> None:
     one = stage.begin(choices=2)
     await asyncio.sleep(0)
     for first, second in zip(stage.text.encode("the cat sat on"), stage.text.encode("the dog ate the"), strict=False):
-        await stage.step(Event(one.requests[0], [first]), Event(one.requests[1], [second]))
-    await stage.step(Event(one.requests[1], [], "length"))
+        await stage.step(StepOutput(one.requests[0], [first]), StepOutput(one.requests[1], [second]))
+    await stage.step(StepOutput(one.requests[1], [], "length"))
     assert [piece.finish for piece in one.pieces if piece.index == 1][-1] == "length"
-    await stage.step(Event(one.requests[0], [], "stop"))
+    await stage.step(StepOutput(one.requests[0], [], "stop"))
     assert one.text_of(0).startswith("the cat sat")
     assert one.text_of(1).startswith("the dog ate")
     assert all(len({piece.index for piece in pieces}) == len(pieces) for _, pieces in one.writes)
@@ -384,8 +384,8 @@ async def test_calls_keep_their_order(stage: Stage) -> None:
     await asyncio.sleep(0)
     written = f'{CALL_BEGIN}\n{{"name":"look","arguments":{{"at": "the cat on the mat"}}{ending()}'
     for token in stage.text.encode(written):
-        await stage.step(Event(one.requests[0], [token]))
-    await stage.step(Event(one.requests[0], [], "stop"))
+        await stage.step(StepOutput(one.requests[0], [token]))
+    await stage.step(StepOutput(one.requests[0], [], "stop"))
     parts = [part for piece in one.pieces for part in piece.calls]
     assert [part.name for part in parts][:2] == ["look", None]
     assert "".join(part.arguments for part in parts) == '{"at": "the cat on the mat"}'
@@ -395,10 +395,10 @@ async def test_calls_keep_their_order(stage: Stage) -> None:
 async def test_an_error_comes_after_what_was_held(stage: Stage) -> None:
     await stage.crowd()
     one = stage.streams[0]
-    await stage.step(Event(one.requests[0], stage.text.encode(" cat")))
-    await stage.step(Event(one.requests[0], [], error=EngineFaultError("the model failed: Test")))
+    await stage.step(StepOutput(one.requests[0], stage.text.encode(" cat")))
+    await stage.step(StepOutput(one.requests[0], [], error=EngineFaultError("the model failed: Test")))
     assert one.text == "the cat"
-    assert isinstance(one.error, wire.ServerError)
+    assert isinstance(one.error, errors.ServerError)
 
 
 async def test_an_answer_in_one_piece_is_woken_at_its_beginning_and_end(stage: Stage) -> None:
@@ -407,9 +407,9 @@ async def test_an_answer_in_one_piece_is_woken_at_its_beginning_and_end(stage: S
     await asyncio.sleep(0)
     tokens = list(stage.tokens())
     for token in tokens:
-        await stage.step(Event(one.requests[0], [token]))
+        await stage.step(StepOutput(one.requests[0], [token]))
     stage.now += LONGEST_WAIT_SECONDS
-    await stage.step(Event(one.requests[0], [], "length"))
+    await stage.step(StepOutput(one.requests[0], [], "length"))
     assert one.text == stage.text.decode(tokens)
     assert len(one.writes) == 2
 
@@ -417,7 +417,7 @@ async def test_an_answer_in_one_piece_is_woken_at_its_beginning_and_end(stage: S
 async def test_a_fault_in_one_answer_leaves_the_others_alone(stage: Stage) -> None:
     one, other = stage.begin(kind=Broken), stage.begin()
     await asyncio.sleep(0)
-    await stage.step(Event(one.requests[0], [5]), Event(other.requests[0], stage.text.encode("the")))
+    await stage.step(StepOutput(one.requests[0], [5]), StepOutput(other.requests[0], stage.text.encode("the")))
     assert other.text == "the"
     assert one.task is not None
     with pytest.raises(RuntimeError, match="made for this test"):

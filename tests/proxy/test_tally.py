@@ -22,12 +22,15 @@ from conftest import PAIR, TINY
 from fixtures_keys import ADMIN_KEY, School, limits_of, school_on
 from fixtures_proxy import CHAT_MODEL, new, proxy, redis_url
 from inprocess import END, InProcess
-from lab_model import envelope
-from lab_model.api import embedding_app
-from lab_model.engine import Request
-from lab_model.generator import Work
-from lab_model.tally import SLOTS, Tally, Used, find
-from lab_model.text import Text
+from lab_model.api.app import create_app
+from lab_model.api.embeddings import EncoderClient
+from lab_model.api.generator import EngineWork
+from lab_model.api.http import record as http_record
+from lab_model.api.http.usage import SLOTS, TokenUsage, UsageRing, find
+from lab_model.encoders.queue import EncoderQueue
+from lab_model.engine.request import Request
+from lab_model.models.kinds import KINDS
+from lab_model.text.tokenizer import ModelTokenizer
 from lab_proxy.errors import UpstreamDown
 from lab_proxy.ledger import reconciliation as asking
 from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, redis_server
@@ -354,9 +357,9 @@ async def test_cache_a1_json_that_is_abandoned_costs_what_the_model_tells(school
 
 @pytest.fixture
 async def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[InProcess]:
-    ring = Tally()
+    ring = UsageRing()
     ring.open(tmp_path)
-    monkeypatch.setattr(envelope, "TALLY", ring)
+    monkeypatch.setattr(http_record, "USAGE", ring)
     made = InProcess(max_running=1, max_queued=1)
     yield made
     await made.close()
@@ -384,7 +387,7 @@ async def leave(app: InProcess, call_id: str, after: Callable[[], bool], **field
     await app.app(scope, receive, send)
 
 
-async def told(folder: Path, id_: str) -> Used:
+async def told(folder: Path, id_: str) -> TokenUsage:
     await eventually_async(lambda: id_ in find(folder, [id_]), what=f"{id_} is told")
     return find(folder, [id_])[id_]
 
@@ -460,9 +463,9 @@ async def test_cache_a1_choices_that_ended_count_as_their_callers_saw_them() -> 
     """Two choices of one prompt, abandoned: the prompt counts once and as far as it came, the choice that had ended
     without the engine's lead, the other one with every token."""
     requests = [Request([1, 2, 3, 4], 9), Request([1, 2, 3, 4], 9)]
-    work = Work(requests, 2)
+    work = EngineWork(requests, 2)
     assert work.used() == (0, 0, 0)
-    requests[0].prefilled, requests[0].reused, requests[1].prefilled = 2, 1, 0
+    requests[0].prefilled, requests[0].prefix_hit_tokens, requests[1].prefilled = 2, 1, 0
     assert work.used() == (2, 0, 1)
     requests[0].prefilled = 6  # sent back, and prefilled once more with its answer so far
     requests[0].tokens += [7, 7, 7]
@@ -475,9 +478,9 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The inputs whose vectors were made before it was heard that nobody waits; of a request in the queue none."""
-    ring = Tally()
+    ring = UsageRing()
     ring.open(tmp_path)
-    monkeypatch.setattr(envelope, "TALLY", ring)
+    monkeypatch.setattr(http_record, "USAGE", ring)
 
     class Half:
         context, dimensions = 16, 2
@@ -488,8 +491,10 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
             return [[1.0, 0.0], *([] for _ in inputs[1:])]
 
     begun = threading.Event()
-    text = Text.of(tiny.tokenizer())
-    app = embedding_app(Half(), text, "e", "r", max_body_bytes=10_000, max_queued=4)  # type: ignore[arg-type]
+    text = ModelTokenizer.of(tiny.tokenizer())
+    queue = EncoderQueue(Half(), 4)  # type: ignore[arg-type]
+    encoder = EncoderClient("e", "r", text, queue)
+    app = create_app(encoder, KINDS["embedding"].paths, max_body_bytes=10_000)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         asked = [
             asyncio.create_task(
@@ -507,19 +512,19 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
 
 def test_the_ring_is_bounded_and_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes' rings in one folder; the oldest make room; what is old is not told; no folder, no fault."""
-    one, two = Tally(), Tally()
+    one, two = UsageRing(), UsageRing()
     one.open(tmp_path)
     two.open(tmp_path)
     for number in range(SLOTS + 1):
-        one.put(f"{number}", Used(number, 1, 0))
-    two.put("elsewhere", Used(7, 8, 9))
+        one.put(f"{number}", TokenUsage(number, 1, 0))
+    two.put("elsewhere", TokenUsage(7, 8, 9))
     ids = ["0", "1", f"{SLOTS}", "elsewhere", "nobody"]
     assert find(tmp_path, ids) == {"1": (1, 1, 0), f"{SLOTS}": (SLOTS, 1, 0), "elsewhere": (7, 8, 9)}
-    two.put("1", Used(2, 2, 2))
+    two.put("1", TokenUsage(2, 2, 2))
     assert find(tmp_path, ["1"]) == {"1": (2, 2, 2)}, "the latest"
     assert sum(path.stat().st_size for path in tmp_path.glob("*.tally")) == 2 * SLOTS * 40
-    monkeypatch.setattr("lab_model.tally.KEPT_SECONDS", -1.0)
+    monkeypatch.setattr("lab_model.api.http.usage.KEPT_SECONDS", -1.0)
     assert find(tmp_path, ids) == {}
-    nowhere = Tally()
+    nowhere = UsageRing()
     nowhere.open(tmp_path / "none")
-    nowhere.put("a", Used(1, 1, 1))
+    nowhere.put("a", TokenUsage(1, 1, 1))

@@ -181,7 +181,7 @@ def stack_in(folder: Path) -> Iterator[Stack]:
         clone(root)
         for file in tiny.write(root / "tiny").iterdir():
             file.chmod(0o644)  # safetensors writes 0600, and the container has another user
-        entries = yaml.safe_load((root / "services/model/lab_model/models.yaml").read_text())
+        entries = yaml.safe_load((root / "services/model/lab_model/models/models.yaml").read_text())
         entries += [{"id": "tiny", "kind": "chat", "source": "file:/tiny", "dtype": "float32"}]
         (root / "catalogue.yaml").write_text(yaml.safe_dump(entries))
         (root / "compose.override.yaml").write_text(yaml.safe_dump(TINY_LAYER))

@@ -1,7 +1,7 @@
-"""model: real language models behind OpenAI's HTTP API, on Ray Serve.
+"""model: language models behind OpenAI's HTTP API, on Ray Serve.
 
-A request meets the modules in this order: `serve` (Ray's deployments), `api` (HTTP), `wire` (what is accepted, what is
-answered), `text` (templates, tokens, stop strings), `engine` (token ids in, token ids out) or `embedding`.
+The rooms, in the order in which a request meets them; each imports only later ones: `serving` (Ray), `models` (what is
+loaded), `api` (HTTP), `text` (tokens and text), `encoders` and `runners` (forwards), `engine` (batching), `weights`.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""What this process may use of its machine: cores and memory, as the cgroup says, not as the host has."""
+"""Cores and memory that this process may use, by its cgroup's limits rather than the host's.
+
+Knows files of the kernel. Knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def cores(root: Path = CGROUP) -> int:
 
 
 def memory_left(root: Path = CGROUP) -> int:
-    """Bytes that may still be taken: what the cgroup's limit leaves, at most what the host has to give."""
+    """Bytes that may still be allocated: what the cgroup's limit leaves, at most what the host has."""
     left = psutil.virtual_memory().available
     for limit, used, cache in (
         ("memory.max", "memory.current", "memory.stat"),  # version 2
@@ -37,14 +40,14 @@ def memory_left(root: Path = CGROUP) -> int:
 
 def _number(path: Path) -> str | None:
     try:
-        said = path.read_text().strip()
+        text = path.read_text().strip()
     except OSError:
         return None
-    return said if said.isdigit() else None
+    return text if text.isdigit() else None
 
 
 def _reclaimable(path: Path) -> int:
-    """Page cache that the kernel gives up before anything else."""
+    """Page cache that the kernel reclaims first."""
     try:
         rows = dict(line.split() for line in path.read_text().splitlines())
     except (OSError, ValueError):

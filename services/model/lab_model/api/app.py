@@ -1,0 +1,41 @@
+"""The ASGI application of one loaded model: which function answers which path.
+
+Knows the table alone; models/kinds says which kind of model has which paths. Ray Serve, or any ASGI server, runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from .chat import chat_completions
+from .completions import completions
+from .embeddings import EncoderClient, embeddings
+from .generator import EngineClient
+from .http.service import Endpoint, HttpService, read_json
+
+# (the model, the request, its JSON body) -> the response; the model is the client that this path's kinds have.
+Handler = Callable[[Any, HttpRequest, Any], Awaitable[Response]]
+
+HANDLERS: Mapping[str, Handler] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/embeddings": embeddings,
+}
+
+
+def create_app(
+    model: EngineClient | EncoderClient, paths: Iterable[str], *, max_body_bytes: int, hosts: Collection[str] = ()
+) -> ASGIApp:
+    def endpoint(handler: Handler) -> Endpoint:
+        async def respond(http: HttpRequest) -> Response:
+            return await handler(model, http, await read_json(http, max_body_bytes))
+
+        return respond
+
+    posts = {path: endpoint(HANDLERS[path]) for path in paths}
+    return HttpService(posts, name=model.name, revision=model.revision, hosts=hosts)

@@ -1,0 +1,165 @@
+"""POST /v1/completions, and the generation of answers that chat shares with it.
+
+Knows prompts as token ids, and how an answer is written, whole or streamed. Knows nothing of messages or tools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..engine.request import Request
+from ..engine.sampling_params import SamplingParams
+from ..errors import ApiError, BadRequestError
+from ..text.choice import Choice, Piece
+from ..text.grammar import TokenGrammar
+from ..text.tool_calls import CallParser
+from .generator import EngineClient, EngineWork, OutputCollector
+from .http.record import Record
+from .http.service import EventStream, Json, sse, until_disconnect
+from .inputs import check_model, deadline_of, tokenize_all
+from .wire.answers import Answer, usage
+from .wire.requests import CompletionRequest, Generation, parse
+
+T = TypeVar("T")
+
+
+async def completions(model: EngineClient, http: HttpRequest, body: Any) -> Response:
+    request = parse(CompletionRequest, body)
+    check_model(http, request.model, model.name)
+    check_capacity(model, len(request.prompts), "prompt")
+    prompts = await tokenize_all(model.text, model.vocab_size, request.prompts, "prompt")
+    return await generate(model, http, request, prompts, "prompt", chat=False)
+
+
+async def generate(
+    model: EngineClient,
+    http: HttpRequest,
+    params: Generation,
+    prompts: list[list[int]],
+    source: str,
+    *,
+    chat: bool,
+    grammar: TokenGrammar | None = None,
+    calls: Callable[[], CallParser | None] = lambda: None,
+) -> Response:
+    """The answer to `prompts`, `params.n` choices each. source: the field that holds the prompts, for errors."""
+    record: Record = http.scope["record"]
+    # 1. The engine's requests, one a choice.
+    context, each = model.engine.context, params.n or 1
+    check_capacity(model, len(prompts) * each, "n")
+    unknown = max(params.logit_bias or (0,))
+    if unknown >= model.vocab_size:
+        raise BadRequestError(
+            f"Token id {unknown} is not in the vocabulary: ids go up to {model.vocab_size - 1}.",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    deadline = deadline_of(http)
+    requests = []
+    for ids in prompts:
+        limit = params.limit or min(model.default_max_tokens, context - len(ids))
+        if limit < 1 or len(ids) + limit > context:
+            wanted = f" + {params.limit} for {params.limit_name}" if params.limit else ""
+            raise BadRequestError(
+                f"This model's context is {context} tokens. Your request asks for {len(ids)} in {source}{wanted}. "
+                f"Shorten the prompt or lower {params.limit_name}.",
+                param=source,
+                code="context_length_exceeded",
+            )
+        for choice in range(each):
+            own = grammar.again() if grammar else None
+            sampling = sampling_of(params, choice)
+            requests.append(Request(ids, limit, model.stop_ids, sampling, grammar=own, deadline=deadline))
+    # 2. What collects their output.
+    record.prompt_tokens = sum(map(len, prompts))
+    logprobs = params.top_count is not None
+    choices = [Choice(i, model.text, params.stops, logprobs=logprobs, calls=calls()) for i in range(len(requests))]
+    record.work = work = EngineWork(requests, each)
+    frame = Answer(
+        chat=chat,
+        model=model.name,
+        revision=model.revision,
+        stream=bool(params.stream),
+        wants_usage=params.wants_usage,
+    )
+
+    def final_usage() -> dict[str, Any]:
+        # The choices of one prompt share it: only the prefix that the first one found in the cache was not computed.
+        record.cached_tokens = sum(request.prefix_hit_tokens for request in requests[::each])
+        return usage(record.prompt_tokens, record.completion_tokens, record.cached_tokens)
+
+    # 3. The answer. The first pieces decide between an error's status and 200: later only the stream can tell.
+    pieces = model.run(OutputCollector(work, choices, record, stream=bool(params.stream)))
+    first = await until_disconnect(http.receive, anext(pieces))
+    if params.stream:
+        return EventStream(events(frame, first, pieces, len(choices), final_usage=final_usage, record=record))
+
+    async def collect() -> Response:
+        gathered: list[list[Piece]] = [[] for _ in choices]
+        async with contextlib.aclosing(chain(first, pieces)) as parts:
+            async for part in parts:
+                for piece in part:
+                    gathered[piece.index].append(piece)
+        return Json(frame.whole(gathered, final_usage()))
+
+    return await until_disconnect(http.receive, collect())
+
+
+async def events(
+    frame: Answer,
+    first: list[Piece],
+    pieces: AsyncGenerator[list[Piece]],
+    choices: int,
+    *,
+    final_usage: Callable[[], dict[str, Any]],
+    record: Record,
+) -> AsyncGenerator[bytes]:
+    """The answer as server-sent events; `[DONE]` only after a complete one."""
+    try:
+        # The role goes out with the first text, and the usage with the end: one write less for each.
+        openings = [opening for index in range(choices) if (opening := frame.opening(index))]
+        async with contextlib.aclosing(chain(first, pieces)) as parts:
+            async for part in parts:
+                chunks = [chunk for piece in part for chunk in frame.chunks(piece)]
+                yield b"".join(map(sse, openings + chunks))
+                openings = []
+        closing = frame.closing(final_usage())
+        yield (sse(closing) if closing else b"") + b"data: [DONE]\n\n"
+    except ApiError as error:
+        record.outcome = "error"
+        yield sse(error.body())
+
+
+def sampling_of(params: Generation, choice: int) -> SamplingParams:
+    """The sampling parameters of one of `n` choices. With a seed each choice has its own random stream."""
+    return SamplingParams(
+        temperature=1.0 if params.temperature is None else params.temperature,
+        top_p=1.0 if params.top_p is None else params.top_p,
+        top_k=max(params.top_k or 0, 0),
+        min_p=params.min_p or 0.0,
+        presence_penalty=params.presence_penalty or 0.0,
+        frequency_penalty=params.frequency_penalty or 0.0,
+        repetition_penalty=params.repetition_penalty or 1.0,
+        logit_bias=params.logit_bias or {},
+        logprobs=params.top_count,
+        seed=None if params.seed is None else params.seed + choice,
+    )
+
+
+def check_capacity(model: EngineClient, count: int, param: str) -> None:
+    if count > model.engine.capacity:
+        raise BadRequestError(
+            f"{count} answers in one request: this model holds {model.engine.capacity} at most.", param=param
+        )
+
+
+async def chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item

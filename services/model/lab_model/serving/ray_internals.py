@@ -1,0 +1,128 @@
+"""Everything that depends on Ray's private interfaces and on variables that only its source documents.
+
+Checked against Ray `CHECKED_RAY`; tests/model/test_ray_internals.py fails with another minor version and says what to
+check. Knows Ray. Knows nothing of models. Imports Ray inside functions: it reads its variables when it is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+
+CHECKED_RAY = "2.60"
+ABSENT = Path(__file__).parents[1] / "absent"  # stand-ins for packages that the service's processes must not import
+CONTROLLER_SECONDS = 30  # bound on an answer of Serve's controller, which may have to wait for a core
+
+
+class AsgiDeployment:
+    """Base of a deployment whose ASGI application is built in the replica's process.
+
+    `@serve.ingress()` without an application calls `__serve_build_asgi_app__` once the constructor has returned.
+    """
+
+    def asgi_app(self) -> ASGIApp:
+        raise NotImplementedError
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self.asgi_app()
+
+
+def prepare_environment(*, direct: bool) -> None:
+    """Set what Ray, transformers and the replicas read from the environment; the raylet's children inherit it.
+
+    direct: replicas speak HTTP themselves, behind a `HaproxyFront`.
+    """
+    if direct:
+        # A random range: the port of a dead replica must not lead to another service on this machine.
+        lowest = random.randrange(20_000, 31_000, 50)  # noqa: S311
+        os.environ |= {
+            "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(lowest),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(lowest + 1000),
+            # The front stops accepting requests before the replicas are told to end. Serve adds 5 s to this as the
+            # least time for running answers, whatever MODEL_DRAIN_TIMEOUT_SECONDS is.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "-5",
+        }
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Anyone who can reach Ray's ports could run code in it (CVE-2023-48022): a token that only this service's
+        # processes have. The ports listen on loopback only: the switch is named after the systems where that is the
+        # default.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ABSENT), os.environ.get("PYTHONPATH")])),
+        # An idle Ray took a tenth of a core, to look for changes ten times a second and for metrics that nothing reads.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+        "RAY_raylet_report_resources_period_milliseconds": "1000",
+        "RAY_enable_metrics_collection": "false",
+        "RAY_task_events_report_interval_ms": "0",
+        # Ray's workers run at nice 15 by default: any other process that woke took the model's cores.
+        "RAY_worker_niceness": "0",
+        # By default an answer's parts change threads, for user code that blocks the event loop. This code does not.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # Ray's own logs stay in its folder, and small.
+        "RAY_ROTATION_MAX_BYTES": "2000000",
+        "RAY_ROTATION_BACKUP_COUNT": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # torch's threads wait for each other by spinning, by default 300,000 turns: milliseconds in which the thread
+        # that they wait for may not get a core. On two cores with busy neighbours a token took 100 to 1,400 ms, with
+        # fewer turns 50 to 150 ms, and on an idle machine as long as before; without any turns it took twice as long
+        # there. ACTIVE lets them spin even when a process has more of them than cores, as with the threads of two
+        # models; otherwise a token takes twice as long.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
+        # Everything that has to be downloaded has been.
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def start_ray(folder: Path) -> None:
+    """A local Ray whose session lies in `folder`."""
+    import ray  # noqa: PLC0415
+
+    ray.init(
+        address="local",
+        namespace="lab",
+        include_dashboard=False,
+        _temp_dir=str(folder),
+        # Answers go through HTTP, not through the object store: its minimum is enough.
+        object_store_memory=80 * 1024 * 1024,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def stop_monitors() -> None:
+    """End two of Ray's processes: one copies the workers' output to the driver, the other asks for more machines. The
+    service uses neither, and idle they took an eighth of what Ray takes."""
+    import ray  # noqa: PLC0415
+
+    node: Any = ray._private.worker._global_node
+    node.kill_log_monitor(check_alive=False)
+    node.kill_monitor(check_alive=False)
+
+
+def replica_ports() -> dict[str, list[int]]:
+    """Ports on which Serve's replicas speak HTTP, by application; without replicas the port of Serve's HTTP process.
+
+    What Serve tells its own HAProxy. Its dashboard has the same over HTTP, and does not run here.
+    """
+    import ray  # noqa: PLC0415
+    from ray.serve.context import _get_global_client  # noqa: PLC0415
+
+    client: Any = _get_global_client()
+    groups = ray.get(client._controller.get_target_groups.remote(), timeout=CONTROLLER_SECONDS)
+    return {group.app_name: [target.port for target in group.targets] for group in groups}
+
+
+def replica_environment(metrics_dir: Path) -> dict[str, dict[str, str]]:
+    """Ray's runtime environment of replicas: prometheus_client shares values between processes through a folder."""
+    return {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}}

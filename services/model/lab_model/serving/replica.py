@@ -1,0 +1,58 @@
+"""The Ray Serve application of one model: HTTP ingress and engine in one process, without a second hop.
+
+`python -m lab_model` runs one for each catalogue entry. A Serve config file can name it as
+`import_path: lab_model.serving.replica:build_app`. Knows Ray Serve. Knows nothing of how a model is loaded or answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from ..api.http.record import USAGE
+from ..models.catalogue import AppArgs
+from .ray_internals import AsgiDeployment, replica_environment
+
+
+def build_app(args: AppArgs) -> serve.Application:
+    """The Serve application of one catalogue entry."""
+    app: serve.Application = ModelReplica.options(  # type: ignore[attr-defined]
+        name=args.entry.id,
+        num_replicas=args.entry.replicas,
+        # Serve's own limit (5 by default, then a 503) lies above the engine's, whose queue and 429 decide.
+        max_ongoing_requests=2 * (args.max_running + args.max_queued) + 64,
+        # Weights that cannot be loaded now cannot be loaded in two seconds either.
+        max_constructor_retry_count=1,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=args.drain_timeout_seconds,
+        # No CPUs reserved: a laptop with one core must hold every actor.
+        ray_actor_options={"num_cpus": 0, "num_gpus": args.gpus, "runtime_env": replica_environment(args.metrics_dir)},
+    ).bind(args)
+    return app
+
+
+@serve.deployment
+@serve.ingress()
+class ModelReplica(AsgiDeployment):
+    """One replica of one model."""
+
+    def __init__(self, args: AppArgs) -> None:
+        # Here alone: the processes that only route import this module and must not import torch.
+        from ..models.loading import load  # noqa: PLC0415
+
+        USAGE.open(args.metrics_dir)
+        self._app, self._info, self._is_alive = load(args)
+
+    def asgi_app(self) -> ASGIApp:
+        return self._app
+
+    def info(self) -> dict[str, Any]:
+        """id, kind, revision, context, device and sizes of the loaded model."""
+        return self._info
+
+    def check_health(self) -> None:
+        """Ray Serve replaces the replica when this raises."""
+        if not self._is_alive():
+            raise RuntimeError("the engine's loop has ended")
