@@ -38,8 +38,8 @@ class ModelReplica(AsgiDeployment):
     """One replica of one model."""
 
     def __init__(self, args: AppArgs) -> None:
-        # Serve pickles this class by value, with copies of the globals that it uses: USAGE has to be this process's own.
-        # And the processes that only route import this module and must not import torch.
+        # Serve pickles this class by value, with copies of the globals that it uses: USAGE has to be this process's
+        # own. And the processes that only route import this module and must not import torch.
         from ..api.http.record import USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415
 
