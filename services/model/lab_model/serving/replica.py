@@ -11,7 +11,6 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp
 
-from ..api.http.record import USAGE
 from ..models.catalogue import AppArgs
 from .ray_internals import AsgiDeployment, replica_environment
 
@@ -39,7 +38,9 @@ class ModelReplica(AsgiDeployment):
     """One replica of one model."""
 
     def __init__(self, args: AppArgs) -> None:
-        # Here alone: the processes that only route import this module and must not import torch.
+        # Serve pickles this class by value, with copies of the globals that it uses: USAGE has to be this process's
+        # own. And the processes that only route import this module and must not import torch.
+        from ..api.http.record import USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415
 
         USAGE.open(args.metrics_dir)
