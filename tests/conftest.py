@@ -18,7 +18,18 @@ import pytest
 import tiny
 import yaml
 from fixtures_proxy import PATIENT_MS, bench, running  # noqa: F401 - fixtures of the proxy's tests
-from processes import ANSWERS, RUNNING, SHOWN_ON_FAILURE, Process, describe, free_port, process, python, redis_server
+from processes import (
+    ANSWERS,
+    ENDED,
+    RUNNING,
+    SHOWN_ON_FAILURE,
+    Process,
+    describe,
+    free_port,
+    process,
+    python,
+    redis_server,
+)
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
@@ -78,16 +89,17 @@ def pytest_runtest_setup() -> None:
     _log_sizes.clear()
     _log_sizes.update({each.log: each.log.stat().st_size for each in RUNNING if each.log.exists()})
     ANSWERS.clear()
+    ENDED.clear()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to a failure what the processes logged since the test began and the last HTTP answers."""
+    """Add to a failure what the processes logged since the test began, and the last HTTP answers."""
     report = yield
     if report.failed:
-        for each in RUNNING:
+        for each in [*ENDED, *RUNNING]:
             if lines := each.logged_since(_log_sizes.get(each.log, 0)):
                 report.sections.append((f"log of {each.name} on port {each.port}", lines))
         if ANSWERS:
@@ -100,7 +112,8 @@ def pytest_runtest_makereport(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Append this call's counts to the file in LAB_TEST_COUNTS, as a line of JSON."""
-    if path := os.environ.get("LAB_TEST_COUNTS"):
+    path = os.environ.get("LAB_TEST_COUNTS")
+    if path and not hasattr(terminalreporter.config, "workerinput"):  # pytest-xdist's workers count for themselves, too
         counts = {name: len(found) for name, found in terminalreporter.stats.items() if name}
         with Path(path).open("a") as file:
             file.write(json.dumps(counts) + "\n")

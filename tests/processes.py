@@ -25,6 +25,8 @@ import httpx2
 GENEROUS_SECONDS = 60.0
 # Every process that runs, for the report of a test that fails (conftest.py).
 RUNNING: list[Process] = []
+# The last ones that ended since the test began: an exception ends them before the report is made.
+ENDED: deque[Process] = deque(maxlen=5)
 # The last HTTP answers of clients made with `event_hooks=SHOWN_ON_FAILURE`, for the same report.
 ANSWERS: deque[httpx2.Response] = deque(maxlen=3)
 SHOWN_ON_FAILURE: dict[str, list[Callable[..., Any]]] = {"response": [ANSWERS.append]}
@@ -144,6 +146,7 @@ def process(
     finally:
         RUNNING.remove(started)
         started.stop()
+        ENDED.append(started)
 
 
 def _answers(started: Process, ready: str) -> bool:

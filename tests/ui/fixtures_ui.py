@@ -1,8 +1,9 @@
 """A stand-in for the proxy: a real HTTP server in a thread that speaks its wire, and can be unwell in every way.
 
-It keeps what it was asked (`requests`), which of these a client left before the end of the answer (`left`), and what
-must never be fetched (`fetched`). Answers are cached by their whole body, as the proxy does. `silent` and `endless`
-answers have no end, and a `hung` proxy answers nothing at all: a client that waits for them waits for ever.
+It keeps what it was asked (`requests`), which of these a client left before the end of the answer (`left`), what must
+never be fetched (`fetched`), and each path with its Authorization (`keys`). Answers are cached by their whole body, as
+the proxy does. `silent` and `endless` answers have no end, and a `hung` proxy answers nothing at all: a client that
+waits for them waits for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Literal
 from processes import eventually
 
 Mode = Literal["up", "redis-down", "model-down", "model-loading", "endless", "silent", "error", "busy",
-               "too-long", "interrupted", "broken-off", "hung"]  # fmt: skip
+               "too-long", "interrupted", "broken-off", "hung", "refusing"]  # fmt: skip
 
 REVISION = "c0ffee5eed" * 4
 CHAT = {"id": "smollm2-135m-instruct", "object": "model", "created": 1, "owned_by": "llm-lab", "kind": "chat",
@@ -46,6 +47,7 @@ class StandIn(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.left: list[dict[str, Any]] = []
         self.fetched: list[str] = []
+        self.keys: list[tuple[str, str | None]] = []
         self.cache: set[str] = set()
         self.answering = 0
         self.closing = threading.Event()
@@ -60,7 +62,7 @@ class StandIn(ThreadingHTTPServer):
         """As it was at its start, once nobody waits for an answer any more."""
         eventually(lambda: not self.answering, what="no answer under way")
         self.mode, self.words = "up", PARIS.split(" ")
-        for seen in (self.requests, self.left, self.fetched, self.cache):
+        for seen in (self.requests, self.left, self.fetched, self.keys, self.cache):
             seen.clear()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -76,10 +78,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         mode = self.server.mode
+        self.server.keys.append((self.path, self.headers["authorization"]))
         if mode == "hung":
             self._left_within(None)
             return
-        if self.path == "/health":
+        if mode == "refusing":
+            self._json(
+                401, {"error": {"message": "no key", "type": "invalid_request_error", "code": "invalid_api_key"}}
+            )
+        elif self.path == "/health":
             self._json(200, {"status": "ok"})
         elif self.path == "/v1/models":
             self._json(200, {"object": "list", "data": [ALIAS, CHAT, EMBEDDING, EMBEDDING_ALIAS]})
@@ -91,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.count(+1)
+        self.server.keys.append((self.path, self.headers["authorization"]))
         try:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             self.server.requests.append(body)

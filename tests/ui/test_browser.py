@@ -169,11 +169,32 @@ def test_the_browsers_language_comes_first_and_the_switch_changes_it(ui_url: str
     expect(page.get_by_text(en("chat.intro"))).to_be_visible()
     page.get_by_role("link", name=en("nav.status")).click()
     expect(page.get_by_text(en("status.all_up"))).to_be_visible()
-    page.reload()  # the choice stays
+    page.reload()  # language and page stay
     expect(page.get_by_text(en("status.all_up"))).to_be_visible()
+    expect(page).to_have_url(f"{ui_url}/status?lang=en")
     page = visit(ui_url, locale="en-US")
     page.get_by_text("한국어").click()
     expect(page.get_by_text(ko("chat.intro"))).to_be_visible()
+    expect(page).to_have_url(f"{ui_url}/?lang=ko")
+
+
+def test_a_link_leads_to_a_page_in_a_language(ui_url: str, visit: Callable[..., Page]) -> None:
+    """Both survive a reload, page links and the browser's Back."""
+    page = visit(f"{ui_url}/status?lang=ko", locale="en-US")
+    expect(page.get_by_text(ko("status.all_up"))).to_be_visible()
+    page.reload()
+    expect(page.get_by_text(ko("status.all_up"))).to_be_visible()
+    page.get_by_role("link", name=ko("nav.chat")).click()
+    expect(page.get_by_text(ko("chat.intro"))).to_be_visible()
+    expect(page).to_have_url(f"{ui_url}/?lang=ko")
+    page.go_back()
+    expect(page.get_by_text(ko("status.all_up"))).to_be_visible()
+    expect(page).to_have_url(f"{ui_url}/status?lang=ko")
+    page.get_by_text("English").click()
+    expect(page.get_by_text(en("status.all_up"))).to_be_visible()
+    page.go_back()
+    expect(page.get_by_text(ko("status.all_up"))).to_be_visible()
+    expect(page).to_have_url(f"{ui_url}/status?lang=ko")
 
 
 # ---- leaving in the middle ------------------------------------------------------------------------------------------

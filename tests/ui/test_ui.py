@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
-import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import yaml
 from fixtures_ui import ALIAS, CHAT, PARIS, StandIn, stand_in
-from lab_ui import answers as module
-from lab_ui import snippets, texts
+from lab_ui import answer as module
+from lab_ui import chat, formats, snippets, texts
 from lab_ui.__main__ import main
-from lab_ui.answers import ABANDONED_AFTER, Answer, Answers, cache_state
-from lab_ui.chat import chat_models, plain
+from lab_ui.answer import ABANDONED_AFTER, Answer, Fault
+from lab_ui.app import PAGES
+from lab_ui.proxy import Proxy, cache_state
+from lab_ui.session import Session
 from lab_ui.settings import Settings
+from lab_ui.status import Report
+from lab_ui.untrusted import plain
 from processes import eventually, free_port, process, python
 from streamlit.testing.v1 import AppTest
 
 APP = Path(texts.__file__).with_name("app.py")
 LANGUAGES = list(texts.LANGUAGES)
+STATUS = "app_pages/status.py"
 QUESTION = "What is the capital of France?"
 
 
@@ -36,8 +41,8 @@ def proxy() -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def answers(proxy: StandIn) -> Iterator[Answers]:
-    made = Answers(Settings(proxy_url=proxy.url))
+def proxy_client(proxy: StandIn) -> Iterator[Proxy]:
+    made = Proxy(Settings(proxy_url=proxy.url))
     yield made
     made.close()
 
@@ -46,17 +51,18 @@ def answers(proxy: StandIn) -> Iterator[Answers]:
 def app(proxy: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AppTest]]:
     """Starts the app in a language, against the stand-in or, with `url`, against another address.
 
-    `settings`: further UI_ variables, without the prefix and in lower case.
+    `page`: its file, like app_pages/status.py. `settings`: further UI_ variables, without the prefix and in lower case.
     """
     import streamlit as st
 
-    def start(language: str = "en", url: str | None = None, **settings: str) -> AppTest:
+    def start(language: str = "en", url: str | None = None, page: str = "", **settings: str) -> AppTest:
         monkeypatch.setenv("UI_LANGUAGE", language)
         monkeypatch.setenv("UI_PROXY_URL", url or proxy.url)
         monkeypatch.setenv("UI_PUBLIC_PROXY_URL", proxy.url)
         for name, value in settings.items():
             monkeypatch.setenv(f"UI_{name.upper()}", value)
-        return AppTest.from_file(APP, default_timeout=60).run()
+        started = AppTest.from_file(APP, default_timeout=60).run()
+        return started.switch_page(page).run() if page else started
 
     yield start
     st.cache_resource.clear()
@@ -87,49 +93,108 @@ def never_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- words ----------------------------------------------------------------------------------------------------------
 
 
-def words_of(language: str) -> dict[str, str]:
-    """Every text by its key, nested keys joined by dots."""
-    words: dict[str, str] = {}
-
-    def take(tree: dict[str, Any], prefix: str = "") -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                take(value, f"{prefix}{key}.")
-            else:
-                words[prefix + key] = str(value)
-
-    take(yaml.safe_load((APP.parent / f"texts/{language}.yaml").read_text(encoding="utf-8")))
-    return words
-
-
 def test_both_languages_have_the_same_keys_and_placeholders() -> None:
-    fields = {
-        language: {
-            key: sorted(name for _, name, _, _ in string.Formatter().parse(text) if name)
-            for key, text in words_of(language).items()
-        }
-        for language in LANGUAGES
-    }
-    assert fields["en"] == fields["ko"]
-    assert all(text.strip() for language in LANGUAGES for text in words_of(language).values())
+    assert texts.load("en").placeholders == texts.load("ko").placeholders
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_text_can_be_shown(language: str) -> None:
+    """Not empty, no stray `$`, and nothing left of the placeholders."""
+    words = texts.load(language)
+    for key, names in words.placeholders.items():
+        text = words(key, **dict.fromkeys(names, "7"))
+        assert text.strip(), key
+        assert "$" not in text, key
+
+
+def test_an_unknown_key_and_a_missing_value_are_errors() -> None:
+    words = texts.load("en")
+    with pytest.raises(KeyError, match=r"chat\.nothing"):
+        words("chat.nothing")
+    with pytest.raises(KeyError, match="seconds"):
+        words("chat.waiting")
+
+
+def test_a_dollar_sign_can_be_written() -> None:
+    assert texts.Texts("en", {"price": "$$$price"})("price", price="0.50") == "$0.50"
 
 
 def test_every_text_is_used() -> None:
     """A key that no page names is dead. Parts of some keys come from data: kinds of faults, services, cache states."""
-    named = set(re.findall(r"""["']([a-z_.]+)["']""", "".join(path.read_text() for path in APP.parent.glob("*.py"))))
-    for key in words_of("en"):
+    named = set(re.findall(r"""["']([a-z_.]+)["']""", "".join(path.read_text() for path in APP.parent.rglob("*.py"))))
+    for key in texts.load("en").placeholders:
         group, second, last = key.split(".")[0], key.split(".")[1], key.split(".")[-1]
         from_data = key.startswith(("cache.", "status.kinds."))
         assert from_data or key in named or second in named or (group == "status" and last in named), key
 
 
+def test_numbers_as_texts_show_them() -> None:
+    assert (formats.number(1234.56), formats.number(1234.56, 1)) == ("1,235", "1,234.6")
+    assert (formats.short(5.0), formats.short(2.5), formats.percent(0.625)) == ("5", "2.5", "62%")
+
+
 @pytest.mark.parametrize(
-    ("wanted", "browser", "first"),
-    [("auto", "ko-KR", "ko"), ("auto", "ko", "ko"), ("auto", "en-US", "en"), ("auto", "kok-IN", "en"),
-     ("auto", "de-DE", "en"), ("auto", None, "en"), ("ko", "en-US", "ko"), ("en", "ko-KR", "en")],
+    ("asked", "setting", "browser", "chosen"),
+    [(None, "auto", "ko-KR", "ko"), (None, "auto", "ko", "ko"), (None, "auto", "en-US", "en"),
+     (None, "auto", "kok-IN", "en"), (None, "auto", "de-DE", "en"), (None, "auto", None, "en"),
+     ("", "ko", "en-US", "ko"), ("", "en", "ko-KR", "en"), ("ko", "en", "en-US", "ko"), ("en", "ko", "ko-KR", "en"),
+     ("xx", "auto", "ko-KR", "ko"), ("xx", "auto", "en-US", "en"), ("한국어", "auto", "en-US", "en")],
 )  # fmt: skip
-def test_the_first_language_is_the_settings_then_the_browsers(wanted: str, browser: str | None, first: str) -> None:
-    assert texts.first_language(wanted, browser) == first
+def test_the_language_is_the_readers_then_the_settings_then_the_browsers(
+    asked: str | None, setting: str, browser: str | None, chosen: str
+) -> None:
+    assert texts.choose(asked, setting, browser) == chosen
+
+
+@pytest.mark.usefixtures("proxy")
+@pytest.mark.parametrize(
+    ("asked", "browser", "shown_in"), [("ko", "en-US", "ko"), ("en", "ko-KR", "en"), ("xx", "ko-KR", "ko")]
+)
+def test_the_urls_language_is_shown_and_stays_on_other_pages(
+    app: Callable[..., AppTest], asked: str, browser: str, shown_in: str
+) -> None:
+    """?lang=ko is a code; with an unknown one the browser's language is shown."""
+    app("auto")
+    page = AppTest.from_file(APP, default_timeout=60)
+    page.query_params["lang"] = asked
+    page.context = {"locale": browser}
+    assert texts.load(shown_in)("chat.intro") in shown(page.run())
+    assert texts.load(shown_in)("status.all_up") in shown(page.switch_page(STATUS).run())
+    assert page.query_params == {"lang": asked}
+
+
+def test_the_switch_writes_the_code_into_the_url(app: Callable[..., AppTest]) -> None:
+    page = app()
+    assert page.query_params == {}
+    page.sidebar.segmented_control[0].set_value("ko").run()
+    assert texts.load("ko")("chat.intro") in shown(page)
+    assert page.query_params == {"lang": "ko"}
+    page.sidebar.segmented_control[0].set_value("en").run()
+    assert texts.load("en")("chat.intro") in shown(page)
+    assert page.query_params == {"lang": "en"}
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    files = {f"app_pages/{path.name}" for path in APP.parent.glob("app_pages/*.py") if path.name != "__init__.py"}
+    assert files == {page.file for page in PAGES}
+    assert len({page.url_path for page in PAGES}) == len(PAGES)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.url_path)
+def test_every_page_is_drawn_in_every_language(app: Callable[..., AppTest], language: str, page: Any) -> None:
+    drawn = app(language, page=page.file)
+    assert not drawn.exception
+    assert drawn.title[0].value == texts.load(language)(f"{page.url_path}.title")
+
+
+def test_no_module_hides_another_package() -> None:
+    """Streamlit puts the folder of app.py in front of all others in which Python looks for a module."""
+    ours = {path.stem for path in [*APP.parent.glob("*.py"), *APP.parent.glob("*/")]} - {"__init__", "__main__"}
+    assert not ours & {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
 
 
 # ---- chat -----------------------------------------------------------------------------------------------------------
@@ -182,8 +247,30 @@ def test_only_chat_models_can_be_chosen_and_an_alias_says_so(app: Callable[..., 
     assert page.sidebar.selectbox[0].options == [CHAT["id"], f"{ALIAS['id']} → {CHAT['id']}"]
     assert page.sidebar.number_input[0].max == CHAT["context"]
     upstream = {"data": [{"id": "gpt-x", "object": "model"}]}
-    assert list(chat_models(upstream)) == ["gpt-x"]
-    assert chat_models({"data": [{"id": "a", "kind": "classifier"}, "nonsense", {}]}) == {}
+    assert list(chat.chat_models(upstream)) == ["gpt-x"]
+    assert chat.chat_models({"data": [{"id": "a", "kind": "classifier"}, "nonsense", {}]}) == {}
+
+
+def answer(text: str = "", **fields: Any) -> Answer:
+    """An answer as it is after its end."""
+    return Answer({}, Mock(), "id`7`", text, **fields)
+
+
+def test_turns_without_a_text_are_not_sent() -> None:
+    sampling = {"model": "m", "system": " ", "temperature": 0.0, "top_p": 1.0, "max_tokens": 8}
+    turns = [chat.Turn("first", answer("one")), chat.Turn("lost", answer())]
+    sent = [(message["role"], message["content"]) for message in chat.request(turns, "next", sampling)["messages"]]
+    assert sent == [("user", "first"), ("assistant", "one"), ("user", "next")]
+
+
+def test_figures_show_what_is_known() -> None:
+    words = texts.load("en")
+    assert chat.figures(answer(), words) == "request `id'7'`"
+    known = answer("x", started=1.0, first=2.5, last=3.5, prompt_tokens=5, completion_tokens=2001, cache="hit")
+    assert chat.figures(known, words) == (
+        "TTFT 1,500 ms · 2,000.0 tokens/s · 5 + 2001 tokens · :green[:material/bolt: cache hit] · request `id'7'`"
+    )
+    assert "newly fetched" in chat.figures(answer(cache="vary-miss"), words)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -224,11 +311,43 @@ def test_a_proxy_that_hangs_does_not_hang_the_pages(app: Callable[..., AppTest],
     proxy.mode = "hung"
     page = app(status_timeout_seconds="0.2")
     assert texts.load("en")("faults.timeout.what") in shown(page)
-    assert texts.load("en")("faults.timeout.what") in shown(status_page(page))
+    assert texts.load("en")("faults.timeout.what") in shown(page.switch_page(STATUS).run())
 
 
 def test_something_else_on_the_proxys_port_is_named(app: Callable[..., AppTest], proxy: StandIn) -> None:
     assert texts.load("en")("faults.not_the_proxy.what") in shown(app(url=proxy.url + "/elsewhere"))
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_goes_with_every_call(proxy_client: Proxy, proxy: StandIn) -> None:
+    for key, sent in (("sk-of-a-reader", "Bearer sk-of-a-reader"), (None, None)):
+        proxy.keys.clear()
+        proxy_client.models(key)
+        proxy_client.status(key)
+        assert proxy_client.ask(request(), key).wait(60)
+        authorization = sent or "Bearer local"  # the OpenAI client always sends one
+        assert proxy.keys == [("/v1/models", sent), ("/status", sent), ("/v1/chat/completions", authorization)]
+
+
+def test_the_pages_pass_the_sessions_key(
+    app: Callable[..., AppTest], proxy: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session.__init__, "__defaults__", ("sk-of-a-reader",))
+    page = ask(app())
+    assert "sk-of-a-reader" not in shown(page)
+    page.switch_page(STATUS).run()
+    assert {path for path, _ in proxy.keys} == {"/v1/models", "/status", "/v1/chat/completions"}
+    assert {key for _, key in proxy.keys} == {"Bearer sk-of-a-reader"}
+
+
+def test_a_proxy_that_wants_a_key_is_not_taken_for_another_program(
+    app: Callable[..., AppTest], proxy_client: Proxy, proxy: StandIn
+) -> None:
+    proxy.mode = "refusing"
+    assert proxy_client.models() == proxy_client.status() == Fault("refused", 401)
+    assert texts.load("en")("faults.refused.what") in shown(app())
 
 
 # ---- stop -----------------------------------------------------------------------------------------------------------
@@ -240,10 +359,10 @@ def request(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("never_abandoned")
 @pytest.mark.parametrize("mode", ["silent", "endless"])
-def test_stop_closes_the_connection(answers: Answers, proxy: StandIn, mode: Any) -> None:
+def test_stop_closes_the_connection(proxy_client: Proxy, proxy: StandIn, mode: Any) -> None:
     """Of an answer without an end, before the first token as well as after it; what came stays."""
     proxy.mode = mode
-    answer = answers.ask(request())
+    answer = proxy_client.ask(request())
     eventually(lambda: proxy.requests if mode == "silent" else answer.text)
     answer.stop()
     eventually(lambda: not answer.running)
@@ -253,23 +372,25 @@ def test_stop_closes_the_connection(answers: Answers, proxy: StandIn, mode: Any)
 
 
 @pytest.mark.usefixtures("never_abandoned")
-def test_stop_comes_in_time_however_early(answers: Answers, proxy: StandIn) -> None:
+def test_stop_comes_in_time_however_early(proxy_client: Proxy, proxy: StandIn) -> None:
     proxy.mode = "silent"
     for _ in range(20):
-        answer = answers.ask(request())
+        answer = proxy_client.ask(request())
         answer.stop()
         eventually(lambda answer=answer: not answer.running)
         assert answer.state == "stopped"
     proxy.reset()  # none of the connections stays
 
 
-def test_an_answer_nobody_looks_at_is_left(answers: Answers, proxy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_nobody_looks_at_is_left(
+    proxy_client: Proxy, proxy: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A closed or reloaded tab: its script ends, and with it the looks. By a clock that the test sets."""
     monkeypatch.setattr(module, "ABANDONED_AFTER", 0.05)  # the answer looks at the clock as often
     clock = SimpleNamespace(now=module.time.monotonic())
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     proxy.mode = "endless"
-    answer = answers.ask(request())
+    answer = proxy_client.ask(request())
     for _ in range(10):  # looked at, it goes on, though five times the bound goes by
         assert not answer.wait(0)
         have = len(answer.text)
@@ -286,13 +407,11 @@ def test_an_answer_nobody_looks_at_is_left(answers: Answers, proxy: StandIn, mon
 def test_another_question_stops_the_running_answer(app: Callable[..., AppTest], proxy: StandIn) -> None:
     page = app()
     proxy.mode = "endless"
-    running = Answers(Settings(proxy_url=proxy.url))
+    running = Proxy(Settings(proxy_url=proxy.url))
     try:
         live = running.ask(request())
         eventually(lambda: live.text)
-        from lab_ui.chat import Turn
-
-        page.session_state.turns = [Turn("before", live)]
+        page.session_state.turns = [chat.Turn("before", live)]
         proxy.mode = "up"
         page = ask(page)
         eventually(lambda: proxy.left)
@@ -398,16 +517,10 @@ def test_cache_status_in_one_word(header: str | None, state: str | None) -> None
 # ---- status ---------------------------------------------------------------------------------------------------------
 
 
-def status_page(app: AppTest) -> AppTest:
-    """`switch_page` knows pages that are files only."""
-    app._page_hash = next(page for page, info in app._registered_pages.items() if info["url_pathname"] == "status")
-    return app.run()
-
-
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_status_shows_every_service(app: Callable[..., AppTest], language: str) -> None:
     words = texts.load(language)
-    page = status_page(app(language))
+    page = app(language, page=STATUS)
     assert not page.exception
     text = shown(page)
     assert words("status.all_up") in text
@@ -437,7 +550,7 @@ def test_status_says_what_is_down_and_what_to_do(
     app: Callable[..., AppTest], proxy: StandIn, language: str, mode: Any, key: str
 ) -> None:
     proxy.mode = mode
-    page = status_page(app(language))
+    page = app(language, page=STATUS)
     assert not page.exception
     assert texts.load(language)("status.some_down") in shown(page)
     assert texts.load(language)(key) in shown(page)
@@ -445,7 +558,7 @@ def test_status_says_what_is_down_and_what_to_do(
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_status_without_a_proxy(app: Callable[..., AppTest], language: str) -> None:
-    page = status_page(app(language, f"http://127.0.0.1:{free_port()}"))
+    page = app(language, f"http://127.0.0.1:{free_port()}", STATUS)
     words = texts.load(language)
     assert not page.exception
     assert words("status.do.proxy") in shown(page)
@@ -459,7 +572,18 @@ def test_status_bears_with_any_answer(
     app: Callable[..., AppTest], monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("fixtures_ui.status", lambda mode: body)
-    assert not status_page(app()).exception
+    assert not app(page=STATUS).exception
+
+
+@pytest.mark.parametrize("kind", ["proxy_down", "not_the_proxy"])
+def test_without_a_report_only_ui_and_proxy_are_known(kind: str) -> None:
+    report = Report(Fault(kind), Settings(), words := texts.load("en"))
+    states = {service.name: service.state for service in report.services}
+    assert states == {"ui": "up", "proxy": "down", "redis": "unknown", "model": "unknown"}
+    assert (report.models, report.cache, report.versions) == ([], None, "")
+    advice = report.services[1].advice(words)
+    assert advice[-1] == words("status.do.proxy")
+    assert advice[:-1] == ([] if kind == "proxy_down" else [words("faults.not_the_proxy.what")])
 
 
 # ---- start ----------------------------------------------------------------------------------------------------------

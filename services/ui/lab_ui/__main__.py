@@ -13,8 +13,8 @@ from starlette.middleware import Middleware
 
 from .settings import LOOPBACK, Settings
 
-# Nothing but this server, for everything a page could load or call: a model's answer with a remote image, a font or a
-# frame would tell its author who reads it. Streamlit's own pages need inline styles, one inline script and blobs.
+# Pages load from this server only: a remote image, font or frame in a model's answer would report its readers to
+# somebody else. Streamlit's own pages need inline styles, one inline script and blobs.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; "
@@ -43,7 +43,7 @@ class Guard:
 
 
 def options(settings: Settings) -> dict[str, Any]:
-    """Streamlit's options; given here they stand over its files and environment variables."""
+    """Streamlit's options. They override its files and environment variables."""
     hosts = {*LOOPBACK, "ui", settings.host, *settings.allowed_hosts}
     fonts = "'Source Sans', 'Noto Sans KR', 'Noto Sans CJK KR', 'Apple SD Gothic Neo', 'Malgun Gothic', sans-serif"
     return {
@@ -82,7 +82,9 @@ def main() -> int:
         settings = Settings()
     except ValidationError as error:
         for problem in error.errors():
-            variable = "".join(f"UI_{str(part).upper()}: " for part in problem["loc"][:1])  # none where two disagree
+            variable = "".join(
+                f"UI_{str(part).upper()}: " for part in problem["loc"][:1]
+            )  # none for rules over several
             print(f"{variable}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)  # noqa: T201
         return 2
     app = streamlit.App(Path(__file__).with_name("app.py"), middleware=[Middleware(Guard)])

@@ -1,4 +1,4 @@
-"""What the environment may say to the ui. Nothing else in the package reads it."""
+"""Settings of the ui from environment variables. Nothing else in the package reads the environment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     )
     language: Literal["auto", "en", "ko"] = Field(
         default="auto",
-        description="First language of the pages; `auto`: the browser's. The switch in the sidebar stands over it.",
+        description="Language of the pages; `auto`: the browser's. `?lang=` and the switch in the sidebar override it.",
     )
     connect_timeout_seconds: float = Field(
         default=2, gt=0, le=60, description="Longest wait for a connection to the proxy."

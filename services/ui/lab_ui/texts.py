@@ -1,9 +1,14 @@
-"""The words of the pages: one YAML file a language, the same keys and placeholders in each."""
+"""The texts of the pages: texts/LANGUAGE/PAGE.yaml, the same keys and placeholders in each language.
+
+Knows no page. A text is a string.Template: `$seconds` is a placeholder, `$$` a dollar sign. Numbers arrive formatted.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from importlib import resources
+from string import Template
 from typing import Any
 
 import yaml
@@ -12,35 +17,45 @@ LANGUAGES = {"en": "English", "ko": "한국어"}
 
 
 class Texts:
-    """The texts of one language. `texts("chat.waiting", seconds=3)`; an unknown key is a KeyError."""
+    """The texts of one language: `texts("chat.waiting", seconds="3.0")`; KeyError: unknown key, or value missing."""
 
-    def __init__(self, language: str, words: dict[str, str]) -> None:
+    def __init__(self, language: str, texts: Mapping[str, str]) -> None:
         self.language = language
-        self._words = words
+        self._templates = {key: Template(text) for key, text in texts.items()}
 
-    def __call__(self, key: str, **values: Any) -> str:
-        return self._words[key].format(**values)
+    def __call__(self, key: str, /, **values: str | int) -> str:
+        return self._templates[key].substitute(values)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._words
+        return key in self._templates
+
+    @property
+    def placeholders(self) -> dict[str, set[str]]:
+        """The names of the placeholders by key."""
+        return {key: set(template.get_identifiers()) for key, template in self._templates.items()}
 
 
 @functools.cache
 def load(language: str) -> Texts:
-    """Texts of `en` or `ko`, their nested keys joined by dots."""
-    tree = yaml.safe_load(resources.files("lab_ui").joinpath("texts", f"{language}.yaml").read_text(encoding="utf-8"))
-    return Texts(language, dict(_flat(tree)))
+    """Texts of `en` or `ko`. Keys are the file's name and the nested keys, joined by dots."""
+    texts: dict[str, str] = {}
+    for file in resources.files("lab_ui").joinpath("texts", language).iterdir():
+        page = file.name.removesuffix(".yaml")
+        texts.update(_flat(yaml.safe_load(file.read_text(encoding="utf-8")), f"{page}."))
+    return Texts(language, texts)
 
 
-def first_language(wanted: str, browser: str | None) -> str:
-    """`wanted` where the settings name one, else the browser's if it is Korean, else English."""
-    if wanted in LANGUAGES:
-        return wanted
+def choose(asked: str | None, setting: str, browser: str | None) -> str:
+    """`asked` by the reader, else the setting's language, else the browser's if it is Korean, else English."""
+    for language in (asked, setting):
+        if language and language in LANGUAGES:
+            return language
     return "ko" if (browser or "").lower().split("-")[0].split("_")[0] == "ko" else "en"
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs = []
+def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, str(value).strip())]
-    return pairs
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, str(value).strip()

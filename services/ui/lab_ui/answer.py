@@ -1,0 +1,121 @@
+"""One answer of the proxy as it grows: state, text, times, stop. And Fault: why an answer or a lookup failed.
+
+Knows threads and one event loop. Knows nothing of HTTP, Streamlit, languages or pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ABANDONED_AFTER = 3.0  # seconds without a `wait` of a page: its tab was closed, reloaded or shows another page
+State = Literal["waiting", "streaming", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an answer or a lookup failed. `kind` names a text; `status` and `message` are the proxy's own."""
+
+    kind: str
+    status: int | None = None
+    message: str = ""
+    retry_after: str | None = None
+
+
+@dataclass
+class Answer:
+    """What has arrived so far. Written by the loop's thread, read by any; `text` only grows."""
+
+    request: Mapping[str, Any]
+    _loop: asyncio.AbstractEventLoop = field(repr=False)
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    text: str = ""
+    state: State = "waiting"
+    finish_reason: str | None = None
+    fault: Fault | None = None
+    cache: str | None = None  # "hit", "miss", "bypass" …; None without a Cache-Status header
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    started: float = field(default_factory=time.monotonic)
+    first: float | None = None  # first and last content, on the clock of `started`
+    last: float | None = None
+    ended: float | None = None
+    seen: float = field(default_factory=time.monotonic)
+    _task: asyncio.Task[None] | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def running(self) -> bool:
+        return not self._over.is_set()
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from the request to the first content."""
+        return None if self.first is None else self.first - self.started
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the request to the end, or until now."""
+        return (self.ended or time.monotonic()) - self.started
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed: tokens after the first by the time after the first. Of a single piece: all by all."""
+        if not self.completion_tokens or self.first is None or self.last is None:
+            return None
+        if self.completion_tokens > 1 and self.last > self.first:
+            return (self.completion_tokens - 1) / (self.last - self.first)
+        return self.completion_tokens / max(self.last - self.started, 1e-6)
+
+    def add(self, content: str) -> None:
+        """Append a piece of the text."""
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.text += content
+        self.state = "streaming"
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end, at most `seconds`; True at the end. A page that displays the answer calls it often."""
+        self.seen = time.monotonic()
+        return self._over.wait(seconds)
+
+    def stop(self) -> None:
+        """Close the request, keep what has arrived. Returns when the connection is closed, after 1 s at most."""
+        if self.running:
+            self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
+            self._over.wait(1)
+
+    def start(self, receive: Callable[[Answer], Awaitable[None]]) -> None:
+        """Run `receive(self)` as a task of the loop until it ends, is stopped, or no page displays the answer."""
+
+        def begin() -> None:
+            self._task = self._loop.create_task(self._run(receive))
+            self._task.add_done_callback(self._end)
+
+        self._loop.call_soon_threadsafe(begin)
+
+    async def _run(self, receive: Callable[[Answer], Awaitable[None]]) -> None:
+        watch = asyncio.create_task(self._cancel_when_abandoned())
+        try:
+            await receive(self)
+        finally:
+            watch.cancel()
+
+    async def _cancel_when_abandoned(self) -> None:
+        """Pages wait by polling, from another thread: that none does is no event."""
+        while (left := self.seen + ABANDONED_AFTER - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """Runs in the loop after the connection is closed, also if the stop came before the task's first step."""
+        if task.cancelled():
+            self.state = "stopped"
+        self.ended = time.monotonic()
+        self._over.set()

@@ -1,0 +1,45 @@
+"""Text of models and of the proxy as Markdown that loads nothing.
+
+Knows Streamlit's Markdown: images, formulas and directives. Knows nothing of where a text comes from.
+"""
+
+from __future__ import annotations
+
+import re
+
+# In this order: code span, escape, image, formula, directive.
+_SPECIAL = re.compile(r"(?<!`)(?P<code>(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))|\\.|!(?=\[)|\$|:(?=[a-z-]+\[)")
+
+
+def plain(text: str) -> str:
+    """Markdown in which `![…](…)`, `$…$` and `:red[…]` are shown as they are written.
+
+    Code stays as it is: fences that begin in the first column, and spans within a line. The server's content security
+    policy forbids remote images as well, whatever else a parser may read.
+    """
+    shown = ""
+    fence = ""
+    for line in text.split("\n"):
+        mark = re.match(r"`{3,}(?=[^`]*$)|~{3,}", line)
+        if fence:
+            shown += line + "\n"
+            if mark and line.startswith(fence) and not line.strip(fence[0] + " \t"):
+                fence = ""
+        elif mark:
+            fence = mark[0]
+            shown += line + "\n"
+        else:
+            # Two spaces keep the line's end: a poem stays a poem.
+            shown += _SPECIAL.sub(_escaped, line) + ("  \n" if line.strip() else "\n")
+    return shown.rstrip()
+
+
+def span(value: object) -> str:
+    """A Markdown code span."""
+    return "`" + str(value).replace("`", "'").replace("\n", " ") + "`"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    if match["code"] or match[0].startswith("\\"):
+        return match[0]
+    return "!\\" if match[0] == "!" else "\\" + match[0]
