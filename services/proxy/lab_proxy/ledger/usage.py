@@ -14,14 +14,8 @@ import redis.asyncio as redis
 from ..ledger import money
 
 DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
-
-
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
-
-
 NOBODY = "-"  # key id of charges where no key is required
-
-
 MAX_DAYS = 366
 
 
@@ -32,7 +26,7 @@ METRICS = (
     "hits", "hit_prompt_tokens", "hit_completion_tokens",
     "collapsed", "collapsed_prompt_tokens", "collapsed_completion_tokens",
 )  # fmt: skip
-"""Columns of a row. `prompt_tokens` to `estimated_calls` are of real calls; `cost` is pico-dollars. `hits` and
+"""Columns of a row. `prompt_tokens` to `estimated_calls` are of upstream calls; `cost` is pico-dollars. `hits` and
 `collapsed` cost nothing: their tokens were saved."""
 
 

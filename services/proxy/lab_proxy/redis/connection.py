@@ -20,7 +20,7 @@ Command = tuple[Any, ...]
 
 
 class CommandError(Exception):
-    """Redis answered one command with an error. It stands among the replies; it is not raised."""
+    """Redis answered one command with an error. `execute` returns it among the replies."""
 
 
 class Pipeline:
