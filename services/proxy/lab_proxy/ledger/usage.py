@@ -11,13 +11,12 @@ from typing import Any
 import orjson
 import redis.asyncio as redis
 
-from ..ledger import money
+from . import money
 
 DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
 NOBODY = "-"  # key id of charges where no key is required
 MAX_DAYS = 366
-
 
 METRICS = (
     "requests",
