@@ -1,8 +1,8 @@
-"""proxy: one OpenAI-compatible door to local and paid models, with an exact response cache in redis.
+"""proxy: an OpenAI-compatible proxy for local and paid models, with an exact response cache in redis.
 
-A request meets the modules in this order: `app` (HTTP, who may come in), `canonical` (strict JSON, the cache's key),
-`routes` (which upstream serves a name), `exchange` (one request's way), `cache` (redis), `upstream` (the HTTP client),
-`entry` (what may be stored, both wire modes of it).
+A request meets the rooms in this order: `http`, `batches`, `requests`, `keys`, `upstreams`, `cache`, `ledger`, `redis`,
+`telemetry`. A room imports only the rooms after it (tests/docs/test_rooms.py). The files beside them import no room,
+except `__main__` and `cli`, which put everything together.
 """
 
 __version__ = "0.1.0"

@@ -71,9 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = keys.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, work: Callable[[argparse.Namespace, redis.Redis], Awaitable[None]], said: str, warns: bool = False
+        name: str,
+        work: Callable[[argparse.Namespace, redis.Redis], Awaitable[None]],
+        description: str,
+        warns: bool = False,
     ) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=said, description=said)
+        made = verbs.add_parser(name, help=description, description=description)
         made.add_argument("--json", action="store_true", help="print JSON instead of a table")
         made.set_defaults(work=work, warns=warns)
         return made
@@ -99,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_spec_options(many)
 
     usage = areas.add_parser("usage", help="tokens and cost by day, owner and model")
-    for name, said in (("from", "first day, as 2026-11-01 (30 days ago)"), ("to", "last day (today, UTC)")):
-        usage.add_argument(f"--{name}", dest=f"{name}_day", type=date.fromisoformat, help=said)
+    for name, meaning in (("from", "first day, as 2026-11-01 (30 days ago)"), ("to", "last day (today, UTC)")):
+        usage.add_argument(f"--{name}", dest=f"{name}_day", type=date.fromisoformat, help=meaning)
     for name in ("owner", "model"):
         usage.add_argument(f"--{name}", help=f"only this {name}")
     form = usage.add_mutually_exclusive_group()
@@ -111,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_spec_options(parser: argparse.ArgumentParser) -> None:
-    said = {
+    options = {
         "name": "a label of its own",
         "models": "names or shell patterns, separated by commas (all)",
         "rpm": "requests a minute",
@@ -122,14 +125,14 @@ def _add_spec_options(parser: argparse.ArgumentParser) -> None:
         "expires": "2026-12-31, a time with zone, or 30d",
         "namespace": "share cached answers with all keys of this namespace",
     }
-    for name, meaning in said.items():
+    for name, meaning in options.items():
         parser.add_argument(f"--{name}", dest=name.replace("-", "_"), help=meaning, metavar=name.upper().split("-")[0])
 
 
 def _spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The KeySpec fields of the command line; `none` and an empty text are null."""
-    told = {name: getattr(args, name, None) for name in SPEC_FIELDS}
-    return {name: None if value in {"none", ""} else value for name, value in told.items() if value is not None}
+    given = {name: getattr(args, name, None) for name in SPEC_FIELDS}
+    return {name: None if value in {"none", ""} else value for name, value in given.items() if value is not None}
 
 
 async def _create(args: argparse.Namespace, client: redis.Redis) -> None:
@@ -220,10 +223,10 @@ def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
         }
         if None in line:
             raise UsageError(f"{path} line {number}: more values than columns; nothing was changed")
-        said = defaults | {name: value for name, value in given.items() if value}
-        said.setdefault("owner", said.get("name"))
+        fields = defaults | {name: value for name, value in given.items() if value}
+        fields.setdefault("owner", fields.get("name"))
         try:
-            specs.append(key_spec(said))
+            specs.append(key_spec(fields))
         except ProxyError as error:
             raise UsageError(f"{path} line {number}: {error.message}; nothing was changed") from None
     if not specs:
@@ -269,8 +272,8 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _print_json(said: Any) -> None:
-    _print(orjson.dumps(said, option=orjson.OPT_INDENT_2).decode())
+def _print_json(value: Any) -> None:
+    _print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
 def _print(text: str) -> None:

@@ -46,9 +46,7 @@ class Settings(BaseSettings):
         description="Key of the operator's pages. If set, every caller needs a virtual key. A weak key is refused.",
     )
     admin_key_file: Path | None = Field(None, description="File with the admin key; an empty file means no key.")
-    require_keys: bool = Field(
-        False, description="Require a virtual key from every caller, even without an admin key (see `python -m lab_proxy keys`)."
-    )
+    require_keys: bool = Field(False, description="Require a virtual key from every caller, even without an admin key.")
     limits_when_redis_is_down: Literal["open", "closed"] = Field(
         "open", description="Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."
     )

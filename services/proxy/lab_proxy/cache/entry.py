@@ -19,12 +19,6 @@ from .key import CONTRACT
 OBJECT_BYTES = 1500  # of an entry and its place in a dict, besides its body; measured
 
 
-# ---- what may be stored
-
-
-# ---- the stored form
-
-
 @dataclass(slots=True)
 class Entry:
     """A stored answer. `body` is JSON, served by splicing: a chat or text answer without `id` and `created`, or one
@@ -87,9 +81,6 @@ def new_id(endpoint: str) -> str:
 def with_identity(body: bytes, identity: str, created: int) -> bytes:
     """A stored body with a new `id` and `created`, spliced in without parsing."""
     return b'{"id":"%s","created":%d,' % (identity.encode(), created) + body[1:]
-
-
-# ---- streams
 
 
 # ---- embeddings

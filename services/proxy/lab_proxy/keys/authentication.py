@@ -44,7 +44,7 @@ class NoKeys:
         return LOCAL
 
     async def identity_of(self, key_id: str) -> Identity:
-        raise InvalidKey(f"{key_id} means nothing while no key is lookup for.")
+        raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
         return False

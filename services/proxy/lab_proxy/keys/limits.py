@@ -353,23 +353,27 @@ def _slots(who: Identity) -> str:
 
 def _refusal(admission: Admission, verdict: int, *, wait: int, now: int, left: int) -> ProxyError:
     """`wait` and `now` in microseconds, `left` in tokens."""
-    who, said = admission.identity, dict(admission.headers)
+    who, headers = admission.identity, dict(admission.headers)
     if verdict == _TOTAL:
-        return BudgetExceeded(f"This key's budget of {money.shown(who.budget_total or 0)} USD is spent.", headers=said)
+        return BudgetExceeded(
+            f"This key's budget of {money.shown(who.budget_total or 0)} USD is spent.", headers=headers
+        )
     if verdict == _DAY:
-        said["retry-after"] = str(86400 - now // 1_000_000 % 86400)
+        headers["retry-after"] = str(86400 - now // 1_000_000 % 86400)
         budget = money.shown(who.budget_day or 0)
         return BudgetExceeded(
-            f"This key's budget of {budget} USD a day is spent: it begins anew at midnight UTC.", headers=said
+            f"This key's budget of {budget} USD a day is spent: it begins anew at midnight UTC.", headers=headers
         )
     if verdict == _TOO_LARGE:  # a retry does not help
         why = f"Limit {who.tpm}, Requested {admission.reserved}. Ask for fewer tokens."
-        return LimitReached(f"Request too large for this key on tokens per min (TPM): {why}", "tokens", said)
-    said["retry-after"] = str(math.ceil(wait / 1e6))
-    said["retry-after-ms"] = str(math.ceil(wait / 1000))
+        return LimitReached(f"Request too large for this key on tokens per min (TPM): {why}", "tokens", headers)
+    headers["retry-after"] = str(math.ceil(wait / 1e6))
+    headers["retry-after-ms"] = str(math.ceil(wait / 1000))
     kind, why = {
         _SLOTS: ("requests", f"concurrent requests: Limit {who.concurrency}."),
         _REQUESTS: ("requests", f"requests per min (RPM): Limit {who.rpm}."),
         _TOKENS: ("tokens", f"tokens per min (TPM): Limit {who.tpm}, Left {left}, Requested {admission.reserved}."),
     }[verdict]
-    return LimitReached(f"Rate limit reached for this key on {why} Please try again in {duration(wait)}.", kind, said)
+    return LimitReached(
+        f"Rate limit reached for this key on {why} Please try again in {duration(wait)}.", kind, headers
+    )

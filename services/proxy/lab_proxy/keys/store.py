@@ -135,12 +135,12 @@ class Key(KeySpec):
 
     def public_fields(self) -> dict[str, Any]:
         """For the operator: all fields but the digests."""
-        said = self.model_dump(mode="json", exclude={"secrets", "created", "rotated", "revoked"})
+        fields = self.model_dump(mode="json", exclude={"secrets", "created", "rotated", "revoked"})
         times = {"created": self.created, "rotated": self.rotated, "revoked": self.revoked}
         return {
             "id": self.id,
             "state": self.state(time.time()),
-            **{name: value for name, value in said.items() if name != "id"},
+            **{name: value for name, value in fields.items() if name != "id"},
             **{name: when and datetime.fromtimestamp(int(when), UTC).isoformat() for name, when in times.items()},
         }
 

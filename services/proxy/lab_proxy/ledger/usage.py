@@ -11,19 +11,12 @@ from typing import Any
 import orjson
 import redis.asyncio as redis
 
-from ..ledger import money
+from . import money
 
 DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
-
-
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
-
-
 NOBODY = "-"  # key id of charges where no key is required
-
-
 MAX_DAYS = 366
-
 
 METRICS = (
     "requests",
@@ -32,7 +25,7 @@ METRICS = (
     "hits", "hit_prompt_tokens", "hit_completion_tokens",
     "collapsed", "collapsed_prompt_tokens", "collapsed_completion_tokens",
 )  # fmt: skip
-"""Columns of a row. `prompt_tokens` to `estimated_calls` are of real calls; `cost` is pico-dollars. `hits` and
+"""Columns of a row. `prompt_tokens` to `estimated_calls` are of upstream calls; `cost` is pico-dollars. `hits` and
 `collapsed` cost nothing: their tokens were saved."""
 
 
@@ -73,22 +66,22 @@ def _rows(day: str, key: str, fields: Mapping[bytes, bytes]) -> list[dict[str, A
         found.setdefault((owner, upstream, model), {})[metric] = int(value)
     return [
         {"day": day, "key_id": None if key == NOBODY else key, "owner": owner, "upstream": upstream, "model": model}
-        | _figures({metric: told.get(metric, 0) for metric in METRICS})
-        for (owner, upstream, model), told in sorted(found.items())
+        | _figures({metric: sums.get(metric, 0) for metric in METRICS})
+        for (owner, upstream, model), sums in sorted(found.items())
     ]
 
 
-def _figures(told: Mapping[str, int]) -> dict[str, Any]:
+def _figures(sums: Mapping[str, int]) -> dict[str, Any]:
     """A row's numbers as the pages show them. `cost_usd` is null, not 0, if no call had a price."""
-    cost = told["cost"]
-    known = cost or not told["unpriced_calls"] or told["unpriced_calls"] < told["upstream_calls"]
+    cost = sums["cost"]
+    known = cost or not sums["unpriced_calls"] or sums["unpriced_calls"] < sums["upstream_calls"]
     return {
-        **{metric: told[metric] for metric in METRICS if metric != "cost"},
-        "tokens_served": sum(told[name] for name in METRICS if name.endswith(("prompt_tokens", "completion_tokens")))
-        - told["cached_prompt_tokens"],
+        **{metric: sums[metric] for metric in METRICS if metric != "cost"},
+        "tokens_served": sum(sums[name] for name in METRICS if name.endswith(("prompt_tokens", "completion_tokens")))
+        - sums["cached_prompt_tokens"],
         "cost_usd": float(money.to_usd(cost)) if known else None,
         "cost_picodollars": cost if known else None,
-        "unpriced": told["unpriced_calls"] > 0,
+        "unpriced": sums["unpriced_calls"] > 0,
     }
 
 

@@ -20,7 +20,7 @@ Command = tuple[Any, ...]
 
 
 class CommandError(Exception):
-    """Redis answered one command with an error. It stands among the replies; it is not raised."""
+    """Redis answered one command with an error. `execute` returns it among the replies."""
 
 
 class Pipeline:
@@ -30,9 +30,8 @@ class Pipeline:
 
     def __init__(self, want: int, done: asyncio.Future[Pipeline]) -> None:
         self.want = want
-        self.deadline = float(
-            "inf"
-        )  # time.monotonic(), set when it is sent: a delayed event loop does not count against redis
+        # time.monotonic(). Set when it is sent, so that a delayed event loop does not count against redis.
+        self.deadline = float("inf")
         self.done = done
         self.replies: list[Any] = []
         self.pushes = 0  # push messages received before the first reply

@@ -71,9 +71,7 @@ class CompletionFetch:
         """The body for `target`, which always gets `include_usage` for a stream."""
         request = plan.request
         options = request.body.get("stream_options") or {}
-        valid = isinstance(
-            options.get("include_usage", False), bool
-        )  # otherwise the upstream refuses it with its own message
+        valid = isinstance(options.get("include_usage", False), bool)  # otherwise the upstream refuses it itself
         if not (plan.stream and target.config.stream_usage and valid and not plan.include_usage):
             return self.renamed_body(plan)(target)
         changed = {"model": target.model, "stream_options": {**options, "include_usage": True}}

@@ -51,9 +51,7 @@ class UpstreamRequest:
     deadline: float  # time.perf_counter() at which the whole answer is due
     body: Callable[[Target], bytes]
     on_call: Callable[[UpstreamCall], None] = lambda _: None  # called at the end of each call
-    caller_deadline: float | None = (
-        None  # like `deadline`, but the caller's own; passed on to the model service, not enforced here
-    )
+    caller_deadline: float | None = None  # the caller's own; sent to the model service, not enforced here
 
 
 class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
@@ -180,14 +178,13 @@ class UpstreamClient:
                 finally:
                     answer.close()
         except (Failed, TimeoutError) as error:
-            unheard = isinstance(error, Unreachable)
-            silent = (
-                isinstance(error, TimeoutError) and not unheard
-            )  # the time is spent, and the upstream may still be working
+            unsent = isinstance(error, Unreachable)
+            # After a timeout the time is spent, and the upstream may still be working: no retry there.
+            timed_out = isinstance(error, TimeoutError) and not unsent
             mapped = network_error(config.name, error)
-            if unheard:
+            if unsent:
                 call.id = ""  # nothing was sent: there is no usage to report
-            raise UpstreamFault(mapped, retry_after=None if silent else 0.0, fallback=True, failed=True) from None
+            raise UpstreamFault(mapped, retry_after=None if timed_out else 0.0, fallback=True, failed=True) from None
         finally:
             call.seconds += time.perf_counter() - since
         call.answered = True
@@ -233,9 +230,8 @@ class UpstreamClient:
                 headers={"retry-after": headers["retry-after"]} if "retry-after" in headers else {},
             )
         # 2. Whether to retry. A 500 may have done work: only if the upstream says so itself.
-        late = (
-            envelope is not None and envelope.get("code") == "deadline_exceeded"
-        )  # the caller's deadline, not the upstream's fault
+        # The caller's deadline is not the upstream's fault.
+        late = envelope is not None and envelope.get("code") == "deadline_exceeded"
         wish = headers.get("x-should-retry", "").lower()
         may = status >= 500 and not late and (wish == "true" or (status in PASSING and wish != "false"))
         wait = _seconds(headers.get("retry-after"))

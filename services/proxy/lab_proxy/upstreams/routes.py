@@ -162,9 +162,7 @@ class Target:
     kind: str | None = None  # kind of the model, as the model service reports it
     auto: str | None = None  # `small` or `large` with its reason, if `auto` was requested
     samples: int = 1  # number of sampled answers stored for one request
-    stale_while_revalidate: int = (
-        0  # seconds after the TTL in which a stale entry is served while a new answer is fetched
-    )
+    stale_while_revalidate: int = 0  # seconds after the TTL in which a stale entry is served during revalidation
     stale_if_error: int = 0  # seconds after the TTL in which a stale entry is served if the upstream fails
     fallbacks: tuple[Target, ...] = ()
 
