@@ -98,7 +98,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.read = 0.0, 0
-        monkeypatch.setattr("lab_model.engine.time", SimpleNamespace(monotonic=self._monotonic))
+        monkeypatch.setattr("lab_model.engine.scheduler.time", SimpleNamespace(monotonic=self._monotonic))
 
     def _monotonic(self) -> float:
         self.read += 1

@@ -23,8 +23,8 @@ import pytest
 import tiny
 import yaml
 from conftest import MODEL_START_SECONDS, PAIR
-from lab_model import __main__ as service
 from lab_model.models.catalogue import Entry
+from lab_model.serving import launcher
 from lab_model.serving.front import FrontError, HaproxyFront, Route, haproxy_binary
 from lab_model.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
@@ -235,10 +235,10 @@ def test_a_drained_front_ends_although_somebody_stays(tmp_path: Path, monkeypatc
 HOLDS = """\
 import sys, time
 from pathlib import Path
-from lab_model.catalogue import Entry
-from lab_model.front import Front, Route, binary
+from lab_model.serving.front import HaproxyFront, Route, haproxy_binary
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
-Front(binary(), folder, host="127.0.0.1", port=port, serve_port=1, routes={"catalogue": Route("/")}).start()
+routes = {"catalogue": Route("/")}
+HaproxyFront(haproxy_binary(), folder, host="127.0.0.1", port=port, serve_port=1, routes=routes).start()
 print(flush=True)
 time.sleep(600)
 """
@@ -506,12 +506,12 @@ def test_a_service_without_its_front_ends(
     """Whoever supervises it starts it again, with a front. In Ray's place: a Ray in which all is well."""
     status = types.SimpleNamespace(applications={"one": types.SimpleNamespace(status="RUNNING")})
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=types.SimpleNamespace(status=lambda: status)))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "lab_model.serve", types.SimpleNamespace(reason=str))  # type: ignore[arg-type]
-    monkeypatch.setattr(service, "replica_ports", lambda: {"one": [1]})
+    monkeypatch.setitem(sys.modules, "lab_model.serving.catalogue_app", types.SimpleNamespace(reason=str))  # type: ignore[arg-type]
+    monkeypatch.setattr(launcher, "replica_ports", lambda: {"one": [1]})
     entries = [Entry(id="one", kind="chat", source="file:/")]
     with named("serve") as serve, front(tmp_path, serve) as (made, _):
         (haproxy,) = [each for each in psutil.Process().children() if "front.cfg" in " ".join(each.cmdline())]
         haproxy.kill()
         eventually(lambda: not made.alive)
-        assert service.watch(Settings(), entries, time.monotonic(), threading.Event(), made) == service.FAILED
+        assert launcher.watch(Settings(), entries, time.monotonic(), threading.Event(), made) == launcher.FAILED
     assert "HAProxy has ended" in capsys.readouterr().err

@@ -150,7 +150,7 @@ class Stage:
 @pytest.fixture
 async def stage(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stage]:
     made = Stage()
-    monkeypatch.setattr("lab_model.generator.time", types.SimpleNamespace(monotonic=lambda: made.now))
+    monkeypatch.setattr("lab_model.api.generator.time", types.SimpleNamespace(monotonic=lambda: made.now))
     yield made
     for stream in made.streams:
         assert stream.task is not None

@@ -62,7 +62,9 @@ class Counted:
         """Tokens by model and kind, as the model service counted them, over all replicas."""
         text = httpx2.get(f"{self.model.url}/metrics", timeout=60).text
         found: dict[str, dict[str, int]] = {}
-        for kind, name, value in re.findall(r'^model_tokens_total\{kind="(\w+)",model="([\w-]+)"\} (\S+)', text, re.M):
+        pattern = r'^vllm:(prompt|generation)_tokens_total\{engine="0",model_name="([\w-]+)"\} (\S+)'
+        for counter, name, value in re.findall(pattern, text, re.M):
+            kind = {"prompt": "prompt", "generation": "completion"}[counter]
             if name in MODELS:
                 earlier = self.before.get(name, {}).get(kind, 0)
                 found.setdefault(name, {})[kind] = int(float(value)) - earlier
@@ -398,8 +400,8 @@ async def test_cache_a1_what_is_told_is_what_the_engine_computed(small: InProces
 
     def counted() -> tuple[float, float]:
         prompt, completion = (
-            REGISTRY.get_sample_value("model_tokens_total", {"model": TINY, "kind": kind}) or 0
-            for kind in ("prompt", "completion")
+            REGISTRY.get_sample_value(f"vllm:{counter}_tokens_total", {"model_name": TINY, "engine": "0"}) or 0
+            for counter in ("prompt", "generation")
         )
         return prompt, completion
 
