@@ -55,7 +55,7 @@ class Ours:
     def __init__(self, entry: Any) -> None:
         from lab_model.models.causal import load_engine  # noqa: PLC0415 - torch's threads are set first
 
-        self._heard: dict[Any, list[float]] = defaultdict(list)  # when each token came
+        self._received: dict[Any, list[float]] = defaultdict(list)  # when each token came
         self._ended: set[Any] = set()
         self._changed = threading.Condition()
         self.engine = load_engine(entry, self._deliver)
@@ -65,7 +65,7 @@ class Ours:
         now = time.perf_counter()
         with self._changed:
             for event in events:
-                self._heard[event.request] += [now] * len(event.tokens)
+                self._received[event.request] += [now] * len(event.tokens)
                 if event.error is not None and not event.request.cancelled:
                     say(f"bench: the engine failed a request: {event.error}")
                 if event.finish or event.error:
@@ -85,11 +85,11 @@ class Ours:
         with self._changed:
             if not self._changed.wait_for(lambda: all(r in self._ended for r in requests), timeout):
                 raise BenchError(f"this engine did not end in {timeout} s")
-            return [self._heard[request] for request in requests]
+            return [self._received[request] for request in requests]
 
     def started(self, requests: Sequence[Any], tokens: int, timeout: float = 60) -> None:
         with self._changed:
-            if not self._changed.wait_for(lambda: all(len(self._heard[r]) >= tokens for r in requests), timeout):
+            if not self._changed.wait_for(lambda: all(len(self._received[r]) >= tokens for r in requests), timeout):
                 raise BenchError(f"this engine gave no {tokens} tokens in {timeout} s")
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> int:
@@ -182,8 +182,10 @@ class Vllm:
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> int:
         asked = self._vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        told = self._model.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], asked, use_tqdm=False)
-        return sum(len(each.outputs[0].token_ids) for each in told)
+        reported = self._model.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts], asked, use_tqdm=False
+        )
+        return sum(len(each.outputs[0].token_ids) for each in reported)
 
     def close(self) -> None:
         self._folder.cleanup()
@@ -412,9 +414,9 @@ def stall(bench: Bench) -> None:
         engine.started(running, 1)
         engine.engine.cancel(*running)
         engine.wait(running)  # the next measurement shall have the engine for itself
-        heard = [engine._heard[request] for request in running]
-        before = [b - a for times in heard for a, b in itertools.pairwise(times) if b < joined]
-        during = [b - a for times in heard for a, b in itertools.pairwise(times) if a < arrived[0] and b > joined]
+        received = [engine._received[request] for request in running]
+        before = [b - a for times in received for a, b in itertools.pairwise(times) if b < joined]
+        during = [b - a for times in received for a, b in itertools.pairwise(times) if a < arrived[0] and b > joined]
         usual.append(statistics.median(before))
         longest.append(max(during))
         firsts.append(arrived[0] - joined)
@@ -545,17 +547,17 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
 
     async def sdk(prompts: Sequence[Sequence[int]]) -> None:
         began, cpu = time.perf_counter(), time.process_time()
-        told = await asyncio.gather(*(ask(prompt, NEW_TOKENS) for prompt in prompts))
-        made = sum(tokens for _, tokens in told)
+        reported = await asyncio.gather(*(ask(prompt, NEW_TOKENS) for prompt in prompts))
+        made = sum(tokens for _, tokens in reported)
         rates["sdk"].append(made / (time.perf_counter() - began))
         rates["sdk cpu"].append(1e6 * (time.process_time() - cpu) / made)
 
     with Streams(address.hostname or "127.0.0.1", address.port or 80, path) as streams:
 
         def light(prompts: Sequence[Sequence[int]]) -> None:
-            told = streams.ask([body(prompt, NEW_TOKENS) for prompt in prompts])
-            rates["light"].append(told.tokens / told.seconds)
-            rates["light cpu"].append(1e6 * told.cpu / told.tokens)
+            reported = streams.ask([body(prompt, NEW_TOKENS) for prompt in prompts])
+            rates["light"].append(reported.tokens / reported.seconds)
+            rates["light cpu"].append(1e6 * reported.cpu / reported.tokens)
 
         await asyncio.gather(*(ask(prompt, 8) for prompt in bench.prompts(4)))
         for turn in range(bench.rounds + 1):
@@ -590,10 +592,10 @@ class Streams:
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018, S101 - pipes were asked for
         self._process.stdin.write(json.dumps(self._where | {"bodies": list(bodies)}) + "\n")
         self._process.stdin.flush()
-        told = json.loads(self._process.stdout.readline() or '{"trouble": "bench.streams has ended"}')
-        if "trouble" in told:
-            raise BenchError(told["trouble"])
-        return Round(**told)
+        reported = json.loads(self._process.stdout.readline() or '{"trouble": "bench.streams has ended"}')
+        if "trouble" in reported:
+            raise BenchError(reported["trouble"])
+        return Round(**reported)
 
 
 def ends_of(bench: Bench) -> set[int]:
@@ -620,8 +622,8 @@ def side_by_side(speeds: dict[str, dict[int, float]]) -> str:
     """Tokens per second, engines beside each other."""
     lines = [f"{'tok/s, 64 new tokens a request':34}" + "".join(f"{count:>8}" for count in REQUESTS)]
     for name, row in speeds.items():
-        told = [f"{row[count]:8.0f}" if count in row else f"{'–':>8}" for count in REQUESTS]
-        lines.append(f"{name:34}" + "".join(told))
+        reported = [f"{row[count]:8.0f}" if count in row else f"{'–':>8}" for count in REQUESTS]
+        lines.append(f"{name:34}" + "".join(reported))
     return "\n".join(lines)
 
 
@@ -642,7 +644,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     began = time.monotonic()
     bench = Bench(options)
-    told = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads(), "model": bench.entry.id}
+    reported = machine() | {"torch": torch.__version__, "threads": torch.get_num_threads(), "model": bench.entry.id}
     trouble = ""
     try:
         for name, measure in SECTIONS.items():
@@ -658,9 +660,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"bench: {time.monotonic() - began:4.0f} s  {trouble or 'done'}")
     if bench.speeds:
         print(side_by_side(bench.speeds), end="\n\n")  # noqa: T201 - this is what the command is for
-    print(page("engine", told, bench.rows))  # noqa: T201
+    print(page("engine", reported, bench.rows))  # noqa: T201
     path = save(
-        "bench-engine", {"machine": told, "rounds": options.rounds, "tokens_per_second": bench.speeds}, bench.rows
+        "bench-engine", {"machine": reported, "rounds": options.rounds, "tokens_per_second": bench.speeds}, bench.rows
     )
     failed = [row.name for row in bench.rows if row.passed is False]
     if trouble:

@@ -173,8 +173,8 @@ def _until(true: Callable[[], bool]) -> None:
 def _counts(bench: Bench) -> tuple[int, int]:
     """Calls that the mock got, and those whose caller left."""
     with urllib.request.urlopen(f"{bench.upstream.url}/calls", timeout=5) as answer:  # noqa: S310 - loopback
-        said = json.load(answer)
-    return int(said["total"]), int(said["left"])
+        reply = json.load(answer)
+    return int(reply["total"]), int(reply["left"])
 
 
 @contextlib.contextmanager

@@ -70,13 +70,13 @@ class Stream(asyncio.Protocol):
 
     def check(self) -> tuple[int, int]:
         """Tokens and events with text. Raises BenchError for an answer that is not whole and right."""
-        said = b"".join(self._parts)
+        reply = b"".join(self._parts)
         if not self._whole or self._parser.get_status_code() != 200:
-            raise BenchError(f"an answer broke off, or was none: {said[-300:].decode(errors='replace')}")
-        *lines, done = [line for line in said.split(b"\n\n") if line]
+            raise BenchError(f"an answer broke off, or was none: {reply[-300:].decode(errors='replace')}")
+        *lines, done = [line for line in reply.split(b"\n\n") if line]
         events = [orjson.loads(line.removeprefix(b"data: ")) for line in lines]
         if done != b"data: [DONE]" or any("error" in event for event in events):
-            raise BenchError(f"a stream ended with {said[-300:].decode(errors='replace')}")
+            raise BenchError(f"a stream ended with {reply[-300:].decode(errors='replace')}")
         choices = [event["choices"][0] for event in events if event["choices"]]
         texts = [choice["delta"]["content"] for choice in choices if choice["delta"].get("content")]
         finishes = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]

@@ -179,8 +179,8 @@ def status(lab: Lab) -> int:
     say(f"{'SERVICE':8} {'STATE':10} {'PID':>7} {'MEMORY':>9} {'UPTIME':>9}  URL")
     for service in lab.started():
         state = states[service.name]
-        ready, said = probe(service)
-        word = state.state.lower() if not state.pid else "ready" if ready else said or "starting"
+        ready, reply = probe(service)
+        word = state.state.lower() if not state.pid else "ready" if ready else reply or "starting"
         up = int(time.time() - state.since) if state.since else 0
         uptime = f"{up // 3600}:{up // 60 % 60:02}:{up % 60:02}"
         megabytes = f"{memory(state.pid) / 2**20:.0f} MiB"
@@ -228,8 +228,8 @@ def memory(pid: int) -> int:
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
-                told = one.memory_full_info()
-                total += int(getattr(told, "pss", told.uss))
+                reported = one.memory_full_info()
+                total += int(getattr(reported, "pss", reported.uss))
     return total
 
 

@@ -184,10 +184,14 @@ def _ray_folders(temporary: Path) -> Iterator[Finding]:
     old = []
     for folder in temporary.glob(RAY_FOLDERS):
         try:
-            told = folder.lstat()
+            reported = folder.lstat()
         except OSError:
             continue  # just removed
-        if stat.S_ISDIR(told.st_mode) and told.st_uid == os.getuid() and time.time() - told.st_mtime > RAY_STARTS:
+        if (
+            stat.S_ISDIR(reported.st_mode)
+            and reported.st_uid == os.getuid()
+            and time.time() - reported.st_mtime > RAY_STARTS
+        ):
             old.append(folder)
     if not old:
         return

@@ -171,7 +171,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
     environ = dict(os.environ) | {"PIP_ROOT_USER_ACTION": "ignore", "PYTHONUNBUFFERED": "1"}
     progress = Progress()
     doing = "starting"
-    heard: list[str] = []
+    received: list[str] = []
     with log.open("a") as record:
         # A session of its own: Ctrl-C reaches pip through us alone, and its children with it.
         pip = subprocess.Popen(argv, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -182,7 +182,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
                 if not line:
                     continue
                 record.write(line + "\n")
-                heard.append(line)
+                received.append(line)
                 if line.startswith("Installing collected packages"):
                     # Killed from here on, pip leaves packages that it takes for whole the next time.
                     unfinished.touch()
@@ -194,7 +194,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
             _end_group(pip)
             raise
     if code:
-        raise LabError(Exit.INSTALL, _why(heard, log))
+        raise LabError(Exit.INSTALL, _why(received, log))
     unfinished.unlink(missing_ok=True)
     progress.line(f"    {progress.seconds():4.0f} s  done")
 
@@ -226,21 +226,21 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             process.wait(seconds)
 
 
-def _why(heard: Sequence[str], log: Path) -> str:
+def _why(received: Sequence[str], log: Path) -> str:
     """pip's failure in one line: what is missing and what to do."""
-    text = "\n".join(heard)
-    errors = [line for line in heard if line.startswith("ERROR: ")] or ["ERROR: pip failed"]
-    said = errors[0].removeprefix("ERROR: ")
+    text = "\n".join(received)
+    errors = [line for line in received if line.startswith("ERROR: ")] or ["ERROR: pip failed"]
+    reply = errors[0].removeprefix("ERROR: ")
     if "No space left" in text:
-        return f"the disk is full: {said}; free some, then run the same command again"
+        return f"the disk is full: {reply}; free some, then run the same command again"
     offline = ("NewConnectionError", "NameResolutionError", "Temporary failure in name resolution", "ConnectTimeout",
                "Could not find a version", "ResolutionImpossible", "Network is unreachable", "Max retries")  # fmt: skip
     if any(sign in text for sign in offline):
         return (
-            f"pip could not fetch a package: {said}; connect to the internet once, or name a mirror "
+            f"pip could not fetch a package: {reply}; connect to the internet once, or name a mirror "
             f"(PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX_URL), then run the same command again; all it said: {log}"
         )
-    return f"pip failed: {said}; all it said: {log}"
+    return f"pip failed: {reply}; all it said: {log}"
 
 
 if __name__ == "__main__":

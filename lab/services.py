@@ -154,10 +154,10 @@ def probe(service: Service, timeout: float = 2) -> tuple[bool, str]:
         try:
             with socket.create_connection(service.address, timeout) as connection:
                 connection.sendall(b"PING\r\n")
-                said = connection.recv(64)
+                reply = connection.recv(64)
         except OSError:
             return False, ""
-        return said.startswith(b"+PONG"), said.decode(errors="replace").strip().lstrip("-+")
+        return reply.startswith(b"+PONG"), reply.decode(errors="replace").strip().lstrip("-+")
     try:
         with urllib.request.urlopen(service.ready, timeout=timeout) as response:  # noqa: S310 - our own http address
             return response.status == 200, "ready"
@@ -170,7 +170,7 @@ def probe(service: Service, timeout: float = 2) -> tuple[bool, str]:
 
 def _status(body: bytes) -> str:
     try:
-        told = json.loads(body)
+        reported = json.loads(body)
     except ValueError:
         return ""
-    return str(told.get("status", "")) if isinstance(told, dict) else ""
+    return str(reported.get("status", "")) if isinstance(reported, dict) else ""

@@ -73,12 +73,12 @@ class Lab:
 
     def states(self) -> dict[str, State]:
         """By service, in the order of their start. Raises NotRunningError."""
-        told = {
+        reported = {
             process["name"]: State(process["name"], process["statename"], process["pid"],
                                    process["start"] if process["pid"] else 0)
             for process in self._ask("getAllProcessInfo")
         }  # fmt: skip
-        return {service.name: told[service.name] for service in self.started() if service.name in told}
+        return {service.name: reported[service.name] for service in self.started() if service.name in reported}
 
     def started(self) -> list[Service]:
         """The services as they were started last: their addresses do not follow a changed environment.
@@ -153,15 +153,15 @@ class Lab:
                 hopeless = deaths and "exit status 2;" in deaths[-1]  # a wrong setting: no retry makes it right
                 if hopeless or len(deaths) >= DEATHS_ALLOWED or states[service.name].state == "FATAL":
                     code = Exit.WRONG_SETTING if hopeless else Exit.SERVICE
-                    raise LabError(code, self._obituary(service.name, deaths))
+                    raise LabError(code, self._failure_report(service.name, deaths))
             doing = []
             for service in list(pending):
-                ready, said = probe(service)
+                ready, reply = probe(service)
                 if ready and states[service.name].pid:
                     pending.remove(service)
                     progress.line(f"    {progress.seconds():4.0f} s  {service.name} is ready at {service.url}")
                 else:
-                    doing.append(f"{service.name} ({said or 'starting'})")
+                    doing.append(f"{service.name} ({reply or 'starting'})")
             if not pending:
                 self.was_ready = True
                 return
@@ -286,7 +286,7 @@ class Lab:
             socket.setdefaulttimeout(before)
             transport.close()
 
-    def _obituary(self, name: str, deaths: Sequence[str]) -> str:
+    def _failure_report(self, name: str, deaths: Sequence[str]) -> str:
         times = f"{len(deaths)} times, last by " if len(deaths) > 1 else "by "
         how = times + re.sub(r"; (not )?expected$", "", deaths[-1]) if deaths else "and does not start"
         return f"{name} died {how}; the end of {self.logs / name}.log:\n{self.tail(name)}"

@@ -90,8 +90,8 @@ def read_stream(answer: Answer, readline: Callable[[], bytes], clock: Callable[[
 def kind_of(body: Any) -> str:
     """Type or code of OpenAI's error envelope; never its message, which may differ each time."""
     error = body.get("error") if isinstance(body, dict) else None
-    said = (error.get("code") or error.get("type")) if isinstance(error, dict) else None
-    return str(said or "unknown")
+    reply = (error.get("code") or error.get("type")) if isinstance(error, dict) else None
+    return str(reply or "unknown")
 
 
 def cache_state(header: str | None) -> str:
@@ -103,6 +103,6 @@ def cache_state(header: str | None) -> str:
         return "hit"
     if "collapsed" in parts:
         return "collapsed"
-    said = dict(part.split("=", 1) for part in parts if "=" in part)
-    forwarded, why = said.get("fwd", "unknown"), said.get("detail", "").strip('"')
+    reply = dict(part.split("=", 1) for part in parts if "=" in part)
+    forwarded, why = reply.get("fwd", "unknown"), reply.get("detail", "").strip('"')
     return f"{forwarded}: {why}" if why and forwarded != "miss" else forwarded

@@ -81,7 +81,7 @@ class Asker(FastHttpUser):
         except FAILURE_EXCEPTIONS as error:
             raise AnswerError(_broken(error)) from None
         if response.status_code != 200:
-            raise AnswerError(f"status {response.status_code}: {_said(response)}")
+            raise AnswerError(f"status {response.status_code}: {_reply(response)}")
         assert response.headers is not None  # noqa: S101 they came with the status
         status = response.headers.get("cache-status")
         answer.cache = cache_state(str(status) if status else None)
@@ -116,7 +116,7 @@ def _broken(error: BaseException) -> str:
     return "timeout" if isinstance(error, TimeoutError | gevent.Timeout) else type(error).__name__
 
 
-def _said(response: ResponseContextManager) -> str:
+def _reply(response: ResponseContextManager) -> str:
     try:
         return kind_of(orjson.loads(response.content or b"null"))
     except (orjson.JSONDecodeError, *FAILURE_EXCEPTIONS):
@@ -125,5 +125,5 @@ def _said(response: ResponseContextManager) -> str:
 
 def _pause(response: ResponseContextManager) -> float:
     """Seconds: a server in trouble is not asked again at once."""
-    said = str(response.headers.get("retry-after", "")) if response.headers else ""
-    return min(max(float(said), 1.0), LONGEST_PAUSE) if said.isdecimal() else 1.0
+    reply = str(response.headers.get("retry-after", "")) if response.headers else ""
+    return min(max(float(reply), 1.0), LONGEST_PAUSE) if reply.isdecimal() else 1.0

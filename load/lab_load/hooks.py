@@ -66,10 +66,10 @@ class Hooks:
         """Locust shows its own arguments in the page's form; so it does with these."""
         for name in EDITABLE:
             default = getattr(self._defaults, name)
-            said = Settings.model_fields[name].description
+            reply = Settings.model_fields[name].description
             parser.add_argument(
                 f"--{name.replace('_', '-')}", type=type(default) if default is not None else str, default=default,
-                help=said,
+                help=reply,
             )  # fmt: skip
 
     def _init(self, environment: Environment, web_ui: Any, **_: Any) -> None:

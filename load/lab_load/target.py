@@ -53,11 +53,11 @@ def examine(settings: Settings) -> Target:
 def _status(settings: Settings) -> dict[str, Any]:
     for path in ("/status", "/ready"):
         try:
-            told, _ = _get(settings, path)
+            reported, _ = _get(settings, path)
         except (OSError, ValueError):
             continue
-        if isinstance(told, dict):
-            return told
+        if isinstance(reported, dict):
+            return reported
     return {}
 
 
