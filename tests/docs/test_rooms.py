@@ -42,7 +42,7 @@ HOUSES = {
         SERVICES / "proxy/lab_proxy",
         rooms=("http", "batches", "requests", "keys", "upstreams", "cache", "ledger", "redis", "telemetry"),
         composition=frozenset({"__main__", "cli"}),
-        ground=("reload", "canonical", "endpoints", "settings", "errors", ""),
+        ground=("reload", "tasks", "canonical", "endpoints", "settings", "errors", ""),
     ),
 }
 
