@@ -31,8 +31,8 @@ from typing import Any
 
 import orjson
 import psutil
-import redis
 import uvloop
+from lab_proxy.redis.client import Client
 
 from bench import reactions
 from bench.processes import Server, free_port, on, server
@@ -427,20 +427,27 @@ def flights(bench: Bench) -> None:
     bench.row("flights", name, max(calls), aim=("1", max(calls) == 1 and not failed), note=note)
 
 
+async def fill(port: int) -> int:
+    """Copy the one entry of this redis ENTRIES times. Returns the number of its keys."""
+    client = Client(f"redis://127.0.0.1:{port}", timeout=10)
+    await client.start()
+    (name,) = await client.execute("KEYS", "lab:entry:*")
+    raw = await client.execute("DUMP", name)
+    for start in range(0, ENTRIES, 1000):
+        numbers = range(start, start + 1000)
+        await client.execute_all([("RESTORE", f"lab:entry:{number:064x}", 86_400_000, raw) for number in numbers])
+    count = await client.execute("DBSIZE")
+    await client.stop()
+    return int(count)
+
+
 def entries(bench: Bench) -> None:
     """Two proxies, one before a redis with a hundred thousand other entries: copies of one, under keys of their own."""
     with contextlib.ExitStack() as stack:
         full = bench.start_redis()
         proxy = stack.enter_context(bench.proxy_with(full))
         ask(Aim(proxy.url, 1, HIT))
-        with redis.Redis(port=full.port) as client:
-            raw = client.dump(next(client.scan_iter("lab:entry:*")))
-            for start in range(0, ENTRIES, 1000):
-                pipe = client.pipeline(transaction=False)
-                for number in range(start, start + 1000):
-                    pipe.restore(f"lab:entry:{number:064x}", 86_400_000, raw)
-                pipe.execute()
-            count = client.dbsize()
+        count = asyncio.run(fill(full.port))
         names = {"hit, JSON 0.5 kB, 16": HIT, "hit, stream, 16": STREAM_HIT, "miss, 16": MISS}
         pairs = {name: (Aim(bench.proxy.url, 16, body), Aim(proxy.url, 16, body)) for name, body in names.items()}
         for name, pair in pairs.items():

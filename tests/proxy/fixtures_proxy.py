@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 import redis as redis_py
-from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python, redis_server  # noqa: F401 - for the tests
+from lab_proxy.redis.client import Client
+from processes import GENEROUS_SECONDS, SHOWN_ON_FAILURE, Process, eventually, free_port, process, python, redis_server  # noqa: F401 - for the tests
 
 # A machine that stands still for a moment is not what most tests are about: those that are say HURRIED_MS, the default.
 PATIENT_MS, HURRIED_MS = "2000", "60"
@@ -142,6 +143,18 @@ def proxy(log_dir: Path, *, redis: str, model: str, paid: str | None = None, **s
 
 def redis_url(server: Process) -> str:
     return f"redis://127.0.0.1:{server.port}/0"
+
+
+@contextlib.asynccontextmanager
+async def redis_client(server: Process | str, **options: Any) -> AsyncIterator[Client]:
+    """The proxy's own client, started, of a server or a URL. It waits for a slow machine unless told otherwise."""
+    url = server if isinstance(server, str) else redis_url(server)
+    client = Client(url, **{"timeout": GENEROUS_SECONDS, **options})
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
 
 
 @contextlib.contextmanager

@@ -572,7 +572,7 @@ def test_cache_x1_something_else_listens(unsteady: Unsteady) -> None:
     class Web(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             said = self.request.recv(1000)
-            if b"HELLO" in said:  # the cache's connection; that of limits and ledger begins otherwise
+            if b"TRACKING" in said:  # the cache's connection
                 looks.append(said)
             self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n")
 

@@ -23,13 +23,15 @@ from typing import Any
 import httpx2
 import pytest
 import redis.asyncio as aioredis
-from fixtures_proxy import HURRIED_MS, UPSTREAM_KEY, control_client, mock, new, proxy, redis_url
+from fixtures_proxy import HURRIED_MS, UPSTREAM_KEY, control_client, mock, new, proxy, redis_client, redis_url
 from lab_proxy.cache import flight_channel
 from lab_proxy.cache.entry import Entry
 from lab_proxy.cache.flight import LEASE, LEASE_SECONDS, Flight, FlightLost, Subscriber
 from lab_proxy.cache.flight_channel import BEAT_SECONDS, CHANNEL
 from lab_proxy.cache.single_flight import SingleFlight
 from lab_proxy.errors import SlowReader, UpstreamDown, UpstreamRefused
+from lab_proxy.redis import client as redis_module
+from lab_proxy.redis.connection import RedisError
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from processes import (
@@ -112,8 +114,8 @@ async def take_off(seat: Subscriber, server: Process | None, fetch: Fetch) -> No
     if seat.first:
         lease = seat.lease(())
         if lease and server:
-            async with aioredis.Redis.from_url(redis_url(server)) as client:
-                lease.on_reply(await client.execute_command(*lease.command()))
+            async with redis_client(server) as client:
+                lease.on_reply(await client.execute(*lease.command()))
         seat.start(lease, fetch)
     else:
         await seat.cached_entries()
@@ -397,8 +399,9 @@ async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
 ) -> None:
     """The connections are cut again and again in the middle of a flight, at its end too: the follower has every part
     once."""
-    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)  # the interval at which they connect again
+    monkeypatch.setattr(flight_channel, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(flight_channel, "PATIENCE_SECONDS", NEVER)
+    monkeypatch.setattr(redis_module, "PROBE_SECONDS", (0.05,))
     up, name = Upstream(), new()
     heard: list[bytes] = []
     leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
@@ -430,7 +433,7 @@ async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
 async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
     """Garbage in the channel, at the lease's name, or a list there: no flight across processes, no fault."""
     process = two[0].join("").flight.token.partition(".")[0]
-    async with aioredis.Redis.from_url(redis_url(server)) as client:
+    async with aioredis.Redis.from_url(redis_url(server)) as client, redis_client(server) as ours:
         for junk in (
             b"",
             b"\xff\n",
@@ -448,8 +451,8 @@ async def test_flight_x1_garbage_is_nobodys_message(server: Process, two: tuple[
                 lease = seat.lease(())
                 assert lease
                 try:
-                    lease.on_reply(await client.execute_command(*lease.command()))
-                except aioredis.ResponseError:
+                    lease.on_reply(await ours.execute(*lease.command()))
+                except RedisError:
                     lease.on_failure()
                 seat.start(lease, up.fetch)
                 assert [part async for parts in seat.parts() for part in parts] == [b"a"]

@@ -20,13 +20,12 @@ import httpx2
 import openai
 import pytest
 from fixtures_keys import ADMIN_KEY, Holder, School, school_on
-from fixtures_proxy import CHAT_MODEL, new, redis_url, state
+from fixtures_proxy import CHAT_MODEL, Bench, new, redis_client, state
 from lab_proxy import __main__ as program
 from lab_proxy.errors import InvalidKey
 from lab_proxy.keys import authentication, store
-from lab_proxy.redis.link import connect
 from lab_proxy.settings import Settings, admin_key_weakness
-from processes import eventually, free_port, python, redis_server
+from processes import GENEROUS_SECONDS, eventually, free_port, python, redis_server
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +92,32 @@ def test_t2_a_revocation_reaches_every_worker(school: School) -> None:
         assert "revoked" in answer.json()["error"]["message"]
 
 
+async def at_once(bench: Bench, asks: list[tuple[str, str, str, Any]]) -> list[httpx2.Response]:
+    """The answers to requests (method, path, key, JSON or None), each on a connection of its own."""
+    limits = httpx2.Limits(max_connections=None)
+    async with httpx2.AsyncClient(base_url=bench.proxy.url, timeout=GENEROUS_SECONDS, limits=limits) as http:
+        return await asyncio.gather(
+            *(http.request(method, path, headers={"authorization": f"Bearer {key}"}, json=json)
+              for method, path, key, json in asks)
+        )  # fmt: skip
+
+
+async def test_150_unseen_keys_and_admin_calls_at_once_are_all_served(school: School) -> None:
+    """More than redis-py's pool had connections: 150 keys are made, changed and used for the first time at once."""
+    made = await at_once(school.one, [("POST", "/admin/keys", ADMIN_KEY, {"owner": new()}) for _ in range(150)])
+    assert [each.status_code for each in made] == [201] * 150
+    keys = [each.json() for each in made]
+    used = await at_once(school.two, [("GET", "/v1/models", each["key"], None) for each in keys])
+    assert [each.status_code for each in used] == [200] * 150
+    changes = [("PATCH", f"/admin/keys/{each['id']}", ADMIN_KEY, {"rpm": 7}) for each in keys[:75]]
+    same = [("PATCH", f"/admin/keys/{keys[75]['id']}", ADMIN_KEY, {"rpm": n + 1}) for n in range(75)]
+    changed = await at_once(school.one, changes + same)
+    assert [each.status_code for each in changed] == [200] * 150
+    listed = {each["id"]: each["rpm"] for each in school.admin("GET", "keys").json()["data"]}
+    assert all(listed[each["id"]] == 7 for each in keys[:75])
+    assert listed[keys[75]["id"]]
+
+
 def test_rotation_with_and_without_grace(school: School) -> None:
     """With a grace the old secret goes on beside the new one, without one it ends. The id stays."""
     holder = school.key()
@@ -117,24 +142,23 @@ async def test_a_key_that_ends_is_refused_also_when_it_was_good_before(
     school: School, monkeypatch: pytest.MonkeyPatch, end: str, message: str
 ) -> None:
     """The end of its time, or of its grace after a rotation, needs no message from redis, only the worker's clock."""
-    client = connect(redis_url(school.redis))
-    ring = store.KeyStore(client)
-    worker = authentication.Authenticator(client, timeout=60)
-    await worker.start()
-    ((key, secret),) = await ring.create(
-        [store.key_spec({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
-    )
-    if end == "of the grace":
-        await ring.rotate(key.id, 86_400)
-    headers = {"authorization": f"Bearer {secret}"}
-    for _ in range(2):
-        assert (await worker.authenticate(headers)).key_id == key.id
-    clock = types.SimpleNamespace(time=lambda: time.time() + 86_401, monotonic=time.monotonic)
-    monkeypatch.setattr(authentication, "time", clock)
-    with pytest.raises(InvalidKey, match=message):
-        await worker.authenticate(headers)
-    await worker.stop()
-    await client.aclose()
+    async with redis_client(school.redis) as client:
+        ring = store.KeyStore(client)
+        worker = authentication.Authenticator(client, timeout=60)
+        await worker.start()
+        ((key, secret),) = await ring.create(
+            [store.key_spec({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
+        )
+        if end == "of the grace":
+            await ring.rotate(key.id, 86_400)
+        headers = {"authorization": f"Bearer {secret}"}
+        for _ in range(2):
+            assert (await worker.authenticate(headers)).key_id == key.id
+        clock = types.SimpleNamespace(time=lambda: time.time() + 86_401, monotonic=time.monotonic)
+        monkeypatch.setattr(authentication, "time", clock)
+        with pytest.raises(InvalidKey, match=message):
+            await worker.authenticate(headers)
+        await worker.stop()
 
 
 def test_an_expired_key_is_refused(school: School) -> None:
@@ -354,17 +378,16 @@ def test_x1_known_keys_go_on_without_redis_and_unknown_ones_get_503(school: Scho
 
 async def test_changes_of_a_key_at_the_same_time_lose_nothing(school: School) -> None:
     """Twenty changes of one key from as many connections: each is there, and none takes the revocation back."""
-    client = connect(redis_url(school.redis))
-    ring = store.KeyStore(client)
-    ((key, _),) = await ring.create([store.key_spec({"owner": new()})])
-    await asyncio.gather(
-        *(ring.change(key.id, {"rpm": 5}) for _ in range(7)),
-        *(ring.change(key.id, {"tpm": 6}) for _ in range(7)),
-        ring.revoke(key.id),
-        *(ring.change(key.id, {"concurrency": 7}) for _ in range(6)),
-    )
-    end = await ring.get(key.id)
-    await client.aclose()
+    async with redis_client(school.redis) as client:
+        ring = store.KeyStore(client)
+        ((key, _),) = await ring.create([store.key_spec({"owner": new()})])
+        await asyncio.gather(
+            *(ring.change(key.id, {"rpm": 5}) for _ in range(7)),
+            *(ring.change(key.id, {"tpm": 6}) for _ in range(7)),
+            ring.revoke(key.id),
+            *(ring.change(key.id, {"concurrency": 7}) for _ in range(6)),
+        )
+        end = await ring.get(key.id)
     assert (end.rpm, end.tpm, end.concurrency) == (5, 6, 7)
     assert end.revoked
 

@@ -21,7 +21,7 @@ import httpx2
 import pytest
 import redis.asyncio
 from fixtures_keys import ADMIN_KEY, PRICES, Holder, School, changed, school_on
-from fixtures_proxy import Bench, new, proxy, redis_url, state
+from fixtures_proxy import Bench, new, proxy, redis_client, redis_url, state
 from lab_proxy.keys.identity import LOCAL, Identity
 from lab_proxy.ledger import ledger, money
 from lab_proxy.ledger import usage as ledger_usage
@@ -29,7 +29,8 @@ from lab_proxy.ledger.disk_queue import DiskQueue, LedgerBatch
 from lab_proxy.ledger.ledger import Charge, Ledger
 from lab_proxy.ledger.prices import Prices
 from lab_proxy.ledger.usage import METRICS
-from lab_proxy.redis.link import connect
+from lab_proxy.redis.client import Client
+from lab_proxy.redis.connection import RedisError
 from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, free_port, redis_server
 
 
@@ -213,12 +214,11 @@ def server(tmp_path: Path) -> Iterator[Process]:
 async def book(server: Process, folder: Path, *, max_bytes: int = 10**6) -> Any:
     """A ledger with a client of its own. `flush` returns when redis has taken all, or the disk what redis did not."""
     (folder / "prices.yaml").write_text(PRICES)
-    client = connect(redis_url(server))
-    made = Ledger(client, Prices(folder / "prices.yaml"), folder=folder / "spool", max_bytes=max_bytes)
-    await made.start()
-    yield made
-    await made.stop()
-    await client.aclose()
+    async with redis_client(server) as client:
+        made = Ledger(client, Prices(folder / "prices.yaml"), folder=folder / "spool", max_bytes=max_bytes)
+        await made.start()
+        yield made
+        await made.stop()
 
 
 @pytest.fixture
@@ -281,17 +281,18 @@ async def test_an_unsure_batch_is_booked_once(server: Process, tmp_path: Path, m
     async with book(server, tmp_path) as made:
         made.record(charge())
         await made.flush()
-        real = redis.asyncio.Redis.eval
+        real = Client.execute
 
-        async def lost(*args: Any) -> Any:
-            await real(*args)
-            raise TimeoutError
+        async def lost(*args: Any, **more: Any) -> Any:
+            await real(*args, **more)
+            raise RedisError("no answer in time")
 
         with monkeypatch.context() as patch:
-            patch.setattr(redis.asyncio.Redis, "eval", lost)
+            patch.setattr(Client, "execute", lost)
             for _ in range(3):
                 made.record(charge())
                 await made.flush()
+            patch.undo()
             assert await calls_booked(made) == 2  # the first of the three was booked, and redis said nothing
             spooled = list((tmp_path / "spool").glob("ledger-*.jsonl"))
             assert spooled

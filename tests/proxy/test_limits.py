@@ -21,14 +21,13 @@ import httpx2
 import openai
 import pytest
 from fixtures_keys import Holder, School, limits_of, school_on, slots_of
-from fixtures_proxy import new, redis_url, state
+from fixtures_proxy import new, redis_client, state
 from lab_proxy.endpoints import CHAT, EMBEDDINGS
 from lab_proxy.errors import LimitReached
 from lab_proxy.keys import estimate, limits
 from lab_proxy.keys.identity import Identity
 from lab_proxy.ledger.ledger import Ledger
 from lab_proxy.ledger.prices import Prices
-from lab_proxy.redis.link import connect
 from processes import eventually, eventually_async, redis_server
 
 HEADERS = ("limit", "remaining", "reset")
@@ -236,31 +235,30 @@ def test_r5_a_hit_counts_for_rpm_and_its_tokens_are_given_back(school: School) -
 
 async def test_giving_back_is_no_second_burst(school: School) -> None:
     """A reservation that the bucket has refilled from is not given back once more when its answer ends late."""
-    client = connect(redis_url(school.redis))
-    made = limits.Limits(
-        client, Prices(), Ledger(client, Prices(), folder=Path("."), max_bytes=0), when_down="closed", timeout=60
-    )
-    who = Identity(tenant="late", owner="late", key_id=f"key_{new()[-8:]}", tpm=6000)  # 100 a second
+    async with redis_client(school.redis) as client:
+        made = limits.Limits(
+            client, Prices(), Ledger(client, Prices(), folder=Path("."), max_bytes=0), when_down="closed", timeout=60
+        )
+        who = Identity(tenant="late", owner="late", key_id=f"key_{new()[-8:]}", tpm=6000)  # 100 a second
 
-    async def reserved(tokens: int) -> tuple[limits.Admission, int]:
-        admission = made.admission(who, CHAT, "gpt-mock", {"max_tokens": tokens - 1}, 4, "openai")
-        assert admission is not None
-        await made.check(admission)
-        return admission, int(admission.headers["x-ratelimit-remaining-tokens"])
+        async def reserved(tokens: int) -> tuple[limits.Admission, int]:
+            admission = made.admission(who, CHAT, "gpt-mock", {"max_tokens": tokens - 1}, 4, "openai")
+            assert admission is not None
+            await made.check(admission)
+            return admission, int(admission.headers["x-ratelimit-remaining-tokens"])
 
-    late, _ = await reserved(3000)
-    school.pass_time(who.key_id or "", 31)  # the bucket is full again while that answer goes on, its slot renewed
-    school.keep_slots(who.key_id or "")
-    began = school.redis_time()
-    soon, left = await reserved(5000)
-    assert left == 1000
-    late.settle(10)
-    _, left = await reserved(10)
-    assert 990 <= left <= 990 + school.refilled(began, 6000) + 1
-    soon.settle(10)  # nothing was full since: it comes back
-    _, left = await reserved(10)
-    assert left >= 990 - 10 + 4990
-    await client.aclose()
+        late, _ = await reserved(3000)
+        school.pass_time(who.key_id or "", 31)  # the bucket is full again while that answer goes on, its slot renewed
+        school.keep_slots(who.key_id or "")
+        began = school.redis_time()
+        soon, left = await reserved(5000)
+        assert left == 1000
+        late.settle(10)
+        _, left = await reserved(10)
+        assert 990 <= left <= 990 + school.refilled(began, 6000) + 1
+        soon.settle(10)  # nothing was full since: it comes back
+        _, left = await reserved(10)
+        assert left >= 990 - 10 + 4990
 
 
 # ---- requests at once
@@ -349,33 +347,32 @@ async def test_a_slot_is_renewed_as_long_as_its_answer_takes(school: School, mon
     """An answer that takes longer than a slot's life without a renewal keeps its slot."""
     assert limits.RENEW_SECONDS * 2 < limits.SLOT_SECONDS
     monkeypatch.setattr(limits, "RENEW_SECONDS", 0.05)
-    client = connect(redis_url(school.redis))
-    made = limits.Limits(
-        client, Prices(), Ledger(client, Prices(), folder=Path("."), max_bytes=0), when_down="closed", timeout=60
-    )
-    await made.start()
-    who = Identity(tenant="long", owner="long", key_id=f"key_{new()[-8:]}", concurrency=1)
-
-    async def asked() -> limits.Admission:
-        admission = made.admission(who, CHAT, "gpt-mock", {}, 4, "openai")
-        assert admission is not None
-        await made.check(admission)
-        return admission
-
-    running, slots = await asked(), slots_of(who.key_id or "")
-    for _ in range(3):  # nearly three lives of a slot
-        school.pass_time(who.key_id or "", limits.SLOT_SECONDS - 1)
-        await eventually_async(
-            lambda: school.db.zscore(slots, running.member) > school.redis_time() + (limits.SLOT_SECONDS - 2) * 1e6,
-            what="the renewal of a slot",
+    async with redis_client(school.redis) as client:
+        made = limits.Limits(
+            client, Prices(), Ledger(client, Prices(), folder=Path("."), max_bytes=0), when_down="closed", timeout=60
         )
-        with pytest.raises(LimitReached):
-            await asked()
-    running.settle(0)
-    await eventually_async(lambda: school.db.zcard(slots) == 0, what="the end of a slot")
-    (await asked()).settle(0)
-    await made.stop()
-    await client.aclose()
+        await made.start()
+        who = Identity(tenant="long", owner="long", key_id=f"key_{new()[-8:]}", concurrency=1)
+
+        async def asked() -> limits.Admission:
+            admission = made.admission(who, CHAT, "gpt-mock", {}, 4, "openai")
+            assert admission is not None
+            await made.check(admission)
+            return admission
+
+        running, slots = await asked(), slots_of(who.key_id or "")
+        for _ in range(3):  # nearly three lives of a slot
+            school.pass_time(who.key_id or "", limits.SLOT_SECONDS - 1)
+            await eventually_async(
+                lambda: school.db.zscore(slots, running.member) > school.redis_time() + (limits.SLOT_SECONDS - 2) * 1e6,
+                what="the renewal of a slot",
+            )
+            with pytest.raises(LimitReached):
+                await asked()
+        running.settle(0)
+        await eventually_async(lambda: school.db.zcard(slots) == 0, what="the end of a slot")
+        (await asked()).settle(0)
+        await made.stop()
 
 
 # ---- budgets

@@ -38,7 +38,8 @@ from .keys.store import KeyStore
 from .ledger.ledger import Ledger
 from .ledger.prices import Prices
 from .ledger.reconciliation import Reconciliation
-from .redis.link import connect
+from .redis.address import Address
+from .redis.client import Client
 from .reload import Reloader
 from .requests.context import Traffic
 from .requests.executor import Executor
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] = ()) -> int:
         settings = Settings()
         routes = Routes(settings)
         prices = Prices(settings.prices_file)
+        Address(settings.redis_url)
         secret = load_secret(settings.cache_secret_file) if settings.cache_enabled else b""
         if settings.otlp_endpoint and not installed():
             raise ValueError("PROXY_OTLP_ENDPOINT wants the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
@@ -124,7 +126,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
         metrics.count("redis_errors", operation)
 
     redis_timeout = settings.redis_timeout_ms / 1000
-    client = connect(settings.redis_url)
+    client = Client(settings.redis_url)
     # 1. telemetry, ledger
     traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint else None
     observer = Observer(metrics, traces)
@@ -235,6 +237,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
         # Stopped in reverse order: the ledger after all that record charges.
         parts=[
             upstreams,
+            client,
             cache,
             models,
             keys,

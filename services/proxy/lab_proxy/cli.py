@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import redis.asyncio as redis
 
 from .errors import ProxyError
 from .keys.store import SPEC_FIELDS, Key, KeyStore, key_spec
 from .ledger import usage
-from .redis.link import FAULTS, connect
+from .redis.client import Client
+from .redis.connection import RedisError
 from .settings import Settings
 
 COLUMNS = (
@@ -47,18 +47,20 @@ def run(argv: Sequence[str], settings: Settings) -> int:
         return asyncio.run(_bounded(args, settings))
     except (ProxyError, UsageError, ValueError) as error:
         return _fail(str(error), 2)
-    except FAULTS as error:
-        return _fail(f"redis does not do it ({type(error).__name__}): check PROXY_REDIS_URL; nothing was changed", 1)
+    except (RedisError, TimeoutError) as error:
+        why = str(error) or "no answer in time"
+        return _fail(f"redis does not do it ({why}): check PROXY_REDIS_URL; nothing was changed", 1)
 
 
 async def _bounded(args: argparse.Namespace, settings: Settings) -> int:
-    client = connect(settings.redis_url)
-    work: Callable[[argparse.Namespace, redis.Redis], Awaitable[None]] = args.work
+    client = Client(settings.redis_url)
+    work: Callable[[argparse.Namespace, Client], Awaitable[None]] = args.work
     try:
         async with asyncio.timeout(SECONDS):
+            await client.start()
             await work(args, client)
     finally:
-        await client.aclose()
+        await client.stop()
     if args.warns and not settings.keys_required:
         _note("this proxy asks nobody for a key yet: set PROXY_ADMIN_KEY_FILE, or PROXY_REQUIRE_KEYS=true")
     return 0
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(
         name: str,
-        work: Callable[[argparse.Namespace, redis.Redis], Awaitable[None]],
+        work: Callable[[argparse.Namespace, Client], Awaitable[None]],
         description: str,
         warns: bool = False,
     ) -> argparse.ArgumentParser:
@@ -135,7 +137,7 @@ def _spec_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {name: None if value in {"none", ""} else value for name, value in given.items() if value is not None}
 
 
-async def _create(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _create(args: argparse.Namespace, client: Client) -> None:
     ((key, secret),) = await KeyStore(client).create([key_spec(_spec_fields(args))])
     if args.json:
         return _print_json(key.public_fields() | {"key": secret})
@@ -144,18 +146,18 @@ async def _create(args: argparse.Namespace, client: redis.Redis) -> None:
     return _note("this is the only time that the key is shown")
 
 
-async def _list(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _list(args: argparse.Namespace, client: Client) -> None:
     found = [key for key in await KeyStore(client).list() if args.owner in {None, key.owner}]
     shown = [key for key in found if args.all or key.public_fields()["state"] == "active"]
     return _print_json([key.public_fields() for key in shown]) if args.json else _print_keys(shown)
 
 
-async def _change(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _change(args: argparse.Namespace, client: Client) -> None:
     key = await KeyStore(client).change(args.id, _spec_fields(args))
     return _print_json(key.public_fields()) if args.json else _print_keys([key])
 
 
-async def _rotate(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _rotate(args: argparse.Namespace, client: Client) -> None:
     key, secret = await KeyStore(client).rotate(args.id, args.grace)
     if args.json:
         return _print_json(key.public_fields() | {"key": secret})
@@ -164,7 +166,7 @@ async def _rotate(args: argparse.Namespace, client: redis.Redis) -> None:
     return _note("this is the only time that the key is shown")
 
 
-async def _revoke(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _revoke(args: argparse.Namespace, client: Client) -> None:
     store = KeyStore(client)
     for key_id in args.id:  # an unknown id among them revokes none
         await store.get(key_id)
@@ -172,7 +174,7 @@ async def _revoke(args: argparse.Namespace, client: redis.Redis) -> None:
     return _print_json([key.public_fields() for key in revoked]) if args.json else _print_keys(revoked)
 
 
-async def _import(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _import(args: argparse.Namespace, client: Client) -> None:
     store = KeyStore(client)
     specs = _read_class(args.file, _spec_fields(args))
     if not args.again:
@@ -234,7 +236,7 @@ def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
     return specs
 
 
-async def _usage(args: argparse.Namespace, client: redis.Redis) -> None:
+async def _usage(args: argparse.Namespace, client: Client) -> None:
     last = args.to_day or datetime.now(UTC).date()
     first = args.from_day or last - timedelta(days=29)
     if not timedelta(0) <= last - first < timedelta(days=usage.MAX_DAYS):

@@ -18,6 +18,8 @@ from typing import Any, Protocol, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .tasks import end
+
 log = logging.getLogger("lab_proxy.watch")
 
 POLL_SECONDS = 1.0
@@ -60,9 +62,7 @@ class Reloader:
         self._task = loop.create_task(self._watch(), name="watch")
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     def reload(self) -> None:
         """Read all files again, changed or not."""

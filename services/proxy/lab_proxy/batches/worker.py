@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
-import redis.asyncio as redis
 
 from .. import canonical
 from ..errors import InvalidKey, ProxyError
 from ..keys.authentication import Authenticator, NoKeys
 from ..keys.identity import LOCAL, Identity
-from ..redis.link import FAULTS
+from ..redis.client import Client, Script
+from ..redis.connection import RedisError
 from ..requests.context import RequestContext, Traffic
 from ..requests.executor import Executor
+from ..tasks import end
 from ..telemetry.observer import Observer
 from ..telemetry.record import RequestRecord
 from .batch import FINAL, ID, BatchFolder
@@ -40,14 +41,14 @@ LEASE = "lab:batch:lease:"
 BUSY = "lab:batch:busy"
 LEASE_SECONDS = 5.0  # after a crash another worker takes the batch within this time
 POLL_SECONDS = 0.5
-POLL_TIMEOUT = 1.0
 YIELD_SECONDS = 1.0  # a line waits at most so long for interactive requests to end
 PAUSE_SECONDS = 30.0  # after a fault, before a batch is tried again
 RETRIES = 3  # of a line whose upstream fails
 MAX_BATCHES = 2  # owned by one worker at a time
 
-_RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_OWN = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end "
+_RENEW = Script(_OWN + "return redis.call('PEXPIRE', KEYS[1], ARGV[2])")
+_RELEASE = Script(_OWN + "return redis.call('DEL', KEYS[1])")
 
 
 @dataclass
@@ -94,7 +95,7 @@ class BatchWorker:
         self,
         files: FileStore,
         keys: Authenticator | NoKeys,
-        client: redis.Redis,
+        client: Client,
         *,
         executor: Executor,
         traffic: Traffic,
@@ -122,10 +123,7 @@ class BatchWorker:
 
     async def stop(self) -> None:
         """Running lines are cancelled: the batch's next owner runs them again."""
-        tasks = [task for task in (self._task, *self._owned.values()) if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(self._task, *self._owned.values())
 
     def wake(self) -> None:
         """A batch was created or cancelled."""
@@ -157,22 +155,21 @@ class BatchWorker:
         if not found:
             return
         try:
-            async with asyncio.timeout(POLL_TIMEOUT):
-                if busy:
-                    await self._redis.set(BUSY, self._worker_id, px=int(POLL_SECONDS * 3000))
-                busy_worker = await self._redis.get(BUSY)
-                self._busy_elsewhere = busy_worker is not None and busy_worker != self._worker_id.encode()
-                for mark in found:
-                    if mark.name in self._owned or len(self._owned) >= MAX_BATCHES or traffic.draining:
-                        continue
-                    if not ID.fullmatch(mark.name) or self._paused_until.get(mark.name, 0) > time.monotonic():
-                        continue
-                    began = time.monotonic()
-                    if await self._redis.set(LEASE + mark.name, self._worker_id, nx=True, px=int(LEASE_SECONDS * 1000)):
-                        self._own(mark, began + LEASE_SECONDS)
-        except FAULTS as error:
+            if busy:
+                await self._redis.execute("SET", BUSY, self._worker_id, "PX", int(POLL_SECONDS * 3000))
+            busy_worker = await self._redis.execute("GET", BUSY)
+            self._busy_elsewhere = busy_worker is not None and busy_worker != self._worker_id.encode()
+            for mark in found:
+                if mark.name in self._owned or len(self._owned) >= MAX_BATCHES or traffic.draining:
+                    continue
+                if not ID.fullmatch(mark.name) or self._paused_until.get(mark.name, 0) > time.monotonic():
+                    continue
+                began, lease_ms = time.monotonic(), int(LEASE_SECONDS * 1000)
+                if await self._redis.execute("SET", LEASE + mark.name, self._worker_id, "NX", "PX", lease_ms):
+                    self._own(mark, began + LEASE_SECONDS)
+        except RedisError as error:
             if self._up:
-                log.warning("batches wait for redis: %s", type(error).__name__)
+                log.warning("batches wait for redis: %s", error)
             self._up = self._busy_elsewhere = False
         else:
             self._up = True
@@ -201,21 +198,17 @@ class BatchWorker:
         try:
             while not (await asyncio.wait({work}, timeout=LEASE_SECONDS / 5))[0]:
                 began = time.monotonic()
-                with contextlib.suppress(*FAULTS):
-                    async with asyncio.timeout(POLL_TIMEOUT):
-                        renewed = await self._redis.eval(_RENEW, 1, name, self._worker_id, int(LEASE_SECONDS * 1000))
-                    if not renewed:
+                with contextlib.suppress(RedisError):
+                    if not await self._redis.execute(*_RENEW([name], self._worker_id, int(LEASE_SECONDS * 1000))):
                         return
                     job.until = began + LEASE_SECONDS
                 if time.monotonic() > job.until:
                     return
             await work
         finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-            with contextlib.suppress(*FAULTS):
-                async with asyncio.timeout(POLL_TIMEOUT):
-                    await self._redis.eval(_RELEASE, 1, name, self._worker_id)
+            await end(work)
+            with contextlib.suppress(RedisError):
+                await self._redis.execute(*_RELEASE([name], self._worker_id))
 
     def _sweep(self) -> None:
         """Remove old batches; restore the `open` marks that a crash left unwritten."""

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import ProxyError, SlowReader, UpstreamRefused
+from ..redis.client import Script
 from ..redis.connection import Command
 from .entry import Entry
 
@@ -24,13 +25,13 @@ LEASE_SECONDS = 2.5  # after it, followers of a killed leader go on
 
 # KEYS: the lease, then the names of the entries. ARGV: own token, milliseconds, token of a dead leader.
 # '' if all entries exist by now; otherwise the leader's token, which is the own one if the lease was free.
-_ACQUIRE = """
+_ACQUIRE = Script("""
 if #KEYS > 1 and redis.call('EXISTS', unpack(KEYS, 2)) == #KEYS - 1 then return '' end
 local held = redis.call('GET', KEYS[1])
 if held and held ~= ARGV[3] then return held end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return ARGV[1]
-"""
+""")
 
 _TOKEN = re.compile(rb"[0-9a-f]{16}\.[0-9]{1,18}")  # process and number
 
@@ -82,9 +83,8 @@ class Lease:
         self._arguments = (flight.token, int(LEASE_SECONDS * 1000), displaced)
         self.holder: str | None = None  # token of the leader; "": the entries exist; None: redis did not answer
 
-    def command(self, whole: bool = False) -> Command:
-        """Always with the script's text, which is short."""
-        return ("EVAL", _ACQUIRE, len(self._keys), *self._keys, *self._arguments)
+    def command(self) -> Command:
+        return _ACQUIRE(self._keys, *self._arguments)
 
     def on_reply(self, reply: Any) -> None:
         valid = isinstance(reply, bytes) and (not reply or _TOKEN.fullmatch(reply))

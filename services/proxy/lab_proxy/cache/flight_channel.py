@@ -17,8 +17,9 @@ from typing import Any
 import orjson
 
 from ..errors import SlowReader
-from ..redis.address import Address
-from ..redis.connection import Command, CommandError, Connection
+from ..redis.client import Client, Script
+from ..redis.connection import Command, CommandError, RedisError
+from ..tasks import end
 from .flight import LEASE, LEASE_SECONDS, Flight, FlightResult, RemoteSubscriber
 
 CHANNEL = "lab:flight:to:"
@@ -30,21 +31,21 @@ GRACE_SECONDS = 0.2  # a flight without subscribers goes on so long: another pro
 TIMEOUT_SECONDS = 0.5  # of one round trip to redis; only followers wait for it
 MESSAGE_BYTES = 256 * 1024
 
-_RENEW = """
+_RENEW = Script("""
 local held = redis.call('GET', KEYS[1])
 if held and held ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
-"""
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end return 1"
+""")
+_RELEASE = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end return 1")
 
 
 class FlightChannel:
-    """The channel of this process. Without an address there are no other processes."""
+    """The channel of this process. Without a URL there are no other processes."""
 
     def __init__(
         self,
-        address: Address | None,
+        url: str | None,
         *,
         limit: int,
         on_error: Callable[[str], None],
@@ -53,13 +54,17 @@ class FlightChannel:
     ) -> None:
         """`limit`: largest part in bytes. `on_end` is called when a leader reports the result of a followed flight,
         `on_deserted` when a flight of this process may have lost its last subscriber."""
-        self._address = address
         self._limit = limit
         self._on_error, self._on_end, self._on_deserted = on_error, on_end, on_deserted
         self.process_id = secrets.token_hex(8)
         self.leading: dict[str, Flight] = {}  # token -> flight that other processes may join
         self.following: dict[str, Flight] = {}  # the leader's token -> flight
-        self._connection: Connection | None = None  # subscribed to the channel of this process
+        self._redis: Client | None = None
+        if url:
+            self._redis = Client(
+                url, timeout=TIMEOUT_SECONDS, channel=CHANNEL + self.process_id,
+                on_push=self._on_push, on_up=self._on_up, on_down=lambda _: on_error("flight"),
+            )  # fmt: skip
         self._dirty: set[Flight] = set()
         self._queue: list[Command] = []
         self._wake = asyncio.Event()
@@ -68,20 +73,18 @@ class FlightChannel:
     @property
     def connected(self) -> bool:
         """Other processes can be reached."""
-        return self._connection is not None
+        return self._redis is not None and self._redis.up
 
     async def start(self) -> None:
-        if self._address:
-            await self._connect(self._address)
+        if self._redis:
+            await self._redis.start()
             loop = asyncio.get_running_loop()
-            self._tasks = [loop.create_task(self._send_forever()), loop.create_task(self._beat(self._address))]
+            self._tasks = [loop.create_task(self._send_forever()), loop.create_task(self._beat())]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._connection:
-            self._connection.close()
+        await end(*self._tasks)
+        if self._redis:
+            await self._redis.stop()
 
     # ---- for single flight
 
@@ -121,11 +124,11 @@ class FlightChannel:
 
     async def execute(self, *commands: Command) -> list[Any] | None:
         """The replies of one round trip, errors as None; None if redis does not answer."""
-        if self._connection is None:
+        if self._redis is None or not self._redis.up:
             return None
         try:
-            pipeline = await self._connection.execute(commands)
-        except (TimeoutError, ConnectionError):
+            pipeline = await self._redis.pipeline(commands)
+        except RedisError:
             self._on_error("flight")
             return None
         return [None if isinstance(reply, CommandError) else reply for reply in pipeline.replies]
@@ -133,7 +136,7 @@ class FlightChannel:
     def release(self, flight: Flight) -> None:
         """Give up the lease."""
         flight.holds_lease = False
-        self._send("EVAL", _RELEASE, 1, LEASE + flight.name, flight.token)
+        self._send(_RELEASE([LEASE + flight.name], flight.token))
 
     def disown(self, flight: Flight) -> None:
         """Tell all followers that there is no such flight."""
@@ -152,14 +155,14 @@ class FlightChannel:
 
     # ---- sending
 
-    def _send(self, *command: Any) -> None:
+    def _send(self, command: Command) -> None:
         """Queue a command whose reply is ignored."""
-        if self._connection is not None:
+        if self.connected:
             self._queue.append(command)
             self._wake.set()
 
     def _publish(self, process: str, fields: dict[str, Any]) -> None:
-        self._send("PUBLISH", CHANNEL + process, _message(fields))
+        self._send(("PUBLISH", CHANNEL + process, _message(fields)))
 
     async def _send_forever(self) -> None:
         """Send all that is queued in one round trip, then what was queued meanwhile."""
@@ -233,17 +236,15 @@ class FlightChannel:
         elif not flight.subscribers and not flight.remote_subscribers:
             self.wait_for_followers(flight)
 
-    async def _beat(self, address: Address) -> None:
-        """Renew leases, ping followers, remove silent ones, and connect again after a loss."""
+    async def _beat(self) -> None:
+        """Renew leases, ping followers, remove silent ones."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            if self._connection is None:
-                await self._connect(address)
             now = time.monotonic()
             for flight in list(self.leading.values()):
                 if flight.holds_lease and now - flight.renewed > 2 * BEAT_SECONDS:
                     flight.renewed = now
-                    self._send("EVAL", _RENEW, 1, LEASE + flight.name, flight.token, int(LEASE_SECONDS * 1000))
+                    self._send(_RENEW([LEASE + flight.name], flight.token, int(LEASE_SECONDS * 1000)))
                 for process, follower in list(flight.remote_subscribers.items()):
                     if now - follower.last_heard > DEAF_SECONDS:
                         self._remove(flight, process)
@@ -254,22 +255,10 @@ class FlightChannel:
 
     # ---- receiving
 
-    async def _connect(self, address: Address) -> None:
-        try:
-            async with asyncio.timeout(TIMEOUT_SECONDS):
-                connection = await address.connect(lambda: Connection(TIMEOUT_SECONDS, self._on_push, self._on_lost))
-                connection.send(("SUBSCRIBE", CHANNEL + self.process_id))
-                await connection.execute([("PING",)])
-        except (OSError, TimeoutError, CommandError):
-            self._on_error("flight")
-            return
-        self._connection = connection
+    def _on_up(self, *_: Any) -> None:
         for flight in self.following.values():  # messages may have been missed
             flight.resync = True
             flight.notify()
-
-    def _on_lost(self, _: str) -> None:
-        self._connection = None
 
     def _on_push(self, message: list[Any]) -> None:
         if message[0] == b"message":

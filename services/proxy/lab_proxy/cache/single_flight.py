@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from ..redis.address import Address
+from ..tasks import end
 from .flight import Flight, Lease, Subscriber
 from .flight_channel import FlightChannel
 
@@ -37,7 +37,7 @@ class SingleFlight:
         """
         self._limit, self._drain = limit, drain
         self.channel = FlightChannel(
-            Address(url) if url else None,
+            url,
             limit=limit,
             on_error=on_error,
             on_end=self._on_end,
@@ -55,10 +55,7 @@ class SingleFlight:
             async with asyncio.timeout(self._drain):
                 while followed := [each for each in self.channel.leading.values() if each.remote_subscribers]:
                     await followed[0].wait_change(0.1)
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks)
         await self.channel.stop()
 
     # ---- subscribers

@@ -17,17 +17,15 @@ from typing import Any
 import orjson
 
 from ..errors import CacheUnavailable
-from ..redis.address import Address
-from ..redis.client import PipelinedCommand, deliver
-from ..redis.connection import Command, CommandError, Connection, Pipeline
+from ..redis.client import Client, PipelinedCommand, deliver
+from ..redis.connection import Command, CommandError, Pipeline, RedisError
+from ..tasks import end
 from .entry import Entry
 
 log = logging.getLogger("lab_proxy.cache")
 
 PREFIX = "lab:entry:"
 BATCH = 64  # keys in one command: redis serves other clients in between
-PROBE_SECONDS = (0.2, 0.5, 1.0)  # between probes while redis is down; the last one repeats
-PROBE_TIMEOUT = 1.0
 EPOCHS = "lab:epoch"
 POLL_SECONDS = 0.25  # between reads of the epochs
 TRUSTED_SECONDS = 1.0  # after redis's last reply: local copies are not served beyond that
@@ -99,12 +97,14 @@ class Cache:
         Raises ValueError for a URL with unsupported options.
         """
         self.secret = secret
-        self._timeout = timeout
         self._max_entry_bytes = max_entry_bytes
         self._on_error = on_error
         self._on_time = on_time
-        self._address = Address(url)
-        self._connection: Connection | None = None
+        tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
+        greeting = tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)
+        self._redis = Client(
+            url, timeout=timeout, greeting=greeting, on_push=self._on_push, on_up=self._on_up, on_down=self._on_down
+        )
         self._detail = ""
         self._poller: asyncio.Task[None] | None = None
         self._local = LocalCache(near_bytes)
@@ -115,18 +115,15 @@ class Cache:
 
     @property
     def up(self) -> bool:
-        return self._connection is not None
+        return self._redis.up
 
     async def start(self) -> None:
-        await self._connect("start")
+        await self._redis.start()
         self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="redis-watch")
 
     async def stop(self) -> None:
-        if self._poller:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
-        if self._connection:
-            self._connection.close()
+        await end(self._poller)
+        await self._redis.stop()
 
     # ---- entries
 
@@ -163,7 +160,7 @@ class Cache:
         now = time.time()
         found = [self.get_local(key, epoch, now) for key in keys]
         missing = [place for place, entry in enumerate(found) if entry is None]
-        if self._connection is None:
+        if not self.up:
             for command in piggyback:
                 command.on_failure()
             return None
@@ -179,16 +176,11 @@ class Cache:
                 command.on_failure()
             return None
         if piggyback:
-            await deliver(
-                piggyback,
-                pipeline.replies,
-                lambda command: self._execute([command], "script"),
-                lambda: self._on_error("script"),
-            )
+            deliver(piggyback, pipeline.replies, lambda: self._on_error("script"))
         raws = self._raws(commands[len(piggyback) :], pipeline.replies[len(piggyback) :])
         now = time.time()
         # An invalidation that came in between may concern one of these entries.
-        unchanged = self._connection is not None and pipeline.pushes == self._connection.pushes
+        unchanged = self._redis.unchanged_since(pipeline)
         for place, raw in zip(missing, raws, strict=True):
             entry = found[place] = _alive(Entry.unpack(raw), epoch, now)
             if entry is not None and unchanged:
@@ -224,7 +216,7 @@ class Cache:
                 self._on_error("write")
                 log.warning("redis refused an entry: %s", str(refused[0]).partition(" ")[0])
                 return "redis"
-            if self._connection is not None and pipeline.pushes == self._connection.pushes:
+            if self._redis.unchanged_since(pipeline):
                 for key, entry, _ in fit:
                     self._keep(key, entry)
         return "size" if len(fit) < len(packed) else None
@@ -235,12 +227,12 @@ class Cache:
 
     async def _execute(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
         """None if redis is unavailable or too slow."""
-        if self._connection is None:
+        if not self.up:
             return None
         began = time.perf_counter()
         try:
-            return await self._connection.execute(commands)
-        except (TimeoutError, ConnectionError):
+            return await self._redis.pipeline(commands)
+        except RedisError:
             self._on_error(operation)
             return None
         finally:
@@ -274,49 +266,25 @@ class Cache:
         for name in (message[1] or ()) if message[0] == b"invalidate" else ():
             self._local.drop(name[len(PREFIX) :].decode("ascii", "replace"))
 
-    def _on_lost(self, why: str) -> None:
+    def _on_down(self, why: str) -> None:
         """Without a connection no invalidations arrive: local copies are dropped."""
-        self._connection = None
+        if self._detail:
+            return self._on_error("probe")
         self._local.clear()
         self._confirmed = float("-inf")
         self._detail = f"{why}; answers are not cached until it is back (make logs, or PROXY_REDIS_URL)"
-        log.warning("redis is down: %s", why)
+        return log.warning("redis is down: %s", why)
 
-    async def _connect(self, operation: str) -> None:
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                connection = await self._address.connect(
-                    lambda: Connection(PROBE_TIMEOUT, self._on_push, self._on_lost)
-                )
-                tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
-                sent = time.monotonic()
-                pipeline = await connection.execute(
-                    [tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)]
-                )
-        except (OSError, TimeoutError, CommandError) as error:
-            self._on_error(operation)
-            why = "no answer in time" if isinstance(error, TimeoutError) else "no connection"
-            why = f"it refuses ({str(error).partition(' ')[0]})" if isinstance(error, CommandError) else why
-            if not self._detail:
-                self._on_lost(why)
-            return
-        connection.set_timeout(self._timeout)
-        self._tracking = not isinstance(pipeline.replies[0], CommandError)
+    def _on_up(self, replies: list[Any], sent: float) -> None:
+        self._tracking = not isinstance(replies[0], CommandError)
         if self._detail:
             log.warning("redis is back")
-        self._connection, self._detail = connection, ""
-        self._on_epochs(pipeline.replies[2], sent)
+        self._detail = ""
+        self._on_epochs(replies[2], sent)
 
     async def _poll_forever(self) -> None:
-        """Read the epochs while redis is up; try to connect while it is down."""
-        tries = 0
+        """Read the epochs."""
         while True:
-            if self._connection is None:
-                await asyncio.sleep(PROBE_SECONDS[min(tries, len(PROBE_SECONDS) - 1)])
-                tries += 1
-                await self._connect("probe")
-                continue
-            tries = 0
             await asyncio.sleep(POLL_SECONDS)
             sent = time.monotonic()
             pipeline = await self._execute([("HGETALL", EPOCHS)], "epoch")

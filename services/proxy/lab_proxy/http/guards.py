@@ -13,7 +13,7 @@ from .. import errors
 from ..canonical import parse
 from ..errors import InvalidRequest, UnsupportedMediaType
 from ..keys.authentication import Authenticator, NoKeys
-from ..redis.link import FAULTS
+from ..redis.connection import RedisError
 from ..requests.delivery import JSON
 from ..settings import LOOPBACK, Settings
 from .response import Page, PageRequest, Receive, Response
@@ -176,7 +176,7 @@ def with_redis(page: Page) -> Page:
     async def guarded(request: PageRequest, response: Response) -> None:
         try:
             await page(request, response)
-        except FAULTS:
+        except RedisError:
             if response.started:
                 raise
             raise errors.KeysUnavailable(

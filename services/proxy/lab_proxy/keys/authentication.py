@@ -14,21 +14,28 @@ import re
 import time
 from collections.abc import Callable, Mapping
 
-import redis.asyncio as redis
 from pydantic import ValidationError
 
 from ..errors import InvalidKey, KeysUnavailable
 from ..ledger import money
-from ..redis.link import FAULTS
+from ..redis.client import Client, Script
+from ..redis.connection import RedisError
+from ..tasks import end
 from .identity import LOCAL, Identity
 from .store import DIGESTS, PREFIX, RECORDS, VERSION, Key, digest_of
 
 log = logging.getLogger("lab_proxy.keys")
 
 POLL_SECONDS = 0.25  # a revocation takes effect everywhere within 1 s
-POLL_TIMEOUT = 0.5
+REVIEW_TIMEOUT = 5.0
 VERIFIED_SECONDS = 300.0  # while redis is down
 MAX_VERIFIED = 10_000
+
+# KEYS: digests, records, version. ARGV: the first half of a digest. Answers the record and the version.
+_LOOKUP = Script("""
+local id = redis.call('HGET', KEYS[1], ARGV[1])
+return {id and redis.call('HGET', KEYS[2], id), redis.call('GET', KEYS[3])}
+""")
 
 
 class NoKeys:
@@ -57,7 +64,7 @@ class Authenticator:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         *,
         timeout: float,
         admin_key: str | None = None,
@@ -69,7 +76,7 @@ class Authenticator:
         self._admin = hashlib.sha256(admin_key.encode()).digest() if admin_key else None
         self._on_error = on_error
         self._up = True
-        self._version: bytes | str | None = None
+        self._version: bytes | None = None
         self._confirmed = 0.0  # time.monotonic() of redis's last reply
         self._verified: dict[bytes, tuple[Identity, float]] = {}  # digest -> identity, and its end (unix seconds)
         self._lookups: dict[bytes, asyncio.Future[Identity]] = {}  # look-ups in flight
@@ -80,9 +87,7 @@ class Authenticator:
         self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="keys")
 
     async def stop(self) -> None:
-        if self._poller:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+        await end(self._poller)
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
         """The request carries the admin key. Compared in constant time."""
@@ -119,25 +124,17 @@ class Authenticator:
         Raises InvalidKey for a revoked or expired key, KeysUnavailable while redis is down.
         """
         try:
-            async with asyncio.timeout(POLL_TIMEOUT):
-                raw = await self._redis.hget(RECORDS, key_id)
-        except FAULTS as error:
+            raw = await self._redis.execute("HGET", RECORDS, key_id)
+        except RedisError as error:
             self._fail(error)
             raise _unavailable() from None
         return _identity_of(raw)[0]
 
     async def _verify(self, digest: bytes) -> Identity:
         try:
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(self._timeout):
-                    version, raw = await self._record(digest)
-            except TimeoutError:
-                if time.monotonic() - began < self._timeout * 1.5:
-                    raise
-                async with asyncio.timeout(self._timeout):  # not redis was late, but this process: try once more
-                    version, raw = await self._record(digest)
-        except FAULTS as error:
+            lookup = _LOOKUP((DIGESTS, RECORDS, VERSION), digest.hex()[:32])
+            raw, version = await self._redis.execute(*lookup, within=self._timeout)
+        except RedisError as error:
             self._fail(error)
             raise _unavailable() from None
         found = _identity_of(raw, digest)
@@ -148,17 +145,6 @@ class Authenticator:
             self._verified[digest] = found
         return found[0]
 
-    async def _record(self, digest: bytes) -> tuple[bytes | str | None, bytes | str | None]:
-        """The version, and the key's record at that version."""
-        key_id = await self._redis.hget(DIGESTS, digest.hex()[:32])
-        if key_id is None:
-            return None, None
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(VERSION)
-        pipe.hget(RECORDS, key_id)
-        version, raw = await pipe.execute()
-        return version, raw
-
     async def _poll_forever(self) -> None:
         while True:
             await asyncio.sleep(POLL_SECONDS)
@@ -166,13 +152,11 @@ class Authenticator:
 
     async def _poll(self) -> None:
         try:
-            async with asyncio.timeout(POLL_TIMEOUT):
-                version = await self._redis.get(VERSION)
+            version = await self._redis.execute("GET", VERSION)
             if version != self._version:
-                async with asyncio.timeout(POLL_TIMEOUT * 10):
-                    await self._review()
+                await self._review()
                 self._version = version  # read before the records: a later change has another version
-        except FAULTS as error:
+        except RedisError as error:
             self._fail(error)
             return
         self._confirmed = time.monotonic()
@@ -185,9 +169,10 @@ class Authenticator:
         digests = list(self._verified)
         if not digests:
             return
-        ids = await self._redis.hmget(DIGESTS, [digest.hex()[:32] for digest in digests])
+        halves = (digest.hex()[:32] for digest in digests)
+        ids = await self._redis.execute("HMGET", DIGESTS, *halves, within=REVIEW_TIMEOUT)
         there = [key_id for key_id in ids if key_id is not None]
-        found = await self._redis.hmget(RECORDS, there) if there else []
+        found = await self._redis.execute("HMGET", RECORDS, *there, within=REVIEW_TIMEOUT) if there else []
         raws = dict(zip(there, found, strict=True))
         for digest, key_id in zip(digests, ids, strict=True):
             try:
@@ -195,13 +180,11 @@ class Authenticator:
             except InvalidKey:
                 self._verified.pop(digest, None)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: RedisError) -> None:
         self._on_error("keys")
         if self._up:
             self._up = False
-            log.warning(
-                "keys: redis is down (%s); keys verified in the last 5 minutes stay valid", type(error).__name__
-            )
+            log.warning("keys: redis is down (%s); keys verified in the last 5 minutes stay valid", error)
 
 
 def _bearer(headers: Mapping[str, str]) -> str | None:
@@ -210,7 +193,7 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
     return secret if scheme.lower() == "bearer" and re.fullmatch(r"[!-~]+", secret) else None
 
 
-def _identity_of(raw: bytes | str | None, digest: bytes | None = None) -> tuple[Identity, float]:
+def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identity, float]:
     """The identity of a stored key, and its end (unix seconds). Without a `digest` any of its secrets counts.
 
     Raises InvalidKey.

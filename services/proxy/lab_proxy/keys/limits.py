@@ -8,7 +8,6 @@ reserved by an estimate and corrected at the end of the answer; slots of a dead 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import math
@@ -19,13 +18,13 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, Literal
 
-import redis.asyncio as redis
-
 from ..errors import BudgetExceeded, LimitReached, LimitsUnavailable, ProxyError
 from ..ledger import money
 from ..ledger.ledger import SUMS, Ledger
 from ..ledger.prices import Prices
-from ..redis.link import FAULTS
+from ..redis.client import Client, Script
+from ..redis.connection import Command, RedisError
+from ..tasks import end
 from .estimate import MAX_TOKENS, estimate
 from .identity import Identity
 
@@ -39,8 +38,7 @@ CHECK_SECONDS = 0.06
 MAX_UNSENT = 20_000  # finished requests not yet sent to redis; further ones are dropped, and their slots expire
 _UNKNOWN = 9 * 10**15  # later than any time: the time of admission is unknown
 
-SCRIPT = resources.files(__package__).joinpath("limits.lua").read_text("utf-8")
-SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+SCRIPT = Script(resources.files(__package__).joinpath("limits.lua").read_text("utf-8"))
 
 _DAY, _TOTAL, _SLOTS, _REQUESTS, _TOKENS, _TOO_LARGE = range(1, 7)
 _NAMES = ("", "budget_day", "budget_total", "concurrency", "rpm", "tpm", "tpm")
@@ -68,10 +66,10 @@ class Admission:
         self._used = 0
         self._taken: list[Finished] | None = None
 
-    def command(self, whole: bool = False) -> tuple[Any, ...]:
+    def command(self) -> Command:
         if self._taken is None:
             self._taken = self._limits.take_finished(self.identity)
-        return self._limits.command(self.identity, self._taken, whole, self)
+        return self._limits.command(self.identity, self._taken, self)
 
     def on_reply(self, reply: Any) -> None:
         """Raises LimitReached and BudgetExceeded."""
@@ -135,7 +133,7 @@ class Limits:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         prices: Prices,
         ledger: Ledger,
         *,
@@ -169,9 +167,7 @@ class Limits:
         ]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         await self._send_finished()
 
     def admission(  # noqa: PLR0917 - all that a limit depends on
@@ -202,25 +198,20 @@ class Limits:
     async def check(self, admission: Admission) -> None:
         """Check without a cache read. Raises like Admission.on_reply and .on_failure."""
         try:
-            async with asyncio.timeout(self._timeout):
-                reply = await self._redis.execute_command(*admission.command(whole=True))  # type: ignore[no-untyped-call]
-        except FAULTS:
+            reply = await self._redis.execute(*admission.command(), within=self._timeout)
+        except RedisError:
             return admission.on_failure()
         return admission.on_reply(reply)
 
     # ---- for admissions
 
-    def command(self, who: Identity, finished: list[Finished], whole: bool, claim: Admission | None) -> tuple[Any, ...]:
+    def command(self, who: Identity, finished: list[Finished], claim: Admission | None) -> Command:
         """The script with its arguments. Without a claim it only sends finished requests."""
         limits = (who.rpm, who.tpm, who.concurrency, who.budget_day, who.budget_total)
         if claim is None:
             limits = (None, who.tpm, None, None, None)
-        return (
-            *(("EVAL", SCRIPT) if whole else ("EVALSHA", SHA)),
-            3,
-            _name(who),
-            _slots(who),
-            f"{SUMS}{who.key_id}",
+        return SCRIPT(
+            (_name(who), _slots(who), f"{SUMS}{who.key_id}"),
             *("" if limit is None else limit for limit in limits),
             *((0, 0, "") if claim is None else (claim.reserved, claim.cost, claim.member)),
             SLOT_SECONDS,
@@ -295,14 +286,10 @@ class Limits:
         by_key = [(who, self.take_finished(who)) for who in list(self._finished)]
         if not by_key:
             return True
-        pipe = self._redis.pipeline(transaction=False)
-        for who, finished in by_key:
-            for at in range(0, len(finished), 500):
-                pipe.execute_command(*self.command(who, finished[at : at + 500], True, None))
+        parts = ((who, each[at : at + 500]) for who, each in by_key for at in range(0, len(each), 500))
         try:
-            async with asyncio.timeout(1.0):
-                await pipe.execute()
-        except FAULTS:
+            await self._redis.execute_all([self.command(who, finished, None) for who, finished in parts])
+        except RedisError:
             for who, finished in by_key:
                 self.restore_finished(who, finished)
             return False
@@ -318,14 +305,13 @@ class Limits:
             if not slots:
                 continue
             until = (time.time() + self._skew + SLOT_SECONDS) * 1e6
-            pipe = self._redis.pipeline(transaction=False)
+            commands: list[Command] = []
             for name, members in slots.items():
-                pipe.zadd(name, dict.fromkeys(members, until), xx=True)
-                pipe.expire(name, SLOT_SECONDS * 2)
+                commands.append(("ZADD", name, "XX", *(each for member in members for each in (until, member))))
+                commands.append(("EXPIRE", name, SLOT_SECONDS * 2))
             try:
-                async with asyncio.timeout(2.0):
-                    await pipe.execute()
-            except FAULTS:
+                await self._redis.execute_all(commands)
+            except RedisError:
                 self._on_error("limits")
 
 

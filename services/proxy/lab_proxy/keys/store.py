@@ -7,23 +7,22 @@ the operator's pages. Knows nothing of requests.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
 import time
 import unicodedata
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-import redis.asyncio as redis
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from redis.asyncio.client import Pipeline
-from redis.exceptions import WatchError
 
 from ..errors import InvalidRequest, KeyNotFound
 from ..ledger import money
+from ..redis.client import Client, Script
 
 PREFIX = "sk-lab-"
 RECORDS = "lab:key:records"  # hash: id -> record
@@ -31,9 +30,22 @@ DIGESTS = "lab:key:digests"  # hash: the first half of a secret's SHA-256 -> id
 VERSION = "lab:key:version"  # grows with every change; workers poll it
 MAX_AT_ONCE = 10_000
 MAX_GRACE = 30 * 86400
+TIMEOUT = 10.0  # of all keys in one command
 RESERVED = frozenset({"local"})  # the tenant of callers without keys
 _NAME = re.compile(r"[\w.@+-](?:[\w .@+-]{0,62}[\w.@+-])?")
 _MODEL = re.compile(r"[\w./:@*?\[\]+-]{1,200}")
+
+# KEYS: records, digests, version. ARGV: the version at which the changed key was read, '' for new keys; then triples:
+# 1 or 2 for one of the first two KEYS, a field, its value or '' to delete it. Answers 0 if the version is another one.
+_WRITE = Script("""
+if ARGV[1] ~= '' and ARGV[1] ~= (redis.call('GET', KEYS[3]) or '0') then return 0 end
+for i = 2, #ARGV, 3 do
+  local hash = KEYS[tonumber(ARGV[i])]
+  if ARGV[i + 2] == '' then redis.call('HDEL', hash, ARGV[i + 1])
+  else redis.call('HSET', hash, ARGV[i + 1], ARGV[i + 2]) end
+end
+return redis.call('INCR', KEYS[3])
+""")
 
 
 def _name(value: object) -> object:
@@ -161,10 +173,11 @@ def key_spec(given: dict[str, Any]) -> KeySpec:
 
 
 class KeyStore:
-    """All virtual keys. Raises link.FAULTS if redis fails: keys are stored nowhere else."""
+    """All virtual keys. Raises RedisError if redis fails: keys are stored nowhere else."""
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(self, client: Client) -> None:
         self._redis = client
+        self._turn = asyncio.Lock()  # changes of one process do not meet each other
 
     async def create(self, wanted: Sequence[KeySpec]) -> list[tuple[Key, str]]:
         """Create all keys or none. Each comes with its secret, which cannot be read again."""
@@ -176,21 +189,18 @@ class KeyStore:
             own = Secret(digest=digest_of(secret).hex())
             key = Key(**dict(each), id=f"key_{secrets.token_hex(8)}", created=time.time(), secrets=(own,))
             made.append((key, secret))
-        pipe = self._redis.pipeline(transaction=True)
-        for key, _ in made:
-            _put(pipe, key)
         if made:
-            await pipe.execute()
+            await self._write("", [each for key, _ in made for each in _fields(key)])
         return made
 
     async def list(self) -> list[Key]:
         """All keys, the oldest first."""
-        raws = await self._redis.hgetall(RECORDS)
+        raws = await self._redis.execute("HGETALL", RECORDS, within=TIMEOUT)
         return sorted((Key.model_validate_json(raw) for raw in raws.values()), key=lambda key: (key.created, key.id))
 
     async def get(self, key_id: str) -> Key:
-        """Raises NoSuchKey."""
-        return _read(await self._redis.hget(RECORDS, key_id), key_id)
+        """Raises KeyNotFound."""
+        return _read(await self._redis.execute("HGET", RECORDS, key_id), key_id)
 
     async def change(self, key_id: str, given: dict[str, Any]) -> Key:
         """Set some fields; null removes a limit. The owner cannot change, because the ledger refers to it."""
@@ -228,41 +238,32 @@ class KeyStore:
         )
 
     async def _alter(self, key_id: str, change: Callable[[Key], Key]) -> Key:
-        """Read, change, write; again if another writer changed a key in between."""
+        """Read, change, write; again if another process changed a key in between."""
+        async with self._turn:
+            for _ in range(100):
+                # The version comes first: if a change comes between the two, it is too old, and nothing is written.
+                version, raw = await self._redis.execute_all([("GET", VERSION), ("HGET", RECORDS, key_id)])
+                key = _read(raw, key_id)
+                changed = change(key)
+                old = {each.digest for each in key.secrets} - {each.digest for each in changed.secrets}
+                fields = [*_fields(changed), *((2, digest[:32], "") for digest in old)]
+                if await self._write(version or "0", fields):
+                    return changed
+        raise InvalidRequest("Somebody changes keys all the time: try again.", status=409)
 
-        async def attempt(pipe: Pipeline) -> Key:
-            key = _read(await pipe.hget(RECORDS, key_id), key_id)
-            changed = change(key)
-            pipe.multi()  # type: ignore[no-untyped-call]  # redis-py's stub
-            for old in {each.digest for each in key.secrets} - {each.digest for each in changed.secrets}:
-                pipe.hdel(DIGESTS, old[:32])
-            _put(pipe, changed)
-            return changed
-
-        return await _transaction(self._redis, attempt)
-
-
-async def _transaction(client: redis.Redis, attempt: Callable[[Pipeline], Awaitable[Key]]) -> Key:
-    async with client.pipeline(transaction=True) as pipe:
-        for _ in range(100):
-            try:
-                await pipe.watch(VERSION)
-                made = await attempt(pipe)
-                await pipe.execute()
-            except WatchError:
-                continue
-            return made
-    raise InvalidRequest("Somebody changes keys all the time: try again.", status=409)
+    async def _write(self, version: bytes | str, fields: Sequence[tuple[int, str, str]]) -> int:
+        arguments = [part for field in fields for part in field]
+        command = _WRITE((RECORDS, DIGESTS, VERSION), version, *arguments)
+        written: int = await self._redis.execute(*command, within=TIMEOUT)
+        return written
 
 
-def _put(pipe: Pipeline, key: Key) -> None:
-    pipe.hset(RECORDS, key.id, key.model_dump_json())
-    for each in key.secrets:
-        pipe.hset(DIGESTS, each.digest[:32], key.id)
-    pipe.incr(VERSION)
+def _fields(key: Key) -> Sequence[tuple[int, str, str]]:
+    """What the script writes for a key."""
+    return [(1, key.id, key.model_dump_json()), *((2, each.digest[:32], key.id) for each in key.secrets)]
 
 
-def _read(raw: bytes | str | None, key_id: str) -> Key:
+def _read(raw: bytes | None, key_id: str) -> Key:
     if raw is None:
         raise KeyNotFound(f"There is no key {key_id[:60]}: `list` shows what there is.")
     return Key.model_validate_json(raw)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-import redis.asyncio as redis
 
-from ..redis.link import FAULTS
+from ..redis.client import Client, Script
+from ..redis.connection import RedisError
+from ..tasks import end
 from .disk_queue import DiskQueue, DiskQueueFull, LedgerBatch
 from .prices import Prices
 from .usage import DAYS, METRICS, ROWS, usage
@@ -31,7 +32,7 @@ WRITERS = "lab:ledger:writers"  # hash: writer -> number of its last booked batc
 SUMS = "lab:ledger:sum:"  # + key: hash, `total` and `day:…` -> pico-dollars, which the limits read
 FLUSH_SECONDS = 0.05
 OUTAGE_SECONDS = 0.25  # between batches while redis is down: each one is an fsync
-FLUSH_TIMEOUT = 2.0
+FLUSH_TIMEOUT = 1.0
 REPLAY_AT_ONCE = 200  # queued batches in one turn
 
 _AT = {name: place for place, name in enumerate(METRICS)}
@@ -39,7 +40,7 @@ _COST, _CALLS, _UNPRICED = _AT["cost"], _AT["upstream_calls"], _AT["unpriced_cal
 
 # ARGV: writer, number, then triples: a hash, its field and what to add, or a set, its member and nothing.
 # The number is set before the sums, and each sum is a pcall: a wrong type in redis must not lose or double the others.
-SCRIPT = """
+SCRIPT = Script("""
 if tonumber(ARGV[2]) <= tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') then return -1 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 local lost = 0
@@ -50,7 +51,7 @@ for i = 3, #ARGV, 3 do
   if type(done) == 'table' and done.err then lost = lost + 1 end
 end
 return lost
-"""
+""")
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class Ledger:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         prices: Prices,
         *,
         folder: Path,
@@ -117,17 +118,14 @@ class Ledger:
 
     async def stop(self) -> None:
         """Book the rest, in redis or in the disk queue."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         async with self._turn:
             await self._flush()
             if self._rows or self._queue:
                 log.error("ledger: charges are lost: neither redis nor the disk queue accepts them")
             if self._disk_queue.empty:
-                with contextlib.suppress(*FAULTS):
-                    async with asyncio.timeout(FLUSH_TIMEOUT):
-                        await self._redis.hdel(WRITERS, self._writer)  # this writer never comes back
+                with contextlib.suppress(RedisError):
+                    await self._redis.execute("HDEL", WRITERS, self._writer)  # this writer never comes back
             for queue in [self._disk_queue, *self._orphans]:
                 queue.close(remove=queue.empty)
 
@@ -198,12 +196,12 @@ class Ledger:
     async def usage(
         self, first: date, last: date, *, key_id: str | None = None, owner: str | None = None, model: str | None = None
     ) -> list[dict[str, Any]]:
-        """The rows in redis. Raises link.FAULTS."""
+        """The rows in redis. Raises RedisError."""
         return await usage(self._redis, first, last, key_id=key_id, owner=owner, model=model)
 
     async def spent(self, key_id: str) -> tuple[int, int]:
-        """Pico-dollars today and in total, as booked in redis. Raises link.FAULTS."""
-        day, total = await self._redis.hmget(SUMS + key_id, [f"day:{self._today()}", "total"])
+        """Pico-dollars today and in total, as booked in redis. Raises RedisError."""
+        day, total = await self._redis.execute("HMGET", SUMS + key_id, f"day:{self._today()}", "total")
         return int(day or 0), int(total or 0)
 
     # ---- writing
@@ -307,9 +305,8 @@ class Ledger:
                 for field in (f"day:{day}", "total"):
                     args += [SUMS + key, field, metrics[_COST]]
         try:
-            async with asyncio.timeout(FLUSH_TIMEOUT):
-                lost = await self._redis.eval(SCRIPT, 1, WRITERS, *args)
-        except FAULTS:
+            lost = await self._redis.execute(*SCRIPT([WRITERS], *args), within=FLUSH_TIMEOUT)
+        except RedisError:
             self._on_error("ledger")
             return False
         if lost > 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import ProxyError
+from ..tasks import end
 
 log = logging.getLogger("lab_proxy.ledger")
 
@@ -60,9 +61,7 @@ class Reconciliation:
 
     async def stop(self) -> None:
         """Resolve the most recent calls; the ledger still runs."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS):
                 while self._pending:

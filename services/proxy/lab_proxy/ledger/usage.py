@@ -9,9 +9,9 @@ from datetime import date, timedelta
 from typing import Any
 
 import orjson
-import redis.asyncio as redis
 
 from . import money
+from ..redis.client import Client
 
 DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
@@ -30,7 +30,7 @@ METRICS = (
 
 
 async def usage(
-    client: redis.Redis,
+    client: Client,
     first: date,
     last: date,
     *,
@@ -38,21 +38,17 @@ async def usage(
     owner: str | None = None,
     model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows from `first` to `last`, both included, sorted. Raises link.FAULTS."""
+    """Rows from `first` to `last`, both included, sorted. Raises RedisError."""
     days = [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
     keys: list[tuple[str, str]] = [(day, key_id) for day in days] if key_id is not None else []
     if key_id is None:
-        pipe = client.pipeline(transaction=False)
-        for day in days:
-            pipe.smembers(DAYS + day)
-        sets = await pipe.execute()
+        sets = await client.execute_all([("SMEMBERS", DAYS + day) for day in days])
         keys = [(day, each.decode()) for day, found in zip(days, sets, strict=True) for each in sorted(found)]
     rows: list[dict[str, Any]] = []
     for at in range(0, len(keys), 256):
-        pipe = client.pipeline(transaction=False)
-        for day, key in keys[at : at + 256]:
-            pipe.hgetall(f"{ROWS}{day}:{key}")
-        for (day, key), fields in zip(keys[at : at + 256], await pipe.execute(), strict=True):
+        part = keys[at : at + 256]
+        found = await client.execute_all([("HGETALL", f"{ROWS}{day}:{key}") for day, key in part])
+        for (day, key), fields in zip(part, found, strict=True):
             rows += _rows(day, key, fields)
     return [
         row for row in rows if (owner is None or row["owner"] == owner) and (model is None or row["model"] == model)

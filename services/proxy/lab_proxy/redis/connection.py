@@ -1,7 +1,7 @@
 """A pipelined connection to redis, shared by all requests: commands of one turn of the event loop leave in one write.
 
 Speaks RESP3, so that redis sends invalidations on the same connection, in order with the replies. Knows commands and
-replies, not their meaning. A failed connection is not repaired: open another one.
+replies, not their meaning. A failed connection is not repaired: the client opens another one.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from typing import Any, cast
 import hiredis
 
 GRACE_SECONDS = 0.005  # a due timer runs before socket events: a delayed loop reads the socket first
+MAX_WAITING = 10_000  # commands without a reply: redis answers so many within 0.2 s; further ones fail at once
 
 Command = tuple[Any, ...]
 
 
-class CommandError(Exception):
-    """Redis answered one command with an error. `execute` returns it among the replies."""
+class RedisError(Exception):
+    """Redis is down, late or refuses, or too many commands wait for it."""
+
+
+class CommandError(RedisError):
+    """Redis answered one command with an error. In a pipeline it stands among the replies; it is not raised."""
 
 
 class Pipeline:
     """Commands that were sent together, and their replies so far."""
 
-    __slots__ = ("deadline", "done", "pushes", "replies", "want")
+    __slots__ = ("done", "pushes", "replies", "sent", "timeout", "timer", "want")
 
-    def __init__(self, want: int, done: asyncio.Future[Pipeline]) -> None:
-        self.want = want
-        # time.monotonic(). Set when it is sent, so that a delayed event loop does not count against redis.
-        self.deadline = float("inf")
-        self.done = done
+    def __init__(self, want: int, timeout: float, done: asyncio.Future[Pipeline]) -> None:
+        self.want, self.timeout, self.done = want, timeout, done
+        self.sent = 0.0  # time.monotonic(): before it, a delayed event loop does not count against redis
+        self.timer: asyncio.TimerHandle | None = None
         self.replies: list[Any] = []
         self.pushes = 0  # push messages received before the first reply
 
@@ -41,34 +45,38 @@ class Connection(asyncio.Protocol):
     """`on_push` gets push messages; `on_lost` gets the reason if the connection ends without `close`."""
 
     def __init__(self, timeout: float, on_push: Callable[[list[Any]], None], on_lost: Callable[[str], None]) -> None:
-        """`timeout`: seconds from sending a pipeline to its last reply."""
-        self._timeout = timeout
+        """`timeout`: seconds of silence, while replies are due, after which the connection counts as lost."""
+        self.timeout = timeout
         self._on_push, self._on_lost = on_push, on_lost
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(replyError=CommandError, notEnoughData=_NOT_YET)
         self._waiting: deque[Pipeline] = deque()
+        self._count = 0  # commands that wait
         self._out: list[bytes] = []
         self._unsent: list[Pipeline] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._heard = 0.0  # time.monotonic() of redis's last bytes
         self._transport: asyncio.Transport | None = None
         self.pushes = 0
 
-    def execute(self, commands: Sequence[Command]) -> asyncio.Future[Pipeline]:
+    @property
+    def closed(self) -> bool:
+        return self._transport is None
+
+    def execute(self, commands: Sequence[Command], timeout: float) -> asyncio.Future[Pipeline]:
         """Send commands; the pipeline holds one reply for each, CommandErrors among them.
 
-        Raises (from the future) TimeoutError if not all replies come in time, ConnectionError if the connection ends.
+        Raises RedisError (from the future) if not all replies come within `timeout` or the connection ends.
         """
         done: asyncio.Future[Pipeline] = self._loop.create_future()
-        if self._transport is None:
-            done.set_exception(ConnectionError("closed"))
+        if self._transport is None or self._count >= MAX_WAITING:
+            done.set_exception(RedisError("too many commands wait" if self._transport else "no connection"))
             return done
-        pipeline = Pipeline(len(commands), done)
+        pipeline = Pipeline(len(commands), timeout, done)
+        self._count += pipeline.want
         self._waiting.append(pipeline)
         self._unsent.append(pipeline)
-        if not self._out:
-            self._loop.call_soon(self._flush)
         for command in commands:
-            self._out.append(hiredis.pack_command(command))
+            self.send(command)
         return done
 
     def send(self, command: Command) -> None:
@@ -77,24 +85,17 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(command))
 
-    def set_timeout(self, timeout: float) -> None:
-        """Change the timeout. No pipeline may be in flight."""
-        self._timeout = timeout
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def close(self, why: str = "") -> None:
-        """Close at once; pipelines in flight get a ConnectionError. `why`: passed to `on_lost`."""
+        """Close at once; pipelines in flight get a RedisError. `why`: passed to `on_lost`."""
         if self._transport is None:
             return
         self._transport.abort()
         self._transport = None
-        if self._timer is not None:
-            self._timer.cancel()
         for pipeline in self._waiting:
+            if pipeline.timer is not None:
+                pipeline.timer.cancel()
             if not pipeline.done.done():
-                pipeline.done.set_exception(ConnectionError(why or "closed"))
+                pipeline.done.set_exception(RedisError(why or "closed"))
         self._waiting.clear()
         if why:
             self._on_lost(why)
@@ -102,33 +103,27 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         if self._transport is not None:
             self._transport.write(b"".join(self._out))
-            deadline = time.monotonic() + self._timeout  # loop.time() stands still while a callback runs
+            now = time.monotonic()  # loop.time() stands still while a callback runs
             for pipeline in self._unsent:
-                pipeline.deadline = deadline
-            if self._timer is None:
-                self._timer = self._loop.call_later(self._timeout, self._due, False)
+                pipeline.sent = now
+                pipeline.timer = self._loop.call_later(min(pipeline.timeout, self.timeout), self._check, pipeline)
         self._out.clear()
         self._unsent.clear()
 
-    def _due(self, again: bool) -> None:
-        """The oldest pipeline is late. `again`: the socket was read since; without any reply redis counts as lost."""
-        self._timer = None
-        now = time.monotonic()
-        late = bool(self._waiting) and self._waiting[0].deadline <= now
-        if late and not again:
-            self._timer = self._loop.call_later(GRACE_SECONDS, self._due, True)
+    def _check(self, pipeline: Pipeline, again: bool = False) -> None:
+        """The pipeline may be late. `again`: the socket was read since."""
+        if not again:
+            pipeline.timer = self._loop.call_later(GRACE_SECONDS, self._check, pipeline, True)
             return
-        for pipeline in self._waiting:
-            if pipeline.deadline > now:
-                if pipeline.deadline != float("inf"):  # otherwise the flush sets the timer
-                    self._timer = self._loop.call_later(pipeline.deadline - now, self._due, False)
-                return
-            if pipeline.done.done():
-                continue
-            if not pipeline.replies:
-                self.close("no answer in time")
-                return
-            pipeline.done.set_exception(TimeoutError())  # it keeps its place, for its late replies
+        now = time.monotonic()
+        lost, late = max(pipeline.sent, self._heard) + self.timeout, pipeline.sent + pipeline.timeout
+        if lost <= now:
+            self.close("no answer in time")
+            return
+        if late <= now and not pipeline.done.done():
+            pipeline.done.set_exception(RedisError("no answer in time"))  # its place is kept for late replies
+        wait = lost if pipeline.done.done() else min(lost, late)
+        pipeline.timer = self._loop.call_later(wait - now, self._check, pipeline)
 
     # ---- asyncio.Protocol
 
@@ -139,6 +134,7 @@ class Connection(asyncio.Protocol):
         self.close("no connection")
 
     def data_received(self, data: bytes) -> None:
+        self._heard = time.monotonic()
         self._reader.feed(data)
         while True:
             try:
@@ -159,8 +155,11 @@ class Connection(asyncio.Protocol):
             if not pipeline.replies:
                 pipeline.pushes = self.pushes
             pipeline.replies.append(reply)
+            self._count -= 1
             if len(pipeline.replies) == pipeline.want:
                 self._waiting.popleft()
+                if pipeline.timer is not None:
+                    pipeline.timer.cancel()
                 if not pipeline.done.done():
                     pipeline.done.set_result(pipeline)
 

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from ..errors import ProxyError, UpstreamDown
+from ..tasks import end
 from .failover import UpstreamPool
 
 log = logging.getLogger("lab_proxy.models")
@@ -27,9 +28,7 @@ class ModelList:
         self._task = asyncio.get_running_loop().create_task(self._poll(), name="local-models")
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     def observe_revision(self, model: str, revision: str | None) -> None:
         """An answer came from this revision: the next request's key contains it."""
