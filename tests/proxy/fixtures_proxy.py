@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,22 @@ def mock(log_dir: Path, port: int | None = None) -> Iterator[Process]:
 
 
 @contextlib.contextmanager
-def proxy(log_dir: Path, *, redis: str, model: str, paid: str | None = None, **settings: str) -> Iterator[Process]:
-    """`settings`: further PROXY_ variables, without the prefix and in lower case."""
+def proxy(
+    log_dir: Path,
+    *,
+    redis: str,
+    model: str,
+    paid: str | None = None,
+    env: Mapping[str, str] | None = None,
+    **settings: str,
+) -> Iterator[Process]:
+    """`settings`: further PROXY_ variables, without the prefix and in lower case. `env`: others.
+
+    Without `env` the upstreams, which are on this machine, are reached directly.
+    """
     port = free_port()
-    env = {
+    env = {"NO_PROXY": "*", "no_proxy": "*"} if env is None else dict(env)
+    env |= {
         "PROXY_PORT": str(port),
         "PROXY_MODEL_URL": model,
         "PROXY_REDIS_URL": redis,

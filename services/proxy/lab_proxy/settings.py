@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -23,6 +24,21 @@ def is_http(url: str) -> bool:
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:  # brackets or a port that are none
         return False
+
+
+def forward_proxy(url: str) -> str | None:
+    """The forward proxy for requests to this URL: HTTPS_PROXY or HTTP_PROXY, unless NO_PROXY names the host.
+
+    Raises ValueError for a proxy that is no HTTP proxy.
+    """
+    parts = urlsplit(url)
+    found = getproxies().get(parts.scheme)
+    if not found or proxy_bypass(parts.hostname or "") or proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    found = found if "://" in found else f"http://{found}"
+    if not is_http(found):
+        raise ValueError(f"{parts.scheme.upper()}_PROXY must be an http:// or https:// URL")
+    return found
 
 
 class Settings(BaseSettings):

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from . import money
 from ..redis.client import Client
+from . import money
 
 DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number

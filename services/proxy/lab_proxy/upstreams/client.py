@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import random
 import secrets
@@ -17,7 +18,9 @@ from functools import partial
 from typing import Any, NoReturn
 from urllib.parse import quote
 
+import aiohttp
 import orjson
+from yarl import URL
 
 from .. import __version__
 from ..errors import (
@@ -31,13 +34,13 @@ from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from ..telemetry.record import UpstreamCall
 from .breaker import CircuitBreaker
-from .http1 import Answer, Failed, Origin, Unreachable
-from .reply import UpstreamResponse, forwarded_headers, network_error, read_whole
+from .reply import FAILURES, UNSENT, Answer, UpstreamResponse, forwarded_headers, network_error, read_whole
 from .routes import Target, UpstreamConfig
 
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close idle connections
 LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is passed on to the caller
 BACKOFF_SECONDS = 0.1  # before the first retry, doubled for each further one; half of it is jitter
+MAX_LINE_BYTES = 65_536  # status line or one header of an answer
 PASSING = frozenset({502, 503, 504})  # sent by gateways before an engine: nothing was generated, so a retry is safe
 
 
@@ -63,6 +66,18 @@ class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
         self.error, self.retry_after, self.fallback, self.failed = error, retry_after, fallback, failed
 
 
+class _StaleConnection(aiohttp.ServerDisconnectedError):
+    """Something came on a connection that was idle: it is closed, nothing was sent."""
+
+
+class _Request(aiohttp.ClientRequest):
+    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        """aiohttp would take what came before the request for its answer."""
+        if conn.protocol is None or conn.protocol.should_close:
+            raise _StaleConnection
+        return await super().send(conn)
+
+
 class UpstreamClient:
     """One OpenAI-compatible API. Needs a running event loop; its connections are kept and reused."""
 
@@ -71,18 +86,31 @@ class UpstreamClient:
         self._settings = settings
         self._metrics = metrics
         self._key = (config.key or "").encode()
-        self._paths: dict[tuple[str, str], str] = {}
+        self._urls: dict[str, URL] = {}
         self._call_prefix, self._numbers = secrets.token_hex(8), itertools.count(1)
         self.breakers: dict[str, CircuitBreaker] = {}
-        headers = {"user-agent": f"llm-lab-proxy/{__version__}", "accept-encoding": "identity"}
+        base = URL(config.base_url)
+        self._base = str(base.with_user(None)).rstrip("/")
+        self._headers = {"user-agent": f"llm-lab-proxy/{__version__}", "accept-encoding": "identity"}
         if config.key:
-            headers["authorization"] = f"Bearer {config.key}"
-        self._origin = Origin(
-            config.base_url, headers, connect_timeout=settings.connect_timeout_seconds, keepalive=KEEPALIVE_SECONDS
+            self._headers["authorization"] = f"Bearer {config.key}"
+        elif base.user is not None:
+            self._headers["authorization"] = aiohttp.encode_basic_auth(base.user, base.password or "")
+        # The session has no headers of its own: aiohttp would send them to a forward proxy too. Nor does it read the
+        # environment, where `trust_env` would also find ~/.netrc.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            request_class=_Request,
+            proxy=config.forward_proxy,
+            timeout=aiohttp.ClientTimeout(connect=settings.connect_timeout_seconds),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
         )
 
     async def stop(self) -> None:
-        await self._origin.stop()
+        await self._session.close()
 
     async def send(self, request: UpstreamRequest, target: Target) -> UpstreamResponse:
         """The answer's head, after retries where they may help. The caller closes it.
@@ -138,17 +166,30 @@ class UpstreamClient:
         """
         try:
             async with asyncio.timeout(limit):
-                answer = await self._origin.ask("GET", path, {"accept": "application/json"}, within=limit)
+                answer = await self._ask("GET", path, {"accept": "application/json"})
                 try:
                     raw = await read_whole(answer)
                 finally:
                     answer.close()
-        except (Failed, TimeoutError) as error:
+        except FAILURES as error:
             raise network_error(self.config.name, error) from None
         try:
             return answer.status, orjson.loads(raw)
         except orjson.JSONDecodeError:
             raise UpstreamBroken(f"`{self.config.name}` answers {path} with something that is not JSON.") from None
+
+    async def _ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Answer:
+        """Raises aiohttp.ClientError. A POST that may have been worked on is not repeated."""
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = URL(self._base + path, encoded=True)
+        headers = self._headers | headers
+        while True:
+            data = io.BytesIO(body) if body and len(body) > 2**20 else body  # aiohttp warns of more in one piece
+            with contextlib.suppress(_StaleConnection):
+                return Answer(
+                    await self._session.request(method, url, headers=headers, data=data, allow_redirects=False)
+                )
 
     async def _send_once(
         self, request: UpstreamRequest, target: Target, body: bytes, call: UpstreamCall
@@ -169,7 +210,8 @@ class UpstreamClient:
         limit = min(left, settings.first_byte_timeout_seconds) if request.stream else left
         try:
             path = self._path(request.endpoint, target.model)
-            answer = await self._origin.ask("POST", path, headers, body, within=limit)
+            async with asyncio.timeout(limit):
+                answer = await self._ask("POST", path, headers, body)
             call.status = answer.status
             if answer.status >= 300:
                 try:
@@ -177,8 +219,8 @@ class UpstreamClient:
                         self._refuse(answer, await read_whole(answer))
                 finally:
                     answer.close()
-        except (Failed, TimeoutError) as error:
-            unsent = isinstance(error, Unreachable)
+        except FAILURES as error:
+            unsent = isinstance(error, UNSENT)
             # After a timeout the time is spent, and the upstream may still be working: no retry there.
             timed_out = isinstance(error, TimeoutError) and not unsent
             mapped = network_error(config.name, error)
@@ -195,12 +237,7 @@ class UpstreamClient:
 
     def _path(self, endpoint: str, model: str) -> str:
         """The path below the base URL."""
-        if self.config.kind != "model":
-            return endpoint[3:]
-        found = self._paths.get((endpoint, model))
-        if found is None:
-            found = self._paths[endpoint, model] = f"/m/{quote(model, safe='')}{endpoint}"
-        return found
+        return f"/m/{quote(model, safe='')}{endpoint}" if self.config.kind == "model" else endpoint[3:]
 
     def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
         """Raise the fault for a status from 300."""

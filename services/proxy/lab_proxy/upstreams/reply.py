@@ -8,15 +8,20 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
+import aiohttp
 import orjson
 
 from ..errors import ProxyError, UpstreamBroken, UpstreamDown, UpstreamTimeout
 from ..settings import Settings
 from ..telemetry.record import UpstreamCall
-from .http1 import Answer, Broken, ConnectTimeout, Failed, Unreachable
 from .routes import Target
 
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+# Nothing of the request was sent.
+UNSENT = (
+    aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL,
+)  # fmt: skip
+FAILURES = (aiohttp.ClientError, TimeoutError)
 
 
 _FORWARDED_PREFIX = "x-ratelimit-"
@@ -25,6 +30,66 @@ _FORWARDED_PREFIX = "x-ratelimit-"
 _FORWARDED = frozenset({
     "retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version",
 })  # fmt: skip
+
+
+class UnreadableError(aiohttp.ClientPayloadError):
+    """An answer in a form that the proxy did not ask for, named in the message."""
+
+
+class Answer:
+    """Status, headers and body of one HTTP answer. Its reader closes it."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        """Raises UnreadableError, and closes the answer."""
+        self._response, self._content = response, response.content
+        self.status = response.status
+        self.headers: dict[str, str] = {}  # names in lower case; the first of several of one name
+        for name, value in response.raw_headers:
+            self.headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        transfer, coding = (self.headers.get(f"{what}-encoding", "").lower() for what in ("transfer", "content"))
+        self._open_end = not transfer and "content-length" not in self.headers  # the body ends with the connection
+        protocol = None if response.connection is None else response.connection.protocol
+        self._lost = None if protocol is None else protocol.closed  # None: the whole body is here
+        if self._lost is not None:
+            self._lost.add_done_callback(self._on_lost)
+        fault = f"transfer-encoding: {transfer}" if transfer not in {"", "chunked"} else ""
+        fault = f"content-encoding: {coding}" if coding not in {"", "identity"} else fault
+        fault = f"HTTP status {self.status}" if self.status < 200 else fault
+        if fault:
+            self.close()
+            raise UnreadableError(fault)
+
+    async def read(self, limit: float | None = None) -> bytes:
+        """The next bytes of the body as they come, none at its end.
+
+        Raises TimeoutError after `limit` seconds without any, aiohttp.ClientError if the rest cannot be read.
+        """
+        piece = self._content.read_nowait()
+        if not piece and not self._content.at_eof():
+            # asyncio.timeout takes four times as long, and a stream waits here for each event.
+            loop, silent = asyncio.get_running_loop(), TimeoutError()
+            timer = limit and loop.call_later(limit, self._content.set_exception, silent)
+            try:
+                piece = await self._content.readany()
+            finally:
+                if timer:
+                    timer.cancel()
+        if not piece and (error := self._content.exception()):
+            raise error
+        return piece
+
+    def close(self) -> None:
+        """Close the connection unless the whole body has come: the upstream learns of it at once."""
+        if self._lost is not None:
+            self._lost.remove_done_callback(self._on_lost)
+        self._response.close()
+
+    def _on_lost(self, lost: asyncio.Future[None]) -> None:
+        """aiohttp tells the reader neither of a fault in the body nor of the session's end, and takes a reset for the
+        end of a body without length."""
+        error = lost.exception()
+        if not self._content.is_eof() or (error and self._open_end):
+            self._content.set_exception(aiohttp.ClientPayloadError("the connection ended"))
 
 
 class UpstreamResponse:
@@ -92,7 +157,7 @@ class UpstreamResponse:
         began = time.perf_counter()
         try:
             yield
-        except (Failed, TimeoutError) as error:
+        except FAILURES as error:
             self.call.outcome = "broken"
             raise network_error(self.target.upstream, error) from None
         finally:
@@ -108,7 +173,11 @@ def forwarded_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
     Names are in lower case.
     """
-    kept = {name: value for name, value in headers.items() if name in _FORWARDED or name.startswith(_FORWARDED_PREFIX)}
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if (name in _FORWARDED or name.startswith(_FORWARDED_PREFIX)) and value.isprintable()
+    }
     if "x-request-id" in headers:
         kept["x-upstream-request-id"] = headers["x-request-id"]
     return kept
@@ -123,7 +192,7 @@ async def read_whole(answer: Answer) -> bytes:
     while piece := await answer.read():
         size += len(piece)
         if size > MAX_ANSWER_BYTES:
-            raise Broken("it is too large")
+            raise aiohttp.ClientPayloadError("it is too large")
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -131,15 +200,30 @@ async def read_whole(answer: Answer) -> bytes:
 def network_error(name: str, error: Exception) -> ProxyError:
     """The error for a network fault, with advice."""
     where = "PROXY_MODEL_URL, `make logs`" if name == "model" else "its base URL and the network"
-    if isinstance(error, ConnectTimeout):
+    again = {"retry-after": "2"}
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
         return UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.")
     if isinstance(error, TimeoutError):
         return UpstreamTimeout(
             f"The upstream `{name}` was silent for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
         )
-    if isinstance(error, Unreachable):
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return UpstreamDown(
-            f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab.",
-            headers={"retry-after": "2"},
+            f"The certificate of the upstream `{name}` is not trusted: set SSL_CERT_FILE to a PEM file with the "
+            "certificate of the authority that signed it, and check the host name in its base URL.",
+            headers=again,
         )
+    if isinstance(error, (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)):
+        status = f" It answered {error.status}." if isinstance(error, aiohttp.ClientHttpProxyError) else ""
+        return UpstreamDown(
+            f"The forward proxy gives no connection to the upstream `{name}`: check HTTPS_PROXY, HTTP_PROXY and "
+            f"NO_PROXY.{status}",
+            headers=again,
+        )
+    if isinstance(error, UNSENT):
+        return UpstreamDown(
+            f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab.", headers=again
+        )
+    if isinstance(error, UnreadableError):
+        return UpstreamBroken(f"The upstream `{name}` answers with {str(error)[:100]}, which nobody asked for.")
     return UpstreamBroken(f"The upstream `{name}` broke its answer off: check {where}.")

@@ -18,7 +18,7 @@ from ..canonical import encode
 from ..endpoints import default_tables
 from ..errors import ModelNotFound, UpstreamDown
 from ..reload import read_yaml
-from ..settings import Settings, is_http
+from ..settings import Settings, forward_proxy, is_http
 
 OPENAI_URL = "https://api.openai.com/v1"
 AUTO = "auto"
@@ -143,6 +143,7 @@ class UpstreamConfig:
     configured: bool
     stream_usage: bool
     responses: bool = False
+    forward_proxy: str | None = field(default=None, repr=False)  # it may hold a password
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,17 +329,16 @@ def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
         return UpstreamConfig(
             name, row.kind, row.base_url or settings.model_url, None, True, row.stream_usage, row.responses
         )
+    key, url = None, (row.base_url or settings.openai_base_url).rstrip("/")
     if row.base_url is None:
         key = settings.openai_key()
-        return UpstreamConfig(
-            name, row.kind, settings.openai_base_url, key, key is not None, row.stream_usage, row.responses
-        )
-    key = None
-    if row.api_key_file is not None:
+    elif row.api_key_file is not None:
         try:
             key = row.api_key_file.read_text().strip() or None
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"PROXY_ROUTES_FILE: the key file of upstream {name} cannot be read: {error}") from None
+    configured = key is not None or (row.base_url is not None and row.keyless)
     return UpstreamConfig(
-        name, row.kind, row.base_url.rstrip("/"), key, row.keyless or key is not None, row.stream_usage, row.responses
-    )
+        name, row.kind, url, key, configured, row.stream_usage, row.responses,
+        forward_proxy=forward_proxy(url) if configured else None,
+    )  # fmt: skip
