@@ -1,4 +1,4 @@
-"""The proxy in operation: files that change, several workers, an end that callers hardly notice, metrics and spans."""
+"""The proxy in operation: files that change, an end that callers hardly notice, metrics and spans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
@@ -75,6 +74,7 @@ def filing(running: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         openai_base_url=f"{running.paid.url}/v1",
         prices_file=str(folder / "prices.yaml"),
         routes_file=str(routes_file(folder)),
+        workers="2",
     ) as started:
         yield Filed(started, folder)
 
@@ -101,6 +101,14 @@ def test_a_changed_routes_file_is_in_use(filed: Filed) -> None:
     assert other.chat(text, model="one").status_code == 404
     assert filed.report()["generation"] > before
     assert "trouble" not in filed.report()
+
+
+def test_a_removed_setting_is_named_at_the_start(filed: Filed) -> None:
+    """One line of the log says that it is ignored, and what to use instead."""
+    told = [line for line in filed.bench.proxy.log.read_text().splitlines() if "PROXY_WORKERS" in line]
+    assert len(told) == 1
+    assert "gone and ignored" in told[0]
+    assert "compose.scale.yaml" in told[0]
 
 
 def test_sighup_reads_the_files_again(filed: Filed) -> None:
@@ -175,108 +183,6 @@ def test_requests_in_flight_keep_their_table(filed: Filed, bench: Bench) -> None
         assert not asking.done()
         bench.control(bench.paid, held=False)
         assert events(asking.result())[-1] == "[DONE]"
-
-
-# ---- workers
-
-
-@contextlib.contextmanager
-def workers(bench: Bench, tmp_path: Path, count: int = 2, **settings: str) -> Iterator[Bench]:
-    with second(bench, tmp_path, workers=str(count), **settings) as other:
-        eventually(lambda: len(listening(other)) == count)
-        yield other
-
-
-def listening(bench: Bench) -> list[psutil.Process]:
-    """The workers that listen on the proxy's port."""
-    found = []
-    for child in psutil.Process(bench.proxy.popen.pid).children():
-        with contextlib.suppress(psutil.Error):
-            at = [each for each in child.net_connections() if each.status == "LISTEN"]
-            found += [child] if any(each.laddr.port == bench.proxy.port for each in at) else []
-    return found
-
-
-def apart(bench: Bench, path: str = "/health") -> httpx2.Response:
-    """An answer over a connection of its own: any worker may give it."""
-    return httpx2.get(bench.proxy.url + path)
-
-
-def test_workers_share_a_port_a_cache_and_their_numbers(bench: Bench, tmp_path: Path) -> None:
-    """What one stored is another's hit; /metrics and /status of any of them tell of all."""
-    with workers(bench, tmp_path) as other:
-        text = new()
-        body = {"model": "gpt-mock", "messages": [{"role": "user", "content": text}], "temperature": 0}
-        for _ in range(24):
-            with httpx2.Client(base_url=other.proxy.url) as http:
-                assert http.post("/v1/chat/completions", json=body).status_code == 200
-        assert bench.calls()["total"] == 1
-        line = 'lab_proxy_requests_total{cache="hit",model="gpt-mock",route="/v1/chat/completions"'
-        eventually(lambda: all(number(apart(other, "/metrics").text, line) == 23 for _ in range(12)))
-        assert [apart(other, "/status").json()["cache"]["hits"] for _ in range(12)] == [23] * 12
-
-
-def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
-    """The others go on, a new one comes, and what the dead one had counted stays counted."""
-    with workers(bench, tmp_path) as other:
-        for _ in range(12):
-            apart(other)
-        line = 'lab_proxy_requests_total{cache="",model="",route="/health"'
-        # All of them say so: the one that ends has told the other.
-        eventually(lambda: all(number(apart(other, "/metrics").text, line) >= 12 for _ in range(12)))
-        before = listening(other)
-        before[0].kill()
-        eventually(lambda: len(listening(other)) == 2 and before[0] not in listening(other))
-        assert "died with -9" in other.proxy.log.read_text()
-        assert number(apart(other, "/metrics").text, line) >= 12
-        for _ in range(12):
-            assert apart(other).status_code == 200
-
-
-def test_workers_end_together(bench: Bench, tmp_path: Path) -> None:
-    """SIGTERM to the parent: streams of all end with [DONE], then it ends with 0 and leaves nothing behind."""
-    with workers(bench, tmp_path) as other:
-        got: list[httpx2.Response] = []
-        body = {"model": "gpt-mock-slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
-
-        def ask() -> None:
-            got.append(httpx2.post(f"{other.proxy.url}/v1/chat/completions", json=body, timeout=60))
-
-        asking = [threading.Thread(target=ask) for _ in range(6)]
-        for each in asking:
-            each.start()
-        eventually(lambda: bench.calls()["total"] == 6)
-        left = listening(other)
-        other.proxy.popen.send_signal(signal.SIGTERM)
-        for each in asking:
-            each.join(60)
-        assert [events(answer)[-1] for answer in got] == ["[DONE]"] * 6
-        assert other.proxy.popen.wait(60) == 0
-        assert not any(child.is_running() for child in left)
-
-
-def test_sighup_reaches_every_worker(bench: Bench, tmp_path: Path) -> None:
-    file = routes_file(tmp_path, **alias("one"))
-    with workers(bench, tmp_path, routes_file=str(file)) as other:
-        other.proxy.popen.send_signal(signal.SIGHUP)
-        eventually(lambda: other.proxy.log.read_text().count("routes: reloaded") == 2)
-
-
-def test_workers_do_not_outlive_their_parent(bench: Bench, tmp_path: Path) -> None:
-    with workers(bench, tmp_path) as other:
-        left = listening(other)
-        other.proxy.popen.kill()
-        eventually(lambda: not any(child.is_running() for child in left))
-
-
-def test_a_worker_that_hangs_is_killed(bench: Bench, tmp_path: Path) -> None:
-    """Beyond the drain's bound and a grace the parent waits for nobody, and its exit code says so."""
-    with workers(bench, tmp_path, drain_timeout_seconds="0") as other:
-        stopped = listening(other)[0]
-        stopped.suspend()
-        other.proxy.popen.send_signal(signal.SIGTERM)
-        assert other.proxy.popen.wait(60) == 1
-        assert not stopped.is_running()
 
 
 # ---- the end

@@ -28,7 +28,7 @@ from ..ledger import money
 PREFIX = "sk-lab-"
 RECORDS = "lab:key:records"  # hash: id -> record
 DIGESTS = "lab:key:digests"  # hash: the first half of a secret's SHA-256 -> id
-VERSION = "lab:key:version"  # grows with every change; workers poll it
+VERSION = "lab:key:version"  # grows with every change; processes poll it
 MAX_AT_ONCE = 10_000
 MAX_GRACE = 30 * 86400
 RESERVED = frozenset({"local"})  # the tenant of callers without keys
