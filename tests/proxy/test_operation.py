@@ -20,7 +20,6 @@ import httpx2
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
-from lab_proxy.telemetry.metrics import Metrics
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
@@ -284,23 +283,6 @@ def test_exemplars_carry_request_ids(bench: Bench) -> None:
     ]
     assert found
     assert found[0].value > 0
-
-
-def test_numbers_of_several_processes_add_up(tmp_path: Path) -> None:
-    """Counters and histograms are summed, also those of a process that ended; its gauges go with it."""
-    each = [Metrics(tmp_path) for _ in range(3)]
-    for place, metrics in enumerate(each):
-        metrics._name = f"{place}.json"
-        metrics.count("upstream_calls", "openai", "ok", by=place + 1)
-        metrics.time("redis", "read", seconds=0.01)
-        metrics.watch(lambda place=place: {"breaker_open": {("openai",): float(place == 2)}})  # type: ignore[misc]
-        metrics.share(ended=place == 2)
-    (tmp_path / "half.json").write_bytes(b'{"counts": ')
-    page = each[0].page()[0].decode()
-    assert 'lab_proxy_upstream_calls_total{outcome="ok",upstream="openai"} 6.0' in page
-    assert 'lab_proxy_redis_seconds_count{operation="read"} 3.0' in page
-    assert 'lab_proxy_breaker_open{upstream="openai"} 0.0' in page
-    assert not list(tmp_path.glob(".*"))
 
 
 # ---- spans
