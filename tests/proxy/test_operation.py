@@ -7,10 +7,11 @@ import gzip
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ import httpx2
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
+from lab_proxy import reload
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from processes import eventually_async
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
 
@@ -90,7 +93,7 @@ def filed(filing: Filed) -> Filed:
 
 
 def test_a_changed_routes_file_is_in_use(filed: Filed) -> None:
-    """By its time, without a signal; what was decided about the same bytes before is decided anew."""
+    """Without a signal; what was decided about the same bytes before is decided anew."""
     text, other = new(), filed.bench
     assert other.chat(text, model="one").status_code == 200
     assert state(other.chat(text, model="one")) == "hit"
@@ -150,7 +153,7 @@ def test_a_wrong_file_keeps_the_old_one_and_says_so(filed: Filed, wrong: str | N
     assert other.chat(model="two").status_code == 200
 
 
-def test_a_wrong_file_is_noticed_by_its_time_and_refused_once(filed: Filed) -> None:
+def test_a_wrong_file_is_noticed_and_refused_once(filed: Filed) -> None:
     """Not every second: the look that finds the price table wrong has nothing to say of the routes. Both are noticed
     when they are mended."""
     line = 'lab_proxy_reloads_total{file="routes",outcome="refused"}'
@@ -163,6 +166,85 @@ def test_a_wrong_file_is_noticed_by_its_time_and_refused_once(filed: Filed) -> N
     filed.routes()
     (filed.folder / "prices.yaml").write_text(PRICES)
     eventually(lambda: not any("trouble" in filed.report(name) for name in ("routes", "prices")))
+
+
+class Text:
+    """A file whose content counts, for a Reloader alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content = path.read_text()
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def reload(self) -> None:
+        self.content = self.path.read_text()
+
+
+class Watches:
+    """Counts the watchers that have begun; the first `failing` of them fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = 0) -> None:
+        self.begun, self._failing, self._watch = 0, failing, reload.awatch
+        monkeypatch.setattr(reload, "awatch", self.begin)
+
+    def begin(self, *folders: Path, **settings: Any) -> AsyncGenerator[Any, None]:
+        self.begun += 1
+        if self.begun <= self._failing:
+            raise OSError("no more watches")
+        return self._watch(*folders, **settings)
+
+
+@contextlib.asynccontextmanager
+async def watched(path: Path) -> AsyncIterator[Text]:
+    text = Text(path)
+    watching = reload.Reloader({"routes": text})
+    await watching.start()
+    try:
+        yield text
+    finally:
+        await watching.stop()
+
+
+async def test_a_configmap_that_changes_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes replaces the link `..data` beside the file, which is a link through it; then it deletes the folder of
+    before. Seen more than once, and by events alone."""
+    monkeypatch.setattr(reload, "LOOK_MS", 10**9)
+
+    def swap(content: str) -> None:
+        folder = tmp_path / f"..{content}"
+        folder.mkdir()
+        (folder / "routes.yaml").write_text(content)
+        before = (tmp_path / "..data").resolve()
+        (tmp_path / "..data_tmp").symlink_to(folder.name)
+        (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+        if before.name.startswith("..") and before.name != "..data":
+            shutil.rmtree(before)
+
+    swap("first")
+    (tmp_path / "routes.yaml").symlink_to("..data/routes.yaml")
+    watching = Watches(monkeypatch)
+    async with watched(tmp_path / "routes.yaml") as text:
+        for turn, content in enumerate(("second", "third"), 1):
+            await eventually_async(lambda turn=turn: watching.begun >= turn)
+            swap(content)
+            await eventually_async(lambda content=content: text.content == content)
+
+
+async def test_a_watcher_that_fails_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so, and what changed meanwhile is in use."""
+    monkeypatch.setattr(reload, "FIRST_PAUSE", 0.0)
+    watching = Watches(monkeypatch, failing=2)
+    (tmp_path / "routes.yaml").write_text("first")
+    async with watched(tmp_path / "routes.yaml") as text:
+        await eventually_async(lambda: watching.begun == 3)
+        (tmp_path / "routes.yaml").write_text("the second")
+        await eventually_async(lambda: text.content == "the second")
+    told = [record.getMessage() for record in caplog.records]
+    assert told[:2] == ["files are not watched: OSError('no more watches'); next try in 0 s"] * 2
 
 
 def test_requests_in_flight_keep_their_table(filed: Filed, bench: Bench) -> None:

@@ -53,4 +53,5 @@ def start_log(settings: Settings) -> None:
     listener.start()
     atexit.register(listener.stop)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs a line for each broken upload
