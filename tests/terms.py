@@ -1,6 +1,6 @@
-"""Find words of our own for known things: `python tests/terms.py` (part of `make check`) prints them and exits with 1.
+"""Find words of our own for known things: `python tests/terms.py`, part of `make check`, prints them and exits with 1.
 
-NAMES may not be a part of any name in the code of services, lab, load and bench: modules, classes, functions, variables.
+NAMES may not be a part of any name in the code of services, lab, load and bench: module, class, function, variable.
 PHRASES may not stand in their comments, docstrings and log lines. Each word has the standard term beside it.
 """
 
@@ -19,7 +19,7 @@ PLACES = ("services", "lab", "load", "bench")
 
 # Part of a name (snake_case or CamelCase) -> what to write.
 NAMES = {
-    "aloft": "started", "apart": "detach", "bills": "billing", "doorkeeper": "authenticator", "flights": "single_flight",
+    "aloft": "started", "apart": "detach", "bills": "billing", "doorkeeper": "authenticator",
     "obituary": "failure report", "recall": "plan_cache", "roles": "protocols", "said": "reported, headers, answer",
     "spool": "disk_queue", "tally": "reconciliation, usage", "told": "reported", "way": "plan, path", "ways": "planner",
     "wishes": "cache_control", "heard": "received", "unheard": "failed",

@@ -224,8 +224,8 @@ async def test_cache_d1_a_copy_does_not_outlive_the_ttl(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
-def test_cache_d1_a_deleted_or_replaced_entry_reaches_every_worker(bench: Bench, twin: Bench, how: str) -> None:
-    """Whoever deletes or replaces it: each worker drops its copy as soon as redis tells of it."""
+def test_cache_d1_a_deleted_or_replaced_entry_reaches_every_process(bench: Bench, twin: Bench, how: str) -> None:
+    """Whoever deletes or replaces it: each process drops its copy as soon as redis tells of it."""
     text = new()
     bench.chat(text)
     old = bench.chat(text)
@@ -233,18 +233,18 @@ def test_cache_d1_a_deleted_or_replaced_entry_reaches_every_worker(bench: Bench,
     if how == "deleted":
         with redis.Redis(port=bench.redis.port) as client:
             client.delete(f"lab:entry:{key_of(old)}")
-        for worker in (bench, twin):
-            worker.catch_up()
-            assert explain_state(worker, text) == "miss"
+        for each in (bench, twin):
+            each.catch_up()
+            assert explain_state(each, text) == "miss"
     else:
         bench.age(key_of(old), 1000)
         twin.catch_up()
-        for worker in (bench, twin):
-            assert int(worker.chat(text).headers["age"]) >= 1000
+        for each in (bench, twin):
+            assert int(each.chat(text).headers["age"]) >= 1000
         assert state(bench.chat(text, headers={"cache-control": "no-cache"})) == "request stored"
         twin.catch_up()
-        for worker in (bench, twin):
-            assert int(worker.chat(text).headers["age"]) < 1000
+        for each in (bench, twin):
+            assert int(each.chat(text).headers["age"]) < 1000
 
 
 def explain_state(bench: Bench, text: str) -> str:
@@ -252,7 +252,7 @@ def explain_state(bench: Bench, text: str) -> str:
     return str(explain(bench, request=body).json()["state"])
 
 
-def test_cache_d3_flush_reaches_every_worker(bench: Bench, twin: Bench) -> None:
+def test_cache_d3_flush_reaches_every_process(bench: Bench, twin: Bench) -> None:
     """By tenant or by model: here at once, in the other process soon; nothing else is lost."""
     text = new()
     for model in ("gpt-mock", "gpt-other"):
@@ -298,7 +298,7 @@ def test_cache_d3_a_write_under_way_does_not_come_back(bench: Bench, stream: boo
 
 
 def test_cache_d1_cut_off_while_a_flush_happens(bench: Bench, twin: Bench) -> None:
-    """A worker whose line to redis was stopped meanwhile gives out nothing of before: not cut off, not after."""
+    """A process whose line to redis was stopped meanwhile gives out nothing of before: not cut off, not after."""
     text = new()
     twin.chat(text)
     assert state(twin.chat(text)) == "hit"
@@ -308,8 +308,8 @@ def test_cache_d1_cut_off_while_a_flush_happens(bench: Bench, twin: Bench) -> No
         client.client_kill_filter(_type="normal", skipme=True)  # nor will it
         os.kill(twin.proxy.popen.pid, signal.SIGCONT)
         assert state(twin.chat(text)) != "hit"
-    for worker in (twin, bench):
-        eventually(lambda worker=worker: state(worker.chat(text)) == "hit", what="redis is found again")
+    for each in (twin, bench):
+        eventually(lambda each=each: state(each.chat(text)) == "hit", what="redis is found again")
 
 
 def test_cache_d3_flush_says_when_redis_does_not_take_it(bench: Bench) -> None:
@@ -376,8 +376,8 @@ def test_cache_k7_explain_knows_no_other_tenant(school: School) -> None:
     assert asked_at(limited, "explain", request=body).status_code == 403
 
 
-def test_cache_t2_limits_count_before_a_copy_in_the_worker(school: School) -> None:
-    """A worker's own copy is given out by the verdict of redis only: the third request of two a minute is refused."""
+def test_cache_t2_limits_count_before_a_local_copy(school: School) -> None:
+    """A process's own copy is given out by the verdict of redis only: the third request of two a minute is refused."""
     ann, text = school.key(rpm=2), new()
     assert [ann.chat(text).status_code for _ in range(3)] == [200, 200, 429]
     bob = school.key(models=["gpt-mock"])

@@ -69,14 +69,14 @@ def test_the_openai_sdk_takes_a_virtual_key(school: School) -> None:
         client.models.list()
 
 
-def test_a_key_works_at_once_in_every_worker(school: School) -> None:
+def test_a_key_works_at_once_in_every_process(school: School) -> None:
     """Made at one proxy, good at the other."""
     holder = school.key()
     assert school.at_two(holder).chat().status_code == 200
 
 
-def test_t2_a_revocation_reaches_every_worker(school: School) -> None:
-    """Also where both workers have used the key, and for an answer that lies in the cache. A worker that has not seen
+def test_t2_a_revocation_reaches_every_process(school: School) -> None:
+    """Also where both processes have used the key, and for an answer in the cache. A process that has not seen
     the key refuses it from the first request on."""
     warm, cold, text = school.key(), school.key(), new()
     assert warm.chat(text).status_code == 200
@@ -141,11 +141,11 @@ def test_rotation_with_and_without_grace(school: School) -> None:
 async def test_a_key_that_ends_is_refused_also_when_it_was_good_before(
     school: School, monkeypatch: pytest.MonkeyPatch, end: str, message: str
 ) -> None:
-    """The end of its time, or of its grace after a rotation, needs no message from redis, only the worker's clock."""
+    """The end of its time, or of its grace after a rotation, needs no message from redis, only the process's clock."""
     async with redis_client(school.redis) as client:
         ring = store.KeyStore(client)
-        worker = authentication.Authenticator(client, timeout=60)
-        await worker.start()
+        process = authentication.Authenticator(client, timeout=60)
+        await process.start()
         ((key, secret),) = await ring.create(
             [store.key_spec({"owner": new()} | ({"expires": "1d"} if "key" in end else {}))]
         )
@@ -153,12 +153,12 @@ async def test_a_key_that_ends_is_refused_also_when_it_was_good_before(
             await ring.rotate(key.id, 86_400)
         headers = {"authorization": f"Bearer {secret}"}
         for _ in range(2):
-            assert (await worker.authenticate(headers)).key_id == key.id
+            assert (await process.authenticate(headers)).key_id == key.id
         clock = types.SimpleNamespace(time=lambda: time.time() + 86_401, monotonic=time.monotonic)
         monkeypatch.setattr(authentication, "time", clock)
         with pytest.raises(InvalidKey, match=message):
-            await worker.authenticate(headers)
-        await worker.stop()
+            await process.authenticate(headers)
+        await process.stop()
 
 
 def test_an_expired_key_is_refused(school: School) -> None:

@@ -1,4 +1,4 @@
-"""The proxy in operation: files that change, several workers, an end that callers hardly notice, metrics and spans."""
+"""The proxy in operation: files that change, an end that callers hardly notice, metrics and spans."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import gzip
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
-from lab_proxy.telemetry.metrics import Metrics
+from lab_proxy import reload
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from processes import eventually_async
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
 
@@ -75,6 +76,7 @@ def filing(running: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         openai_base_url=f"{running.paid.url}/v1",
         prices_file=str(folder / "prices.yaml"),
         routes_file=str(routes_file(folder)),
+        workers="2",
     ) as started:
         yield Filed(started, folder)
 
@@ -91,7 +93,7 @@ def filed(filing: Filed) -> Filed:
 
 
 def test_a_changed_routes_file_is_in_use(filed: Filed) -> None:
-    """By its time, without a signal; what was decided about the same bytes before is decided anew."""
+    """Without a signal; what was decided about the same bytes before is decided anew."""
     text, other = new(), filed.bench
     assert other.chat(text, model="one").status_code == 200
     assert state(other.chat(text, model="one")) == "hit"
@@ -101,6 +103,14 @@ def test_a_changed_routes_file_is_in_use(filed: Filed) -> None:
     assert other.chat(text, model="one").status_code == 404
     assert filed.report()["generation"] > before
     assert "trouble" not in filed.report()
+
+
+def test_a_removed_setting_is_named_at_the_start(filed: Filed) -> None:
+    """One line of the log says that it is ignored, and what to use instead."""
+    told = [line for line in filed.bench.proxy.log.read_text().splitlines() if "PROXY_WORKERS" in line]
+    assert len(told) == 1
+    assert "gone and ignored" in told[0]
+    assert "compose.scale.yaml" in told[0]
 
 
 def test_sighup_reads_the_files_again(filed: Filed) -> None:
@@ -143,7 +153,7 @@ def test_a_wrong_file_keeps_the_old_one_and_says_so(filed: Filed, wrong: str | N
     assert other.chat(model="two").status_code == 200
 
 
-def test_a_wrong_file_is_noticed_by_its_time_and_refused_once(filed: Filed) -> None:
+def test_a_wrong_file_is_noticed_and_refused_once(filed: Filed) -> None:
     """Not every second: the look that finds the price table wrong has nothing to say of the routes. Both are noticed
     when they are mended."""
     line = 'lab_proxy_reloads_total{file="routes",outcome="refused"}'
@@ -156,6 +166,85 @@ def test_a_wrong_file_is_noticed_by_its_time_and_refused_once(filed: Filed) -> N
     filed.routes()
     (filed.folder / "prices.yaml").write_text(PRICES)
     eventually(lambda: not any("trouble" in filed.report(name) for name in ("routes", "prices")))
+
+
+class Text:
+    """A file whose content counts, for a Reloader alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content = path.read_text()
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def reload(self) -> None:
+        self.content = self.path.read_text()
+
+
+class Watches:
+    """Counts the watchers that have begun; the first `failing` of them fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: int = 0) -> None:
+        self.begun, self._failing, self._watch = 0, failing, reload.awatch
+        monkeypatch.setattr(reload, "awatch", self.begin)
+
+    def begin(self, *folders: Path, **settings: Any) -> AsyncGenerator[Any, None]:
+        self.begun += 1
+        if self.begun <= self._failing:
+            raise OSError("no more watches")
+        return self._watch(*folders, **settings)
+
+
+@contextlib.asynccontextmanager
+async def watched(path: Path) -> AsyncIterator[Text]:
+    text = Text(path)
+    watching = reload.Reloader({"routes": text})
+    await watching.start()
+    try:
+        yield text
+    finally:
+        await watching.stop()
+
+
+async def test_a_configmap_that_changes_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes replaces the link `..data` beside the file, which is a link through it; then it deletes the folder of
+    before. Seen more than once, and by events alone."""
+    monkeypatch.setattr(reload, "LOOK_MS", 10**9)
+
+    def swap(content: str) -> None:
+        folder = tmp_path / f"..{content}"
+        folder.mkdir()
+        (folder / "routes.yaml").write_text(content)
+        before = (tmp_path / "..data").resolve()
+        (tmp_path / "..data_tmp").symlink_to(folder.name)
+        (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+        if before.name.startswith("..") and before.name != "..data":
+            shutil.rmtree(before)
+
+    swap("first")
+    (tmp_path / "routes.yaml").symlink_to("..data/routes.yaml")
+    watching = Watches(monkeypatch)
+    async with watched(tmp_path / "routes.yaml") as text:
+        for turn, content in enumerate(("second", "third"), 1):
+            await eventually_async(lambda turn=turn: watching.begun >= turn)
+            swap(content)
+            await eventually_async(lambda content=content: text.content == content)
+
+
+async def test_a_watcher_that_fails_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so, and what changed meanwhile is in use."""
+    monkeypatch.setattr(reload, "FIRST_PAUSE", 0.0)
+    watching = Watches(monkeypatch, failing=2)
+    (tmp_path / "routes.yaml").write_text("first")
+    async with watched(tmp_path / "routes.yaml") as text:
+        await eventually_async(lambda: watching.begun == 3)
+        (tmp_path / "routes.yaml").write_text("the second")
+        await eventually_async(lambda: text.content == "the second")
+    told = [record.getMessage() for record in caplog.records]
+    assert told[:2] == ["files are not watched: OSError('no more watches'); next try in 0 s"] * 2
 
 
 def test_requests_in_flight_keep_their_table(filed: Filed, bench: Bench) -> None:
@@ -175,108 +264,6 @@ def test_requests_in_flight_keep_their_table(filed: Filed, bench: Bench) -> None
         assert not asking.done()
         bench.control(bench.paid, held=False)
         assert events(asking.result())[-1] == "[DONE]"
-
-
-# ---- workers
-
-
-@contextlib.contextmanager
-def workers(bench: Bench, tmp_path: Path, count: int = 2, **settings: str) -> Iterator[Bench]:
-    with second(bench, tmp_path, workers=str(count), **settings) as other:
-        eventually(lambda: len(listening(other)) == count)
-        yield other
-
-
-def listening(bench: Bench) -> list[psutil.Process]:
-    """The workers that listen on the proxy's port."""
-    found = []
-    for child in psutil.Process(bench.proxy.popen.pid).children():
-        with contextlib.suppress(psutil.Error):
-            at = [each for each in child.net_connections() if each.status == "LISTEN"]
-            found += [child] if any(each.laddr.port == bench.proxy.port for each in at) else []
-    return found
-
-
-def apart(bench: Bench, path: str = "/health") -> httpx2.Response:
-    """An answer over a connection of its own: any worker may give it."""
-    return httpx2.get(bench.proxy.url + path)
-
-
-def test_workers_share_a_port_a_cache_and_their_numbers(bench: Bench, tmp_path: Path) -> None:
-    """What one stored is another's hit; /metrics and /status of any of them tell of all."""
-    with workers(bench, tmp_path) as other:
-        text = new()
-        body = {"model": "gpt-mock", "messages": [{"role": "user", "content": text}], "temperature": 0}
-        for _ in range(24):
-            with httpx2.Client(base_url=other.proxy.url) as http:
-                assert http.post("/v1/chat/completions", json=body).status_code == 200
-        assert bench.calls()["total"] == 1
-        line = 'lab_proxy_requests_total{cache="hit",model="gpt-mock",route="/v1/chat/completions"'
-        eventually(lambda: all(number(apart(other, "/metrics").text, line) == 23 for _ in range(12)))
-        assert [apart(other, "/status").json()["cache"]["hits"] for _ in range(12)] == [23] * 12
-
-
-def test_a_worker_that_dies_is_replaced(bench: Bench, tmp_path: Path) -> None:
-    """The others go on, a new one comes, and what the dead one had counted stays counted."""
-    with workers(bench, tmp_path) as other:
-        for _ in range(12):
-            apart(other)
-        line = 'lab_proxy_requests_total{cache="",model="",route="/health"'
-        # All of them say so: the one that ends has told the other.
-        eventually(lambda: all(number(apart(other, "/metrics").text, line) >= 12 for _ in range(12)))
-        before = listening(other)
-        before[0].kill()
-        eventually(lambda: len(listening(other)) == 2 and before[0] not in listening(other))
-        assert "died with -9" in other.proxy.log.read_text()
-        assert number(apart(other, "/metrics").text, line) >= 12
-        for _ in range(12):
-            assert apart(other).status_code == 200
-
-
-def test_workers_end_together(bench: Bench, tmp_path: Path) -> None:
-    """SIGTERM to the parent: streams of all end with [DONE], then it ends with 0 and leaves nothing behind."""
-    with workers(bench, tmp_path) as other:
-        got: list[httpx2.Response] = []
-        body = {"model": "gpt-mock-slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
-
-        def ask() -> None:
-            got.append(httpx2.post(f"{other.proxy.url}/v1/chat/completions", json=body, timeout=60))
-
-        asking = [threading.Thread(target=ask) for _ in range(6)]
-        for each in asking:
-            each.start()
-        eventually(lambda: bench.calls()["total"] == 6)
-        left = listening(other)
-        other.proxy.popen.send_signal(signal.SIGTERM)
-        for each in asking:
-            each.join(60)
-        assert [events(answer)[-1] for answer in got] == ["[DONE]"] * 6
-        assert other.proxy.popen.wait(60) == 0
-        assert not any(child.is_running() for child in left)
-
-
-def test_sighup_reaches_every_worker(bench: Bench, tmp_path: Path) -> None:
-    file = routes_file(tmp_path, **alias("one"))
-    with workers(bench, tmp_path, routes_file=str(file)) as other:
-        other.proxy.popen.send_signal(signal.SIGHUP)
-        eventually(lambda: other.proxy.log.read_text().count("routes: reloaded") == 2)
-
-
-def test_workers_do_not_outlive_their_parent(bench: Bench, tmp_path: Path) -> None:
-    with workers(bench, tmp_path) as other:
-        left = listening(other)
-        other.proxy.popen.kill()
-        eventually(lambda: not any(child.is_running() for child in left))
-
-
-def test_a_worker_that_hangs_is_killed(bench: Bench, tmp_path: Path) -> None:
-    """Beyond the drain's bound and a grace the parent waits for nobody, and its exit code says so."""
-    with workers(bench, tmp_path, drain_timeout_seconds="0") as other:
-        stopped = listening(other)[0]
-        stopped.suspend()
-        other.proxy.popen.send_signal(signal.SIGTERM)
-        assert other.proxy.popen.wait(60) == 1
-        assert not stopped.is_running()
 
 
 # ---- the end
@@ -378,23 +365,6 @@ def test_exemplars_carry_request_ids(bench: Bench) -> None:
     ]
     assert found
     assert found[0].value > 0
-
-
-def test_numbers_of_several_processes_add_up(tmp_path: Path) -> None:
-    """Counters and histograms are summed, also those of a process that ended; its gauges go with it."""
-    each = [Metrics(tmp_path) for _ in range(3)]
-    for place, metrics in enumerate(each):
-        metrics._name = f"{place}.json"
-        metrics.count("upstream_calls", "openai", "ok", by=place + 1)
-        metrics.time("redis", "read", seconds=0.01)
-        metrics.watch(lambda place=place: {"breaker_open": {("openai",): float(place == 2)}})  # type: ignore[misc]
-        metrics.share(ended=place == 2)
-    (tmp_path / "half.json").write_bytes(b'{"counts": ')
-    page = each[0].page()[0].decode()
-    assert 'lab_proxy_upstream_calls_total{outcome="ok",upstream="openai"} 6.0' in page
-    assert 'lab_proxy_redis_seconds_count{operation="read"} 3.0' in page
-    assert 'lab_proxy_breaker_open{upstream="openai"} 0.0' in page
-    assert not list(tmp_path.glob(".*"))
 
 
 # ---- spans

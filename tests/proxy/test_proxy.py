@@ -534,9 +534,25 @@ def test_invented_models_do_not_grow_the_metrics(bench: Bench) -> None:
     metrics = Metrics()
     for number in range(MOST_MODELS + 50):
         metrics.record("/v1/embeddings", RequestRecord(model=f"m{number}", model_known=True), 200, 0.1)
-    labels = {sample.labels["model"] for family in metrics.collect() for sample in family.samples if sample.labels}
+    labels = {
+        sample.labels["model"] for family in metrics.registry.collect() for sample in family.samples if sample.labels
+    }
     assert len(labels) == MOST_MODELS + 1
     assert "other" in labels
+
+
+def test_a_metric_has_a_bounded_number_of_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond it new combinations of labels are not counted; those that are known are."""
+    monkeypatch.setattr("lab_proxy.telemetry.metrics.MOST_SERIES", 2)
+    metrics = Metrics()
+    for reason in ("one", "two", "three", "one"):
+        metrics.count("limits_refused", reason)
+        metrics.time("redis", reason, seconds=0.1)
+    page = metrics.page()[0].decode()
+    assert 'lab_proxy_limits_refused_total{reason="one"} 2.0' in page
+    assert 'lab_proxy_redis_seconds_count{operation="one"} 2.0' in page
+    assert '"two"' in page
+    assert '"three"' not in page
 
 
 def test_pages_log_and_metrics(bench: Bench) -> None:

@@ -77,7 +77,7 @@ def fill(bench: Bench, body: dict[str, Any], times: int = 1) -> None:
 
 
 def test_a_stalled_client_is_let_go(bench: Bench, tmp_path: Path) -> None:
-    """A caller that does not read what the cache has for it, as JSON or as a stream, from this worker's copy or not, or
+    """A caller that does not read what the cache has for it, as JSON or as a stream, from a local copy or not, or
     what an upstream streams: PROXY_TOTAL_TIMEOUT_SECONDS later its connection is gone, and others never noticed."""
     bodies: dict[str, dict[str, Any]] = {}
     for stream in (True, False):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
-import socket
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,7 +27,6 @@ from .http.pages.models import ModelPages
 from .http.pages.usage import UsagePages
 from .http.response import Page
 from .http.server import listen, serve
-from .http.workers import SPREADS, Workers
 from .keys.authentication import Authenticator, NoKeys
 from .keys.limits import Limits
 from .keys.store import KeyStore
@@ -43,7 +38,7 @@ from .redis.client import Client
 from .reload import Reloader
 from .requests.context import Traffic
 from .requests.executor import Executor
-from .settings import Settings
+from .settings import Settings, removed_settings
 from .telemetry.logs import start_log
 from .telemetry.metrics import Metrics
 from .telemetry.observer import Observer
@@ -75,31 +70,17 @@ def main(argv: Sequence[str] = ()) -> int:
         print(f"proxy: {error}", file=sys.stderr)  # noqa: T201 - before the log starts
         return 2
     try:
-        listener = listen(settings, shared=False)
+        listener = listen(settings)
     except OSError as error:
         print(f"proxy: PROXY_HOST and PROXY_PORT cannot be listened on: {error}", file=sys.stderr)  # noqa: T201 - as above
         return 1
-    # 2. One process, or a parent with several workers.
-    if settings.workers == 1:
-        start_log(settings)
-        log.info("listening on http://%s:%s", settings.host, settings.port)
-        app, traffic = build(settings, routes, prices, secret, Metrics())
-        return serve(app, traffic, settings, listener)
-    folder = Path(tempfile.mkdtemp(prefix="lab-proxy-"))  # where workers share their metrics
-
-    def work(listener: socket.socket, parent: int) -> int:
-        start_log(settings)
-        app, traffic = build(settings, routes, prices, secret, Metrics(folder))
-        return serve(app, traffic, settings, listener, parent)
-
-    start_log(settings, threaded=False)
-    log.info("listening on http://%s:%s with %d workers", settings.host, settings.port, settings.workers)
-    listener.close()  # it showed that the port is free
-    code = Workers(
-        settings.workers, lambda: listen(settings, shared=SPREADS), work, settings.drain_timeout_seconds
-    ).run()
-    shutil.rmtree(folder, ignore_errors=True)
-    return code
+    # 2. The server.
+    start_log(settings)
+    for line in removed_settings():
+        log.warning(line)
+    log.info("listening on http://%s:%s", settings.host, settings.port)
+    app, traffic = build(settings, routes, prices, secret)
+    return serve(app, traffic, settings, listener)
 
 
 def command(argv: list[str]) -> int:
@@ -119,8 +100,9 @@ def _first_error(error: ValidationError) -> str:
     return f"{variable}{first['msg'].removeprefix('Value error, ')}"
 
 
-def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, metrics: Metrics) -> tuple[App, Traffic]:
-    """The app of one process, from its parts, room by room."""
+def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> tuple[App, Traffic]:
+    """The app, from its parts, room by room."""
+    metrics = Metrics()
 
     def on_redis_error(operation: str) -> None:
         metrics.count("redis_errors", operation)
@@ -243,7 +225,6 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes, met
             keys,
             ledger,
             limits,
-            metrics,
             reloader,
             *([traces] if traces else []),
             reconciliation,

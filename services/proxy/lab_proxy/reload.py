@@ -1,4 +1,4 @@
-"""Reload of files that may change while the proxy runs: at SIGHUP, or when modification time, size or inode change.
+"""Reload of files that may change while the proxy runs: at SIGHUP, or when a watcher of their folders sees a change.
 
 Knows paths and faults of files; their readers know the content. A faulty file changes nothing: the old content stays.
 """
@@ -10,19 +10,22 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from watchfiles import awatch
 
 from .tasks import end
 
 log = logging.getLogger("lab_proxy.watch")
 
-POLL_SECONDS = 1.0
+STEP_MS = 100  # without a further change; then the files are compared
+LOOK_MS = 5_000  # between two comparisons without a change: for file systems that report none
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until a watcher that failed starts again
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
@@ -59,7 +62,8 @@ class Reloader:
         loop = asyncio.get_running_loop()
         with suppress(NotImplementedError, RuntimeError, ValueError):  # no signals here, or not the main thread
             loop.add_signal_handler(signal.SIGHUP, self.reload)
-        self._task = loop.create_task(self._watch(), name="watch")
+        if any(each.files() for each in self._read.values()):
+            self._task = loop.create_task(self._watch(), name="watch")
 
     async def stop(self) -> None:
         await end(self._task)
@@ -78,9 +82,32 @@ class Reloader:
         }
 
     async def _watch(self) -> None:
+        pause = FIRST_PAUSE
         while True:
-            await asyncio.sleep(POLL_SECONDS)
-            self._check()
+            try:
+                folders = self._folders()
+                changes = awatch(
+                    *folders,
+                    watch_filter=None,
+                    step=STEP_MS,
+                    rust_timeout=LOOK_MS,
+                    yield_on_timeout=True,
+                    recursive=False,
+                )
+                async with aclosing(changes):
+                    while folders == self._folders():
+                        await anext(changes)
+                        self._check()
+                        pause = FIRST_PAUSE
+            except Exception as error:
+                log.error("files are not watched: %r; next try in %g s", error, pause)  # noqa: TRY400 one line
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _folders(self) -> set[Path]:
+        """Folders of the files, and of those that they link to: in a ConfigMap a link beside the files changes."""
+        paths = {path for each in self._read.values() for path in each.files()}
+        return {folder for path in paths for folder in (path.parent, path.resolve().parent) if folder.is_dir()}
 
     def _check(self) -> None:
         for name, each in self._read.items():

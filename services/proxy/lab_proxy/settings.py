@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,10 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+REMOVED = {
+    "PROXY_WORKERS": "a proxy is one process; run replicas behind the gate (compose.scale.yaml) or a Kubernetes Service"
+}
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -48,12 +53,6 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address the proxy listens on.")
     port: int = Field(8080, ge=1, le=65535, description="Port the proxy listens on.")
-    workers: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Worker processes on one port; with more than one, a parent process supervises them.",
-    )
     allow_anonymous: bool = Field(
         False, description="Allow listening beyond loopback without keys. Otherwise such a start is refused."
     )
@@ -74,7 +73,7 @@ class Settings(BaseSettings):
         description="Folder of the disk queue: charges that redis does not accept. Default: beside the cache secret.",
     )
     ledger_spool_bytes: int = Field(
-        64 * 1024 * 1024, ge=0, description="Size of the disk queue per worker; further charges wait in memory."
+        64 * 1024 * 1024, ge=0, description="Size of the disk queue of one process; further charges wait in memory."
     )
     allowed_hosts: Names = Field(
         (),
@@ -114,15 +113,14 @@ class Settings(BaseSettings):
     cache_near_bytes: int = Field(
         64 * 1024 * 1024,
         ge=0,
-        description="Memory of each worker's local copies of cache entries; 0 turns local copies off.",
+        description="Memory of local copies of cache entries; 0 turns local copies off.",
     )
     cache_secret_file: Path = Field(
         Path(".state/cache-secret"), description="File with the secret of the cache keys; created at the first start."
     )
     files_dir: Path | None = Field(
         None,
-        description="Folder of uploaded files and batches, shared by workers and replicas. Default: `files` beside "
-        "the cache secret.",
+        description="Folder of uploaded files and batches, shared by replicas. Default: `files` beside the secret.",
     )
     files_max_bytes: int = Field(
         64 * 1024 * 1024, ge=1024, description="Largest file at /v1/files; larger ones get a 413."
@@ -131,7 +129,7 @@ class Settings(BaseSettings):
         1024 * 1024 * 1024, ge=1024, description="Total size of one owner's files; beyond it a 413."
     )
     batch_concurrency: int = Field(
-        4, ge=0, le=256, description="Concurrent batch lines per worker; 0: this worker runs no batches."
+        4, ge=0, le=256, description="Concurrent batch lines per process; 0: this process runs no batches."
     )
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; larger ones get a 413.")
     body_timeout_seconds: float = Field(30, gt=0, description="Time limit for reading a request's body.")
@@ -236,6 +234,11 @@ class Settings(BaseSettings):
     def disk_queue_folder(self) -> Path:
         """Folder of charges that redis did not accept."""
         return self.ledger_folder or self.cache_secret_file.parent
+
+
+def removed_settings() -> list[str]:
+    """A line for each variable of the environment that is no longer a setting, with what replaces it."""
+    return [f"{name} is gone and ignored: {instead}" for name, instead in REMOVED.items() if os.environ.get(name)]
 
 
 def admin_key_weakness(admin_key: str) -> str | None:

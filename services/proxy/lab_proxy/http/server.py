@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -88,17 +87,12 @@ class Connection(HttpToolsProtocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """`parent`: a file descriptor that reaches its end when the parent process has died; then this process ends too."""
-
-    def __init__(
-        self, config: uvicorn.Config, traffic: Traffic, drain_seconds: float, stall_seconds: float, parent: int | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, traffic: Traffic, drain_seconds: float, stall_seconds: float) -> None:
         super().__init__(config)
         self._stall_seconds = stall_seconds
         self._waiting: dict[Any, tuple[int, float]] = {}  # connection -> bytes not yet read by the client, since when
         self._traffic = traffic
         self._drain_seconds = drain_seconds
-        self._parent = parent
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._traffic.draining = True
@@ -132,8 +126,6 @@ class DrainingServer(uvicorn.Server):
         # Small steps: most young objects live on in the cache, and a collection of 10,000 took 2 to 5 ms.
         gc.set_threshold(1_000, 5, 1_000)
         gc.freeze()  # objects of the start live on: scanning them again cost 5 % of a miss
-        if self._parent is not None:
-            asyncio.get_running_loop().add_reader(self._parent, self._on_parent_death, self._parent)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._traffic.draining = True
@@ -149,13 +141,8 @@ class DrainingServer(uvicorn.Server):
                 task.cancel()
         await super().shutdown(sockets)
 
-    def _on_parent_death(self, parent: int) -> None:
-        asyncio.get_running_loop().remove_reader(parent)
-        log.warning("the parent process has died: shutting down")
-        os.kill(os.getpid(), signal.SIGTERM)
 
-
-def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socket, parent: int | None = None) -> int:
+def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socket) -> int:
     """Serve until a signal. Returns the exit code."""
     config = uvicorn.Config(
         app,
@@ -171,7 +158,7 @@ def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socke
         timeout_graceful_shutdown=CANCEL_SECONDS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server = DrainingServer(config, traffic, settings.drain_timeout_seconds, settings.total_timeout_seconds, parent)
+    server = DrainingServer(config, traffic, settings.drain_timeout_seconds, settings.total_timeout_seconds)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again after the drain: exit, which flushes the log
         signal.signal(number, lambda *_: sys.exit(0))
@@ -179,7 +166,7 @@ def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socke
     return 0 if server.started else 1
 
 
-def listen(settings: Settings, *, shared: bool) -> socket.socket:
-    """A listening socket. `shared`: other processes of this user may listen on the same port. Raises OSError."""
+def listen(settings: Settings) -> socket.socket:
+    """A listening socket. Raises OSError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    return socket.create_server((settings.host, settings.port), family=family, backlog=2048, reuse_port=shared)
+    return socket.create_server((settings.host, settings.port), family=family, backlog=2048)

@@ -1,4 +1,4 @@
--- Admit one request of a key, or report which limit refuses it and for how long. One script, because several workers
+-- Admit one request of a key, or report which limit refuses it and for how long. One script, because several processes
 -- call it concurrently.
 --
 -- KEYS 1  hash: r, t   the theoretical arrival times (GCRA) of requests and of tokens, microseconds

@@ -1,8 +1,8 @@
 """Limits of a key: requests and tokens per minute, concurrent requests, budgets per day and in total.
 
-One redis script decides for all workers (limits.lua) and is sent with the cache's read. Requests and tokens are counted
-by GCRA, a continuously refilled bucket, so that no second burst is possible at the edge of a minute. Tokens are
-reserved by an estimate and corrected at the end of the answer; slots of a dead worker expire.
+One redis script decides for all processes (limits.lua) and is sent with the cache's read. Requests and tokens are
+counted by GCRA, a continuously refilled bucket, so that no second burst is possible at the edge of a minute. Tokens are
+reserved by an estimate and corrected at the end of the answer; slots of a dead process expire.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .identity import Identity
 log = logging.getLogger("lab_proxy.limits")
 
 PREFIX = "lab:limit:"
-SLOT_SECONDS = 15  # a request counts as finished so long after its worker's last renewal
+SLOT_SECONDS = 15  # a request counts as finished so long after its process's last renewal
 RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.005  # requests that end within it are sent together, unless the key has a concurrency limit
 CHECK_SECONDS = 0.06
@@ -150,7 +150,7 @@ class Limits:
         self.on_refusal = on_refusal
         self._on_error = on_error
         self._up = True
-        self._worker = secrets.token_hex(6)
+        self._process = secrets.token_hex(6)
         self._numbers = itertools.count(1)
         self._finished: dict[Identity, list[Finished]] = {}  # not yet sent to redis
         self._unsent = 0
@@ -193,7 +193,7 @@ class Limits:
         if identity.budget_day is not None or identity.budget_total is not None:
             cost = min(self._prices.cost(upstream, model, prompt, completion) or 0, 9 * 10**15)
         # The script reads the cost from the member, so that it is released with the slot, also when the slot expires.
-        return Admission(self, identity, f"{self._worker}-{next(self._numbers)}:{cost}", reserved=reserved, cost=cost)
+        return Admission(self, identity, f"{self._process}-{next(self._numbers)}:{cost}", reserved=reserved, cost=cost)
 
     async def check(self, admission: Admission) -> None:
         """Check without a cache read. Raises like Admission.on_reply and .on_failure."""

@@ -27,7 +27,7 @@ from ..redis.client import Client, Script
 PREFIX = "sk-lab-"
 RECORDS = "lab:key:records"  # hash: id -> record
 DIGESTS = "lab:key:digests"  # hash: the first half of a secret's SHA-256 -> id
-VERSION = "lab:key:version"  # grows with every change; workers poll it
+VERSION = "lab:key:version"  # grows with every change; processes poll it
 MAX_AT_ONCE = 10_000
 MAX_GRACE = 30 * 86400
 TIMEOUT = 10.0  # of all keys in one command

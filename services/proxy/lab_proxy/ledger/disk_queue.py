@@ -54,7 +54,7 @@ class DiskQueue:
             except OSError:
                 log.error("ledger: %s cannot be read: its batches are not booked", path.name)  # noqa: TRY400 one line
                 continue
-            if not _lock(file) or not path.exists():  # its writer runs, or another worker has just booked it
+            if not _lock(file) or not path.exists():  # its writer runs, or another process has just booked it
                 file.close()
                 continue
             queue._file = file

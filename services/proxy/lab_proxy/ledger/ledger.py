@@ -89,7 +89,7 @@ class Ledger:
         max_bytes: int,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`folder`: of the disk queue, which holds at most `max_bytes` for each worker."""
+        """`folder`: of the disk queue, which holds at most `max_bytes`."""
         self._redis = client
         self._prices = prices
         self._folder, self._max_bytes = folder, max_bytes

@@ -40,21 +40,18 @@ class LogFormatter(logging.Formatter):
         return orjson.dumps({"ts": round(at, 3), "level": name, "service": "proxy", **fields}, default=str).decode()
 
 
-def start_log(settings: Settings, *, threaded: bool = True) -> None:
-    """Log in a thread of its own, so that a slow terminal or disk does not block the event loop.
-
-    `threaded` is False in a parent process: it forks, and threads do not survive a fork.
-    """
+def start_log(settings: Settings) -> None:
+    """Log in a thread of its own, so that a slow terminal or disk does not block the event loop."""
     text = settings.log_format == "text" or (settings.log_format == "auto" and sys.stderr.isatty())
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     stderr = logging.StreamHandler()
     stderr.setFormatter(LogFormatter(text))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    root.handlers = [QueueHandler(lines) if threaded else stderr]
-    if threaded:
-        listener = QueueListener(lines, stderr)
-        listener.start()
-        atexit.register(listener.stop)
+    root.handlers = [QueueHandler(lines)]
+    listener = QueueListener(lines, stderr)
+    listener.start()
+    atexit.register(listener.stop)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs a line for each broken upload

@@ -67,8 +67,7 @@ class HealthPages:
     async def _status(self, _: PageRequest, response: Response) -> None:
         model, redis = await asyncio.gather(self._models.ready(), self._cache.report())
         entries = redis.pop("entries", None)
-        hits, misses = self._metrics.totals()
-        cache = {"enabled": self._cache.enabled, "hits": hits, "misses": misses}
+        cache = {"enabled": self._cache.enabled, "hits": self._metrics.hits, "misses": self._metrics.misses}
         answer = {
             "proxy": {
                 "version": __version__,
