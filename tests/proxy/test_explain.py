@@ -209,6 +209,23 @@ def test_cache_d1_a_copy_is_given_out_without_redis(bench: Bench) -> None:
         assert client.info("commandstats").get("cmdstat_get", {}).get("calls", 0) - before < 5
 
 
+async def test_cache_d1_what_is_prepared_from_a_copy_counts(bench: Bench) -> None:
+    """Against PROXY_CACHE_NEAR_BYTES: a copy that outgrows it is dropped, and what was prepared with it."""
+    cache = Cache(redis_url(bench.redis), b"s" * 32, timeout=60, max_entry_bytes=1000, near_bytes=10_000)
+    await cache.start()
+    try:
+        now, name = time.time(), new()
+        assert await cache.write({name: Entry(b"{}", 100, now)}) is None
+        copy = cache.get_local(name, "", now)
+        assert copy is not None
+        cache.resize(name, copy, 1_000)
+        assert cache.get_local(name, "", now) is copy
+        cache.resize(name, copy, 9_000)
+        assert cache.get_local(name, "", now) is None
+    finally:
+        await cache.stop()
+
+
 async def test_cache_d1_a_copy_does_not_outlive_the_ttl(bench: Bench) -> None:
     """Asked without redis: a copy is given out until its TTL is over, and with a grace until that is over too."""
     cache = Cache(redis_url(bench.redis), b"s" * 32, timeout=60, max_entry_bytes=1000, near_bytes=1_000_000)

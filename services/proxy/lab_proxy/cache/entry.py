@@ -17,6 +17,16 @@ from ..endpoints import COMPLETIONS
 from .key import CONTRACT
 
 OBJECT_BYTES = 1500  # of an entry and its place in a dict, besides its body; measured
+PREPARED_BYTES = 1500  # of a prepared hit and its place in a dict, besides its pieces
+
+
+@dataclass(slots=True)
+class PreparedHit:
+    """A hit ready to be sent, valid while the entry's age in whole seconds stays the same."""
+
+    age: int
+    headers: list[tuple[bytes, bytes]]
+    pieces: list[bytes]  # to be joined by `"id":…,"created":…,`
 
 
 @dataclass(slots=True)
@@ -32,7 +42,7 @@ class Entry:
     grace: int = 0  # seconds after the TTL in which the stale entry may be served
     canonical_form: bytes = b""  # of the request; canonical JSON has no line break
     weight: int = field(init=False)  # approximate bytes in this process
-    replays: dict[bool, list[bytes]] = field(init=False, default_factory=dict)  # by include_usage: see replay_pieces
+    prepared: dict[Any, PreparedHit] = field(init=False, default_factory=dict)  # by form of the answer, and alias
 
     def __post_init__(self) -> None:
         self.weight = len(self.body) + len(self.canonical_form) + OBJECT_BYTES

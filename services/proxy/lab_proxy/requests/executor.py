@@ -6,6 +6,7 @@ Owns the order of these steps. Knows HTTP only as a ResponseWriter.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -14,7 +15,7 @@ from functools import partial
 from random import choice, randrange
 
 from ..cache import entry, streams
-from ..cache.entry import Entry
+from ..cache.entry import PREPARED_BYTES, Entry, PreparedHit
 from ..cache.flight import Flight, FlightLost
 from ..cache.policy import CacheControl
 from ..cache.single_flight import SingleFlight
@@ -44,7 +45,7 @@ from .completions import CompletionFetch
 from .context import RequestContext
 from .delivery import JSON, SSE, ResponseWriter, deliver, deliver_hit
 from .embeddings import EmbeddingFetch
-from .plan_cache import CachedPlan, PreparedHit
+from .plan_cache import CachedPlan
 from .planner import Plan, Planner, check_permission
 
 STALLED_CLIENT_SECONDS = 5.0  # for a client to read the last event of a stream that has timed out
@@ -107,9 +108,9 @@ class Executor:
                 writer.headers.update(request.admission.headers)
             record.cache = "hit"
             record.set_usage(found.metadata.get("usage"))
-            prepared = cached.prepared_hit
-            if prepared is None or prepared.entry is not found or prepared.age != age:
-                prepared = cached.prepared_hit = self._prepare_hit(request, cached, found, age)
+            prepared = found.prepared.get((cached.stream, cached.include_usage, target.alias, target.auto))
+            if prepared is None or prepared.age != age:
+                prepared = self._prepare_hit(request, cached, found, age)
             identity = b'"id":"%s","created":%d,' % (entry.new_id(request.endpoint).encode(), now)
             if cached.stream:
                 record.ttft = time.perf_counter() - request.started
@@ -122,20 +123,26 @@ class Executor:
         return True
 
     def _prepare_hit(self, request: RequestContext, cached: CachedPlan, found: Entry, age: int) -> PreparedHit:
-        if cached.stream:
-            pieces = found.replays.get(cached.include_usage)
-            if pieces is None:
-                pieces = streams.replay_pieces(request.endpoint, found.body, cached.include_usage)
-                found.replays[cached.include_usage] = pieces
-                self._cache.resize(cached.key, found, sum(map(len, pieces)))
+        """Prepare a hit and keep it with the entry, as a part of its bytes."""
+        target = cached.target
+        kept = (cached.stream, cached.include_usage, target.alias, target.auto)
+        before = found.prepared.get(kept)
+        if before is not None:
+            pieces = before.pieces
+        elif cached.stream:
+            pieces = streams.replay_pieces(request.endpoint, found.body, cached.include_usage)
         else:
             pieces = [b"{", found.body[1:]]
         identity = len(b'"id":"","created":,') + len(entry.new_id(request.endpoint)) + 10  # digits, until year 2286
         size = sum(map(len, pieces)) + identity * (len(pieces) - 1)
         headers = {"content-type": SSE if cached.stream else JSON, "content-length": str(size)}
-        plan = Plan(request, cached.target, cached.stream, cached.include_usage, None)
+        plan = Plan(request, target, cached.stream, cached.include_usage, None)
         headers |= plan.hit_headers(found.ttl, age, cached.key)
-        return PreparedHit(found, age, [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()], pieces)
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        prepared = found.prepared[kept] = PreparedHit(age, encoded, pieces)
+        if before is None:
+            self._cache.resize(cached.key, found, PREPARED_BYTES + sum(map(sys.getsizeof, pieces)))
+        return prepared
 
     async def answer(self, request: RequestContext, writer: ResponseWriter) -> None:
         """Answer a request. Errors before the first byte are raised; later ones end the stream."""

@@ -7,10 +7,9 @@ form would be most of the cost of a hit. Knows requests as bytes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ..cache.entry import Entry
 from ..upstreams.routes import Target
 
 MAX_BODY_BYTES = 65_536  # parsing a longer body costs little compared with its answer
@@ -19,17 +18,6 @@ PARSED_FACTOR = 6  # size of a parsed body and its canonical form, in sizes of i
 
 RequestBytes = tuple[str, str, bytes]  # tenant, endpoint, body
 Generation = tuple[int, int]  # of the routes, of the model list
-Header = tuple[bytes, bytes]
-
-
-@dataclass(slots=True)
-class PreparedHit:
-    """A hit ready to be sent, valid while the entry's age in whole seconds stays the same."""
-
-    entry: Entry
-    age: int
-    headers: list[Header]
-    pieces: list[bytes]  # to be joined by `"id":…,"created":…,`
 
 
 @dataclass(slots=True)
@@ -44,7 +32,6 @@ class CachedPlan:
     canonical_form: bytes
     key: str
     samples: int = 1
-    prepared_hit: PreparedHit | None = field(default=None, compare=False)
 
 
 class PlanCache:
