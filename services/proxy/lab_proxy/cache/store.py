@@ -160,10 +160,6 @@ class Cache:
         now = time.time()
         found = [self.get_local(key, epoch, now) for key in keys]
         missing = [place for place, entry in enumerate(found) if entry is None]
-        if not self.up:
-            for command in piggyback:
-                command.on_failure()
-            return None
         if not missing and not piggyback:
             return found
         commands: list[Command] = [command.command() for command in piggyback]
@@ -227,7 +223,7 @@ class Cache:
 
     async def _execute(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
         """None if redis is unavailable or too slow."""
-        if not self.up:
+        if not self._redis.up:
             return None
         began = time.perf_counter()
         try:

@@ -14,7 +14,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, Literal
 
@@ -215,7 +214,7 @@ class Limits:
             *("" if limit is None else limit for limit in limits),
             *((0, 0, "") if claim is None else (claim.reserved, claim.cost, claim.member)),
             SLOT_SECONDS,
-            f"day:{datetime.now(UTC).date().isoformat()}" if who.budget_day is not None else "-",
+            f"day:{self._ledger.today()}" if who.budget_day is not None else "-",
             self._ledger.unflushed_cost(who.key_id or ""),
             *itertools.chain.from_iterable(finished),
         )

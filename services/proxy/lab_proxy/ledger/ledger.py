@@ -131,7 +131,7 @@ class Ledger:
 
     def record(self, charge: Charge) -> None:
         """Count a charge. The cost of an upstream call is fixed now, by the current prices."""
-        charge.day = charge.day or self._today()
+        charge.day = charge.day or self.today()
         row = self._row(charge)
         row[0] += charge.request
         if charge.source != "upstream":
@@ -201,12 +201,12 @@ class Ledger:
 
     async def spent(self, key_id: str) -> tuple[int, int]:
         """Pico-dollars today and in total, as booked in redis. Raises RedisError."""
-        day, total = await self._redis.execute("HMGET", SUMS + key_id, f"day:{self._today()}", "total")
+        day, total = await self._redis.execute("HMGET", SUMS + key_id, f"day:{self.today()}", "total")
         return int(day or 0), int(total or 0)
 
     # ---- writing
 
-    def _today(self) -> str:
+    def today(self) -> str:
         """The day in UTC."""
         number = int(time.time() // 86400)
         if number != self._day[0]:

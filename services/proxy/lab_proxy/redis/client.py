@@ -87,11 +87,13 @@ class Client:
 
     async def execute_all(self, commands: Sequence[Command], within: float | None = None) -> list[Any]:
         """The replies to commands of one round trip. Raises the first CommandError among them."""
-        replies = (await self.pipeline(commands, within)).replies if commands else []
-        for reply in replies:
+        if not commands:
+            return []
+        pipeline = await self.pipeline(commands, within)
+        for reply in pipeline.replies if pipeline.errors else ():
             if isinstance(reply, CommandError):
                 raise reply
-        return replies
+        return pipeline.replies
 
     async def pipeline(self, commands: Sequence[Command], within: float | None = None) -> Pipeline:
         """The same, with CommandErrors among the replies. Scripts that redis does not have are sent again as text."""
@@ -99,12 +101,11 @@ class Client:
             raise RedisError(self._why)
         within = within or self._timeout
         pipeline = await self._connection.execute(commands, within)
-        unknown = [at for at, reply in enumerate(pipeline.replies)
-                   if isinstance(reply, CommandError) and str(reply).startswith("NOSCRIPT")]  # fmt: skip
-        if unknown and self._connection is not None:
+        if pipeline.errors and self._connection is not None:
+            unknown = [at for at, reply in enumerate(pipeline.replies) if str(reply).startswith("NOSCRIPT")]
             texts = [("EVAL", commands[at][1].text, *commands[at][2:]) for at in unknown]
-            again = await self._connection.execute(texts, within)
-            for at, reply in zip(unknown, again.replies, strict=True):
+            replies = (await self._connection.execute(texts, within)).replies if texts else []
+            for at, reply in zip(unknown, replies, strict=True):
                 pipeline.replies[at] = reply
         return pipeline
 
@@ -133,7 +134,7 @@ class Client:
                 self._why = str(error) if isinstance(error, RedisError) else down
                 return self._on_down(self._why)
             opened.pop_all()
-        made.timeout = self._timeout
+        made.set_timeout(self._timeout)
         self._connection = made
         return self._on_up(replies[:-1], sent)
 
