@@ -425,9 +425,10 @@ def test_cache_d2_stale_while_revalidate(bench: Bench, routed: Bench) -> None:
         assert (state(stale), stale.json()["choices"]) == ("hit", hit.json()["choices"])
         assert ttl_of(stale) <= -50
     eventually(lambda: bench.calls()["total"] == 2)
+    assert state(ask()) == "hit"
+    assert bench.calls()["total"] == 2, "one refresh for all who ask meanwhile"
     bench.control(bench.paid, closed=False)
     eventually(lambda: ttl_of(ask()) > 0, what="the answer is fresh again")
-    assert bench.calls()["total"] == 2
     routed.age(key_of(hit), 550)
     assert state(ask(**{"cache-control": "max-age=0"})) == "miss stored"
 
