@@ -5,7 +5,10 @@ Names of models and upstreams, reasons, counts and times; never a prompt, an ans
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -52,22 +55,41 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 Gauges = Mapping[str, Mapping[tuple[str, ...], float]]  # name -> labels -> value
 
 
+@dataclass(slots=True)
+class _Series:
+    """What requests with these labels count in: the children of each metric, looked up once."""
+
+    labels: tuple[str, ...]  # route, model, cache
+    requests: Counter
+    request: Histogram
+    overhead: Histogram
+    prompt: Counter  # tokens
+    completion: Counter
+    next_exemplar: float = 0.0  # time.monotonic()
+
+
+def _register(registry: CollectorRegistry) -> dict[str, Counter | Histogram]:
+    counters = {
+        name: Counter(f"lab_proxy_{name}", text, labels, registry=registry)
+        for name, (text, labels) in _COUNTERS.items()
+    }
+    times = {
+        name: Histogram(f"lab_proxy_{name}_seconds", text, labels, registry=registry, buckets=bounds)
+        for name, (text, labels, bounds) in _TIMES.items()
+    }
+    return counters | times
+
+
 class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each one, that nobody reads
         self.registry = registry = CollectorRegistry()
-        self._counters = {
-            name: Counter(f"lab_proxy_{name}", text, labels, registry=registry)
-            for name, (text, labels) in _COUNTERS.items()
-        }
-        self._times = {
-            name: Histogram(f"lab_proxy_{name}_seconds", text, labels, registry=registry, buckets=bounds)
-            for name, (text, labels, bounds) in _TIMES.items()
-        }
+        self._metrics = _register(registry)
+        self._hidden = _register(CollectorRegistry())
         registry.register(self)
         # The children by their labels: prometheus_client's own lookup takes a lock and longer than the count.
-        self._counts: dict[str, dict[tuple[str, ...], Counter]] = {name: {} for name in _COUNTERS}
-        self._observed: dict[str, dict[tuple[str, ...], Histogram]] = {name: {} for name in _TIMES}
+        self._children: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in self._metrics}
+        self._series: dict[tuple[str, str, str, int], _Series] = {}
         self._gauges: list[Callable[[], Gauges]] = []
         self._models = {""}
         self.hits = 0
@@ -82,19 +104,25 @@ class Metrics:
             else:
                 model = "other"
         cache = record.cache
-        self.count("requests", route, model, cache, str(status))
-        source = {"hit": "cache", "collapsed": "collapsed"}.get(cache, "upstream")
-        if record.prompt_tokens:
-            self.count("tokens", model, source, "prompt", by=record.prompt_tokens)
-        if record.completion_tokens:
-            self.count("tokens", model, source, "completion", by=record.completion_tokens)
-        self.time("request", route, model, cache, seconds=seconds, request_id=request_id)
-        if record.ttft is not None:
-            self.time("ttft", route, model, cache, seconds=record.ttft, request_id=request_id)
+        key = (route, model, cache, status)
+        series = self._series.get(key) or self._add_series(key)
         waited = record.upstream_seconds
+        series.requests.inc()
+        series.overhead.observe(seconds - waited if seconds > waited else 0.0)
+        if record.prompt_tokens:
+            series.prompt.inc(record.prompt_tokens)
+        if record.completion_tokens:
+            series.completion.inc(record.completion_tokens)
+        # An exemplar costs as much as all else here: one a second is as good an example.
+        now = time.monotonic()
+        exemplar = None
+        if request_id and now >= series.next_exemplar:
+            exemplar, series.next_exemplar = {"request_id": request_id[:100]}, now + 1  # OpenMetrics: at most 128
+        series.request.observe(seconds, exemplar)
+        if record.ttft is not None:
+            self._child("ttft", series.labels).observe(record.ttft, exemplar)
         if waited:
-            self.time("upstream", route, model, cache, seconds=waited)
-        self.time("overhead", route, model, cache, seconds=max(0.0, seconds - waited))
+            self._child("upstream", series.labels).observe(waited)
         if cache == "hit":
             self.hits += 1
         elif cache in {"miss", "request", "partial"}:
@@ -102,23 +130,37 @@ class Metrics:
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """`name`: one of the counters above."""
-        children = self._counts[name]
-        child = children.get(labels)
-        if child is None:
-            if len(children) >= MOST_SERIES:
-                return
-            child = children[labels] = self._counters[name].labels(*labels)
-        child.inc(by)
+        self._child(name, labels).inc(by)
 
-    def time(self, name: str, *labels: str, seconds: float, request_id: str = "") -> None:
-        """`name`: one of the times above. `request_id`: the exemplar of its bucket."""
-        children = self._observed[name]
+    def time(self, name: str, *labels: str, seconds: float) -> None:
+        """`name`: one of the times above."""
+        self._child(name, labels).observe(seconds)
+
+    def _child(self, name: str, labels: tuple[str, ...]) -> Any:
+        """The counter or histogram with these labels; beyond MOST_SERIES one that is not shown."""
+        children = self._children[name]
         child = children.get(labels)
         if child is None:
             if len(children) >= MOST_SERIES:
-                return
-            child = children[labels] = self._times[name].labels(*labels)
-        child.observe(seconds, {"request_id": request_id[:100]} if request_id else None)  # OpenMetrics: at most 128
+                return self._hidden[name].labels(*["other"] * len(labels))
+            child = children[labels] = self._metrics[name].labels(*labels)
+        return child
+
+    def _add_series(self, key: tuple[str, str, str, int]) -> _Series:
+        *labels, status = key
+        source = {"hit": "cache", "collapsed": "collapsed"}.get(key[2], "upstream")
+        by = tuple(labels)
+        made = _Series(
+            by,
+            self._child("requests", (*by, str(status))),
+            self._child("request", by),
+            self._child("overhead", by),
+            self._child("tokens", (key[1], source, "prompt")),
+            self._child("tokens", (key[1], source, "completion")),
+        )
+        if len(self._series) < MOST_SERIES:
+            self._series[key] = made
+        return made
 
     def watch(self, gauges: Callable[[], Gauges]) -> None:
         """`gauges` is called for each page."""
