@@ -184,10 +184,10 @@ class Bench:
         # guest is in user already; what other machines took, steal, was nobody's here.
         total = sum(part for name, part in parts.items() if name not in {"guest", "guest_nice", "steal"})
         idle = parts["idle"] + parts.get("iowait", 0.0)
-        told = [line for line in done.stdout.splitlines() if line.startswith("told ")]
-        if done.returncode or not told:
+        reported = [line for line in done.stdout.splitlines() if line.startswith("told ")]
+        if done.returncode or not reported:
             raise BenchError(f"wrk failed: {(done.stderr or done.stdout).strip()[-500:]}")
-        return Load(**json.loads(told[0][5:]), busy=1 - idle / total)
+        return Load(**json.loads(reported[0][5:]), busy=1 - idle / total)
 
     def interleave(self, aims: Sequence[Aim], seconds: float | None = None) -> None:
         """`rounds` rounds of each, in turn. Before the first of them each is asked once, so that hits are hits."""
@@ -199,8 +199,8 @@ class Bench:
 
     def calls(self) -> int:
         """How often the mock was asked so far."""
-        with urllib.request.urlopen(f"{self.upstream.url}/calls", timeout=5) as said:  # noqa: S310 - loopback
-            return int(json.load(said)["total"])
+        with urllib.request.urlopen(f"{self.upstream.url}/calls", timeout=5) as reply:  # noqa: S310 - loopback
+            return int(json.load(reply)["total"])
 
     # ---- what came out
 
@@ -211,7 +211,7 @@ class Bench:
         """`aim`: the target in words, and whether it is met."""
         self.rows.append(Row(section, name, value, unit, *aim, note))
 
-    def told(
+    def reported(
         self, section: str, name: str, load: Aim, aim: tuple[str, bool | None] = ("", None), more: str = ""
     ) -> None:
         """The rate under one load; errors fail it."""
@@ -254,7 +254,7 @@ async def listen(port: int, body: dict[str, Any], times: int, key: str = "") -> 
     Raises ValueError for anything but a whole stream with [DONE].
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
-    heard = []
+    received = []
     try:
         for _ in range(times):
             sent = orjson.dumps(body).replace(b"@@", secrets.token_hex(8).encode())
@@ -274,10 +274,10 @@ async def listen(port: int, body: dict[str, Any], times: int, key: str = "") -> 
                     times_of.append(time.perf_counter() - began)
             if not got.startswith(b"HTTP/1.1 200") or b"[DONE]" not in got:
                 raise ValueError(got[:200].decode(errors="replace"))
-            heard.append(times_of)
+            received.append(times_of)
     finally:
         writer.close()
-    return heard
+    return received
 
 
 async def listen_all(port: int, body: dict[str, Any], callers: int, times: int) -> tuple[list[list[float]], list[str]]:
@@ -308,19 +308,21 @@ def hits(bench: Bench) -> None:
         for _ in range(2):  # the second one is the replay
             events = ask(stream).count(b"data: {")
         bench.interleave([bare1, bare16, hit1, hit16, *keyed, stream])
-    bench.told(section, "bare ASGI constant, 1 connection", bare1)
-    bench.told(section, "bare ASGI constant, 16", bare16)
-    bench.told(section, "hit, JSON 0.5 kB, 1", hit1)
+    bench.reported(section, "bare ASGI constant, 1 connection", bare1)
+    bench.reported(section, "bare ASGI constant, 16", bare16)
+    bench.reported(section, "hit, JSON 0.5 kB, 1", hit1)
     added = hit1.median("p50_ms") - bare1.median("p50_ms")
     bench.row(section, "  its p50 over the constant's", added, "ms", aim=("≤ 0.3 ms", added <= 0.3))
-    bench.told(section, "hit, JSON 0.5 kB, 16", hit16)
+    bench.reported(section, "hit, JSON 0.5 kB, 16", hit16)
     share = share_of(hit16, bare16)
     bench.row(section, "  share of the constant", share, "%", aim=("≥ 50 %", share >= 50))
-    bench.told(section, "hit, with a key's limits, 1", keyed[0])
-    bench.told(section, "hit, with a key's limits, 16", keyed[1])
+    bench.reported(section, "hit, with a key's limits, 1", keyed[0])
+    bench.reported(section, "hit, with a key's limits, 16", keyed[1])
     share = share_of(keyed[1], bare16)
     bench.row(section, "  share of the constant", share, "%", aim=("≥ 30 %", share >= 30))
-    bench.told(section, f"hit, stream of {events} events, 16", stream, ("≥ 3000 req/s", stream.median("rate") >= 3000))
+    bench.reported(
+        section, f"hit, stream of {events} events, 16", stream, ("≥ 3000 req/s", stream.median("rate") >= 3000)
+    )
 
 
 @contextlib.contextmanager
@@ -347,8 +349,8 @@ def misses(bench: Bench) -> None:
     through = [Aim(bench.proxy.url, count, MISS) for count in counts]
     bench.interleave([aim for pair in zip(direct, through, strict=True) for aim in pair])
     for count, mock, proxy in zip(counts, direct, through, strict=True):
-        bench.told("misses", f"the mock itself, 20 ms, {count}", mock)
-        bench.told("misses", f"miss, {count}", proxy)
+        bench.reported("misses", f"the mock itself, 20 ms, {count}", mock)
+        bench.reported("misses", f"miss, {count}", proxy)
         if count == 1:
             added = proxy.median("p50_ms") - mock.median("p50_ms")
             bench.row("misses", "  its p50 over the mock's", added, "ms", aim=("≤ 1.6 ms", added <= 1.6))
@@ -359,16 +361,17 @@ def misses(bench: Bench) -> None:
 
 def streams(bench: Bench) -> None:
     body = {**MISS, "model": "gpt-steps", "stream": True}
-    heard: dict[str, list[list[float]]] = {"mock": [], "proxy": []}
+    received: dict[str, list[list[float]]] = {"mock": [], "proxy": []}
     wrong: list[str] = []
     for _ in range(bench.rounds):
         for name, port in (("mock", bench.upstream.port), ("proxy", bench.proxy.port)):
             times, errors = on_load_cores(bench, partial(listen_all, port, body, 16, STREAMS))
-            heard[name] += times
+            received[name] += times
             wrong += errors
-    first = {name: [times[0] * 1000 for times in each] for name, each in heard.items()}
+    first = {name: [times[0] * 1000 for times in each] for name, each in received.items()}
     gaps = {
-        name: [(b - a) * 1000 for times in each for a, b in itertools.pairwise(times)] for name, each in heard.items()
+        name: [(b - a) * 1000 for times in each for a, b in itertools.pairwise(times)]
+        for name, each in received.items()
     }
     note = f"{len(first['proxy'])} streams at 16" + (f"; {len(wrong)} failed: {wrong[0][:120]}" if wrong else "")
     for share in (0.5, 0.99):
@@ -382,22 +385,22 @@ def streams(bench: Bench) -> None:
 
 def on_load_cores(bench: Bench, work: Callable[[], Any]) -> Any:
     """Run a coroutine function in a thread that stays off the server's core."""
-    told: list[Any] = []
+    reported: list[Any] = []
 
     def run() -> None:
         if bench.pinned:
             os.sched_setaffinity(0, set(range(1, os.cpu_count() or 2)))  # this thread alone
         try:
-            told.append(uvloop.run(work()))
+            reported.append(uvloop.run(work()))
         except Exception as error:  # raised again below, in the caller's thread
-            told.append(error)
+            reported.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    if isinstance(told[0], Exception):
-        raise told[0]
-    return told[0]
+    if isinstance(reported[0], Exception):
+        raise reported[0]
+    return reported[0]
 
 
 def slow(bench: Bench) -> None:
@@ -412,13 +415,13 @@ def slow(bench: Bench) -> None:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        heard, wrong = on_load_cores(bench, partial(listen_all, proxy.port, body, SLOW_STREAMS, 1))
+        received, wrong = on_load_cores(bench, partial(listen_all, proxy.port, body, SLOW_STREAMS, 1))
         over.set()
         watcher.join()
     name = f"{SLOW_STREAMS} slow streams at once"
     bench.row("slow", f"{name}: errors", len(wrong), aim=("0", not wrong), note=wrong[0][:120] if wrong else "")
     megabytes = most / 1e6
-    note = f"{before / 1e6:.0f} MB before; {at(1, [times[-1] for times in heard]):.1f} s, the mock takes 5.0"
+    note = f"{before / 1e6:.0f} MB before; {at(1, [times[-1] for times in received]):.1f} s, the mock takes 5.0"
     bench.row("slow", f"{name}: memory", megabytes, "MB", aim=("< 250 MB", megabytes < 250), note=note)
 
 
@@ -432,10 +435,10 @@ def flights(bench: Bench) -> None:
 
             async def both(body: dict[str, Any] = body | {"stream": True}) -> list[str]:
                 half = IDENTICAL // 2
-                told = await asyncio.gather(
+                reported = await asyncio.gather(
                     *(listen_all(port, body, half, 1) for port in (bench.proxy.port, other.port))
                 )
-                return [error for _, errors in told for error in errors]
+                return [error for _, errors in reported for error in errors]
 
             failed += on_load_cores(bench, both)
             calls.append(bench.calls() - before)
@@ -472,7 +475,7 @@ def entries(bench: Bench) -> None:
                     ask(aim)
         bench.interleave([aim for pair in pairs.values() for aim in pair])
     for name, (few, many) in pairs.items():
-        bench.told("entries", f"{name}, {count:,} entries", many)
+        bench.reported("entries", f"{name}, {count:,} entries", many)
         share = share_of(many, few)
         bench.row("entries", "  of the same with few", share, "%", aim=("≥ 90 %", share >= 90))
 
@@ -495,8 +498,8 @@ def replicas(bench: Bench) -> None:
             for aim in itertools.chain(*pairs.values()):
                 aim.rounds.append(bench.load(aim, 2, cores=""))
     for kind, (alone, behind) in pairs.items():
-        bench.told("replicas", f"{kind}, {alone.connections}, one proxy", alone, more=busy(alone))
-        bench.told("replicas", f"{kind}, {behind.connections}, two behind the gate", behind, more=busy(behind))
+        bench.reported("replicas", f"{kind}, {alone.connections}, one proxy", alone, more=busy(alone))
+        bench.reported("replicas", f"{kind}, {behind.connections}, two behind the gate", behind, more=busy(behind))
         share = share_of(behind, alone)
         full = behind.median("busy") >= FULL
         words, passed = ("≥ 130 %, but the cores are full", None) if full else ("≥ 130 %", share >= 130)
@@ -536,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             bench = Bench(stack, options)
             pinned = f"server on core 0, load, upstream and redis on {bench.load_cores}" if bench.pinned else "nothing"
-            told = machine() | {"redis": Path(redis_binary()).name, "pinned": pinned}
+            reported = machine() | {"redis": Path(redis_binary()).name, "pinned": pinned}
             for name, measure in SECTIONS.items():
                 if name in chosen:
                     say(f"bench: {time.monotonic() - began:4.0f} s  {name}")
@@ -547,8 +550,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     say(f"bench: {time.monotonic() - began:4.0f} s  done")
-    print(page("proxy", told, bench.rows))  # noqa: T201 - this is what the command is for
-    path = save("bench-proxy", {"machine": told, "rounds": options.rounds, "seconds": options.seconds}, bench.rows)
+    print(page("proxy", reported, bench.rows))  # noqa: T201 - this is what the command is for
+    path = save("bench-proxy", {"machine": reported, "rounds": options.rounds, "seconds": options.seconds}, bench.rows)
     failed = [row.name.strip() for row in bench.rows if row.passed is False]
     say(f"bench: {path}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
     return 1 if failed else 0

@@ -30,16 +30,16 @@ def answer(words: int) -> bytes:
     """A chat answer of so many words."""
     message = {"role": "assistant", "content": " ".join(["word"] * words), "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
-    said = {"id": "chatcmpl-bench", "object": "chat.completion", "created": 1, "model": "gpt-bench",
+    reply = {"id": "chatcmpl-bench", "object": "chat.completion", "created": 1, "model": "gpt-bench",
             "choices": [choice], "usage": _USAGE}  # fmt: skip
-    return orjson.dumps(said)
+    return orjson.dumps(reply)
 
 
 def event(delta: dict[str, Any], finish: str | None = None, usage: dict[str, int] | None = None) -> bytes:
     choices = [] if usage else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-    said = {"id": "chatcmpl-bench", "object": "chat.completion.chunk", "created": 1, "model": "gpt-bench",
+    reply = {"id": "chatcmpl-bench", "object": "chat.completion.chunk", "created": 1, "model": "gpt-bench",
             "choices": choices, "usage": usage}  # fmt: skip
-    return b"data: " + orjson.dumps(said) + b"\n\n"
+    return b"data: " + orjson.dumps(reply) + b"\n\n"
 
 
 def chunk(data: bytes) -> bytes:
@@ -97,16 +97,16 @@ class Connection(asyncio.Protocol):
     def _asked(self, head: bytes, body: bytes) -> None:
         global calls  # noqa: PLW0603 - one process, one count
         if head.startswith(b"GET"):
-            said = b'{"total":%d,"left":%d}' % (calls, left) if head.startswith(b"GET /calls ") else _LISTED
-            self.transport.write(_JSON % len(said) + said)
+            reply = b'{"total":%d,"left":%d}' % (calls, left) if head.startswith(b"GET /calls ") else _LISTED
+            self.transport.write(_JSON % len(reply) + reply)
             return
         calls += 1
         self._busy += 1
         model = _MODEL.search(body)
         count, between = STEPS.get(model[1] if model else b"", (CHUNKS, 0.0))
         if b"/embeddings" in head:
-            said = vectors(body)
-            self._later(DELAY, self._put, _JSON % len(said) + said)
+            reply = vectors(body)
+            self._later(DELAY, self._put, _JSON % len(reply) + reply)
         elif not _STREAM.search(body):
             self._later(
                 LATE_SECONDS if model and model[1] == b"gpt-late" else DELAY, self._put, _JSON % len(ANSWER) + ANSWER

@@ -25,7 +25,7 @@ HEADER = """\
 
 
 def check(root: Path) -> int:
-    """Lint, format, types, and no assertion on a clock in the tests. All run; 1 if any complains."""
+    """Lint, format, types, no assertion on a clock, no old term. All run; 1 if any complains."""
     places = [*root.glob("services/*/lab_*"), *root.glob("load/lab_*")]
     packages = sorted(str(place) for place in places if place.suffix != ".egg-info")
     failed = []
@@ -34,11 +34,12 @@ def check(root: Path) -> int:
         "ruff format": ["-m", "ruff", "format", "--check", "."],
         "mypy": ["-m", "mypy", "lab", "bench", *packages],
         "assertions on a clock": ["tests/clocks.py"],
+        "standard terms": ["tests/terms.py"],
     }.items():
         say(f"lab: {name}")
         if subprocess.run([sys.executable, *argv], cwd=root, check=False).returncode:
             failed.append(name)
-    say(f"lab: {', '.join(failed)} failed" if failed else "lab: lint, format, types and tests' clocks are fine")
+    say(f"lab: {', '.join(failed)} failed" if failed else "lab: all checks passed")
     return 1 if failed else Exit.FINE
 
 

@@ -30,6 +30,7 @@ PHRASES = {
     r"\bburns? nothing\b": "does not count", r"\bgive_back\b": "release", r"\bways of a request\b": "plans",
     r"\brides? along\b": "is sent with", r"\baloft\b": "started",
 }  # fmt: skip
+KEPT = {"ledger_spool_bytes"}  # the name of a setting: those stay
 _PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
@@ -41,7 +42,7 @@ def examine(path: Path) -> Iterator[str]:
     source = path.read_text("utf-8")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.start[0]
-        if token.type == tokenize.NAME:
+        if token.type == tokenize.NAME and token.string not in KEPT:
             yield from (f"{where}:{line}: {token.string}: {word} -> {NAMES[word]}"
                         for word in _parts(token.string) if word in NAMES)  # fmt: skip
         elif token.type in {tokenize.COMMENT, tokenize.STRING}:

@@ -106,7 +106,7 @@ class CatalogueApp(AsgiDeployment):
             "/ready": self.ready,
             "/metrics": self.metrics,
             "/v1/models": self.models,
-            "/tally": self.tally,
+            "/tally": self.usage_of,
         }
         gets |= {f"/v1/models/{id_}": self.model for id_ in self._entries}
         return HttpService(posts, gets, hosts=self._hosts)
@@ -169,7 +169,7 @@ class CatalogueApp(AsgiDeployment):
         text = await asyncio.to_thread(prometheus_client.generate_latest, registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    async def tally(self, http: HttpRequest) -> Response:
+    async def usage_of(self, http: HttpRequest) -> Response:
         """Tokens used by each `id` of the query, whichever replica it ran on, if it ended recently."""
         ids = http.query_params.getlist("id")[:MOST_IDS]
         found = await asyncio.to_thread(usage.find, self._folder, ids)

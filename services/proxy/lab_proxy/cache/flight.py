@@ -70,8 +70,8 @@ class RemoteSubscriber:
     """Another process that follows a flight of this one. `sent`: parts sent to it; the result counts as one more."""
 
     sent: int
-    last_heard: float  # monotonic: its last sign of life
-    last_told: float = 0.0  # monotonic: the last message to it
+    last_received: float  # monotonic: its last sign of life
+    last_sent: float = 0.0  # monotonic: the last message to it
 
 
 class Lease:
@@ -123,7 +123,7 @@ class Flight:
         self.started = False  # past the cache lookup: the upstream is being called
         self.subscribers: set[Subscriber] = set()
         self.remote_subscribers: dict[str, RemoteSubscriber] = {}  # process -> its state
-        self.last_heard = 0.0  # monotonic; of a follower: the leader's last message
+        self.last_received = 0.0  # monotonic; of a follower: the leader's last message
         self.renewed = 0.0  # monotonic: last renewal of the lease
         self.resync = True  # of a follower: the leader must send again, from `count` on
         self.unknown_to_leader = False  # of a follower

@@ -92,7 +92,7 @@ class FlightChannel:
         """Follow until the flight is done or its leader dead (True), or redis fails before the first part (False)."""
         self.following[leader] = flight
         flight.remote = True
-        flight.last_heard, flight.unknown_to_leader, flight.resync = time.monotonic(), False, True
+        flight.last_received, flight.unknown_to_leader, flight.resync = time.monotonic(), False, True
         process = leader.partition(".")[0]
         try:
             while True:
@@ -105,7 +105,7 @@ class FlightChannel:
                     if time.monotonic() >= sent + BEAT_SECONDS:
                         break
                     await flight.wait_change(sent + BEAT_SECONDS - time.monotonic())
-                silent = time.monotonic() - flight.last_heard
+                silent = time.monotonic() - flight.last_received
                 if flight.done:
                     return True
                 if replies is None and not flight.has_head:
@@ -176,7 +176,7 @@ class FlightChannel:
             for flight in flights:
                 for process, follower in flight.remote_subscribers.items():
                     news = self._news(flight, follower)
-                    if not news and now - follower.last_told > BEAT_SECONDS / 2:
+                    if not news and now - follower.last_sent > BEAT_SECONDS / 2:
                         fields = {"k": "ping", "f": flight.token, "n": min(follower.sent, flight.count)}
                         news = [(_message(fields), follower.sent)]
                     for message, upto in news:
@@ -189,9 +189,9 @@ class FlightChannel:
                 self._dirty |= flights  # the next beat tries again, from the same position
                 continue
             receivers = replies[len(commands) - len(sent) :]
-            for (flight, process, follower, upto), heard_by in zip(sent, receivers, strict=True):
-                follower.last_told = now
-                if not heard_by and flight.remote_subscribers.get(process) is follower:
+            for (flight, process, follower, upto), received_by in zip(sent, receivers, strict=True):
+                follower.last_sent = now
+                if not received_by and flight.remote_subscribers.get(process) is follower:
                     self._remove(flight, process)
                 elif follower.sent < upto:
                     follower.sent = upto
@@ -246,7 +246,7 @@ class FlightChannel:
                     flight.renewed = now
                     self._send(_RENEW([LEASE + flight.name], flight.token, int(LEASE_SECONDS * 1000)))
                 for process, follower in list(flight.remote_subscribers.items()):
-                    if now - follower.last_heard > DEAF_SECONDS:
+                    if now - follower.last_received > DEAF_SECONDS:
                         self._remove(flight, process)
                 if flight.remote_subscribers:
                     self.mark_dirty(flight)
@@ -274,7 +274,7 @@ class FlightChannel:
         flight = self.following.get(token)
         if flight is None:
             return None
-        flight.last_heard = time.monotonic()
+        flight.last_received = time.monotonic()
         if kind == "gone":
             flight.unknown_to_leader = True
         elif fields["n"] > flight.count:
@@ -306,7 +306,7 @@ class FlightChannel:
         if follower is None or fields["again"]:
             position = min(int(fields["n"]), flight.count)
             follower = flight.remote_subscribers[process] = RemoteSubscriber(position, 0.0)
-        follower.last_heard = time.monotonic()
+        follower.last_received = time.monotonic()
         self.mark_dirty(flight)
 
 

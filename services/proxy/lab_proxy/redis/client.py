@@ -124,8 +124,8 @@ class Client:
                     if self._channel:
                         made.send(("SUBSCRIBE", self._channel))
                     greeting = made.execute([*self._greeting, ("PING",)], PROBE_TIMEOUT)
-                    said, replies = (pipeline.replies for pipeline in await asyncio.gather(hello, greeting))
-                if refused := next((each for each in said if isinstance(each, CommandError)), None):
+                    hello_replies, replies = (pipeline.replies for pipeline in await asyncio.gather(hello, greeting))
+                if refused := next((each for each in hello_replies if isinstance(each, CommandError)), None):
                     raise RedisError(f"it refuses ({str(refused).partition(' ')[0]})")
                 if made.closed:
                     raise OSError

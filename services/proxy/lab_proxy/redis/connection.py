@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
         self._out: list[bytes] = []
         self._unsent: list[Pipeline] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._heard = 0.0  # time.monotonic() of redis's last bytes
+        self._received = 0.0  # time.monotonic() of redis's last bytes
         self._transport: asyncio.Transport | None = None
         self.pushes = 0
 
@@ -140,7 +140,7 @@ class Connection(asyncio.Protocol):
             if not late or not again:
                 wait = min(wait, GRACE_SECONDS if late else self._timeout - age)
                 break
-            silence = min(age, now - self._heard)
+            silence = min(age, now - self._received)
             if silence >= self._timeout:
                 self.close("no answer in time")
                 return
@@ -159,7 +159,7 @@ class Connection(asyncio.Protocol):
         self.close("no connection")
 
     def data_received(self, data: bytes) -> None:
-        self._heard = time.monotonic()
+        self._received = time.monotonic()
         self._reader.feed(data)
         while True:
             try:
