@@ -63,7 +63,7 @@ class LabError(Exception):
 
 def say(line: str = "", end: str = "\n") -> None:
     """One line on stdout. Who reads it may have left (`make logs | head`, a closed terminal): that ends as Ctrl-C does,
-    and what is said after it goes nowhere."""
+    and what is printed after it goes nowhere."""
     try:
         sys.stdout.write(line + end)
         sys.stdout.flush()
