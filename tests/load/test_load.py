@@ -326,7 +326,9 @@ def test_a_run_leaves_its_figures_and_what_ran_but_not_the_key(serve: Any, tmp_p
     result = told["results"]["throughput"]
     assert result["errors"] == {}
     assert result["cache"] == {"none": result["answers"]}
-    assert len(set(server.asked)) == len(server.asked) == result["answers"] + told["unfinished"]
+    # An unfinished request may have been stopped before it reached the server.
+    assert len(set(server.asked)) == len(server.asked)
+    assert result["answers"] <= len(server.asked) <= result["answers"] + told["unfinished"]
     metrics = result["metrics"]
     assert metrics["completion_tokens"]["p50"] == server.tokens
     rows = {row["Type"] or row["Name"]: row for row in run.rows("locust_stats.csv")}

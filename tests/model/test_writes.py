@@ -24,9 +24,9 @@ from lab_model.api.http.record import Record
 from lab_model.engine.request import CancelledError, EngineFaultError, Request, Stats, StepOutput
 from lab_model.engine.sampling_params import Logprob
 from lab_model.text.choice import Choice, Piece
+from lab_model.text.grammar import CALL_BEGIN, ending
 from lab_model.text.tokenizer import ModelTokenizer
 from lab_model.text.tool_calls import ForcedToolCallParser
-from lab_model.tools import CALL_BEGIN, ending
 from processes import eventually_async
 from starlette.types import Message
 
