@@ -53,6 +53,7 @@ MODES = {
     "counting": "like slow, with the usage so far in every chunk",
 }
 
+PAGES = {"/health", "/calls", "/control", "/reset", "/ready", "/v1/models"}
 LOCAL = {"smollm2-135m-instruct": "chat", "all-minilm-l6-v2": "embedding"}
 
 Message = dict[str, Any]
@@ -62,6 +63,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 class Mock:
     def __init__(self) -> None:
+        self.under_way = 0  # answers that are not over
         self.forget()
 
     def forget(self) -> None:
@@ -92,20 +94,24 @@ class Mock:
         if scope["path"] == "/tally":
             ids = [each.removeprefix("id=") for each in scope["query_string"].decode().split("&")]
             return await whole(send, dict.fromkeys(ids, self.used) if self.used else {})
-        work = asyncio.ensure_future(self.answer(scope["path"], headers, body, send))
-        gone = asyncio.ensure_future(receive())
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            self.left += 1
-            work.cancel()
-            await asyncio.wait({work})
-            return None
-        gone.cancel()
-        return await work
+        if scope["path"] in PAGES:
+            return await self.page(scope["path"], body, send)
+        self.under_way += 1
+        try:
+            work = asyncio.ensure_future(self.answer(scope["path"], headers, body, send))
+            gone = asyncio.ensure_future(receive())
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.left += 1
+                work.cancel()
+                await asyncio.wait({work})
+                return None
+            gone.cancel()
+            return await work
+        finally:
+            self.under_way -= 1
 
     async def answer(self, path: str, headers: dict[str, str], raw: bytes, send: Send) -> None:
-        if path in {"/health", "/calls", "/control", "/reset", "/ready", "/v1/models"}:
-            return await self.page(path, raw, send)
         local = None
         if path.startswith("/m/"):
             local, _, path = path[3:].partition("/")
@@ -174,8 +180,9 @@ class Mock:
 
     async def page(self, path: str, raw: bytes, send: Send) -> None:
         if path == "/calls":
-            return await whole(send, {"calls": self.calls, "total": sum(self.calls.values()), "left": self.left,
-                                      "last": self.last, "at": self.at, "tokens": self.tokens})  # fmt: skip
+            counts = {"calls": self.calls, "total": sum(self.calls.values()), "left": self.left}
+            counts |= {"under_way": self.under_way, "last": self.last, "at": self.at, "tokens": self.tokens}
+            return await whole(send, counts)
         if path == "/control":
             for name, value in orjson.loads(raw).items():
                 setattr(self, name, value)

@@ -579,9 +579,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture
 def pair(running: Pair) -> Pair:
-    """Both proxies hear each other: one that lost redis for a moment has it back."""
+    """Both proxies hear each other: one that lost redis for a moment has it back. The upstream has let go of what an
+    earlier test left, which it would count in this one."""
     assert running.channels
     eventually(lambda: running.channels and running.channels.heard_by(2))
+    eventually(lambda: running.calls()["under_way"] == 0, what="earlier answers are over")
     control_client().post(f"{running.paid.url}/reset")
     running.channels.forget()
     return running
