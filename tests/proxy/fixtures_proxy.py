@@ -10,13 +10,14 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
-import redis as redis_py
-from lab_proxy.redis.client import Client
 from processes import GENEROUS_SECONDS, SHOWN_ON_FAILURE, Process, eventually, free_port, process, python, redis_server  # noqa: F401 - for the tests
+
+if TYPE_CHECKING:
+    from lab_proxy.redis.client import Client
 
 # A machine that stands still for a moment is not what most tests are about: those that are say HURRIED_MS, the default.
 PATIENT_MS, HURRIED_MS = "2000", "60"
@@ -87,7 +88,9 @@ class Bench:
 
     def age(self, key: str, seconds: float) -> None:
         """Make the entry under this cache key older than it is, and wait until this proxy knows."""
-        with redis_py.Redis(port=self.redis.port) as client:
+        import redis  # the contract's container has none
+
+        with redis.Redis(port=self.redis.port) as client:
             packed = client.get(f"lab:entry:{key}")
             assert isinstance(packed, bytes), f"nothing is stored under {key}"
             head, _, rest = packed.partition(b"\n")
@@ -161,6 +164,8 @@ def redis_url(server: Process) -> str:
 async def redis_client(server: Process | str, **options: Any) -> AsyncIterator[Client]:
     """The proxy's own client, started, of a server or a URL. It waits for a slow machine unless told otherwise."""
     url = server if isinstance(server, str) else redis_url(server)
+    from lab_proxy.redis.client import Client
+
     client = Client(url, **{"timeout": GENEROUS_SECONDS, **options})
     await client.start()
     try:
