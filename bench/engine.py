@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
+from bench import model_reactions
 from bench.processes import Server, command, cpu_seconds, free_port, server
 from bench.report import ROOT, BenchError, Row, machine, page, save, say
 from bench.streams import Round
@@ -290,6 +291,12 @@ class Bench:
         found += [kind for name, kind in (("vllm", Vllm), ("llama_cpp", LlamaCpp)) if importlib.util.find_spec(name)]
         return found
 
+    @cached_property
+    def ends(self) -> set[int]:
+        """Ids that end an answer."""
+        found = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        return {token for token in [*found, self.tokenizer.eos_token_id] if token is not None}
+
     def row(
         self,
         section: str,
@@ -510,7 +517,7 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
     client = AsyncOpenAI(base_url=url.rstrip("/") + "/v1", api_key="none", max_retries=0, timeout=120)
     create: Any = client.chat.completions.create
     # Nobody ends early: the tokens that would end an answer are out of the question.
-    ends = dict.fromkeys(ends_of(bench), -100.0)
+    ends = dict.fromkeys(bench.ends, -100.0)
     address = urlsplit(url)
     path = f"{address.path.rstrip('/')}/v1/chat/completions"
 
@@ -598,12 +605,6 @@ class Streams:
         return Round(**reported)
 
 
-def ends_of(bench: Bench) -> set[int]:
-    """Ids that end an answer."""
-    found = bench.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    return {token for token in [*found, bench.tokenizer.eos_token_id] if token is not None}
-
-
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     **{f"decode{requests}": partial(decode, requests=requests) for requests in REQUESTS},
     "ttft": ttft,
@@ -612,6 +613,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "perplexity": perplexity,
     "http": http,
     "idle": idle,
+    **model_reactions.SECTIONS,
 }
 
 

@@ -1,4 +1,5 @@
-"""How soon the proxy reacts: to a caller that leaves, a redis that stops, a flush, a revoked key, a deadline.
+"""How soon the proxy reacts: to a caller that leaves, a redis that stops, a flush, a revoked key, a deadline, a proxy
+that is killed, callers that do not read.
 
 Sections of `make bench-proxy`. Each figure is the worst of several tries; a try ends after TRY_SECONDS at the latest.
 """
@@ -15,12 +16,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from bench.processes import Server
 from bench.report import BenchError
+from bench.waiting import until
 
 if TYPE_CHECKING:
     from bench.proxy import Bench
@@ -45,19 +48,16 @@ def leave(bench: Bench) -> None:
 
 def _leave(bench: Bench, body: dict[str, Any], wait_for: bytes) -> float:
     """Seconds; the caller leaves once `wait_for` has come, at once where that is empty and the upstream was called."""
-    sent = _fresh(body)
     calls, left = _counts(bench)
-    with socket.create_connection(("127.0.0.1", bench.proxy.port), timeout=TRY_SECONDS) as caller:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        caller.sendall(f"{head}content-length: {len(sent)}\r\n\r\n".encode() + sent)
+    with _request(bench.proxy, body) as caller:
         got = b""
         while wait_for not in got:
             if not (piece := caller.recv(65536)):
                 raise BenchError(f"the stream broke off: {got[:200]!r}")
             got += piece
-        _until(lambda: _counts(bench)[0] > calls)
+        until(lambda: _counts(bench)[0] > calls)
         began = time.perf_counter()
-    _until(lambda: _counts(bench)[1] > left)
+    until(lambda: _counts(bench)[1] > left)
     return time.perf_counter() - began
 
 
@@ -77,7 +77,7 @@ def outage(bench: Bench) -> None:
             finally:
                 store.popen.send_signal(signal.SIGCONT)
             began = time.perf_counter()
-            _until(lambda: "hit" in _ask(proxy, hit)[1])
+            until(lambda: "hit" in _ask(proxy, hit)[1])
             back.append(time.perf_counter() - began)
         first, middle, again = max(firsts), statistics.median(later), max(back)
         bench.row("outage", "redis stopped: first request, more than usual", 1000 * first, "ms",
@@ -110,14 +110,14 @@ def _change(one: Server, two: Server, admin: str) -> tuple[float, float]:
     key = made["key"]
     body = orjson.loads(_fresh(MISS))
     _ask(two, body, key)
-    _until(lambda: "hit" in _ask(two, body, key)[1])
+    until(lambda: "hit" in _ask(two, body, key)[1])
     began = time.perf_counter()
     _call(one, "POST", "/cache/flush", key, {})
-    _until(lambda: "hit" not in _ask(two, body, key)[1])
+    until(lambda: "hit" not in _ask(two, body, key)[1])
     flushed = time.perf_counter() - began
     began = time.perf_counter()
     _call(one, "DELETE", f"/admin/keys/{made['id']}", admin)
-    _until(lambda: _status(two, body, key) == 401)
+    until(lambda: _status(two, body, key) == 401)
     return flushed, time.perf_counter() - began
 
 
@@ -150,8 +150,58 @@ def inputs(bench: Bench) -> None:
     bench.row("inputs", f"{INPUTS:,} embedding inputs, all cached", 1000 * again, "ms", aim=("≤ 1,000 ms", again <= 1))
 
 
+def takeover(bench: Bench) -> None:
+    """Two proxies wait for the same answer; the one that asked the upstream is killed (SIGKILL)."""
+    times = []
+    for _ in range(3):
+        with contextlib.ExitStack() as stack:
+            leader, follower = (stack.enter_context(bench.proxy_with(bench.redis)) for _ in range(2))
+            # 5 s until the first byte: the follower has sent nothing yet, and may ask again.
+            body = orjson.loads(_fresh(LATE | {"temperature": 0}))
+            calls, _left = _counts(bench)
+            first = stack.enter_context(_request(leader, body))
+            until(partial(_called, bench, calls + 1))
+            second = stack.enter_context(_request(follower, body))
+            time.sleep(0.5)
+            if _counts(bench)[0] != calls + 1:
+                raise BenchError("the second proxy asked the upstream too")
+            leader.popen.kill()
+            began = time.perf_counter()
+            until(partial(_called, bench, calls + 2))
+            times.append(time.perf_counter() - began)
+            leader.popen.wait(5)
+            if b" 200 " not in second.recv(65536)[:20]:
+                raise BenchError("the second proxy's caller got no answer")
+            first.close()
+    worst = max(times)
+    bench.row("takeover", "proxy killed: another asks the upstream", worst, "s", aim=("≤ 3 s", worst <= 3),
+              note=f"median {statistics.median(times):.1f} s of {len(times)}")  # fmt: skip
+
+
+def stalled(bench: Bench) -> None:
+    """Hits of one caller while 50 others have asked for a stream of 64 events, 100 times each, and read nothing."""
+    hit = orjson.loads(_fresh(MISS))
+    stream = orjson.loads(_fresh(MISS | {"stream": True}))
+    for body in (hit, stream):
+        _ask(bench.proxy, body)
+    asked = [_ask(bench.proxy, hit)[0] for _ in range(20 * TRIES)]
+    usual = statistics.median(asked[10 * TRIES :])  # the first ones warm up
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            caller = stack.enter_context(_request(bench.proxy, stream))
+            with contextlib.suppress(TimeoutError):
+                caller.settimeout(0.2)
+                for _ in range(99):
+                    caller.sendall(_head(stream))
+        beside = statistics.median(_ask(bench.proxy, hit)[0] for _ in range(10 * TRIES))
+    ratio = beside / usual
+    bench.row("stalled", "hit beside 50 callers that read nothing, times usual", ratio, "",
+              aim=("≤ 2", ratio <= 2), note=f"usual {1000 * usual:.2f} ms")  # fmt: skip
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "leave": leave, "outage": outage, "changes": changes, "deadline": deadline, "inputs": inputs,
+    "takeover": takeover, "stalled": stalled,
 }  # fmt: skip
 
 
@@ -162,12 +212,18 @@ def _fresh(body: dict[str, Any]) -> bytes:
     return orjson.dumps(body).replace(b"@@", secrets.token_hex(8).encode())
 
 
-def _until(true: Callable[[], bool]) -> None:
-    end = time.perf_counter() + TRY_SECONDS
-    while not true():
-        if time.perf_counter() > end:
-            raise BenchError(f"it did not happen within {TRY_SECONDS:.0f} s")
-        time.sleep(0.002)
+def _head(body: dict[str, Any]) -> bytes:
+    """The bytes of one chat request."""
+    data = _fresh(body)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+def _request(to: Server, body: dict[str, Any]) -> socket.socket:
+    """A connection on which this chat request was sent."""
+    caller = socket.create_connection(("127.0.0.1", to.port), timeout=TRY_SECONDS)
+    caller.sendall(_head(body))
+    return caller
 
 
 def _counts(bench: Bench) -> tuple[int, int]:
@@ -175,6 +231,10 @@ def _counts(bench: Bench) -> tuple[int, int]:
     with urllib.request.urlopen(f"{bench.upstream.url}/calls", timeout=5) as answer:  # noqa: S310 - loopback
         reply = json.load(answer)
     return int(reply["total"]), int(reply["left"])
+
+
+def _called(bench: Bench, times: int) -> bool:
+    return _counts(bench)[0] >= times
 
 
 @contextlib.contextmanager

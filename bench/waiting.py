@@ -1,0 +1,17 @@
+"""Waiting for a state, with a bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from bench.report import BenchError
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    """Ask `true` every 2 ms. Raises BenchError after `seconds`."""
+    end = time.perf_counter() + seconds
+    while not true():
+        if time.perf_counter() > end:
+            raise BenchError(f"it did not happen within {seconds:.0f} s")
+        time.sleep(0.002)
