@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
+.PHONY: help lab start stop status logs doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,12 @@ logs: ## follow the logs; of one service: make logs SERVICE=model
 
 doctor: ## what would keep the lab from starting, and what to do (exit codes: .venv/bin/python -m lab doctor --help)
 	@sh lab/run.sh doctor
+
+keys: ## virtual keys: make keys ARGS="create --owner kim" (list, change, rotate, revoke, import FILE.csv)
+	@sh lab/run.sh keys
+
+usage: ## tokens and cost by day, owner and model (make usage ARGS="--csv")
+	@sh lab/run.sh usage
 
 test: ## install what the tests need and run all that need no container (some of them: make test ARGS="-k cache")
 	@sh lab/run.sh test
@@ -69,7 +75,7 @@ k8s-render: ## print the manifests of k8s/base
 k8s-check: ## the manifests against Kubernetes' schema, compose.yaml and the settings
 	@sh lab/run.sh test tests/k8s/test_k8s.py
 
-# Without GPU=1 the model's image is built for the CPU, which spares gigabytes. A key in secrets/ is taken.
+# Without GPU=1 the model's image is built for the CPU, which spares gigabytes. Keys in secrets/ are taken.
 COMPOSE = docker compose $(if $(GPU),-f compose.yaml -f compose.gpu.yaml)
 ifndef GPU
 up: export MODEL_BASE_IMAGE ?= python:3.11-slim-bookworm
@@ -77,6 +83,9 @@ up: export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 endif
 ifneq ($(wildcard secrets/openai_api_key),)
 up: export OPENAI_API_KEY_FILE ?= ./secrets/openai_api_key
+endif
+ifneq ($(wildcard secrets/proxy_admin_key),)
+up: export PROXY_ADMIN_KEY_FILE ?= ./secrets/proxy_admin_key
 endif
 
 LOAD = LOAD_HOST=$${LOAD_HOST:-http://127.0.0.1:$${PROXY_PORT:-8080}} .venv/bin/python -m lab_load

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +44,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         "stop": ("stop all", lambda _: stop(lab)),
         "status": ("what runs, where, with how much memory", lambda _: status(lab)),
         "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
+        "keys": ("virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
+        "usage": ("tokens and cost by day, owner, model", lambda options: operate(lab, "usage", options.arguments)),
         "doctor": ("what would keep the lab from starting", lambda options: examine(lab, choose, as_json=options.json)),
         "test": ("run the tests", lambda options: checks.test(root, options.lane, options.arguments)),
         "check": ("lint, format, types", lambda _: checks.check(root)),
@@ -62,6 +66,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
             sub.add_argument("service", nargs="?", default=os.environ.get("SERVICE") or None)
         if name == "doctor":
             sub.add_argument("--json", action="store_true", help="findings as a JSON list")
+        if name in {"keys", "usage"}:
+            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for python -m lab_proxy")
         if name == "test":
             lanes = "; ".join(f"{lane}: {what}" for lane, what in checks.LANES.items())
             sub.add_argument("--lane", choices=checks.LANES, default="quick", help=lanes)
@@ -112,9 +118,12 @@ def _start(lab: Lab, choose: Choose) -> bool:
         if any(finding.stops for finding in findings) and os.environ.get("LAB_FORCE") != "1":
             raise LabError(findings[0].exit, "not started; each line above says why and what to do")
         say(f"lab: starting {', '.join(service.name for service in chosen)}")
-        lab.start(chosen, environment(os.environ, chosen))
+        given = environment(os.environ, chosen, lab.root / "secrets")
+        lab.start(chosen, given)
         lab.wait(chosen, timeout)
     _print_urls(chosen)
+    if given.get("PROXY_ADMIN_KEY") or given.get("PROXY_ADMIN_KEY_FILE"):
+        say('    every caller needs a virtual key: make keys ARGS="create --owner NAME"')
     return True
 
 
@@ -204,6 +213,18 @@ def logs(lab: Lab, service: str | None) -> int:
     except KeyboardInterrupt:
         pass
     return Exit.FINE
+
+
+def operate(lab: Lab, command: str, arguments: Sequence[str]) -> int:
+    """One of the proxy's commands, with the addresses and key files of the running lab. Returns its exit code."""
+    if not lab.running():
+        raise LabError(Exit.SERVICE, f"not running, and `{command}` needs its redis: make start")
+    arguments = [*shlex.split(os.environ.get("ARGS", "")), *arguments]
+    if command == "keys" and not arguments:
+        arguments = ["--help"]
+    given = environment(os.environ, lab.started(), lab.root / "secrets")
+    argv = [sys.executable, "-m", "lab_proxy", command, *arguments]
+    return subprocess.run(argv, cwd=lab.root, env=given, check=False).returncode
 
 
 def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:

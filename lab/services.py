@@ -15,13 +15,15 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from lab.terminal import Exit, LabError
 
+# Files in secrets/ that the proxy gets where they exist, as `make up` does -> its variable.
+KEY_FILES = {"proxy_admin_key": "PROXY_ADMIN_KEY", "openai_api_key": "PROXY_OPENAI_API_KEY"}
 REDIS_MEMORY = "256mb"  # answers are some kB each; beyond it redis drops what was used longest ago
 
 
@@ -92,9 +94,9 @@ def _seconds(environ: Mapping[str, str], variable: str, default: float) -> float
     return seconds
 
 
-def environment(environ: Mapping[str, str], chosen: list[Service]) -> dict[str, str]:
-    """What the services get: the user's own environment, and addresses that follow the chosen ports unless the user set
-    them."""
+def environment(environ: Mapping[str, str], chosen: Sequence[Service], secrets: Path | None = None) -> dict[str, str]:
+    """What the services get: the user's environment; addresses that follow the chosen ports, and the key files in the
+    folder `secrets`, unless the user set them."""
     urls = {service.name: service.url for service in chosen}
     derived = {
         "PROXY_MODEL_URL": urls.get("model", ""),
@@ -102,6 +104,10 @@ def environment(environ: Mapping[str, str], chosen: list[Service]) -> dict[str, 
         "UI_PROXY_URL": urls.get("proxy", ""),
     }
     own = {name: value for name, value in environ.items() if value or name not in derived}
+    for file, variable in KEY_FILES.items():
+        # An empty variable is a choice too: PROXY_ADMIN_KEY_FILE= make lab asks nobody for a key.
+        if secrets and (secrets / file).is_file() and not {variable, f"{variable}_FILE"} & environ.keys():
+            derived[f"{variable}_FILE"] = str(secrets / file)
     return derived | own | {"PATH": f"{Path(sys.executable).parent}:{environ.get('PATH', '')}"}
 
 

@@ -448,6 +448,17 @@ def test_addresses_follow_the_ports_unless_set(tmp_path: Path) -> None:
     assert environment({"PROXY_MODEL_URL": "http://elsewhere:1"}, chosen)["PROXY_MODEL_URL"] == "http://elsewhere:1"
 
 
+def test_key_files_reach_the_proxy_unless_a_variable_says_otherwise(tmp_path: Path) -> None:
+    """Key files in secrets/ are taken where they exist; an empty variable turns one off."""
+    (tmp_path / "proxy_admin_key").write_text("x")
+    chosen = services({}, tmp_path)
+    given = environment({}, chosen, tmp_path)
+    assert given["PROXY_ADMIN_KEY_FILE"] == str(tmp_path / "proxy_admin_key")
+    assert "PROXY_OPENAI_API_KEY_FILE" not in given
+    assert environment({"PROXY_ADMIN_KEY_FILE": ""}, chosen, tmp_path)["PROXY_ADMIN_KEY_FILE"] == ""
+    assert "PROXY_ADMIN_KEY_FILE" not in environment({"PROXY_ADMIN_KEY": "y"}, chosen, tmp_path)
+
+
 @pytest.mark.parametrize("wrong", ["eighty", "0", "65536", "-1"])
 def test_a_wrong_port_is_named(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(LabError, match=f"UI_PORT={wrong} is no port") as caught:
