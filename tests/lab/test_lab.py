@@ -21,10 +21,10 @@ import psutil
 import pytest
 from processes import eventually, free_port
 
-from lab import doctor, install
+from lab import checks, doctor, install
 from lab.__main__ import background
 from lab.logs import follow
-from lab.services import Service, environment, redis_binary, refuses, services, start_timeout
+from lab.services import Service, environment, probe, redis_binary, refuses, services, start_timeout
 from lab.supervise import MARK, Lab
 from lab.terminal import Exit, LabError
 
@@ -117,13 +117,19 @@ def test_a_killed_service_comes_back(running: Lab) -> None:
     running.wait(running.started(), timeout=60)
 
 
-def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(running: Lab) -> None:
+def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(
+    running: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make start` does not stumble over the ports that they hold; the doctor names them."""
+    monkeypatch.setattr(doctor, "read_machine", lambda _root: WELL)
     chosen, left = running.started(), [state.pid for state in running.states().values()]
     psutil.Process(left[0]).parent().kill()  # type: ignore[union-attr]
     eventually(lambda: not running.running())
     assert all(psutil.pid_exists(pid) for pid in left)
-    running.start(chosen, os.environ)
-    running.wait(chosen, timeout=60)
+    (finding,) = doctor.examine_lab(running)
+    assert finding.stops
+    assert finding.what == "4 processes of this lab run without their supervisor"
+    assert background(running, lambda _environ, _state: chosen) == Exit.FINE
     assert not set(left) & {process.pid for process in belonging(running.state)}
     assert len(belonging(running.state)) == 5
 
@@ -138,6 +144,15 @@ def test_what_another_version_started_is_stopped(running: Lab) -> None:
     assert running.started() == []
     assert running.stop() == 5
     assert not belonging(running.state)
+
+
+def test_a_forward_proxy_is_not_asked_for_health(running: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A company's `http_proxy` cannot reach this machine's loopback."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("urllib.request._opener", None)  # urlopen reads the environment once
+    assert probe(running.started()[0]) == (True, "ready")
 
 
 def test_a_wrong_setting_is_not_tried_again(lab: Lab) -> None:
@@ -177,7 +192,7 @@ from lab.__main__ import main
 from lab.services import Service
 root, command = Path(sys.argv[1]), sys.argv[2]
 rows = {rows!r}
-sys.exit(main([command], root, lambda environ, state: [Service(*row) for row in rows]))
+sys.exit(main(command.split(), root, lambda environ, state: [Service(*row) for row in rows]))
 """
 
 
@@ -196,12 +211,12 @@ def command(root: Path, name: str, *chosen: Service) -> subprocess.Popen[str]:
 
 def test_start_twice_status_and_stop_twice(tmp_path: Path) -> None:
     """Every command is idempotent and ends with one clear line."""
-    service = small()
+    service = small("proxy")
 
-    def run(name: str) -> str:
+    def run(name: str, code: int = Exit.FINE) -> str:
         with command(tmp_path, name, service) as process:
             said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, said
+        assert process.returncode == code, said
         return said
 
     try:
@@ -210,10 +225,46 @@ def test_start_twice_status_and_stop_twice(tmp_path: Path) -> None:
         table = run("status")
         assert service.url in table
         assert "MiB" in table
+        # The load finds the proxy at whatever port it was started with; this one lists no models.
+        assert f"load: {service.url} lists no chat model" in run("load throughput", code=3)
         assert "lab: stopped, 3 processes ended" in run("stop")
         assert "lab: nothing was running" in run("stop")
         assert "not running" in run("status")
         assert "listening" in run("logs")
+    finally:
+        Lab(tmp_path).stop()
+    assert not belonging(tmp_path / ".state")
+
+
+def test_a_service_that_died_for_good_is_named_and_started_again(tmp_path: Path) -> None:
+    """The doctor says so and exits with its class of trouble; `make start` repairs it and leaves the others alone."""
+    broken = tmp_path / "broken"
+    code = f"import pathlib, sys; pathlib.Path({str(broken)!r}).exists() and sys.exit(7)\n{SMALL}"
+    well, weak, lab = small("well"), small("weak", code=code), Lab(tmp_path)
+
+    def run(name: str) -> tuple[int, str]:
+        with command(tmp_path, name, well, weak) as process:
+            said, _ = process.communicate(timeout=60)
+        return process.returncode, said
+
+    try:
+        assert run("start")[0] == Exit.FINE
+        assert run("doctor")[0] == Exit.FINE
+        eventually(lambda: [state.state for state in lab.states().values()] == ["RUNNING", "RUNNING"])
+        before = lab.states()
+        broken.touch()
+        os.kill(before["weak"].pid, signal.SIGKILL)
+        eventually(lambda: lab.states()["weak"].state == "FATAL")
+        code_, said = run("doctor")
+        assert code_ == Exit.SERVICE
+        assert "✗ weak is down and is not started again, last by exit status 7" in said
+        broken.unlink()
+        code_, said = run("start")
+        assert code_ == Exit.FINE, said
+        assert "lab: starting weak again" in said
+        assert lab.states()["weak"].pid
+        assert lab.states()["well"] == before["well"]
+        assert run("doctor")[0] == Exit.FINE
     finally:
         Lab(tmp_path).stop()
     assert not belonging(tmp_path / ".state")
@@ -423,7 +474,7 @@ def test_doctor_speaks_json_and_exits_with_the_class(tmp_path: Path) -> None:
         holder.bind(service.address)
         holder.listen()
         rows = [(service.name, service.argv, service.url, service.ready, service.variable, 5)]
-        code = COMMAND.format(rows=rows).replace("main([command]", "main([command, '--json']")
+        code = COMMAND.format(rows=rows).replace("command.split()", "[command, '--json']")
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path), "doctor"], cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -524,6 +575,13 @@ def test_redis_makes_way_for_the_system_s_own(tmp_path: Path, monkeypatch: pytes
     assert services({"LAB_REDIS_PORT": "6379"}, tmp_path)[0].address[1] == 6379, "the user's choice is not moved"
 
 
+def test_quotes_in_args_that_do_not_close_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARGS", "-k it's")
+    with pytest.raises(LabError, match="ARGS=-k it's: No closing quotation") as caught:
+        checks.test(tmp_path, "stack", [])
+    assert caught.value.code is Exit.WRONG_SETTING
+
+
 # -- logs
 
 
@@ -571,6 +629,7 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def checkout(folder: Path) -> Path:
     """A checkout without services: what install.py needs."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text('[project]\nname = "empty"\nversion = "0"\n')
     (folder / "constraints.txt").write_text("torch==2.13.0\nsetuptools==84.2.1\n")
     return folder
@@ -622,6 +681,32 @@ def test_ctrl_c_while_installing_leaves_no_pip(root: Path) -> None:
     assert not [child for child in children if child.is_running()]
 
 
+def test_load_installs_neither_torch_nor_services(tmp_path: Path) -> None:
+    """Until the lab itself is wanted; from then on its own installation is kept."""
+    root = checkout(tmp_path)
+    for package in ("load", "services/proxy"):
+        checkout(root / package)
+    asked = tmp_path / "asked"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    install.python_of(root).write_text(f'#!/bin/sh\necho "$@" >>{asked}\n')
+    install.python_of(root).chmod(0o755)
+    (root / ".venv" / "pyvenv.cfg").write_text("version = 3.11.2\n")
+
+    def installed(needed: str) -> str:
+        asked.write_text("")
+        install.install(root, {}, needed)
+        return asked.read_text()
+
+    first = installed("load")
+    assert f"-e {root}/load -e {root} " in first
+    assert not re.search(r" torch |/services/|smollm2", first)
+    assert installed("load") == ""
+    assert re.search(rf"(?s) torch .*-e {root}/services/proxy .*smollm2", installed("services"))
+    assert installed("load") == ""
+    assert f"{root}[test]" in installed("tests")
+    assert installed("services") == ""
+
+
 def test_a_valid_stamp_starts_without_pip_and_a_changed_pin_does_not(tmp_path: Path) -> None:
     """The second start touches no network; the fingerprint covers constraints, pyproject files and Python."""
     root = checkout(tmp_path)
@@ -632,10 +717,10 @@ def test_a_valid_stamp_starts_without_pip_and_a_changed_pin_does_not(tmp_path: P
     (root / ".venv" / "pyvenv.cfg").write_text("version = 3.11.2\n")
     stamp = root / ".venv" / ".stamp"
     stamp.write_text(install.fingerprint(root, {}))
-    install.install(root, {}, tests=False)
+    install.install(root, {}, "services")
     with pytest.raises(LabError, match="pip failed"):
-        install.install(root, {}, tests=True)
+        install.install(root, {}, "tests")
     stamp.write_text(install.fingerprint(root, {}))
     (root / "constraints.txt").write_text("torch==2.13.1\n")
     with pytest.raises(LabError, match="pip failed"):
-        install.install(root, {}, tests=False)
+        install.install(root, {}, "services")

@@ -316,9 +316,12 @@ def test_times_of_hits_and_misses_are_kept_apart() -> None:
 # -- whole runs
 
 
-def test_a_run_leaves_its_figures_and_what_ran_but_not_the_key(serve: Any, tmp_path: Path) -> None:
+def test_a_run_leaves_its_figures_and_what_ran_but_not_the_key(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every question another one, every answer counted once: in the summary, Locust's tables and the files."""
     server = serve()
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")  # the load goes to its target directly
     run = load_until(lambda: len(server.asked) > 30, "throughput", server.url, tmp_path, users=3, spawn_rate=100,
                      api_key="sk-very-secret", seed=7)  # fmt: skip
     assert run.code == 0, run.output
