@@ -75,6 +75,13 @@ def environment(name: str) -> dict[str, str | None]:
     return given | {entry["name"]: entry.get("value") for entry in container(name).get("env", [])}
 
 
+def unset(value: str) -> str:
+    """A value of compose.yaml while none of the variables in it is set: the default of each ${NAME:-default}."""
+    while (inner := re.sub(r"\$\{\w+:-([^{}]*)\}", r"\1", value)) != value:
+        value = inner
+    return value
+
+
 def size(text: str) -> int:
     """Bytes of compose's 512m and 1g, of Kubernetes' 512Mi and 1Gi; the default of ${NAME:-default}."""
     text = re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", str(text)).lower().removesuffix("i")
@@ -126,9 +133,10 @@ def test_variables_are_those_of_compose_and_settings(name: str) -> None:
     fields = {f"{name.upper()}_{field.upper()}" for field in SETTINGS[name].model_fields}
     assert set(given) <= fields
     composed: dict[str, Any] = COMPOSE["services"][name]["environment"]
-    fixed = {key: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for key, value in composed.items() if value}
-    # The catalogue is the image's own; a key comes from a Secret, which may be missing, where a file may not.
-    elsewhere = {"MODEL_CATALOGUE_FILE", "PROXY_OPENAI_API_KEY_FILE", "PROXY_ADMIN_KEY_FILE"}
+    fixed = {key: unset(value) for key, value in composed.items() if value}
+    # Catalogue, routes and prices are the image's own. A key comes from a Secret, which may be missing; a file may not.
+    files = {"MODEL_CATALOGUE_FILE", "PROXY_ROUTES_FILE", "PROXY_PRICES_FILE"}
+    elsewhere = files | {"PROXY_OPENAI_API_KEY_FILE", "PROXY_ADMIN_KEY_FILE"}
     assert {key: given.get(key) for key in fixed if key not in elsewhere} == {
         key: value for key, value in fixed.items() if key not in elsewhere
     }
