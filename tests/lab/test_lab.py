@@ -128,7 +128,7 @@ def test_what_a_killed_supervisord_left_is_ended_by_the_next_start(
     assert all(psutil.pid_exists(pid) for pid in left)
     (finding,) = doctor.examine_lab(running)
     assert finding.stops
-    assert finding.what == "4 processes of this lab run without their supervisor"
+    assert "processes of this lab run without their supervisor" in finding.what
     assert background(running, lambda _environ, _state: chosen) == Exit.FINE
     assert not set(left) & {process.pid for process in belonging(running.state)}
     assert len(belonging(running.state)) == 5
