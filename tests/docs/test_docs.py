@@ -25,6 +25,7 @@ import yaml
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
+from lab.checks import TOOLS
 from lab.terminal import MEANING
 
 ROOT = Path(__file__).parents[2]
@@ -219,8 +220,10 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def test_every_make_target_exists() -> None:
-    """Every `make TARGET` of every document is a target of the Makefile."""
-    for name, text in DOCUMENTS.items():
+    """Every `make TARGET` of every document and of CI is a target of the Makefile."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    commands = "\n".join(re.findall(r"make [a-z0-9-]+", workflow)) + "\n"
+    for name, text in [*DOCUMENTS.items(), ("ci.yml", commands)]:
         named = set(re.findall(r"(?:`|^|\| )(?:[A-Z_]+=\S+ )*make ([a-z0-9-]+)(?=[`\s])", text, re.M))
         assert named <= TARGETS, f"{name}: {named - TARGETS}"
     assert len(DOCUMENTS["README.md"].splitlines()) <= 200
@@ -240,10 +243,41 @@ def test_every_setting_exists() -> None:
             assert variable in known or variable in others, f"{name}: {variable}"
 
 
+def test_pre_commit_runs_the_tools_of_make_check() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [hook["name"] for hook in hooks] == list(TOOLS)
+    for hook in hooks:
+        tool = re.sub(r"^-m ", "", " ".join(TOOLS[hook["name"]]).removesuffix(" ."))
+        assert set(tool.replace("--check", "").split()) <= set(hook["entry"].replace(".venv/bin/", "").split()), hook
+
+
 def test_ports_are_the_services_defaults() -> None:
     for service, settings in SERVICES.items():
         port = settings.model_fields["port"].default
         assert re.search(rf"^\| {service} \|.*127\.0\.0\.1:{port} ", DOCUMENTS["README.md"], re.M), service
+
+
+def outline(text: str) -> dict[str, list[str]]:
+    """What both languages of the README share: levels of headings, commands, links, and the code in table rows."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    rows = [re.findall(r"`([^`]+)`|\(([^)\s]+\.md)\)", row) for row in re.findall(r"^\|.*$", prose, re.M)]
+    return {
+        "headings": re.findall(r"^#+(?= )", prose, re.M),
+        "code": [f"{language}\n{re.sub('  +#.*', '', code)}" for language, code in fences],
+        "links": [
+            link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "images/" not in link and "README" not in link
+        ],
+        "tables": [" ".join(sorted(map("".join, row))) for row in rows],
+    }
+
+
+def test_both_languages_of_the_readme_say_the_same() -> None:
+    """README.ko.md has the headings, commands, examples, links and tables of README.md, in the same order."""
+    english, korean = outline(DOCUMENTS["README.md"]), outline(DOCUMENTS["README.ko.md"])
+    for part, expected in english.items():
+        assert korean[part] == expected, part
+    assert re.search("[가-힣]", DOCUMENTS["README.ko.md"])
 
 
 # ---- examples

@@ -4,9 +4,9 @@ What stands after `mock-` in the model's name is how it behaves (`gpt-mock-reset
 MODES. It is a stand-in for a paid upstream at /v1/… and for the model service at /v1/models, /ready and /m/<id>/v1/….
 `GET /calls` tells what came in and how many callers left early; `POST /control` sets `revision`, `delay` (seconds
 before an answer) and the `state` of /ready, the ids that are still `loading`; `script`, what becomes of the next calls,
-one after the other (a status, `drop`, `hang`, `ok`), with the headers `sent`; `closed`: a gate before which all answers
-wait until it is opened (false), `held` another one after each stream's first event; `used`: what /tally tells of every
-call; `POST /reset` forgets all.
+one after the other (a status, an object with `status` and `body`, `drop`, `hang`, `ok`), with the headers `sent`;
+`closed`: a gate before which all answers wait until it is opened (false), `held` another one after each stream's first
+event; `used`: what /tally tells of every call; `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Mock:
         self.delay = 0.0
         self.state = "ready"
         self.loading: list[str] = []  # ids of the model service that are not served yet
-        self.script: list[int | str] = []
+        self.script: list[int | str | dict[str, Any]] = []
         self.sent: dict[str, str] = {}
         self.closed = self.held = False
         self.used: dict[str, int] = {}
@@ -116,7 +116,7 @@ class Mock:
         if path.startswith("/m/"):
             local, _, path = path[3:].partition("/")
             path = "/" + path
-        kind = path.removeprefix("/v1/")
+        kind = path.rpartition("/v1/")[2]  # some APIs have more before it: /openai/v1/…, /engines/v1/…
         self.calls[kind] = self.calls.get(kind, 0) + 1
         body = orjson.loads(raw)
         self.last = {"headers": headers, "body": body, "path": path, "raw": raw.decode()}
@@ -174,6 +174,11 @@ class Mock:
             send.__self__.transport.abort()  # type: ignore[attr-defined]  # uvicorn's own, before any head
         elif turn == "hang":
             await asyncio.sleep(3600)
+        elif isinstance(turn, dict):
+            given = turn["body"]
+            kind = "text/plain" if isinstance(given, str) else "application/json"
+            said = given.encode() if isinstance(given, str) else given
+            await whole(send, said, extra | self.sent, status=turn["status"], content_type=kind)
         elif isinstance(turn, int):
             await whole(send, failure(f"status {turn}", "server_error"), extra | self.sent, status=turn)
         return turn != "ok"
