@@ -53,7 +53,7 @@ HOUSES = {
     "model": House(
         SERVICES / "model/lab_model",
         rooms=("serving", "models", "api", "text", "encoders", "runners", "engine", "weights"),
-        composition=frozenset({"__main__"}),
+        composition=frozenset({"__main__", "cli"}),
         ground=("host", "settings", "errors", ""),
     ),
     "ui": House(

@@ -30,7 +30,7 @@ from lab_model.runners import kernels as c_kernels
 from lab_model.runners.cpu import MOST_ROWS, CpuRunner
 from lab_model.runners.llama import LlamaRunner
 from lab_model.text import gguf_tokenizer
-from lab_model.weights import gguf
+from lab_model.weights import gguf, headers
 from lab_model.weights import llama as llama_weights
 from processes import GENEROUS_SECONDS
 from tiny import one_thread  # noqa: F401 - of all tests here
@@ -329,7 +329,7 @@ def test_a_damaged_file_says_so(tmp_path: Path, source: Source, cut: int) -> Non
     ):
         path = tmp_path / name
         path.write_bytes(data)
-        with pytest.raises(gguf.GGUFError, match=name):
+        with pytest.raises(headers.GGUFError, match=name):
             gguf.GGUFFile(path)
 
 
@@ -372,11 +372,11 @@ def test_a_file_of_any_content_is_read_or_refused(small: bytes, tmp_path: Path, 
     refused = ""
     try:
         file = gguf.GGUFFile(path)
-        with gguf.naming_file(path):
+        with headers.naming_file(path):
             read_gguf_tokenizer(file)
             cpu.can_run(file)
             for tensor in file.tensors.values():
                 tensor.dense()
-    except gguf.GGUFError as error:
+    except headers.GGUFError as error:
         refused = str(error)
     assert not refused or refused.startswith(str(path))

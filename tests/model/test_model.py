@@ -779,11 +779,11 @@ def test_a_taken_port_stops_the_start(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_an_unreachable_hub_is_a_clear_message(tmp_path: Path) -> None:
-    """Nobody listens at its port."""
+    """Nobody listens at its port: the one model is absent, and the service ends because it has no other."""
     text = "- {id: far, kind: chat, source: 'hub:somebody/something'}\n"
     env = {"MODEL_CATALOGUE_FILE": str(write(tmp_path / "models.yaml", text)), "MODEL_PORT": str(free_port())}
     ended = start(env | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"})
-    assert ended.returncode == 2
-    assert "far: the hub cannot be reached" in ended.stderr
+    assert ended.returncode == 1
+    assert "far is absent: the hub cannot be reached" in ended.stderr
     assert "file:<path>" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from .errors import CatalogueError
 from .models.catalogue import load_catalogue
-from .models.sources import resolve_source
 from .serving.front import haproxy_binary
 from .serving.launcher import FAILED, WRONG_SETTING, run, say, stop_on_signals
 from .serving.ray_internals import prepare_environment
@@ -23,13 +22,11 @@ from .settings import Settings
 
 
 def main() -> int:
-    """Check settings, catalogue, sources and port; then serve. The exit code: 2 for a wrong setting, 1 for a
+    """Check settings, catalogue and port; then serve. The exit code: 2 for a wrong setting, 1 for a
     failure."""
     try:
         settings = Settings()
-        entries = load_catalogue(settings.catalogue_file)
-        for entry in entries:
-            resolve_source(entry, fetch=True)
+        load_catalogue(settings.catalogue_file, settings.folder)
         with contextlib.closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((settings.host, settings.port))
@@ -52,7 +49,7 @@ def main() -> int:
         say("no HAProxy here (ray[serve] brings it on Linux): Serve's own HTTP process answers, more slowly")
     prepare_environment(direct=haproxy is not None)
     try:
-        return run(settings, entries, folder, ended, haproxy)
+        return run(settings, folder, ended, haproxy)
     finally:
         for _ in range(20 if settings.ray_dir is None else 0):  # Ray's last processes may still write
             shutil.rmtree(folder, ignore_errors=True)

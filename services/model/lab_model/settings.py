@@ -19,9 +19,25 @@ class Settings(BaseSettings):
     catalogue_file: Path | None = Field(
         None, description="YAML list of the models to serve; left out: the two embedded models."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    folder: Path | None = Field(
+        None,
+        description="Folder for models that are added, their list, and digests of files; left out: none can be added.",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto",
-        description="Where models run. `auto`: on a CUDA device if there is one; `cuda`: without one the start fails.",
+        description="Where models run. `auto`: on a CUDA device if there is one; `cuda`: without one the start fails. "
+        "`mps`: Apple's GPUs.",
+    )
+    memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory of the whole service; the models share what Ray leaves of it, and the least recently used "
+        "are unloaded. 0: most of what is free at the start.",
+    )
+    load_wait_seconds: float = Field(
+        120,
+        ge=0,
+        description="How long a request waits for a model that is being loaded before a 503 tells how far it is.",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="torch's threads in each replica; 0: one per core of the cgroup."
@@ -44,7 +60,7 @@ class Settings(BaseSettings):
         None, description="Folder for Ray's session (short path: it holds sockets); left out: a temporary one."
     )
     start_timeout_seconds: float = Field(
-        600, gt=0, description="A model that is not loaded after this time ends the service with an error."
+        600, gt=0, description="A model that is not loaded after this time counts as failed."
     )
     drain_timeout_seconds: float = Field(30, ge=0, description="How long running requests may continue after SIGTERM.")
     log_format: Literal["auto", "json", "text"] = Field(

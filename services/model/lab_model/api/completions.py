@@ -19,9 +19,10 @@ from ..text.choice import Choice, Piece
 from ..text.grammar import TokenGrammar
 from ..text.tool_calls import CallParser
 from .generator import EngineClient, EngineWork, OutputCollector
+from .http.deadline import deadline_of
 from .http.record import Record
 from .http.service import EventStream, Json, sse, until_disconnect
-from .inputs import check_model, deadline_of, tokenize_all
+from .inputs import check_model, tokenize_all
 from .wire.answers import Answer, usage
 from .wire.requests import CompletionRequest, Generation, parse
 

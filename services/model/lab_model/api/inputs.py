@@ -1,4 +1,4 @@
-"""What every endpoint reads of a request: the model's name, the deadline, texts as token ids.
+"""What every endpoint reads of a request: the model's name, texts as token ids.
 
 Knows headers and the tokenizer. Knows nothing of single endpoints.
 """
@@ -6,13 +6,12 @@ Knows headers and the tokenizer. Knows nothing of single endpoints.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from ..errors import BadRequestError, NotFoundError, deadline_exceeded
+from ..errors import BadRequestError, NotFoundError
 from ..text.tokenizer import ModelTokenizer
 from .http.record import Record
 
@@ -20,7 +19,6 @@ T = TypeVar("T")
 
 # A text of so many characters takes milliseconds to tokenize: it leaves the event loop.
 LONG_TEXT = 20_000
-LONGEST_TIMEOUT_MS = 24 * 3600 * 1000
 
 
 def check_model(http: HttpRequest, wanted: str, name: str) -> None:
@@ -33,24 +31,6 @@ def check_model(http: HttpRequest, wanted: str, name: str) -> None:
         )
     record: Record = http.scope["record"]
     record.model = name
-
-
-def deadline_of(http: HttpRequest) -> float | None:
-    """The request's deadline, as `time.monotonic()`; None: none. Raises BadRequestError, DeadlineExceededError."""
-    value = http.headers.get("x-request-timeout-ms")
-    if value is None:
-        return None
-    if not (value.isascii() and value.isdecimal() and len(value) < 10 and 0 < int(value) <= LONGEST_TIMEOUT_MS):
-        raise BadRequestError(
-            f"The header x-request-timeout-ms is whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}.",
-            param="x-request-timeout-ms",
-            code="invalid_value",
-        )
-    record: Record = http.scope["record"]
-    deadline = record.started + int(value) / 1000
-    if time.monotonic() >= deadline:
-        raise deadline_exceeded()
-    return deadline
 
 
 async def tokenize(encode: Callable[[T], list[int]], value: T, length: int) -> list[int]:

@@ -5,14 +5,20 @@ Knows YAML and names. Knows nothing of torch, Ray, HTTP or where weights lie.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, field_validator
 
 from ..errors import CatalogueError
 from .kinds import Kind
+
+SCHEMES = ("wheel", "file", "hub")
+ADDED = "models.yaml"  # in MODEL_FOLDER: the models that were added to the catalogue
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Entry(BaseModel):
@@ -22,18 +28,34 @@ class Entry(BaseModel):
 
     id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
     kind: Kind
-    source: Annotated[str, StringConstraints(pattern=r"^(wheel|file|hub):.+$")]
+    source: str
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     context: Annotated[int, Field(ge=16)] | None = None
     replicas: Annotated[int, Field(ge=1, le=64)] = 1
-    device: Literal["auto", "cpu", "cuda"] | None = None
+    device: Device | None = None
+    load: Literal["start", "demand"] = "start"
+    idle_minutes: Annotated[float, Field(gt=0)] | None = None
+    licence: str | None = None
+    languages: tuple[str, ...] = ()
+
+    @field_validator("source")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        scheme, _, rest = value.partition(":")
+        if scheme == "modelscope":
+            raise ValueError("modelscope: is not supported; give hub:<owner/name>, file:<path> or wheel:<path>")
+        if scheme not in SCHEMES or not rest:
+            raise ValueError(f"a source begins with {', '.join(f'{each}:' for each in SCHEMES)}")
+        return value
 
 
 class AppArgs(BaseModel):
-    """What one model's application is built from: its catalogue entry and the service's settings."""
+    """What one model's application is built from: its catalogue entry and the service's settings.
+
+    progress_file: where its load is reported."""
 
     entry: Entry
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     gpus: float = 0
     threads: int = 0
     kv_tokens: int = 16384
@@ -46,11 +68,36 @@ class AppArgs(BaseModel):
     log_format: Literal["json", "text"] = "json"
     log_pipe: Path
     metrics_dir: Path
+    folder: Path | None = None
+    progress_file: Path | None = None
 
 
-def load_catalogue(path: Path | None) -> list[Entry]:
-    """The entries of `path`, or of the packaged catalogue. Raises CatalogueError that names the faulty line."""
-    path = path or Path(__file__).with_name("models.yaml")
+def load_catalogue(path: Path | None, folder: Path | None = None) -> list[Entry]:
+    """The entries of `path`, or of the packaged catalogue, then those that were added in `folder`.
+
+    Raises CatalogueError that names the faulty line. Of an id in both files the first one counts."""
+    entries = read_entries(path or Path(__file__).with_name("models.yaml"))
+    if not entries:
+        raise CatalogueError(f"{path} lists no model")
+    ids = {entry.id for entry in entries}
+    return entries + [entry for entry in added_entries(folder) if entry.id not in ids]
+
+
+def added_entries(folder: Path | None) -> list[Entry]:
+    """The models that were added to the catalogue. Raises CatalogueError."""
+    return read_entries(folder / ADDED) if folder and (folder / ADDED).exists() else []
+
+
+def write_added(folder: Path, entries: Sequence[Entry]) -> None:
+    """Replace the list of added models. Raises OSError."""
+    rows: list[dict[str, Any]] = [entry.model_dump(mode="json", exclude_defaults=True) for entry in entries]
+    part = folder / f"{ADDED}.{os.getpid()}"
+    part.write_text("# Written by `make models ADD=…`.\n" + yaml.safe_dump(rows, sort_keys=False, allow_unicode=True))
+    part.replace(folder / ADDED)
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of one file. Raises CatalogueError that names the faulty line."""
     try:
         entries = TypeAdapter(list[Entry]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -61,8 +108,6 @@ def load_catalogue(path: Path | None) -> list[Entry]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CatalogueError(f"{path}: entry {place or '(all)'}: {first['msg']}") from None
-    if not entries:
-        raise CatalogueError(f"{path} lists no model")
     ids = [entry.id for entry in entries]
     if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
         raise CatalogueError(f"{path} lists {', '.join(twice)} more than once")

@@ -24,20 +24,24 @@ from ..runners.llama import LlamaRunner
 from ..runners.transformers import TransformersRunner
 from ..text.tokenizer import ModelTokenizer
 from ..weights import gguf, llama
+from ..weights.headers import naming_file
 from .catalogue import AppArgs, Entry
 from .kinds import KINDS, Loaded
 from .memory import detach, kv_token_budget, pick_device, pick_dtype
+from .progress import Progress
 from .sources import Source, resolve_source, revision
 from .tokenizers import read_gguf_tokenizer, read_tokenizer
 
 
 def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
     """Raises OSError, GGUFError or CatalogueError."""
-    entry = args.entry
-    runner, tokenizer, config = load_causal(entry, source, device)
+    entry, progress = args.entry, Progress(args.progress_file)
+    runner, tokenizer, config = load_causal(entry, source, device, progress)
     if entry.kind == "chat" and tokenizer.template is None:
         raise CatalogueError(f"{entry.id} has no chat template: list it as kind: base")
-    stamp = revision(entry, source, f"{type(runner).__name__} {runner.kind}", tokenizer.template or "")
+    progress.report("digests")
+    engine_name = f"{type(runner).__name__} {runner.kind}"
+    stamp = revision(entry, source, engine_name, tokenizer.template or "", folder=args.folder)
     client = EngineClient(
         name=entry.id, kind=entry.kind, revision=stamp, text=tokenizer, default_max_tokens=args.default_max_tokens
     )
@@ -51,10 +55,12 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
         context=entry.context,
     )
     client.attach(engine, tokenizer.stop_ids(getattr(config, "eos_token_id", None)))
+    progress.report("warm-up")
     warm_up(engine)
     app = create_app(client, KINDS[entry.kind].paths, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
     info = {
         "revision": stamp,
+        "engine": engine_name,
         "weights": runner.kind,
         "weights_bytes": runner.bytes,
         "context": engine.context,
@@ -74,7 +80,7 @@ def load_engine(entry: Entry, deliver: Callable[[list[StepOutput]], None], *, de
 
 
 def load_causal(
-    entry: Entry, source: Source, device: torch.device
+    entry: Entry, source: Source, device: torch.device, progress: Progress | None = None
 ) -> tuple[LlamaRunner | CpuRunner | TransformersRunner, ModelTokenizer, Any]:
     """Runner, tokenizer and transformers' configuration (None for a GGUF file that is read here).
 
@@ -82,15 +88,21 @@ def load_causal(
     missing files, CatalogueError for architectures whose attention the engine's pages cannot hold.
     """
     dtype = pick_dtype(entry.dtype)
+    progress = progress or Progress()
+    progress.report("tokenizer")
+
+    def on_layer(share: float) -> None:
+        progress.report("weights", share)
+
     arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
     if source.gguf_file:
         file = gguf.GGUFFile(Path(source.folder) / source.gguf_file)
-        with gguf.naming_file(file.path):
+        with naming_file(file.path):
             tokenizer = read_gguf_tokenizer(file) or read_tokenizer(source)
             if entry.dtype == "auto" and device.type == "cpu" and cpu.can_run(file):
-                return CpuRunner(file, torch.get_num_threads()), tokenizer, None
+                return CpuRunner(file, torch.get_num_threads(), on_layer), tokenizer, None
             if llama.can_read(file):
-                return LlamaRunner(llama.from_file(file, dtype, device), device, dtype), tokenizer, None
+                return LlamaRunner(llama.from_file(file, dtype, device, on_layer), device, dtype), tokenizer, None
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     else:

@@ -27,7 +27,7 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
     dtype = pick_dtype(entry.dtype)
     tokenizer = read_tokenizer(source)
     model = AutoModel.from_pretrained(source.folder, dtype=dtype, **source.arguments()).to(device).eval()
-    stamp = revision(entry, source, str(dtype), tokenizer.template or "")
+    stamp = revision(entry, source, str(dtype), tokenizer.template or "", folder=args.folder)
     embedder = Embedder(model, entry.context or spec.context)
     embedder.embed([[0]], threading.Event())  # a model that cannot run fails here
     client = EncoderClient(entry.id, stamp, tokenizer, EncoderQueue(embedder, args.max_queued))

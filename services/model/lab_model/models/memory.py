@@ -18,6 +18,7 @@ import torch
 from ..engine.kv_pages import PAGE_TOKENS
 from ..errors import CatalogueError
 from ..host import memory_left
+from .sizes import LEAST_KV_TOKENS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,7 +26,6 @@ T = TypeVar("T")
 # Share of the memory left after the weights that the KV cache may take; the rest is for activations and everything else
 # that grows.
 KV_SHARE = 0.7
-LEAST_KV_TOKENS = 512
 
 
 def detach(work: Callable[[], T]) -> T:
@@ -60,9 +60,13 @@ def kv_token_budget(name: str, wanted: int, token_bytes: int, device: torch.devi
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`. Raises CatalogueError rather than fall back from CUDA."""
+    """The device for `auto`, `cpu`, `cuda` or `mps`. Raises CatalogueError rather than fall back from a GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise CatalogueError("MODEL_DEVICE is cuda, but torch sees no CUDA device here")
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise CatalogueError("the device is mps, but torch sees no GPU of Apple here")
+        return torch.device("mps")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 

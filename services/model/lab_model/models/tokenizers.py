@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from ..text.gguf_tokenizer import build_tokenizer
 from ..text.tokenizer import ModelTokenizer
-from ..weights.gguf import GGUFError, GGUFFile
+from ..weights.gguf import GGUFFile
+from ..weights.headers import GGUFError
 from .sources import Source
 
 

@@ -10,7 +10,7 @@ requests or of compiling.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +87,14 @@ def _fits(file: GGUFFile) -> bool:
 
 
 class CpuRunner:
-    """The runner of a GGUF file. Raises KernelError, GGUFError."""
+    """The runner of a GGUF file. on_layer: called with the share of layers that are packed.
+
+    Raises KernelError, GGUFError."""
 
     batch_invariant = True
     kind = "int4+int8"
 
-    def __init__(self, file: GGUFFile, threads: int) -> None:
+    def __init__(self, file: GGUFFile, threads: int, on_layer: Callable[[float], None] = lambda _: None) -> None:
         self._library = kernels.library()
         values, tensors = llama.hyperparameters(file), file.tensors
         heads, kv_heads, dim, width = (
@@ -122,7 +124,10 @@ class CpuRunner:
                 down=matrix(f"{at}.ffn_down"),
             )
 
-        layers = [layer(f"blk.{index}") for index in range(values["block_count"])]
+        layers = []
+        for index in range(values["block_count"]):
+            layers.append(layer(f"blk.{index}"))
+            on_layer((index + 1) / values["block_count"])
         table = matrix("token_embd")
         self._rotations = llama.rotations(values)
         parallel, team = kernels.openmp()

@@ -1,7 +1,8 @@
-"""The Ray Serve application at /: the models' states, metrics and usage, and forwarding by the body's `model`.
+"""The Ray Serve application at /: the models' states, metrics and usage; loading, unloading and adding models; and
+forwarding by the body's `model`, which waits for a model that is not in memory.
 
-For callers of the service itself; the front and the proxy send a model's requests to its own application.
-Knows Ray Serve and HTTP. Knows nothing of how a model is loaded or answers.
+The front sends a model's requests to its own application while that is in memory. Knows Ray Serve and HTTP. Knows
+nothing of how a model is loaded or answers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import asyncio
 import logging
 import math
 import platform
-import re
 import time
 from collections.abc import AsyncGenerator
 from importlib.metadata import version
@@ -23,26 +23,32 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, multiprocess
 from pydantic import BaseModel
 from ray import serve
-from ray.serve.schema import ApplicationStatusOverview
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .. import __version__
 from ..api.http import usage
+from ..api.http.deadline import deadline_of
 from ..api.http.logs import start_logging
 from ..api.http.service import Endpoint, EventStream, HttpService, read_json, sse, until_disconnect
-from ..errors import BadRequestError, NotFoundError, UnavailableError
-from ..models.catalogue import Entry
-from ..models.kinds import KINDS, PATHS
+from ..errors import BadRequestError, NotFoundError, UnavailableError, deadline_exceeded
+from ..models.kinds import KINDS, PATHS, Kind
+from .applications import Applications
+from .lifecycle import Lifecycle, LifecycleArgs
 from .ray_internals import AsgiDeployment, replica_environment
 
 log = logging.getLogger(__name__)
 
-# A busy model may leave questions for its info unanswered for so long before it counts as not answering.
-SILENT_SECONDS = 10.0
 # Minutes for a request that waits behind a full queue of long answers, but bounded.
 FORWARD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=900)
+# A forwarded request carries it, so that it is never forwarded again.
+FORWARDED_ONCE = "x-lab-forwarded"
+# The front learns of a new replica within a fraction of a second.
+FRONT_ATTEMPTS, FRONT_SECONDS = 50, 0.1
+MISSING = ("absent", "start")  # state and load of a model whose files should be here
+UNLISTED = {"pid", "progress", "max_running", "max_queued", "weights_bytes", "kv_bytes", "kv_tokens"}
+LONGEST_NAME = 300  # characters
 MOST_IDS = 256  # in one request for usage
 # Headers of a model's answer that are forwarded. The request id is there already.
 FORWARDED = ("content-type", "retry-after", "x-model-revision", "cache-control", "x-accel-buffering")
@@ -51,21 +57,15 @@ FORWARDED = ("content-type", "retry-after", "x-model-revision", "cache-control",
 class CatalogueArgs(BaseModel):
     """What the catalogue's application is built from. address: of the service, http://127.0.0.1:8000."""
 
-    entries: list[Entry]
     address: str
+    lifecycle: LifecycleArgs
+    load_wait_seconds: float = 60
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30
     log_format: Literal["json", "text"] = "json"
     log_pipe: Path
     metrics_dir: Path
-
-
-def reason(status: ApplicationStatusOverview) -> str:
-    """Why an application does not run, in one line: its deployment's exception without the trace."""
-    lines = [line for deployment in status.deployments.values() for line in deployment.message.splitlines()]
-    raised = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
-    return (raised or [status.message.strip()])[-1].rpartition("CatalogueError: ")[2][:500]
 
 
 def build_catalogue(args: CatalogueArgs) -> serve.Application:
@@ -86,21 +86,26 @@ class CatalogueApp(AsgiDeployment):
 
     def __init__(self, args: CatalogueArgs) -> None:
         start_logging(args.log_format, args.log_pipe)
-        self._entries = {entry.id: entry for entry in args.entries}
-        self._address, self._limit, self._hosts = args.address, args.max_body_bytes, args.allowed_hosts
+        self._address, self._limit = args.address, args.max_body_bytes
         self._folder = args.metrics_dir
+        self._wait_seconds = args.load_wait_seconds
         self._started = int(time.time())
         self._session: aiohttp.ClientSession | None = None
-        self._infos: dict[str, tuple[dict[str, Any], float]] = {}  # each model's last info, and when it came
-        self._states: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
         self._versions = {
             "lab_model": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("ray", "torch", "transformers")},
         }
+        self._service = HttpService({}, hosts=args.allowed_hosts)
+        self._lifecycle = Lifecycle(args.lifecycle, Applications(), self._set_endpoints)
 
     def asgi_app(self) -> ASGIApp:
-        posts = dict.fromkeys(PATHS, self.forward)
+        return self._service
+
+    def _set_endpoints(self, ids: dict[str, Kind]) -> None:
+        """The paths, for these models of the catalogue."""
+        posts: dict[str, Endpoint] = dict.fromkeys(PATHS, self.forward)
+        posts |= {"/models/load": self.load, "/models/unload": self.unload, "/models/add": self.add}
         gets: dict[str, Endpoint] = {
             "/health": self.health,
             "/ready": self.ready,
@@ -108,59 +113,82 @@ class CatalogueApp(AsgiDeployment):
             "/v1/models": self.models,
             "/tally": self.usage_of,
         }
-        gets |= {f"/v1/models/{id_}": self.model for id_ in self._entries}
-        return HttpService(posts, gets, hosts=self._hosts)
+        for id_, kind in ids.items():
+            gets[f"/v1/models/{id_}"] = self.model
+            # Asked for at its own address while it is not in memory.
+            posts |= {f"/m/{id_}{path}": self.forward_to(id_) for path in KINDS[kind].paths}
+        self._service.set_endpoints(posts, gets)
 
-    async def states(self) -> dict[str, dict[str, Any]]:
-        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. Asked at most once a second."""
-        asked, found = self._states
-        if time.monotonic() - asked < 1 and found:
-            return found
-        applications = (await asyncio.to_thread(serve.status)).applications
-        found = {}
-        for id_, entry in self._entries.items():
-            status = applications.get(id_)
-            state = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "UNHEALTHY": "failed"}.get(
-                str(status.status.value) if status else "", "loading"
-            )
-            found[id_] = {"id": id_, "kind": entry.kind, "state": state}
-            if state == "ready":
-                info, received = self._infos.get(id_, ({}, -math.inf))
-                try:
-                    handle = await asyncio.to_thread(serve.get_app_handle, id_)  # it asks Serve's controller
-                    info = await asyncio.wait_for(handle.info.remote(), 2)
-                    self._infos[id_] = info, time.monotonic()
-                    found[id_] |= info
-                except TimeoutError:
-                    # It may be busy: it counts as not answering only after several timeouts.
-                    silent = time.monotonic() - received > SILENT_SECONDS
-                    found[id_] |= {"state": "loading", "detail": "not answering"} if silent else info
-                except Exception as error:  # a replica that has just died: Serve starts the next one
-                    found[id_] |= {"state": "loading", "detail": f"not answering: {type(error).__name__}"}
-            elif status and (why := reason(status)):
-                found[id_]["detail"] = why
-        self._states = time.monotonic(), found
-        return found
+    def report(self) -> dict[str, Any]:
+        """For the main process: each model's state, and whether those of the start are still loading."""
+        return {"models": self._lifecycle.report(), "starting": self._lifecycle.starting}
 
     async def health(self, _: HttpRequest) -> Response:
         return _json({"status": "ok"})
 
     async def ready(self, _: HttpRequest) -> Response:
-        models = list((await self.states()).values())
+        """200 when the models of the start have been loaded or have failed, and at least one answers or can be loaded:
+        a model that failed makes the service `degraded`, and keeps nobody from the others."""
+        lifecycle = self._lifecycle
+        await lifecycle.refresh()
+        models = list(lifecycle.report().values())
         states = {model["state"] for model in models}
-        status = "failed" if "failed" in states else "loading" if "loading" in states else "ready"
-        devices = sorted({model["device"] for model in models if "device" in model})
+        usable = states & {"ready", "unloaded"}
+        failed = [each for each in models if each["state"] == "failed" or (each["state"], each["load"]) == MISSING]
+        if lifecycle.starting or ("loading" in states and not usable):
+            status = "loading"
+        elif not usable:
+            status = "failed"
+        else:
+            status = "degraded" if failed or lifecycle.trouble else "ready"
+        devices = sorted({model["device"] for model in models if "device" in model and model["state"] == "ready"})
         body = {"status": status, "device": ", ".join(devices) or None, "models": models, "versions": self._versions}
-        return _json(body, 200 if status == "ready" else 503)
+        body |= {"adding": lifecycle.fetch_report()} if lifecycle.fetching else {}
+        body |= {"detail": lifecycle.trouble} if lifecycle.trouble else {}
+        return _json(body, 200 if status in ("ready", "degraded") else 503)
 
     async def models(self, _: HttpRequest) -> Response:
-        ready = [self._listed(model) for model in (await self.states()).values() if model["state"] == "ready"]
-        return _json({"object": "list", "data": ready})
+        """All models of the catalogue, whatever their state."""
+        await self._lifecycle.refresh()
+        return _json({"object": "list", "data": [self._listed(each) for each in self._lifecycle.report().values()]})
 
     async def model(self, http: HttpRequest) -> Response:
-        found = (await self.states())[http.url.path.rpartition("/")[2]]
-        self._check_ready(found)
-        return _json(self._listed(found))
+        return _json(self._listed(self._lifecycle.report()[http.url.path.rpartition("/")[2]]))
+
+    # ---- for the operator: reachable inside the lab alone; the proxy asks for the admin key
+
+    async def load(self, http: HttpRequest) -> Response:
+        """POST {"model"}: load it, and unload others where memory is short. 202: it has begun."""
+        id_ = await self._named(http)
+        self._lifecycle.load(id_)
+        return _json(self._lifecycle.report()[id_], 202)
+
+    async def unload(self, http: HttpRequest) -> Response:
+        """POST {"model"}: end it when its running answers have ended."""
+        id_ = await self._named(http)
+        await self._lifecycle.unload(id_)
+        return _json(self._lifecycle.report()[id_], 202)
+
+    async def add(self, http: HttpRequest) -> Response:
+        """POST {"model"}: fetch a model of a hub or of known.yaml and add it to the catalogue. 202: it has begun."""
+        name = _string(await read_json(http, self._limit), "model")
+        if len(name) > LONGEST_NAME or name.startswith(("file:", "/", ".", "~", "-")):
+            raise BadRequestError("'model' is a short name, or <owner>/<name> of a hub.", param="model")
+        self._lifecycle.add(name)
+        return _json(self._lifecycle.fetch_report(), 202)
+
+    async def _named(self, http: HttpRequest) -> str:
+        name = _string(await read_json(http, self._limit), "model")
+        self._check_known(name)
+        return name
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._lifecycle.models:
+            raise NotFoundError(
+                f"The model '{name[:200]}' does not exist. There is: {', '.join(self._lifecycle.models)}.",
+                param="model",
+                code="model_not_found",
+            )
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Prometheus text, summed over this machine's replicas: each writes its values to files of one folder."""
@@ -178,37 +206,49 @@ class CatalogueApp(AsgiDeployment):
     async def forward(self, http: HttpRequest) -> Response:
         """Forward the request to the model that its body names, and stream the answer back."""
         body = await read_json(http, self._limit)
-        name = body.get("model") if isinstance(body, dict) else None
-        if not isinstance(name, str) or not name:
-            raise BadRequestError(
-                "Missing required parameter: 'model'.", param="model", code="missing_required_parameter"
-            )
-        found = (await self.states()).get(name)
-        if found is None:
-            raise NotFoundError(
-                f"The model '{name}' does not exist. There is: {', '.join(self._entries)}.",
-                param="model",
-                code="model_not_found",
-            )
-        self._check_ready(found)
-        path = http.url.path
-        if path not in KINDS[self._entries[name].kind].paths:
-            raise BadRequestError(f"{name} is of kind {found['kind']}: {path} does not take it.", param="model")
+        name = _string(body, "model")
+        self._check_known(name)
+        return await self._forward(http, body, name, http.url.path)
+
+    def forward_to(self, id_: str) -> Endpoint:
+        async def forward(http: HttpRequest) -> Response:
+            if FORWARDED_ONCE in http.headers:  # the front does not know the model's replica yet
+                raise UnavailableError(f"{id_} is not reachable yet.")
+            return await self._forward(http, await read_json(http, self._limit), id_, http.url.path[len(f"/m/{id_}") :])
+
+        return forward
+
+    async def _forward(self, http: HttpRequest, body: Any, name: str, path: str) -> Response:
+        kind = self._lifecycle.models[name].entry.kind
+        if path not in KINDS[kind].paths:
+            raise BadRequestError(f"{name} is of kind {kind}: {path} does not take it.", param="model")
+        # 1. The model, in memory.
+        caller = deadline_of(http) or math.inf
+        ready = self._lifecycle.ensure_ready(name, min(time.monotonic() + self._wait_seconds, caller))
+        await until_disconnect(http.receive, ready)
+        if time.monotonic() >= caller:
+            raise deadline_exceeded()
+        # 2. The request, again while the front does not know the model's replica.
         record = http.scope["record"]
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
-        headers = {"content-type": "application/json", "x-request-id": record.request_id}
-        if (timeout := http.headers.get("x-request-timeout-ms")) is not None:
-            headers["x-request-timeout-ms"] = timeout
+        headers = {"content-type": "application/json", "x-request-id": record.request_id, FORWARDED_ONCE: "1"}
+        if caller < math.inf:
+            headers["x-request-timeout-ms"] = str(max(1, int((caller - time.monotonic()) * 1000)))
         try:
             data = orjson.dumps(body)
         except orjson.JSONEncodeError:  # orjson reads 1,024 levels and writes 254
             raise BadRequestError("The body is nested too deeply.", code="invalid_value") from None
-        pending = self._session.post(f"{self._address}/m/{name}{path}", data=data, headers=headers)
-        try:
-            answer = await until_disconnect(http.receive, pending)
-        except aiohttp.ClientError as error:
-            raise UnavailableError(f"{name} does not answer: {error}.") from None
+        for attempt in range(FRONT_ATTEMPTS):
+            pending = self._session.post(f"{self._address}/m/{name}{path}", data=data, headers=headers)
+            try:
+                answer = await until_disconnect(http.receive, pending)
+            except aiohttp.ClientError as error:
+                raise UnavailableError(f"{name} does not answer: {error}.") from None
+            if answer.status not in (404, 503) or "x-model-revision" in answer.headers or attempt == FRONT_ATTEMPTS - 1:
+                break
+            answer.close()
+            await asyncio.sleep(FRONT_SECONDS)
         record.outcome = "forwarded"  # the model's process writes the log line
 
         async def parts() -> AsyncGenerator[bytes]:
@@ -229,13 +269,17 @@ class CatalogueApp(AsgiDeployment):
         return response
 
     def _listed(self, model: dict[str, Any]) -> dict[str, Any]:
-        facts = {key: model[key] for key in ("kind", "revision", "context")}
-        return {"id": model["id"], "object": "model", "created": self._started, "owned_by": "llm-lab", **facts}
+        """The model as OpenAI lists it, with its card, without what changes all the time."""
+        card = {name: value for name, value in model.items() if name not in UNLISTED and value is not None}
+        facts = {"revision": model.get("revision"), "context": model.get("context")}
+        return {"object": "model", "created": self._started, "owned_by": "llm-lab", **facts, **card}
 
-    def _check_ready(self, model: dict[str, Any]) -> None:
-        if model["state"] != "ready":
-            detail = f" ({model['detail']})" if "detail" in model else ""
-            raise UnavailableError(f"{model['id']} is {model['state']}{detail}; GET /ready tells when it answers.")
+
+def _string(body: Any, name: str) -> str:
+    value = body.get(name) if isinstance(body, dict) else None
+    if not isinstance(value, str) or not value:
+        raise BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+    return value
 
 
 def _json(body: Any, status: int = 200) -> Response:

@@ -34,7 +34,7 @@ global
     fd-hard-limit 16384
     # Otherwise a second service that starts at the same moment would listen here too and get part of the requests.
     noreuseport
-    stats socket unix@front.sock mode 600 level admin
+    stats socket unix@front.sock mode 600 level admin expose-fd listeners
 defaults
     mode http
     # Not needed, and one HTTP/2 connection carries many streams.
@@ -108,68 +108,84 @@ class Route:
 
 
 class HaproxyFront:
-    """The HAProxy process. routes: by application name; the one at / gets all other requests."""
+    """The HAProxy process: started by the first `set_routes`."""
 
     def __init__(
-        self,
-        program: str,
-        folder: Path,
-        *,
-        host: str,
-        port: int,
-        serve_port: int,
-        routes: Mapping[str, Route],
-        body_seconds: int = BODY_SECONDS,
+        self, program: str, folder: Path, *, host: str, port: int, serve_port: int, body_seconds: int = BODY_SECONDS
     ) -> None:
         self._program, self._folder = program, folder
         self._socket = folder / "front.sock"
-        self._serve_port = serve_port
+        self._host, self._port, self._serve_port, self._body_seconds = host, port, serve_port, body_seconds
+        self._routes: dict[str, Route] = {}
+        self._backends: dict[str, str] = {}
+        self._slots: dict[str, list[int | None]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._earlier: list[subprocess.Popen[bytes]] = []  # of former routes, with answers that still run
+        self._drained = False
+
+    def set_routes(self, routes: Mapping[str, Route]) -> None:
+        """Route by application name; the one at / gets all other requests. Where routes have changed, a new process
+        takes over the open sockets, and the former one ends with its last answer. Raises FrontError."""
+        if dict(routes) == self._routes:
+            return
+        self._routes = dict(routes)
         self._backends = {name: f"b{number}" for number, name in enumerate(routes)}
-        self._slots: dict[str, list[int | None]] = {
-            name: [None] * (route.replicas + SPARE) for name, route in routes.items()
-        }
+        self._slots = {name: [None] * (route.replicas + SPARE) for name, route in routes.items()}
+        (self._folder / "front.cfg").write_text(self._configuration())
+        for status, (reason, message) in ERRORS.items():
+            (self._folder / f"front-{status}.http").write_bytes(_answer(status, reason, message))
+        self._start()
+
+    def _configuration(self) -> str:
         ups: list[str] = []
         rewrites: list[str] = []
         uses: list[str] = []
         default = ""
-        for name, route in routes.items():
+        for name, route in self._routes.items():
             backend = self._backends[name]
             if route.prefix == "/":
                 default = backend
                 continue
             # While there is no replica, the application at / answers.
-            ups += [f"    acl up_{backend} srv_is_up({backend}/r{slot + 1})" for slot in range(route.replicas + SPARE)]
+            slots = range(len(self._slots[name]))
+            ups += [f"    acl up_{backend} srv_is_up({backend}/r{slot + 1})" for slot in slots]
             for path in route.named_at:
                 condition = f"METH_POST {{ path {path} }} {{ var(txn.model) -m str {name} }} up_{backend}"
                 rewrites.append(f"    http-request set-path {route.prefix}%[path] if {condition}")
             uses.append(f"    use_backend {backend} if {{ path_beg {route.prefix}/ }}")
         text = CONFIGURATION.format(
-            body=body_seconds,
+            body=self._body_seconds,
             errors="\n".join(f"    errorfile {status} front-{status}.http" for status in ERRORS),
-            host=host,
-            port=port,
+            host=self._host,
+            port=self._port,
             rules="\n".join(ups + rewrites + uses),
             default=default,
         )
-        for name, slots in self._slots.items():
-            text += BACKEND.format(name=self._backends[name], count=len(slots), serve_port=serve_port)
-        (folder / "front.cfg").write_text(text)
-        for status, (reason, message) in ERRORS.items():
-            (folder / f"front-{status}.http").write_bytes(_answer(status, reason, message))
-        self._process: subprocess.Popen[bytes] | None = None
-        self._drained = False
+        for name, slots_of in self._slots.items():
+            text += BACKEND.format(name=self._backends[name], count=len(slots_of), serve_port=self._serve_port)
+        return text
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that listens."""
+        return self._process.pid if self._process else None
 
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Listen. Raises FrontError."""
+    def _start(self) -> None:
+        """Listen, on the sockets of a former process if there is one. Raises FrontError."""
         libc = ctypes.CDLL(None)
-        log = (self._folder / "front.log").open("wb")
-        self._socket.unlink(missing_ok=True)
+        log = (self._folder / "front.log").open("ab")
+        former: list[str] = []
+        if self._process is not None:
+            self._earlier = [each for each in [*self._earlier, self._process] if each.poll() is None]
+            former = ["-x", str(self._socket), "-sf", *[str(each.pid) for each in self._earlier]]
+        else:
+            self._socket.unlink(missing_ok=True)
         self._process = subprocess.Popen(  # noqa: S603
-            [self._program, "-db", "-f", "front.cfg"],
+            [self._program, "-db", "-f", "front.cfg", *former],
             cwd=self._folder,  # so that the configuration holds no paths, whose characters may be HAProxy's syntax
             stdout=log,
             stderr=log,
@@ -183,8 +199,8 @@ class HaproxyFront:
         until = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(OSError):
-                self._command("show info")
-                return
+                if f"Pid: {self._process.pid}\n" in self._command("show info"):
+                    return
             if not self.alive or time.monotonic() > until:
                 raise FrontError(f"HAProxy does not start: {self._log()}")
             time.sleep(0.05)
@@ -193,6 +209,7 @@ class HaproxyFront:
         """Set the replicas of each application, by their ports on loopback. Raises FrontError."""
         if not self.alive:
             raise FrontError(f"HAProxy has ended: {self._log()}")
+        self._earlier = [each for each in self._earlier if each.poll() is None]
         commands = []
         for name, slots in self._slots.items():
             # Serve's own process is in the configuration.
@@ -222,12 +239,12 @@ class HaproxyFront:
 
     def stop(self) -> None:
         """End it; after `drain`, slow readers get FLUSH_SECONDS for the rest."""
-        if self.alive and self._process:
-            if self._drained:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(FLUSH_SECONDS)
-            self._process.kill()
-            self._process.wait()
+        if self.alive and self._process and self._drained:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(FLUSH_SECONDS)
+        for process in [*self._earlier, *([self._process] if self._process else [])]:
+            process.kill()
+            process.wait()
 
     def _log(self) -> str:
         return (self._folder / "front.log").read_text(errors="replace")[-1000:].strip()

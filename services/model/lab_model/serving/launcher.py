@@ -10,42 +10,46 @@ import contextlib
 import io
 import logging
 import os
+import select
 import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..models.catalogue import AppArgs, Entry
+from ..errors import CatalogueError
+from ..models.catalogue import AppArgs, load_catalogue
 from ..models.kinds import KINDS
 from ..settings import Settings
 from .front import FrontError, HaproxyFront, Route
-from .ray_internals import replica_ports, start_ray, stop_monitors
+from .ray_internals import downloads_forbidden, replica_ports, start_ray, stop_monitors
 
 CATALOGUE = "catalogue"  # the application at /
+LOOK_SECONDS, IDLE_SECONDS = 0.5, 5.0  # between looks at the models, while one loads and otherwise
+PROGRESS_SECONDS = 5.0  # between two lines about one load
+CATALOGUE_SECONDS = 10.0  # for an answer of the catalogue's application
 WRONG_SETTING = 2
 FAILED = 1
 
 
-def run(
-    settings: Settings, entries: list[Entry], folder: Path, ended: threading.Event, haproxy: str | None = None
-) -> int:
-    """Serve `entries` until `ended` is set; the process's exit code. folder: for Ray's session and the front's
+def run(settings: Settings, folder: Path, ended: threading.Event, haproxy: str | None = None) -> int:
+    """Serve the catalogue until `ended` is set; the process's exit code. folder: for Ray's session and the front's
     files."""
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
     from ray.serve.config import HTTPOptions  # noqa: PLC0415
-    from ray.serve.schema import LoggingConfig  # noqa: PLC0415
 
+    from .applications import QUIET  # noqa: PLC0415
     from .catalogue_app import CatalogueArgs, build_catalogue  # noqa: PLC0415
-    from .replica import build_app  # noqa: PLC0415
+    from .lifecycle import LifecycleArgs  # noqa: PLC0415
 
     # 1. Ray.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    started = time.monotonic()
-    say(f"starting Ray for {', '.join(entry.id for entry in entries)}")
+    say("starting Ray")
     start_ray(folder)
     stop_on_signals(ended)  # again: Ray has installed handlers of its own
     front = None
@@ -59,50 +63,38 @@ def run(
         host, port = settings.host, settings.port
         if haproxy:
             host, port = "127.0.0.1", free_port()
-            routes = {entry.id: Route(f"/m/{entry.id}", entry.replicas, KINDS[entry.kind].paths) for entry in entries}
-            front = HaproxyFront(
-                haproxy,
-                folder,
-                host=settings.host,
-                port=settings.port,
-                serve_port=port,
-                routes={CATALOGUE: Route("/")} | routes,
-            )
-            front.start()
-        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+            front = HaproxyFront(haproxy, folder, host=settings.host, port=settings.port, serve_port=port)
+            front.set_routes(routes(settings))
         serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
-            logging_config=quiet,
+            logging_config=QUIET,
         )
-        # 3. The applications. The catalogue first: it answers that the models are still loading.
+        # 3. The catalogue's application, which loads the models.
         own = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
         metrics = folder / "metrics"
         shutil.rmtree(metrics, ignore_errors=True)  # counters of an earlier start
         metrics.mkdir()
+        changes = Wakeups(folder / "wake")
         form = settings.log_format if settings.log_format != "auto" else "text" if sys.stderr.isatty() else "json"
         shared = settings.model_dump(include=AppArgs.model_fields.keys() | CatalogueArgs.model_fields.keys())
         shared |= {"log_format": form, "log_pipe": relay_log(folder / "log"), "metrics_dir": metrics}
-        catalogue = build_catalogue(CatalogueArgs(entries=entries, address=f"http://{own}:{settings.port}", **shared))
-        serve.run_many([serve.RunTarget(catalogue, CATALOGUE, "/", quiet)])
-        on_gpu = {entry.id for entry in entries if gpus and (entry.device or settings.device) != "cpu"}
-        replicas = sum(entry.replicas for entry in entries if entry.id in on_gpu)
-        serve.run_many(
-            [
-                serve.RunTarget(
-                    build_app(
-                        AppArgs(entry=entry, gpus=min(1, gpus / replicas) if entry.id in on_gpu else 0, **shared)
-                    ),
-                    entry.id,
-                    f"/m/{entry.id}",
-                    quiet,
-                )
-                for entry in entries
-            ],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
+        lifecycle = LifecycleArgs(
+            catalogue_file=settings.catalogue_file,
+            folder=settings.folder,
+            shared={name: value for name, value in shared.items() if name in AppArgs.model_fields and name != "folder"},
+            gpus=gpus,
+            memory_bytes=settings.memory_bytes,
+            start_timeout_seconds=settings.start_timeout_seconds,
+            service=os.getpid(),
+            wake=changes.pipe,
+            offline=downloads_forbidden(),
         )
-        return watch(settings, entries, started, ended, front)
+        catalogue = build_catalogue(
+            CatalogueArgs(lifecycle=lifecycle, address=f"http://{own}:{settings.port}", **shared)
+        )
+        serve.run_many([serve.RunTarget(catalogue, CATALOGUE, "/", QUIET)])
+        return watch(settings, ended, front, changes)
     except FrontError as error:
         say(str(error))
         return FAILED
@@ -110,45 +102,102 @@ def run(
         stop(front)
 
 
-def watch(
-    settings: Settings, entries: list[Entry], started: float, ended: threading.Event, front: HaproxyFront | None
-) -> int:
-    """Report each model that becomes ready, then wait for `ended`. A model that cannot be loaded, or a dead Ray, ends
-    the service. started: as `time.monotonic()`. The exit code."""
+def routes(settings: Settings) -> dict[str, Route]:
+    """How requests reach each model. Raises CatalogueError."""
+    entries = load_catalogue(settings.catalogue_file, settings.folder)
+    return {CATALOGUE: Route("/")} | {
+        entry.id: Route(f"/m/{entry.id}", entry.replicas, KINDS[entry.kind].paths) for entry in entries
+    }
+
+
+def watch(settings: Settings, ended: threading.Event, front: HaproxyFront | None, changes: Wakeups) -> int:
+    """Report each model's state while it changes, and tell the front of replicas, until `ended` is set. A dead Ray, a
+    dead front, or a start in which no model can be loaded ends the service. The exit code."""
     from ray import serve  # noqa: PLC0415
 
-    from .catalogue_app import reason  # noqa: PLC0415
-
-    loading = {entry.id for entry in entries}
-    while not ended.wait(0.5 if loading else 5):
+    states = StateLines(settings)
+    busy = True
+    while not ended.is_set():
         try:
-            applications = serve.status().applications
+            handle = serve.get_app_handle(CATALOGUE)
+            report = handle.report.remote().result(timeout_s=CATALOGUE_SECONDS)
             ports = replica_ports() if front else {}
+        except TimeoutError:
+            continue  # it starts again, or waits for a core
         except Exception as error:
-            say(f"Ray does not answer any more: {error}")
-            return FAILED
+            try:
+                serve.status()
+            except Exception:
+                say(f"Ray does not answer any more: {error}")
+                return FAILED
+            ended.wait(LOOK_SECONDS)
+            continue
         if front:
             try:
+                with contextlib.suppress(CatalogueError):  # a list of added models that was damaged: the old one counts
+                    front.set_routes(routes(settings))
                 front.set_replicas(ports)
             except FrontError as error:
                 say(str(error))
                 return FAILED
-        for name in sorted(loading):
-            seconds = time.monotonic() - started
-            status = applications[name]
-            if status.status == "RUNNING":
-                loading.discard(name)
-                address = "" if loading else f", at http://{settings.host}:{settings.port}"
-                say(f"{name} ready after {seconds:.0f} s{address}")
-            elif status.status == "DEPLOY_FAILED":
-                say(f"{name} cannot be loaded: {reason(status)}")
-                return FAILED
-            elif seconds > settings.start_timeout_seconds:
-                say(
-                    f"{name} was not loaded within {settings.start_timeout_seconds:.0f} s (MODEL_START_TIMEOUT_SECONDS)"
-                )
-                return FAILED
+        models = report["models"]
+        states.print(models)
+        busy = report["starting"] or any(model["state"] == "loading" for model in models.values())
+        if not busy and not any(model["state"] in ("ready", "unloaded") for model in models.values()):
+            say("no model can be served")
+            return FAILED
+        changes.wait(LOOK_SECONDS if busy else IDLE_SECONDS, ended)
     return 0
+
+
+class StateLines:
+    """The main process's lines about models: progress while one loads, and each change of state."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._address = f"http://{settings.host}:{settings.port}"
+        self._states: dict[str, str] = {}
+        self._printed: dict[str, float] = {}  # when a line of progress was last printed
+
+    def print(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """models: as Lifecycle.report gives them."""
+        for name, model in models.items():
+            state, now = model["state"], time.monotonic()
+            changed = self._states.get(name, "unloaded") != state
+            self._states[name] = state
+            detail = f": {model['detail']}" if "detail" in model else ""
+            if state == "loading":
+                if changed or now - self._printed.get(name, 0.0) >= PROGRESS_SECONDS:
+                    step = model["progress"]
+                    percent = "" if step["percent"] is None else f" {step['percent']} %"
+                    say(f"{name} is loading: {step['what']}{percent}, {step['seconds']:.0f} s")
+                    self._printed[name] = now
+            elif changed and state == "ready":
+                loading = any(each["state"] == "loading" for each in models.values())
+                say(f"{name} ready after {model['seconds']:.0f} s{'' if loading else f', at {self._address}'}")
+            elif changed and state == "failed":
+                say(f"{name} cannot be loaded{detail}")
+            elif changed:
+                say(f"{name} is {state}{detail}")
+
+
+class Wakeups:
+    """A named pipe, by which another process ends a wait."""
+
+    def __init__(self, pipe: Path) -> None:
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe, 0o600)
+        self.pipe = pipe
+        # Open for writing too: reading does not fail while nobody else has it open.
+        self._file = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+
+    def wait(self, seconds: float, ended: threading.Event) -> None:
+        """Return when something was written, after `seconds`, or soon after `ended` is set."""
+        until = time.monotonic() + seconds
+        while not ended.is_set() and (left := until - time.monotonic()) > 0:
+            if select.select([self._file], [], [], min(left, 0.5))[0]:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._file, 4096)
+                return
 
 
 def stop(front: HaproxyFront | None) -> None:
@@ -162,7 +211,8 @@ def stop(front: HaproxyFront | None) -> None:
     silence = io.StringIO()
     out = sys.stderr
     with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence), contextlib.suppress(Exception):
-        loading = any(status.status == "DEPLOYING" for status in serve.status().applications.values())
+        applications = serve.status().applications
+        loading = not any(status.status == "RUNNING" for name, status in applications.items() if name != CATALOGUE)
         print(f"model: stopping{'' if loading else ', running answers may end'}", file=out, flush=True)
         if not loading:
             serve.shutdown()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 CHECKED_RAY = "2.60"
 ABSENT = Path(__file__).parents[1] / "absent"  # stand-ins for packages that the service's processes must not import
+OFFLINE = "LAB_HF_HUB_OFFLINE"  # what HF_HUB_OFFLINE was before `prepare_environment`
 CONTROLLER_SECONDS = 30  # bound on an answer of Serve's controller, which may have to wait for a core
 
 
@@ -79,9 +80,15 @@ def prepare_environment(*, direct: bool) -> None:
         # models; otherwise a token takes twice as long.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
-        # Everything that has to be downloaded has been.
+        # A replica downloads nothing; `lifecycle` does it in a process of its own.
         "HF_HUB_OFFLINE": "1",
+        OFFLINE: os.environ.get("HF_HUB_OFFLINE", ""),
     }
+
+
+def downloads_forbidden() -> bool:
+    """Whether the environment forbade downloads from a hub, before `prepare_environment`."""
+    return os.environ.get(OFFLINE, "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def start_ray(folder: Path) -> None:
@@ -121,6 +128,13 @@ def replica_ports() -> dict[str, list[int]]:
     client: Any = _get_global_client()
     groups = ray.get(client._controller.get_target_groups.remote(), timeout=CONTROLLER_SECONDS)
     return {group.app_name: [target.port for target in group.targets] for group in groups}
+
+
+def begin_delete(application: str) -> None:
+    """Tell Serve to end an application; do not wait for its end."""
+    from ray import serve  # noqa: PLC0415
+
+    serve.delete(application, _blocking=False)
 
 
 def replica_environment(metrics_dir: Path) -> dict[str, dict[str, str]]:

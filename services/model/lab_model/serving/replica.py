@@ -42,9 +42,11 @@ class ModelReplica(AsgiDeployment):
         # own. And the processes that only route import this module and must not import torch.
         from ..api.http.record import USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415
+        from .activity import ObservedApp  # noqa: PLC0415
 
         USAGE.open(args.metrics_dir)
-        self._app, self._info, self._is_alive = load(args)
+        app, self._info, self._is_alive = load(args)
+        self._app = ObservedApp(app, args.metrics_dir, args.entry.id)
 
     def asgi_app(self) -> ASGIApp:
         return self._app

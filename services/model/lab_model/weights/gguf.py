@@ -1,15 +1,10 @@
 """GGUF files, read in place: metadata and tensors.
 
-Knows the file format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Knows nothing of architectures or
-tokenizers.
+Knows the tensors' kinds; `headers` knows the file format. Knows nothing of architectures or tokenizers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +13,7 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-class GGUFError(Exception):
-    """The file is not GGUF, or holds something that is not supported."""
-
-
-@contextlib.contextmanager
-def naming_file(path: Path) -> Iterator[None]:
-    """Turn the exceptions that a damaged file's numbers, names and types cause into a GGUFError with its path."""
-    try:
-        yield
-    except (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
-        raise GGUFError(f"{path} is cut short or damaged: {error}") from None
-    except NotImplementedError as error:  # of a tensor's kind
-        raise GGUFError(f"{path}: {error}") from None
+from .headers import GGUFHeader, naming_file
 
 
 @dataclass(frozen=True)
@@ -90,53 +69,10 @@ class GGUFFile:
     """metadata: the file's keys and values. tensors: by the file's names. Raises GGUFError or OSError."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._at = path, 0
-        with path.open("rb") as opened, naming_file(path):
-            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        if self._map[:4] != b"GGUF":
-            raise GGUFError(f"{path} is not a GGUF file")
-        self._at = 4
-        version, count, pairs = self._number("I"), self._number("Q"), self._number("Q")
-        if version not in (2, 3):
-            raise GGUFError(f"{path} is of GGUF version {version}; 2 and 3 are supported")
-        self.metadata: dict[str, Any] = {self._string(): self._value(self._number("I")) for _ in range(pairs)}
-        entries = []
-        for _ in range(count):
-            name = self._string()
-            shape = tuple(self._number("Q") for _ in range(self._number("I")))[::-1]
-            entries.append((name, shape, GGMLQuantizationType(self._number("I")), self._number("Q")))
-        grain = self.metadata.get("general.alignment", 32)
-        start = -(-self._at // grain) * grain
+        header = GGUFHeader(path)
+        self.path, self.metadata = path, header.metadata
         self.tensors: dict[str, Tensor] = {}
-        for name, shape, kind, offset in entries:
-            block, size = GGML_QUANT_SIZES[kind]
-            width = shape[-1] // block * size
-            rows = int(np.prod(shape[:-1], dtype=np.int64))
-            raw = np.frombuffer(self._map, np.uint8, rows * width, start + offset).reshape(rows, width)
-            self.tensors[name] = Tensor(kind, shape, raw)
-
-    def _number(self, code: str) -> Any:
-        value = struct.unpack_from("<" + code, self._map, self._at)[0]
-        self._at += struct.calcsize(code)
-        return value
-
-    def _string(self) -> str:
-        size = self._number("Q")
-        self._at += size
-        return self._map[self._at - size : self._at].decode("utf-8")
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind != _ARRAY:
-            return self._number(_NUMBERS[kind])
-        of, count = self._number("I"), self._number("Q")
-        if of in _NUMBERS:
-            code = f"<{count}{_NUMBERS[of]}"
-            values = list(struct.unpack_from(code, self._map, self._at))
-            self._at += struct.calcsize(code)
-            return values
-        return [self._value(of) for _ in range(count)]
+        with naming_file(path):
+            for name, of in header.tensors.items():
+                raw = np.frombuffer(header.map, np.uint8, of.rows * of.row_bytes, of.offset)
+                self.tensors[name] = Tensor(of.kind, of.shape, raw.reshape(of.rows, of.row_bytes))

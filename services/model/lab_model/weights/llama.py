@@ -5,6 +5,7 @@ Knows the names of tensors in both. Knows nothing of how a forward uses them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,8 +126,13 @@ def supports(model: Any) -> bool:
     )
 
 
-def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
-    """Unpacked weights of a GGUF file for which `can_read` holds."""
+def from_file(
+    file: GGUFFile,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_layer: Callable[[float], None] = lambda _: None,
+) -> LlamaWeights:
+    """Unpacked weights of a GGUF file for which `can_read` holds. on_layer: called with the share of layers read."""
     values, tensors = hyperparameters(file), file.tensors
 
     def dense(*names: str) -> torch.Tensor:
@@ -135,8 +141,10 @@ def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> Llama
     def norm(name: str) -> Norm:
         return Norm(dense(name), values["attention.layer_norm_rms_epsilon"])
 
-    layers = [
-        Layer(
+    def layer(index: int) -> Layer:
+        at = f"blk.{index}"
+        on_layer(index / values["block_count"])
+        return Layer(
             qkv=Linear(dense(f"{at}.attn_q", f"{at}.attn_k", f"{at}.attn_v"), norm=norm(f"{at}.attn_norm")),
             query_norm=None,
             key_norm=None,
@@ -144,8 +152,8 @@ def from_file(file: GGUFFile, dtype: torch.dtype, device: torch.device) -> Llama
             gate_up=Linear(dense(f"{at}.ffn_gate", f"{at}.ffn_up"), norm=norm(f"{at}.ffn_norm")),
             down=Linear(dense(f"{at}.ffn_down")),
         )
-        for at in (f"blk.{index}" for index in range(values["block_count"]))
-    ]
+
+    layers = [layer(index) for index in range(values["block_count"])]
     table = dense("token_embd")
     return LlamaWeights(
         dtype=dtype,

@@ -48,12 +48,16 @@ class HttpService:
         name: str | None = None,
         revision: str | None = None,
     ) -> None:
-        self._endpoints = {("POST", path): endpoint for path, endpoint in posts.items()}
-        self._endpoints |= {("GET", path): endpoint for path, endpoint in (gets or {}).items()}
+        self.set_endpoints(posts, gets or {})
         self._settling: set[asyncio.Task[None]] = set()  # a task that nothing refers to may be collected
         self._name = name
         self._hosts = {*OWN_HOSTS, *hosts}
         self._revision = [(b"x-model-revision", revision.encode())] if revision else []
+
+    def set_endpoints(self, posts: Mapping[str, Endpoint], gets: Mapping[str, Endpoint]) -> None:
+        """Replace all endpoints, by path."""
+        self._endpoints = {("POST", path): endpoint for path, endpoint in posts.items()}
+        self._endpoints |= {("GET", path): endpoint for path, endpoint in gets.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

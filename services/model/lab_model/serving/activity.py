@@ -1,0 +1,71 @@
+"""Requests of each model's replicas, told to the process that decides which models stay in memory.
+
+Each replica writes to 16 bytes of shared memory, one file in a folder of this machine: a call to the replica would wait
+behind its work. Knows ASGI and files. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_FIELDS = struct.Struct("<qd")  # running requests, unix time of the last start or end
+
+
+class Activity(NamedTuple):
+    """running: requests. last: unix time of the last request's start or end; 0: none yet."""
+
+    running: int
+    last: float
+
+
+class ObservedApp:
+    """`app`, whose requests are counted."""
+
+    def __init__(self, app: ASGIApp, folder: Path, model: str) -> None:
+        self._app, self._running = app, 0
+        with (folder / f"{model}.{os.getpid()}.activity").open("wb+") as file:
+            file.write(bytes(_FIELDS.size))
+            file.flush()
+            self._memory = mmap.mmap(file.fileno(), _FIELDS.size)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        self._change(1)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self._running += by
+        _FIELDS.pack_into(self._memory, 0, self._running, time.time())
+
+
+def read_activity(folder: Path, model: str) -> Activity:
+    """Of all living replicas of a model."""
+    running, last = 0, 0.0
+    for path in folder.glob(f"{model}.*.activity"):
+        pid = path.suffixes[-2].removeprefix(".")
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            path.unlink(missing_ok=True)
+            continue
+        data = path.read_bytes()
+        if len(data) == _FIELDS.size:
+            own, when = _FIELDS.unpack(data)
+            running, last = running + own, max(last, when)
+    return Activity(running, last)
+
+
+def processes(folder: Path, model: str) -> list[int]:
+    """Process ids of a model's living replicas."""
+    found = [path.suffixes[-2].removeprefix(".") for path in folder.glob(f"{model}.*.activity")]
+    return [int(pid) for pid in found if pid.isdigit() and psutil.pid_exists(int(pid))]
