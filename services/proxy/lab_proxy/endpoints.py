@@ -30,10 +30,30 @@ class Endpoint:
     billing: Literal["call", "answer"]  # the ledger gets a charge for each upstream call, or one for each answer
     per_input: bool = False  # the cache keeps one entry for each input, so an answer may mix cached and fetched ones
     max_inputs: int | None = None  # inputs of one request
+    default_kinds: tuple[str, ...] = ()  # kinds of the model that answers where `model` is left out; (): it is needed
     defaults: Mapping[str, Fields] = field(default_factory=dict)  # table -> fields; `openai` or `lab`
 
 
 GENERATORS = frozenset({"chat", "base"})
+
+_INSPECT = "/v1/inspect/"
+
+
+def _inspect(name: str, *kinds: str, generates: bool = False) -> Endpoint:
+    """An endpoint that shows a model's inside: its answers are metered and passed on, not cached."""
+    return Endpoint(
+        _INSPECT + name,
+        operation="inspect",
+        handler="embeddings",  # that is how it treats what it may not cache
+        cacheable=False,
+        batchable=False,
+        kinds=frozenset(kinds),
+        generates=generates,
+        fallback="same_model",
+        billing="call",
+        default_kinds=kinds,
+    )
+
 
 _COMMON: Fields = {"n": 1, "temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 _LAB: Fields = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
@@ -101,6 +121,11 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             fallback="responses",
             billing="answer",  # its usage comes with its last event
         ),
+        _inspect("tokenize", "chat", "base", "embedding"),
+        _inspect("detokenize", "chat", "base", "embedding"),
+        _inspect("next-token", "chat", "base"),
+        _inspect("score", "chat", "base"),
+        _inspect("generate-steps", "chat", "base", generates=True),
     )
 }
 

@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from . import inspect
 from .chat import chat_completions
 from .completions import completions
 from .embeddings import EncoderClient, embeddings
@@ -25,6 +26,11 @@ HANDLERS: Mapping[str, Handler] = {
     "/v1/chat/completions": chat_completions,
     "/v1/completions": completions,
     "/v1/embeddings": embeddings,
+    "/v1/inspect/tokenize": inspect.tokenize_text,
+    "/v1/inspect/detokenize": inspect.detokenize,
+    "/v1/inspect/next-token": inspect.next_tokens,
+    "/v1/inspect/score": inspect.score_text,
+    "/v1/inspect/generate-steps": inspect.generate_steps,
 }
 
 

@@ -40,8 +40,9 @@ class Runner(Protocol):
         """Compute the spans' tokens, whose `ids` follow each other. The logits of each span's last token."""
         ...
 
-    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
-        """A prefill of one text. The logits of each of its tokens."""
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int], start: int = 0) -> torch.Tensor:
+        """A prefill of one text, or of the tokens from `start` on of one whose beginning is computed. The logits of
+        each of `ids`. pages: those of the text from its beginning."""
         ...
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .request import (
 )
 from .runner import Runner, Span
 from .sampler import SampleError, sample
+from .scoring import ScoringQueue, ScoringRequest
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Scheduler:
         self._running: list[Request] = []  # oldest first
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
+        self._scoring = ScoringQueue(runner, self._pages, self._zero_pages, self._changed)
         self._closing = False
         self._faults_in_a_row = 0
         self._finished_at: deque[float] = deque(maxlen=32)
@@ -120,10 +122,14 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the model is shutting down")
+            answers = [request for request in requests if not isinstance(request, ScoringRequest)]
+            scored = [request for request in requests if isinstance(request, ScoringRequest)]
             room = self.capacity - len(self._running) - len(self._waiting)
-            if len(requests) > room:
+            if len(answers) > room or len(scored) > self._scoring.room:
                 raise QueueFullError(self._retry_after())
-            self._waiting.extend(requests)
+            self._waiting.extend(answers)
+            for request in scored:
+                self._scoring.add(request)
             self._changed.notify()
 
     def cancel(self, *requests: Request) -> None:
@@ -140,6 +146,10 @@ class Scheduler:
             used = total - self._pages.available
             return Stats(len(self._running), len(self._waiting), used, kept, total, **self._counts)
 
+    @property
+    def _busy(self) -> bool:
+        return bool(self._running or self._waiting or self._scoring)
+
     def run_alone(self, request: Request, outputs: list[StepOutput]) -> None:
         """Run one request to its end in the caller's thread, before `start`. Faults are raised, not delivered."""
         self.submit(request)
@@ -150,7 +160,7 @@ class Scheduler:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """The logits after each of `ids`, (ids, vocab), float32: for perplexity. Raises RuntimeError while requests
         run, because a runner is used by one thread."""
-        if self._running or self._waiting:
+        if self._busy:
             raise RuntimeError("the engine has requests")
         pages = self._pages.take(-(-len(ids) // PAGE_TOKENS))
         with torch.inference_mode():
@@ -167,9 +177,9 @@ class Scheduler:
                 outputs: list[StepOutput] = []
                 with self._changed:
                     self._drop(outputs)
-                    if not (self._running or self._waiting or self._closing or outputs):
+                    if not (self._busy or self._closing or outputs):
                         self._emit([])  # gauges show that nothing runs
-                    while not (self._running or self._waiting or self._closing or outputs):
+                    while not (self._busy or self._closing or outputs):
                         self._changed.wait()
                         self._drop(outputs)
                     if self._closing:
@@ -177,19 +187,22 @@ class Scheduler:
                     self._admit()
                 started = time.monotonic()
                 try:
-                    self._step(outputs)
-                    self._faults_in_a_row = 0
+                    if self._running:
+                        self._step(outputs)
+                        self._faults_in_a_row = 0
                 except Exception as error:
                     log.exception("a step failed; its requests end with an error, the loop continues")
                     self._counts["faults"] += 1
                     self._faults_in_a_row += 1
                     outputs += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
+                outputs += self._scoring.step(beside=bool(self._running))
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
                 self._emit(outputs)
         closed = EngineClosedError("the model is shutting down")
         with self._changed:
             waiting, self._waiting = list(self._waiting), deque()
-        self._emit(self._fail_running(closed) + [StepOutput(request, [], error=closed) for request in waiting])
+            scored = self._scoring.close(closed)
+        self._emit(self._fail_running(closed) + [StepOutput(request, [], error=closed) for request in waiting] + scored)
 
     def _emit(self, outputs: list[StepOutput]) -> None:
         try:
@@ -298,8 +311,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         grain = PAGE_TOKENS if self._runner.batch_invariant else PIECE_TOKENS
-        while self._waiting and len(self._running) < self._max_running and self._pages.admit(self._waiting[0], grain):
-            self._running.append(self._waiting.popleft())
+        while self._waiting and len(self._running) < self._max_running:
+            if self._pages.admit(self._waiting[0], grain):
+                self._running.append(self._waiting.popleft())
+            elif not self._scoring.release():
+                break
 
     def _drop(self, outputs: list[StepOutput]) -> None:
         """End the requests that were cancelled or passed their deadline."""
@@ -312,6 +328,11 @@ class Scheduler:
                 outputs.append(
                     StepOutput(request, [], error=CancelledError("it was cancelled") if request.cancelled else late)
                 )
+        for scored in self._scoring.ended(now):
+            self._scoring.drop(scored)
+            outputs.append(
+                StepOutput(scored, [], error=CancelledError("it was cancelled") if scored.cancelled else late)
+            )
 
     def _hold(self, request: Request, tokens: int) -> bool:
         """Give the request pages for `tokens` tokens. Where none is available, the youngest request is preempted; False
@@ -321,6 +342,8 @@ class Scheduler:
         while len(request.pages) * PAGE_TOKENS < tokens:
             if not self._pages.available:
                 with self._changed:
+                    if self._scoring.release():
+                        continue
                     youngest = self._running.pop()
                     self._pages.evict(youngest)
                     self._waiting.appendleft(youngest)

@@ -183,8 +183,8 @@ class CpuRunner:
             ends.append(at)
         return self._forward(ids, positions, owners, [span.pages for span in spans], ends)
 
-    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
-        return self._forward(ids, range(len(ids)), [0] * len(ids), [pages], range(len(ids)))
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int], start: int = 0) -> torch.Tensor:
+        return self._forward(ids, range(start, start + len(ids)), [0] * len(ids), [pages], range(len(ids)))
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         return self._forward(ids, positions, range(len(ids)), pages, range(len(ids)))

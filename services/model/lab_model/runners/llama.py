@@ -75,8 +75,8 @@ class LlamaRunner:
         ends = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1
         return self._logits(self._prefill(ids, spans).index_select(0, ends.to(self.device)))
 
-    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
-        return self._logits(self._prefill(ids, [Span(0, len(ids), pages)]))
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int], start: int = 0) -> torch.Tensor:
+        return self._logits(self._prefill(ids, [Span(start, start + len(ids), pages)]))
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         """One more token for each row. positions: of these tokens in their texts."""

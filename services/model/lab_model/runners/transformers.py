@@ -95,8 +95,8 @@ class TransformersRunner:
         places = [range(span.start, span.stop) for span in spans]
         return self._forward(rows, places, [span.pages for span in spans])[:, -1]
 
-    def all_logits(self, ids: Sequence[int], pages: Sequence[int]) -> torch.Tensor:
-        return self._forward([list(ids)], [range(len(ids))], [pages], keep=0)[0]
+    def all_logits(self, ids: Sequence[int], pages: Sequence[int], start: int = 0) -> torch.Tensor:
+        return self._forward([list(ids)], [range(start, start + len(ids))], [pages], keep=0)[0]
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
         return self._forward([[token] for token in ids], [range(p, p + 1) for p in positions], pages)[:, -1]

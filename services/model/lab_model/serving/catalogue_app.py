@@ -33,7 +33,7 @@ from ..api.http.deadline import deadline_of
 from ..api.http.logs import start_logging
 from ..api.http.service import Endpoint, EventStream, HttpService, read_json, sse, until_disconnect
 from ..errors import BadRequestError, NotFoundError, UnavailableError, deadline_exceeded
-from ..models.kinds import KINDS, PATHS, Kind
+from ..models.kinds import KINDS, PATHS, Kind, default_model
 from .applications import Applications
 from .lifecycle import Lifecycle, LifecycleArgs
 from .ray_internals import AsgiDeployment, replica_environment
@@ -206,6 +206,9 @@ class CatalogueApp(AsgiDeployment):
     async def forward(self, http: HttpRequest) -> Response:
         """Forward the request to the model that its body names, and stream the answer back."""
         body = await read_json(http, self._limit)
+        if isinstance(body, dict) and body.get("model") is None:
+            kinds = {id_: model.entry.kind for id_, model in self._lifecycle.models.items()}
+            body["model"] = default_model(http.url.path, kinds)
         name = _string(body, "model")
         self._check_known(name)
         return await self._forward(http, body, name, http.url.path)

@@ -49,7 +49,7 @@ class ModelTokenizer:
         # Part of the stand-in for a special token that a user has written; random, so that it cannot be guessed.
         self._mark = secrets.token_hex(8)
         self._bytes: dict[int, bytes] = {}
-        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self.byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ModelTokenizer:
@@ -109,6 +109,15 @@ class ModelTokenizer:
         ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=special).ids
         return ids
 
+    def offsets(self, text: str, *, special: bool = True) -> list[tuple[int, int]]:
+        """Where each token of `encode` begins and ends in the text, in characters."""
+        found: list[tuple[int, int]] = self.tokenizer.encode(text, add_special_tokens=special).offsets
+        return found
+
+    def special(self, token: int) -> str | None:
+        """The name of a special token; None for all others."""
+        return self._special.get(token)
+
     def _stand_in(self, name: str) -> str:
         return f"<{self._mark}:{list(self._special.values()).index(name)}>"
 
@@ -145,7 +154,7 @@ class ModelTokenizer:
 
     def decoding(self) -> Decoding:
         """A new incremental decoder, whose output joined is `decode` of all its tokens."""
-        return ByteDecoding(self.bytes_of) if self._byte_level else PieceDecoding(self.decode)
+        return ByteDecoding(self.bytes_of) if self.byte_level else PieceDecoding(self.decode)
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that this token adds to a text; none for special tokens."""
@@ -169,7 +178,7 @@ class ModelTokenizer:
         piece = self.tokenizer.id_to_token(token)
         if piece is None or token in self._special:
             return b""
-        if self._byte_level:
+        if self.byte_level:
             try:
                 return bytes(BYTE_OF[character] for character in piece)
             except KeyError:  # an added token, which the decoder copies unchanged

@@ -14,7 +14,7 @@ from ..cache import entry
 from ..cache.key import canonical_form, comparable, input_keys, key_of, sample_key, with_input
 from ..cache.policy import bypass_reason
 from ..cache.store import Cache, NoCache
-from ..endpoints import ENDPOINTS
+from ..endpoints import ENDPOINTS, Endpoint
 from ..errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from ..upstreams.model_list import ModelList
 from ..upstreams.routes import Routes, Target
@@ -176,6 +176,9 @@ class Planner:
     def _make(self, request: RequestContext) -> Plan:
         body, endpoint, record = request.body, ENDPOINTS[request.endpoint], request.record
         # 1. The fields that the proxy itself reads.
+        if endpoint.default_kinds and body.get("model") is None and (name := self._default_model(endpoint)):
+            body = request.body = body | {"model": name}
+            request.raw = canonical.dump(body)
         model, stream, options = body.get("model"), body.get("stream"), body.get("stream_options")
         if not isinstance(model, str) or not model:
             raise InvalidRequest("`model` must be the name of a model: see /v1/models.", param="model")
@@ -211,6 +214,12 @@ class Planner:
             deterministic = bypass_reason(endpoint.path, body, temperature, store_sampled=False) is None
             plan.samples = 1 if deterministic else target.samples
         return plan
+
+    def _default_model(self, endpoint: Endpoint) -> str | None:
+        """The first listed model of the first kind that there is; None: there is none."""
+        listed = self._models.entries
+        of_kind = (name for kind in endpoint.default_kinds for name in listed if listed[name].get("kind") == kind)
+        return next(of_kind, None)
 
     # ---- keys
 

@@ -78,10 +78,17 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class Generation(BaseModel):
-    """The fields that chat and completions share."""
+class Checked(BaseModel):
+    """A request whose fields are checked against each other."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    def check(self) -> None:
+        """Raises BadRequestError."""
+
+
+class Generation(Checked):
+    """The fields that chat and completions share."""
 
     model: Text
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
@@ -111,9 +118,6 @@ class Generation(BaseModel):
     @abstractmethod
     def top_count(self) -> int | None:
         """How many alternatives `logprobs` has for each token; None: no logprobs."""
-
-    def check(self) -> None:
-        """Check fields against each other. Raises BadRequestError."""
 
     @property
     def limit(self) -> int | None:
@@ -201,9 +205,9 @@ def parse(shape: type[R], body: Any) -> R:
         request = shape.model_validate(given)
     except ValidationError as error:
         raise _refusal(error, given) from None
-    if isinstance(request, Generation):
-        if request.stream_options and not request.stream:
-            raise BadRequestError("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    if isinstance(request, Generation) and request.stream_options and not request.stream:
+        raise BadRequestError("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    if isinstance(request, Checked):
         request.check()
     return request
 

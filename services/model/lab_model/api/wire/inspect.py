@@ -1,0 +1,124 @@
+"""The requests of /v1/inspect: fields and limits.
+
+Knows shapes. Knows nothing of HTTP servers, tokenizers or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from ...engine.sampling_params import SamplingParams
+from ...errors import BadRequestError
+from .chat import Message
+from .requests import MOST_INPUTS, MOST_LOGPROBS, Checked, Text, TokenIds, Whole
+
+MOST_CHARACTERS = 100_000  # of a text: more is refused before it is tokenized
+MOST_CANDIDATES = 200
+MOST_STEPS = 256
+DEFAULT_CANDIDATES = 20
+DEFAULT_STEPS = 32
+
+BoundedText = Annotated[str, StringConstraints(min_length=1, max_length=MOST_CHARACTERS)]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
+TokenizerName = Literal["cl100k_base", "o200k_base"]
+
+
+class InspectRequest(Checked):
+    """model: left out, the first chat model of the catalogue."""
+
+    model: Text | None = None
+
+
+class SourceRequest(InspectRequest):
+    """A text, or messages, which the model's chat template renders; exactly one of them."""
+
+    text: BoundedText | None = None
+    messages: Messages | None = None
+
+    def check(self) -> None:
+        check_one(self, ("text", "messages"))
+
+
+class TokenizeRequest(SourceRequest):
+    """tokenizer: one of OpenAI's instead of the model's own; it has no chat template.
+    add_special_tokens: those that the model expects around a text; messages have those of the template."""
+
+    tokenizer: TokenizerName | None = None
+    add_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.tokenizer and self.messages is not None:
+            raise BadRequestError(
+                f"'messages' need a chat template, which {self.tokenizer} does not have: send 'text'.",
+                param="messages",
+                code="invalid_value",
+            )
+
+
+class DetokenizeRequest(InspectRequest):
+    ids: TokenIds
+    tokenizer: TokenizerName | None = None
+
+
+class Sampled(SourceRequest):
+    """The sampling parameters of chat, with their defaults; `token_ids` continue the text or the answer."""
+
+    token_ids: TokenIds | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    def sampling(self, **more: Any) -> SamplingParams:
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            **more,
+        )
+
+
+class NextTokenRequest(Sampled):
+    """top: how many of the most likely tokens are shown."""
+
+    top: Annotated[Whole, Field(ge=1, le=MOST_CANDIDATES)] | None = None
+
+
+class StepsRequest(Sampled):
+    """top: alternatives of each step. max_tokens: steps at most."""
+
+    top: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, le=MOST_STEPS)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+
+
+class ScoreRequest(SourceRequest):
+    """token_ids: instead of a text. top: alternatives at each place."""
+
+    token_ids: TokenIds | None = None
+    top: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    def check(self) -> None:
+        check_one(self, ("text", "messages", "token_ids"))
+
+
+def check_one(request: BaseModel, names: Sequence[str]) -> None:
+    """Raises BadRequestError unless exactly one of these fields is given."""
+    given = [name for name in names if getattr(request, name) is not None]
+    if not given:
+        raise BadRequestError(
+            f"Missing required parameter: one of {', '.join(repr(name) for name in names)}.",
+            param=names[0],
+            code="missing_required_parameter",
+        )
+    if len(given) > 1:
+        raise BadRequestError(
+            f"'{given[1]}' cannot be combined with '{given[0]}': send one of them.",
+            param=given[1],
+            code="invalid_value",
+        )

@@ -1,0 +1,42 @@
+"""OpenAI's tokenizers cl100k_base and o200k_base, from the package bpe-openai, which carries their vocabularies.
+
+For comparison: no model of the lab uses them. Knows token ids and bytes. Knows nothing of models or HTTP.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import bpe_openai
+
+
+class OpenAITokenizer:
+    """name: `cl100k_base` (GPT-4, GPT-3.5) or `o200k_base` (GPT-4o and later). The vocabulary is read on first use."""
+
+    def __init__(self, name: str) -> None:
+        self._encoding = bpe_openai.get_encoding(name)
+        self.vocab_size: int = self._encoding.n_vocab
+
+    def encode(self, prompt: str, *, special: bool = True) -> list[int]:
+        """Token ids. Names of special tokens are plain text, and none is added."""
+        ids: list[int] = self._encoding.encode_ordinary(prompt)
+        return ids
+
+    def offsets(self, text: str, *, special: bool = True) -> list[tuple[int, int]]:
+        raise NotImplementedError("its tokens' bytes are those of the text")
+
+    def bytes_of(self, token: int) -> bytes:
+        """None for ids that stand for no bytes: the vocabulary has gaps before its special tokens."""
+        try:
+            found: bytes = self._encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
+        return found
+
+    def special(self, token: int) -> str | None:
+        return self.bytes_of(token).decode() if self._encoding.is_special_token(token) else None
+
+
+@functools.cache
+def openai_tokenizer(name: str) -> OpenAITokenizer:
+    return OpenAITokenizer(name)
