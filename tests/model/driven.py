@@ -98,7 +98,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.read = 0.0, 0
-        monkeypatch.setattr("lab_model.engine.scheduler.time", SimpleNamespace(monotonic=self._monotonic))
+        self.module = SimpleNamespace(monotonic=self._monotonic)  # stands for `time`
+        monkeypatch.setattr("lab_model.engine.scheduler.time", self.module)
 
     def _monotonic(self) -> float:
         self.read += 1

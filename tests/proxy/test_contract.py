@@ -457,3 +457,21 @@ def test_what_has_no_meaning_in_a_text_is_still_a_text(client: openai.OpenAI) ->
             model=TINY, messages=[{"role": "user", "content": content}], max_tokens=3, temperature=0
         )
         assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_the_inside_of_a_model_is_shown(target: str) -> None:
+    """Without `model` the first chat model answers; the tokens of the answer are metered; unknown fields are named."""
+    seen = post(target, "/v1/inspect/tokenize", {"text": "한국어"}).json()
+    assert seen["model"] == CHAT
+    assert b"".join(bytes(each["bytes"]) for each in seen["tokens"]) == "한국어".encode()
+    following = post(target, "/v1/inspect/next-token", {"messages": PARIS, "token_ids": [504, 3575, 282, 4649, 314]})
+    assert following.json()["tokens"][0]["text"] == " Paris"
+    assert following.json()["usage"]["prompt_tokens"] == len(following.json()["prompt_ids"])
+    scored = post(target, "/v1/inspect/score", {"model": TINY, "text": "the cat sat on the mat"}).json()
+    assert scored["perplexity"] > 1
+    vectors = post(target, "/v1/inspect/tokenize", {"model": EMBEDDING, "text": "Hello"}).json()
+    assert [each["text"] for each in vectors["tokens"]] == ["[CLS]", "hello", "[SEP]"]
+    wrong = post(target, "/v1/inspect/score", {"text": "a b", "bogus": 1})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "bogus")
+    kind = post(target, "/v1/inspect/score", {"model": EMBEDDING, "text": "a b"})
+    assert (kind.status_code, kind.json()["error"]["param"]) == (400, "model")

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from prometheus_client import Counter, Gauge
 
@@ -27,7 +27,7 @@ from ..engine.request import (
 )
 from ..engine.scheduler import Scheduler
 from ..errors import BadRequestError, BusyError, ServerError, UnavailableError, deadline_exceeded
-from ..text.choice import Choice, Piece
+from ..text.choice import Piece
 from ..text.grammar import Grammars, TokenGrammar
 from ..text.tokenizer import ModelTokenizer
 from .http.record import ENGINE, Record
@@ -93,10 +93,19 @@ class EngineWork:
         return TokenUsage(prompt, sum(tokens), cached)
 
 
+class OutputSink(Protocol):
+    """What takes the engine's outputs of one request, such as a Choice. ends_itself: it may end before the engine."""
+
+    ended: bool
+    ends_itself: bool
+
+    def push(self, output: StepOutput) -> Piece | None: ...
+
+
 class OutputCollector:
     """Collects the output of one API request: the engine's step outputs in, pieces out, merged until they are taken."""
 
-    def __init__(self, work: EngineWork, choices: Sequence[Choice], record: Record, *, stream: bool) -> None:
+    def __init__(self, work: EngineWork, choices: Sequence[OutputSink], record: Record, *, stream: bool) -> None:
         self.work, self.stream = work, stream
         self.ready = asyncio.Event()  # pieces are to be taken now
         self.begun = False  # a piece has been taken

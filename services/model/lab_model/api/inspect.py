@@ -5,8 +5,9 @@ Knows token ids, texts and the engine's scores. Knows nothing of how logits are 
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,7 +53,7 @@ class TokenizerClient(Protocol):
 async def tokenize_text(model: TokenizerClient, http: HttpRequest, body: Any) -> Response:
     request = parse(TokenizeRequest, body)
     check_model(http, request.model or model.name, model.name)
-    vocabulary: Vocabulary = openai_tokenizer(request.tokenizer) if request.tokenizer else model.text
+    vocabulary = await vocabulary_of(model, request.tokenizer)
     answer: Object = {"model": model.name, "tokenizer": request.tokenizer or model.name}
     if request.messages is not None:
         ids = await chat_ids(model.text, request)
@@ -69,7 +70,7 @@ async def tokenize_text(model: TokenizerClient, http: HttpRequest, body: Any) ->
 async def detokenize(model: TokenizerClient, http: HttpRequest, body: Any) -> Response:
     request = parse(DetokenizeRequest, body)
     check_model(http, request.model or model.name, model.name)
-    vocabulary: Vocabulary = openai_tokenizer(request.tokenizer) if request.tokenizer else model.text
+    vocabulary = await vocabulary_of(model, request.tokenizer)
     check_ids(request.ids, vocabulary.vocab_size, "ids")
     found, pieces = join(vocabulary, request.ids)
     answer = {"model": model.name, "tokenizer": request.tokenizer or model.name, "count": len(pieces)}
@@ -93,7 +94,7 @@ async def next_tokens(model: EngineClient, http: HttpRequest, body: Any) -> Resp
     def receive(_: int, logits: torch.Tensor) -> None:
         found[:] = [next_token(logits[0], params, count)]
 
-    cached = await score(model, http, ids, len(ids) - 1, receive, source_name(request))
+    cached = await score(model, http, ids, first=len(ids) - 1, receive=receive, source=source_name(request))
     result = found[0]
     answer = {
         "model": model.name,
@@ -134,7 +135,7 @@ async def score_text(model: EngineClient, http: HttpRequest, body: Any) -> Respo
         targets = ids[first + 1 : first + 1 + len(logits)]
         scores[first + 1 : first + 1 + len(targets)] = score_tokens(logits[: len(targets)], targets, top)
 
-    cached = await score(model, http, ids, 0, receive, source_name(request))
+    cached = await score(model, http, ids, first=0, receive=receive, source=source_name(request))
     logprobs = [each.logprob for each in scores if each is not None]
     mean = -sum(logprobs) / len(logprobs)
     bits = -sum(logprobs) / math.log(2)
@@ -181,6 +182,11 @@ async def generate_steps(model: EngineClient, http: HttpRequest, body: Any) -> R
     return Json(answer | {"usage": usage(len(ids), record.completion_tokens, record.cached_tokens)})
 
 
+async def vocabulary_of(model: TokenizerClient, name: str | None) -> Vocabulary:
+    """OpenAI's tokenizer of this name, or the model's own."""
+    return await asyncio.to_thread(openai_tokenizer, name) if name else model.text
+
+
 # ---- the engine
 
 
@@ -219,7 +225,13 @@ async def run(model: EngineClient, http: HttpRequest, request: Request) -> RawOu
 
 
 async def score(
-    model: EngineClient, http: HttpRequest, ids: Sequence[int], first: int, receive: Any, source: str
+    model: EngineClient,
+    http: HttpRequest,
+    ids: Sequence[int],
+    *,
+    first: int,
+    receive: Callable[[int, torch.Tensor], None],
+    source: str,
 ) -> int:
     """Let the engine score a text, see ScoringRequest. How many of its tokens came from the prefix cache.
 

@@ -6,15 +6,20 @@ For comparison: no model of the lab uses them. Knows token ids and bytes. Knows 
 from __future__ import annotations
 
 import functools
-
-import bpe_openai
+import warnings
 
 
 class OpenAITokenizer:
-    """name: `cl100k_base` (GPT-4, GPT-3.5) or `o200k_base` (GPT-4o and later). The vocabulary is read on first use."""
+    """name: `cl100k_base` (GPT-4, GPT-3.5) or `o200k_base` (GPT-4o and later)."""
 
     def __init__(self, name: str) -> None:
-        self._encoding = bpe_openai.get_encoding(name)
+        with warnings.catch_warnings():
+            # It reads its files by importlib.resources.open_binary, deprecated in Python 3.11 and 3.12 only.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # Reads vocabularies: 0.6 s and 180 MB, which most replicas never need.
+            import bpe_openai  # type: ignore[import-untyped]  # noqa: PLC0415
+
+            self._encoding = bpe_openai.get_encoding(name)
         self.vocab_size: int = self._encoding.n_vocab
 
     def encode(self, prompt: str, *, special: bool = True) -> list[int]:
@@ -39,4 +44,5 @@ class OpenAITokenizer:
 
 @functools.cache
 def openai_tokenizer(name: str) -> OpenAITokenizer:
+    """The one of this process. Its first use takes half a second: not on an event loop."""
     return OpenAITokenizer(name)
