@@ -21,7 +21,7 @@ class Driven:
     Used in a `with`, which closes the engine. An event after a request's last one fails the test there.
     """
 
-    def __init__(self, runner: Any, **limits: int) -> None:
+    def __init__(self, runner: Any, **limits: Any) -> None:
         self.tokens: dict[Request, list[int]] = {}
         self.ended: dict[Request, StepOutput] = {}  # in the order in which they ended
         self.reports, self.idle = 0, False

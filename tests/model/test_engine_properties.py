@@ -6,6 +6,7 @@ was shared wrongly, written twice or not computed again changes an answer.
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
 from collections.abc import Sequence
@@ -22,7 +23,14 @@ from hypothesis import event as count
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from lab_model.engine.kv_pages import PAGE_TOKENS
-from lab_model.engine.request import DeadlineError, EngineFaultError, QueueFullError, Request, StepOutput
+from lab_model.engine.request import (
+    DeadlineError,
+    EngineClosedError,
+    EngineFaultError,
+    QueueFullError,
+    Request,
+    StepOutput,
+)
 from lab_model.engine.runner import Span
 from lab_model.engine.sampler import sample
 from lab_model.engine.sampling_params import SampledToken, SamplingParams, SamplingState
@@ -30,6 +38,7 @@ from lab_model.engine.scheduler import MOST_FAULTS, Scheduler
 from lab_model.runners.llama import LlamaRunner
 from lab_model.runners.transformers import TransformersRunner
 from lab_model.weights import llama as llama_weights
+from processes import GENEROUS_SECONDS
 from tiny import one_thread  # noqa: F401 - of all tests here
 
 VOCABULARY = 64
@@ -359,6 +368,60 @@ def test_an_engine_that_only_fails_says_so() -> None:
         assert driven.answer(request) == [expected(request)[0]]
         assert driven.engine.alive
         assert driven.engine.stats().faults == MOST_FAULTS
+
+
+def test_a_step_that_hangs_fails_its_requests_and_the_engine() -> None:
+    """Those that run and those that wait are told; no new one is taken, and the replica counts as dead."""
+    entered, released = threading.Event(), threading.Event()
+
+    class Hanging(Memory):
+        def _fail(self) -> None:
+            entered.set()
+            assert released.wait(GENEROUS_SECONDS)
+
+    with Driven(Hanging(True, 256), max_running=1, step_timeout=0.2) as driven:
+        running, waiting = Request([10, 11], 5), Request([12, 13], 5)
+        driven.engine.submit(running, waiting)
+        assert entered.wait(GENEROUS_SECONDS)
+        assert driven.engine.alive
+        driven.wait([running, waiting])
+        assert {type(driven.ended[r].error) for r in (running, waiting)} == {EngineFaultError}
+        assert not driven.engine.alive
+        with pytest.raises(EngineClosedError, match="hangs"):
+            driven.engine.submit(Request([14], 5))
+        released.set()  # a late end of the step delivers nothing: the `with` would see it
+
+
+class Costly:
+    """A grammar that allows everything; `filled`: whose masks were computed, in order."""
+
+    def __init__(self, name: str, filled: list[str]) -> None:
+        self._name, self._filled = name, filled
+
+    def fill(self, row: torch.Tensor) -> bool:
+        self._filled.append(self._name)
+        return False
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_costly_masks_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step computes no more masks than its time allows, here one: requests with grammars take turns, the one
+    without gets a token in every step."""
+    monkeypatch.setattr("lab_model.engine.scheduler.MASK_SECONDS", 0.0)
+    filled: list[str] = []
+    with Driven(Memory(True, 256)) as driven:
+        free = Request([10, 11], 50)
+        bound = [Request([20, number], 30, grammar=Costly(name, filled)) for number, name in enumerate("abc")]
+        with driven.paused():
+            driven.engine.submit(free, *bound)
+        driven.wait([free, *bound])
+        assert driven.tokens[free] == expected(free)[0]
+        assert [driven.tokens[each] for each in bound] == [expected(each)[0] for each in bound]
+        assert "".join(filled) == "abc" * 30
+        assert next(iter(driven.ended)) is free
+        assert driven.engine.stats().steps >= 3 * 30
 
 
 def test_a_long_prompt_is_computed_in_pieces_that_others_can_bear(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,12 +417,16 @@ class Reader(threading.Thread):
 
 
 def test_a_dead_replica_breaks_off_its_own_answers_alone(pair: Process) -> None:
-    """One answer on each of two replicas: the other's goes on, new requests are answered, and a successor comes."""
+    """One answer on each of two replicas: the other's goes on, new requests are answered, and a successor comes. The
+    dead one's gauges go."""
     replicas = processes_of(pair, f"ServeReplica:{PAIR}")
     assert len(replicas) == 2
+    gauges = Path(replicas[0].environ()["PROMETHEUS_MULTIPROC_DIR"]).glob
+    of_dead = f"gauge_live*_{replicas[0].pid}.db"
     readers = [Reader(pair.url) for _ in range(2)]  # the front gives a request to whom has the fewest
     try:
         eventually(lambda: all(each.lines > 2 for each in readers), what="both are answered")
+        assert list(gauges(of_dead))
         replicas[0].kill()
         eventually(lambda: any(each.broken for each in readers), what="an answer breaks off")
         (other,) = [each for each in readers if not each.broken]
@@ -440,6 +444,8 @@ def test_a_dead_replica_breaks_off_its_own_answers_alone(pair: Process) -> None:
         return ready and len(found) == 2 and all(map(ports_of, found))
 
     eventually(back, within=MODEL_START_SECONDS, what="a replica in its place")
+    assert httpx2.get(f"{pair.url}/metrics", timeout=60).status_code == 200
+    assert not list(gauges(of_dead))
 
 
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(model_to_stop: Process) -> None:

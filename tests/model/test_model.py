@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
 import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,9 @@ from lab_model import errors
 from lab_model.__main__ import main
 from lab_model.api.app import create_app
 from lab_model.api.embeddings import EncoderClient
+from lab_model.api.http.usage import KEPT_SECONDS, TokenUsage, UsageRing, find, forget_dead
 from lab_model.api.wire import requests as wire_requests
+from lab_model.api.wire.answers import Answer
 from lab_model.api.wire.chat import ChatRequest
 from lab_model.encoders.queue import EncoderQueue
 from lab_model.errors import CatalogueError
@@ -36,6 +41,8 @@ from lab_model.models.catalogue import Entry, load_catalogue
 from lab_model.models.kinds import KINDS
 from lab_model.models.sources import resolve_source, revision
 from lab_model.serving.launcher import relay_log
+from lab_model.serving.lifecycle import gpu_share
+from lab_model.text.choice import Piece
 from lab_model.text.decoding import IncrementalDetokenizer
 from lab_model.text.tokenizer import ModelTokenizer
 from processes import Process, eventually, eventually_async, free_port, python
@@ -221,6 +228,27 @@ async def test_a_fault_in_a_stream_is_an_error_event_without_done(small: InProce
     last = [line for line in answer.text.splitlines() if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in answer.text
+
+
+async def test_a_fault_of_any_kind_in_a_stream_is_an_error_event(
+    small: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the engine's: here one in what writes the answer."""
+    sound, count = Answer.chunks, itertools.count()
+
+    def broken(answer: Answer, piece: Piece) -> Iterator[dict[str, Any]]:
+        if next(count) == 2:
+            raise RuntimeError("secret detail")
+        return sound(answer, piece)
+
+    monkeypatch.setattr(Answer, "chunks", broken)
+    answer = await small.ask(max_tokens=30, stream=True)
+    assert answer.status_code == 200
+    last = [line for line in answer.text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "model_fault"
+    assert "secret detail" not in answer.text
+    assert "[DONE]" not in answer.text
+    await eventually_async(lambda: small.engine.stats().running == 0)
 
 
 async def test_more_prompts_than_ever_fit_is_a_400(small: InProcess) -> None:
@@ -767,6 +795,43 @@ def test_a_catalogue_that_is_not_there_stops_the_start(
     monkeypatch.setenv("MODEL_CATALOGUE_FILE", "/nowhere/models.yaml")
     assert main() == 2
     assert "/nowhere/models.yaml" in capsys.readouterr().err
+
+
+def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
+    """Gauges at once, recorded usage when it is too old to be asked for; a live process keeps both."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    other = tmp_path / "counter_1.db"
+    kept = [other, *(tmp_path / f"gauge_livesum_{pid}.db" for pid in (os.getpid(),))]
+    gone = [tmp_path / f"gauge_live{mode}_{ended.pid}.db" for mode in ("sum", "max")]
+    for path in (*kept, *gone):
+        path.touch()
+    ring = UsageRing()
+    ring.open(tmp_path)
+    ring.put("a", TokenUsage(1, 2, 0))
+    (own,) = tmp_path.glob("*.tally")
+    of_dead = own.rename(tmp_path / f"{ended.pid}-1.tally")
+    forget_dead(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, of_dead])
+    assert find(tmp_path, ["a"]) == {"a": TokenUsage(1, 2, 0)}
+    content = bytearray(of_dead.read_bytes())
+    struct.pack_into("<d", content, 16, time.time() - KEPT_SECONDS - 1)  # when the request ended
+    of_dead.write_bytes(content)
+    of_live = tmp_path / f"{os.getpid()}-1.tally"
+    of_live.write_bytes(content)
+    forget_dead(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, of_live])
+
+
+def test_parts_of_gpus_can_be_placed() -> None:
+    """Each replica's part lies on one GPU; Ray counts in ten thousandths."""
+    assert gpu_share(2, 3) == 0.5
+    assert gpu_share(4, 3) == 1
+    for gpus in range(1, 9):
+        for replicas in range(1, 65):
+            on_each = 10_000 // round(gpu_share(gpus, replicas) * 10_000)
+            assert on_each * gpus >= replicas, (gpus, replicas)
+    assert gpu_share(0, 3) == gpu_share(2, 0) == 0
 
 
 def test_a_taken_port_stops_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

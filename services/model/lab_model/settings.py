@@ -62,6 +62,12 @@ class Settings(BaseSettings):
     start_timeout_seconds: float = Field(
         600, gt=0, description="A model that is not loaded after this time counts as failed."
     )
+    step_timeout_seconds: float = Field(
+        300,
+        gt=0,
+        description="A step of a chat model that takes longer counts as hanging: its requests fail, and the model is "
+        "loaded again. A step computes up to 512 tokens of prompts.",
+    )
     drain_timeout_seconds: float = Field(30, ge=0, description="How long running requests may continue after SIGTERM.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Format of the log on stderr; `auto`: text on a terminal, else JSON."

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from ..engine.request import Request
 from ..engine.sampling_params import SamplingParams
-from ..errors import ApiError, BadRequestError
+from ..errors import BadRequestError
 from ..text.choice import Choice, Piece
 from ..text.grammar import TokenGrammar
 from ..text.tool_calls import CallParser
@@ -98,7 +98,7 @@ async def generate(
     pieces = model.run(OutputCollector(work, choices, record, stream=bool(params.stream)))
     first = await until_disconnect(http.receive, anext(pieces))
     if params.stream:
-        return EventStream(events(frame, first, pieces, len(choices), final_usage=final_usage, record=record))
+        return EventStream(events(frame, first, pieces, len(choices), final_usage=final_usage))
 
     async def collect() -> Response:
         gathered: list[list[Piece]] = [[] for _ in choices]
@@ -118,22 +118,17 @@ async def events(
     choices: int,
     *,
     final_usage: Callable[[], dict[str, Any]],
-    record: Record,
 ) -> AsyncGenerator[bytes]:
     """The answer as server-sent events; `[DONE]` only after a complete one."""
-    try:
-        # The role goes out with the first text, and the usage with the end: one write less for each.
-        openings = [opening for index in range(choices) if (opening := frame.opening(index))]
-        async with contextlib.aclosing(chain(first, pieces)) as parts:
-            async for part in parts:
-                chunks = [chunk for piece in part for chunk in frame.chunks(piece)]
-                yield b"".join(map(sse, openings + chunks))
-                openings = []
-        closing = frame.closing(final_usage())
-        yield (sse(closing) if closing else b"") + b"data: [DONE]\n\n"
-    except ApiError as error:
-        record.outcome = "error"
-        yield sse(error.body())
+    # The role goes out with the first text, and the usage with the end: one write less for each.
+    openings = [opening for index in range(choices) if (opening := frame.opening(index))]
+    async with contextlib.aclosing(chain(first, pieces)) as parts:
+        async for part in parts:
+            chunks = [chunk for piece in part for chunk in frame.chunks(piece)]
+            yield b"".join(map(sse, openings + chunks))
+            openings = []
+    closing = frame.closing(final_usage())
+    yield (sse(closing) if closing else b"") + b"data: [DONE]\n\n"
 
 
 def sampling_of(params: Generation, choice: int) -> SamplingParams:

@@ -153,17 +153,16 @@ def _allowed(
     well: list[tuple[int, SamplingState]], width: int, vocab: int, faults: dict[int, SampleError]
 ) -> tuple[torch.Tensor, list[int]]:
     """What the grammars allow: (masks, width / 32) int32, and the row of each mask. Adds to `faults`."""
-    held = [(i, state.grammar) for i, state in well if state.grammar is not None]
+    held = [(i, state) for i, state in well if state.grammar is not None]
     masks = torch.full((len(held), width // 32), -1, dtype=torch.int32)
     masked: list[int] = []
-    for i, grammar in held:
-        try:
-            if grammar.fill(masks[len(masked), : -(-vocab // 32)]):
-                masked.append(i)
-        except Exception as error:
-            log.exception("a grammar failed; its request ends with an error")
-            faults[i] = SampleError(f"the grammar failed: {type(error).__name__}")
-            masks[len(masked)] = -1
+    for i, state in held:
+        state.prepare(vocab)
+        if state.fault is not None:
+            faults[i] = SampleError(f"the grammar failed: {type(state.fault).__name__}")
+        elif state.mask is not None:
+            masks[len(masked), : len(state.mask)] = state.mask
+            masked.append(i)
     return masks[: len(masked)], masked
 
 

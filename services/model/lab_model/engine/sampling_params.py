@@ -5,6 +5,7 @@ Knows token ids. Knows nothing of logits; `sampler` computes on them.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
+log = logging.getLogger(__name__)
 
 # OpenAI's limit. All rows are computed with it, so that a row's list does not depend on its neighbours'.
 MOST_LOGPROBS = 20
@@ -95,6 +98,11 @@ class SamplingState:
 
     def __init__(self, sampling: SamplingParams, prompt: Sequence[int], grammar: Grammar | None = None) -> None:
         self.sampling, self.grammar = sampling, grammar
+        # The grammar's mask of the next token, once it is prepared; None: every token is allowed.
+        self.prepared = grammar is None
+        self.mask: torch.Tensor | None = None
+        self.fault: Exception | None = None  # that the grammar raised
+        self.prepared_at = 0  # the step in which the last mask was computed
         seed = sampling.seed
         # Not cryptographic: a seeded stream for each request makes its answer repeatable in any batch.
         # Unsigned, because Random takes the absolute value.
@@ -115,6 +123,19 @@ class SamplingState:
         used = len(self._places)
         return self._ids[:used], self._counts[:used]
 
+    def prepare(self, vocab: int, step: int = 0) -> None:
+        """Compute the mask of the next token, (ceil(vocab / 32),) int32, unless it is there. Raises nothing: what the
+        grammar raises is kept in `fault`."""
+        if self.prepared or self.grammar is None:
+            return
+        row = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)
+        try:
+            self.mask = row if self.grammar.fill(row) else None
+        except Exception as error:
+            log.exception("a grammar failed; its request ends with an error")
+            self.fault = error
+        self.prepared, self.prepared_at = True, step
+
     def take(self, token: int) -> None:
         """Record the sampled token. Raises what the grammar raises."""
         if self.sampling.penalises:
@@ -125,4 +146,5 @@ class SamplingState:
             self._ids[place] = token
             self._counts[place] += 1
         if self.grammar is not None:
+            self.prepared, self.mask = False, None
             self.grammar.accept(token)

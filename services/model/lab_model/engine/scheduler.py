@@ -43,6 +43,9 @@ PREFILL_SECONDS_BESIDE = 0.08
 # For runners that are not batch invariant, prompts are computed in pieces that begin at multiples of this many tokens:
 # a piece gives the same result whether the pieces before it come from the prefix cache or not.
 PIECE_TOKENS = 256
+# The masks of grammars that one step computes take about so long, whatever the schemas: requests whose mask is missing
+# get no token in this step, so that the others need not wait.
+MASK_SECONDS = 0.05
 # After so many faults in a row the engine reports itself dead: a step that always fails is not the fault of a request.
 MOST_FAULTS = 3
 
@@ -63,7 +66,9 @@ class Scheduler:
         max_running: int = 64,
         max_queued: int = 256,
         context: int | None = None,
+        step_timeout: float = 300,
     ) -> None:
+        """step_timeout: seconds after which a step counts as hanging: its requests fail, and the engine is dead."""
         self._runner = runner
         self._deliver = deliver
         self._max_running, self._max_queued = max_running, max_queued
@@ -78,6 +83,10 @@ class Scheduler:
         self._scoring = ScoringQueue(runner, self._pages, self._zero_pages, self._changed)
         self._closing = False
         self._faults_in_a_row = 0
+        self._step_timeout = step_timeout
+        self._step_began: float | None = None  # None between steps
+        self._hangs = False
+        self._ended = threading.Event()
         self._finished_at: deque[float] = deque(maxlen=32)
         self._step_seconds = 0.1
         self._prefill_pace = 1000.0  # tokens a second
@@ -88,9 +97,11 @@ class Scheduler:
 
     def start(self) -> None:
         self._thread.start()
+        threading.Thread(target=self._watch, name="engine watchdog", daemon=True).start()
 
     def close(self, timeout: float = 10) -> None:
         """Stop after the current step; waiting and running requests get EngineClosedError."""
+        self._ended.set()
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -104,7 +115,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closing and self._faults_in_a_row < MOST_FAULTS
+        stopped = self._closing or self._hangs or not self._thread.is_alive()
+        return not stopped and self._faults_in_a_row < MOST_FAULTS
 
     def submit(self, *requests: Request) -> None:
         """Queue all of them or none. Raises RequestTooLongError, UnknownTokenError, QueueFullError or
@@ -122,6 +134,8 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the model is shutting down")
+            if self._hangs:
+                raise EngineClosedError("its computation hangs; the model starts again by itself")
             answers = [request for request in requests if not isinstance(request, ScoringRequest)]
             scored = [request for request in requests if isinstance(request, ScoringRequest)]
             room = self.capacity - len(self._running) - len(self._waiting)
@@ -185,7 +199,7 @@ class Scheduler:
                     if self._closing:
                         break
                     self._admit()
-                started = time.monotonic()
+                started = self._step_began = time.monotonic()
                 try:
                     if self._running:
                         self._step(outputs)
@@ -197,12 +211,33 @@ class Scheduler:
                     outputs += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
                 outputs += self._scoring.step(beside=bool(self._running))
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
+                self._step_began = None
+                if self._hangs:
+                    return  # the requests have been told
                 self._emit(outputs)
         closed = EngineClosedError("the model is shutting down")
         with self._changed:
             waiting, self._waiting = list(self._waiting), deque()
             scored = self._scoring.close(closed)
         self._emit(self._fail_running(closed) + [StepOutput(request, [], error=closed) for request in waiting] + scored)
+
+    def _watch(self) -> None:
+        """Fail all requests when a step hangs: a thread cannot be ended, but its callers need not wait for it, and a
+        dead engine's process is replaced."""
+        while not self._ended.wait(self._step_timeout / 4):
+            began = self._step_began
+            if began is None or time.monotonic() - began < self._step_timeout:
+                continue
+            log.error("a step has not ended within %g s; all requests end with an error", self._step_timeout)
+            error = EngineFaultError(f"a step did not end within {self._step_timeout:g} s")
+            with self._changed:
+                if self._step_began != began:
+                    continue
+                self._hangs = True
+                failed = [*self._running, *self._waiting]
+                scored = self._scoring.close(error)
+            self._emit([StepOutput(request, [], error=error) for request in failed] + scored)
+            return
 
     def _emit(self, outputs: list[StepOutput]) -> None:
         try:
@@ -217,6 +252,7 @@ class Scheduler:
         `outputs` is extended as the step proceeds: requests that ended before a fault must be told.
         """
         self._counts["steps"] += 1
+        self._prepare_masks()
         self._zero_pages()
         decoding = [request for request in self._running if not request.prefilling]
         # 1. Prefill.
@@ -236,6 +272,7 @@ class Scheduler:
             whole = [i for i, row in enumerate(rows) if not row.prefilling]
             outputs += self._extend([rows[i] for i in whole], logits[whole])
         # 2. Decode. Taking a page may send a younger request back to the queue.
+        decoding = [request for request in decoding if request.sampling_state.prepared]
         decoding = [request for request in decoding if self._hold(request, request.computed_tokens + 1)]
         decoding = [request for request in decoding if request.pages]
         if decoding:
@@ -250,6 +287,15 @@ class Scheduler:
                 if self._runner.batch_invariant:
                     self._pages.publish_filled(row)  # the next turn of a conversation begins with this answer
             outputs += self._extend(decoding, logits)
+
+    def _prepare_masks(self) -> None:
+        """Compute masks of next tokens: at least one, for about MASK_SECONDS, those first that have waited longest."""
+        missing = [request.sampling_state for request in self._running if not request.sampling_state.prepared]
+        until = time.monotonic() + MASK_SECONDS if missing else 0.0
+        for state in sorted(missing, key=lambda state: state.prepared_at):
+            state.prepare(self.vocab, self._counts["steps"])
+            if time.monotonic() >= until:
+                break
 
     def _pieces(self, budget: int) -> tuple[list[Request], list[Span]]:
         """The pieces of prompts that this step computes. A piece that is not a prompt's last ends with a page."""
@@ -269,6 +315,8 @@ class Scheduler:
                     stop = min(request.target, (request.computed_tokens // grain + 1) * grain)
             if stop <= request.computed_tokens:
                 break
+            if stop == request.target and not request.sampling_state.prepared:
+                continue  # its end would need a token
             rows.append(request)
             spans.append(Span(request.computed_tokens, stop, request.pages[: -(-stop // PAGE_TOKENS)]))
             budget -= stop - request.computed_tokens

@@ -62,6 +62,7 @@ class AppArgs(BaseModel):
     max_running: int = 64
     max_queued: int = 256
     default_max_tokens: int = 1024
+    step_timeout_seconds: float = 300
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30

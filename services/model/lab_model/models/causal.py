@@ -53,6 +53,7 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
         max_running=args.max_running,
         max_queued=args.max_queued,
         context=entry.context,
+        step_timeout=args.step_timeout_seconds,
     )
     client.attach(engine, tokenizer.stop_ids(getattr(config, "eos_token_id", None)))
     progress.report("warm-up")

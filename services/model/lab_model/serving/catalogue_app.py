@@ -192,6 +192,7 @@ class CatalogueApp(AsgiDeployment):
 
     async def metrics(self, _: HttpRequest) -> Response:
         """Prometheus text, summed over this machine's replicas: each writes its values to files of one folder."""
+        await asyncio.to_thread(usage.forget_dead, self._folder)
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         text = await asyncio.to_thread(prometheus_client.generate_latest, registry)

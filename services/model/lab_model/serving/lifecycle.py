@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -559,9 +560,8 @@ class Lifecycle:
         return bool(self._args.gpus) and (entry.device or self._args.shared.get("device")) not in ("cpu", "mps")
 
     def _gpu_share(self) -> float:
-        """Of one GPU, for each replica: as many on each GPU as all replicas of the catalogue need."""
         replicas = sum(model.entry.replicas for model in self.models.values() if self._on_gpu(model.entry))
-        return 1 / max(1, -(-replicas // int(self._args.gpus)))
+        return gpu_share(self._args.gpus, replicas)
 
     # ---- inside
 
@@ -579,3 +579,11 @@ class Lifecycle:
         self._tasks.add(task)  # a task that nothing refers to may be collected
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def gpu_share(gpus: float, replicas: int) -> float:
+    """The part of a GPU that each of `replicas` gets, so that all can be placed: no part lies on two GPUs."""
+    if not gpus or not replicas:
+        return 0
+    # Ray counts in ten thousandths, and rounds: seven times 0.1429 would be more than one GPU.
+    return math.floor(10_000 / math.ceil(replicas / gpus)) / 10_000

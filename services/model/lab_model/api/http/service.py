@@ -186,7 +186,8 @@ class Json(Response):
 
 
 class EventStream(Response):
-    """Server-sent events from an iterator, which is closed when the client disconnects."""
+    """Server-sent events from an iterator, which is closed when the client disconnects. An exception of the iterator
+    becomes a last event with the error."""
 
     media_type = "text/event-stream"
 
@@ -200,12 +201,27 @@ class EventStream(Response):
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             # Closed explicitly: until garbage collection an abandoned answer would keep its place in the engine.
-            async with contextlib.aclosing(self._source):
-                async for part in self._source:
+            async with contextlib.aclosing(self._parts(scope["record"])) as parts:
+                async for part in parts:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
         await until_disconnect(receive, stream())
+
+    async def _parts(self, record: Record) -> AsyncGenerator[bytes]:
+        try:
+            async with contextlib.aclosing(self._source):
+                async for part in self._source:
+                    yield part
+        except errors.ApiError as error:
+            record.outcome = "error"
+            yield sse(error.body())
+        except Exception:
+            if not self.headers["content-type"].startswith(self.media_type):
+                raise  # the connection breaks off: JSON has no place for an error
+            log.exception("a stream failed unexpectedly")
+            record.outcome = "error"
+            yield sse(errors.ServerError("The model service failed on this answer; its log has the trace.").body())
 
 
 def sse(event: dict[str, Any]) -> bytes:

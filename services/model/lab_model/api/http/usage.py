@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 SLOTS = 16_384  # in each process
@@ -64,6 +66,25 @@ class UsageRing:
         self._memory[at : at + 16] = _EMPTY  # a reader must not find half of it
         _NUMBERS.pack_into(self._memory, at + 16, time.time(), *used)
         self._memory[at : at + 16] = _digest(id_)
+
+
+def forget_dead(folder: Path) -> None:
+    """Remove what processes that have ended left behind: gauges of prometheus_client, whose values were theirs alone,
+    and rings with nothing that `find` would return. Reads files: call it in a thread."""
+    for path in folder.glob("gauge_live*_*.db"):
+        if not _alive(path.stem.rpartition("_")[2]):
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*.tally"):
+        with contextlib.suppress(OSError):
+            if _alive(path.name.partition("-")[0]):
+                continue
+            newest = max(when for _, when, *_ in _SLOT.iter_unpack(path.read_bytes()))
+            if newest < time.time() - KEPT_SECONDS:
+                path.unlink()
+
+
+def _alive(pid: str) -> bool:
+    return not pid.isdecimal() or psutil.pid_exists(int(pid))
 
 
 def find(folder: Path, ids: Iterable[str]) -> dict[str, TokenUsage]:
