@@ -51,12 +51,12 @@ async def app() -> AsyncIterator[InProcess]:
     await made.close()
 
 
-def heard(calls: CallParser, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def heard(calls: CallParser, pieces: list[str], *, cut_off: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """The words and the (name, arguments) of calls in a text that comes in pieces."""
     parts: list[TextSpan | CallPart] = []
     for piece in pieces:
         parts += calls.push(piece)
-    parts += calls.push("", last=True)
+    parts += calls.push("", last=True, cut=cut_off)
     found: list[list[str]] = []
     for part in parts:
         if isinstance(part, CallPart):
@@ -121,9 +121,23 @@ def test_forced_calls_stream_their_arguments(places: list[int], length: int) -> 
     words, found = heard(ForcedToolCallParser(), cut(both[:length], places))
     assert words == ""
     for name, part in found:
-        # A cut inside the mark at the end leaves a piece of it that nobody can tell from arguments.
         assert name == "f"
-        assert (arguments + "}\n</tool_call>").startswith(part)
+        assert arguments.startswith(part)
+
+
+@settings(max_examples=cases(50, 100), deadline=None)
+@given(st.lists(st.integers(0, 500), max_size=12), st.integers(0, 200))
+def test_a_limit_shows_no_part_of_a_mark(places: list[int], length: int) -> None:
+    """Free calls too, and a list of them: what is shown of the cut text begins what is shown of the whole one."""
+    listed = '<tool_call>[{"name": "news", "arguments": {"a": [1]}}, {"name": "weather", "arguments": {}}]</tool_call>'
+    for text in (f"I look.\n{CALL}\n{CALL} a < b", f"I look. {listed}"):
+        words, found = heard(ToolCallParser(["weather", "news"]), [text])
+        shown, begun = heard(ToolCallParser(["weather", "news"]), cut(text[:length], places), cut_off=True)
+        assert words.startswith(shown.rstrip())
+        assert [name for name, _ in begun] == [name for name, _ in found][: len(begun)]
+        for (_, whole), (_, part) in zip(found, begun, strict=False):
+            assert whole.startswith(part)
+            assert part
 
 
 def test_a_place_is_kept_for_what_is_said() -> None:
@@ -168,21 +182,52 @@ async def test_an_answer_of_calls_alone_has_no_content(app: InProcess, monkeypat
     assert (await app.choice(tools=TOOLS, max_tokens=200))["message"]["content"] is None
 
 
+async def told(app: InProcess, *, stream: bool, **fields: Any) -> tuple[str, list[str], str]:
+    """Content, the arguments of each call, and finish_reason; nothing else of the answer may hold a mark."""
+    if not stream:
+        choice = await app.choice(tools=TOOLS, **fields)
+        assert "tool_call>" not in json.dumps(choice)
+        calls = [call["function"]["arguments"] for call in choice["message"].get("tool_calls", ())]
+        return choice["message"]["content"] or "", calls, choice["finish_reason"]
+    chunks = await app.chunks(tools=TOOLS, **fields)
+    assert "tool_call>" not in json.dumps(chunks)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = []
+    for part in [part for delta in deltas for part in delta.get("tool_calls", ())]:
+        calls += [""] * (part["index"] + 1 - len(calls))
+        calls[part["index"]] += part["function"]["arguments"]
+    return "".join(delta.get("content", "") for delta in deltas), calls, chunks[-1]["choices"][0]["finish_reason"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_call_that_is_cut_off_stays_text(app: InProcess, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    says(monkeypatch, app, CALL)
-    if stream:
-        chunks = await app.chunks(tools=TOOLS, max_tokens=12)
-        content = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-        finish = chunks[-1]["choices"][0]["finish_reason"]
-        assert not any("tool_calls" in chunk["choices"][0]["delta"] for chunk in chunks)
-    else:
-        choice = await app.choice(tools=TOOLS, max_tokens=12)
-        content, finish = choice["message"]["content"], choice["finish_reason"]
-        assert "tool_calls" not in choice["message"]
-    assert content
-    assert CALL.startswith(content)
-    assert finish == "length"
+@pytest.mark.parametrize("forced", [False, True])
+async def test_a_limit_inside_a_call_shows_a_beginning_of_its_arguments(
+    app: InProcess, monkeypatch: pytest.MonkeyPatch, stream: bool, forced: bool
+) -> None:
+    """Wherever `max_tokens` falls: nothing of the marks, in content, arguments and logprobs."""
+    call = CALL.replace('", "', '","').replace('": ', '":') if forced else CALL
+    says(monkeypatch, app, call)
+    asked = {"tool_choice": "required"} if forced else {}
+    content, (whole,), finish = await told(app, stream=stream, max_tokens=400, **asked)
+    assert (content, finish) == ("", "tool_calls")
+    most = len(app.generator.text.encode(call))
+    for limit in range(1, most, cases(6, 1)):
+        content, calls, finish = await told(app, stream=stream, max_tokens=limit, logprobs=not stream, **asked)
+        assert (content, finish) == ("", "length") or (calls == [whole] and finish == "tool_calls")
+        assert all(whole.startswith(part) for part in calls)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_strings_act_on_content_alone(app: InProcess, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Not on marks, names or arguments; and what follows a stop in the content is not shown, calls neither."""
+    says(monkeypatch, app, f"I look.\n{CALL}")
+    stops = ["tool", "weather", "}", "\n</", "days"]
+    content, (arguments,), finish = await told(app, stream=stream, max_tokens=400, stop=stops, logprobs=not stream)
+    assert (content, json.loads(arguments), finish) == ("I look.", {"city": "서울", "days": 1}, "tool_calls")
+    assert await told(app, stream=stream, max_tokens=400, stop="ok", logprobs=not stream) == ("I lo", [], "stop")
+    # Held back as the beginning of a stop string until the end.
+    content, calls, finish = await told(app, stream=stream, max_tokens=400, stop="look.!")
+    assert (content, len(calls), finish) == ("I look.", 1, "tool_calls")
 
 
 async def test_only_one_call_where_only_one_is_wanted(app: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..engine.request import StepOutput
 from ..engine.sampling_params import Logprob
-from .decoding import IncrementalDetokenizer
+from .decoding import UNFINISHED, IncrementalDetokenizer, StopSearch
 from .tokenizer import ModelTokenizer
 from .tool_calls import CallParser, CallPart, TextSpan
 
@@ -40,6 +40,43 @@ class Piece:
     calls: Sequence[CallPart] = ()
 
 
+class VisibleText:
+    """The answer's text outside tool calls, cut at the first stop string; the text of calls is not searched."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = StopSearch(stops)
+        self._held: list[TextSpan] = []  # what StopSearch holds back, with its places
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self._stops.stopped
+
+    @property
+    def begin(self) -> float:
+        """The offset in the answer at which the held-back text begins; infinite where nothing is held back."""
+        return self._held[0].start if self._held else math.inf
+
+    def push(self, span: TextSpan) -> list[TextSpan]:
+        """What is final now."""
+        self._held.append(span)
+        return self._take(len(self._stops.push(span.text)))
+
+    def rest(self) -> list[TextSpan]:
+        """The held-back text, at the end."""
+        return self._take(len(self._stops.rest()))
+
+    def _take(self, length: int) -> list[TextSpan]:
+        out = []
+        while self._held and length:
+            text, start = self._held.pop(0)
+            out.append(TextSpan(text[:length], start))
+            if len(text) > length:
+                self._held.insert(0, TextSpan(text[length:], start + length))
+            length -= len(out[-1].text)
+        return out
+
+
 class Choice:
     """logprobs: whether pieces carry them. calls: the parser for tool calls, None without tools."""
 
@@ -55,7 +92,9 @@ class Choice:
         self.ended = False
         self.ends_itself = bool(stops) or calls is not None  # its text may end it
         self._index, self._text, self._calls = index, text, calls
-        self._detokenizer = IncrementalDetokenizer(text.decoding(), stops, aligned=logprobs)
+        # With tools the text is searched for stop strings when calls have been taken out of it.
+        self._detokenizer = IncrementalDetokenizer(text.decoding(), () if calls else stops, aligned=logprobs)
+        self._visible = VisibleText(stops)
         self._tokens: list[tuple[int, Logprob]] = []
         self._shown = 0  # how many of them have been returned or skipped
 
@@ -64,32 +103,43 @@ class Choice:
         text = self._detokenizer.push(output.tokens)
         finish: str | None = output.finish
         if finish and not self._detokenizer.stopped:
-            text += self._detokenizer.rest()
+            rest = self._detokenizer.rest()
+            # Arguments that a limit cut off are a true beginning: without the stand-in for half a character.
+            text += rest.rstrip(UNFINISHED) if self._calls and finish == "length" else rest
         stopped = self._detokenizer.stopped  # the held-back rest may have completed a stop string
         if stopped:
             finish = "stop"
-        calls: list[CallPart] = []
-        scored: list[TokenLogprob] | None = None
+        spans: list[TextSpan] | None = None
         if self._calls is None:
-            if self._detokenizer.starts is not None:
-                self._tokens += zip(output.tokens, output.logprobs, strict=True)
-                scored = self._score(math.inf if finish and not stopped else self._detokenizer.length, None)
+            piece = Piece(self._index, text, finish)
+            until = math.inf if finish and not stopped else self._detokenizer.length
         else:
-            parts = self._calls.push(text, last=bool(finish))
-            spans = [part for part in parts if isinstance(part, TextSpan)]
-            calls = [part for part in parts if isinstance(part, CallPart)]
-            text = "".join([part.text for part in spans])
-            if self._calls.done:
-                finish = "stop"
-            if finish == "stop" and self._calls.count:
-                finish = "tool_calls"
-            if self._detokenizer.starts is not None:
-                self._tokens += zip(output.tokens, output.logprobs, strict=True)
-                scored = self._score(self._calls.at, spans)
-        self.ended = finish is not None
-        if text or finish or scored or calls:
-            return Piece(self._index, text, finish, scored, calls)
-        return None
+            piece, spans = self._without_calls(text, finish, self._calls)
+            until = min(self._calls.at, self._visible.begin)
+        if self._detokenizer.starts is not None:
+            self._tokens += zip(output.tokens, output.logprobs, strict=True)
+            piece.scored = self._score(until, spans)
+        self.ended = piece.finish is not None
+        return piece if piece.text or piece.finish or piece.scored or piece.calls else None
+
+    def _without_calls(self, text: str, finish: str | None, parser: CallParser) -> tuple[Piece, list[TextSpan]]:
+        """The piece of a text that may hold tool calls, and where its visible text stands."""
+        calls: list[CallPart] = []
+        spans: list[TextSpan] = []
+        for part in parser.push(text, last=bool(finish), cut=finish == "length"):
+            if isinstance(part, CallPart):
+                calls.append(part)
+            else:
+                spans += self._visible.push(part)
+            if self._visible.stopped:
+                break
+        if self._visible.stopped or parser.done:
+            finish = "stop"
+        if finish:
+            spans += self._visible.rest()
+        if finish == "stop" and parser.count:
+            finish = "tool_calls"
+        return Piece(self._index, "".join([span.text for span in spans]), finish, calls=calls), spans
 
     def _score(self, until: float, spans: Sequence[TextSpan] | None) -> list[TokenLogprob]:
         """Logprobs of the tokens that begin before `until`, an offset; with tool calls only of those in `spans`."""

@@ -59,6 +59,44 @@ class PieceDecoding:
 Decoding = ByteDecoding | PieceDecoding
 
 
+class StopSearch:
+    """Cuts a text that comes in parts at the first stop string.
+
+    `push` returns only text that later parts cannot turn into a stop string; `rest` returns the remainder.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        longest = max(map(len, self._stop), default=0)
+        # Proper prefixes of the stop strings by length, the longest first: text that ends in one is held back.
+        self._prefixes = [
+            (length, tuple({stop[:length] for stop in self._stop if len(stop) > length}))
+            for length in range(longest - 1, 0, -1)
+        ]
+        self.held = ""  # perhaps the beginning of a stop string
+        self.stopped = False
+
+    def push(self, fresh: str) -> str:
+        """Text that is final now; sets `stopped` at a stop string, which is not returned."""
+        if self.stopped:
+            return ""
+        if not self._stop:
+            return fresh
+        fresh = self.held + fresh
+        found = [at for at in (fresh.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return fresh[: min(found)]
+        keep = next((n for n, heads in self._prefixes if n <= len(fresh) and fresh.endswith(heads)), 0)
+        self.held = fresh[len(fresh) - keep :]
+        return fresh[: len(fresh) - keep]
+
+    def rest(self) -> str:
+        """The held-back text, at the end; empty after a stop string."""
+        held, self.held = self.held, ""
+        return held
+
+
 class IncrementalDetokenizer:
     """The text of an answer while its tokens arrive, cut at the first stop string.
 
@@ -68,23 +106,20 @@ class IncrementalDetokenizer:
 
     def __init__(self, decoding: Decoding, stop: Sequence[str] = (), *, aligned: bool = False) -> None:
         self._decoding = decoding
-        self._stop = tuple(stop)
-        longest = max(map(len, self._stop), default=0)
-        # Proper prefixes of the stop strings by length, the longest first: text that ends in one is held back.
-        self._prefixes = [
-            (length, tuple({stop[:length] for stop in self._stop if len(stop) > length}))
-            for length in range(longest - 1, 0, -1)
-        ]
-        self._held = ""  # decoded, and perhaps the beginning of a stop string
-        self.stopped = False
+        self._stops = StopSearch(stop)
         self.starts: list[int] | None = [] if aligned else None
         self.length = 0
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self._stops.stopped
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that is final after these tokens; sets `stopped` at a stop string, which is not returned."""
         if self.starts is None:
             return self._cut(self._decoding.push(ids))
-        decoded = self.length + len(self._held)
+        decoded = self.length + len(self._stops.held)
         text = ""
         for token in ids:
             self.starts.append(decoded + len(text))
@@ -96,22 +131,11 @@ class IncrementalDetokenizer:
         if self.stopped:
             return ""
         tail = self._cut(self._decoding.rest())
-        held, self._held = self._held, ""  # empty after a stop string
+        held = self._stops.rest()
         self.length += len(held)
         return tail + held
 
     def _cut(self, fresh: str) -> str:
-        if self.stopped:
-            return ""
-        if self._stop:
-            fresh = self._held + fresh
-            found = [at for at in (fresh.find(stop) for stop in self._stop) if at >= 0]
-            if found:
-                self.stopped, self._held = True, ""
-                fresh = fresh[: min(found)]
-            else:
-                keep = next((n for n, heads in self._prefixes if n <= len(fresh) and fresh.endswith(heads)), 0)
-                self._held = fresh[len(fresh) - keep :]
-                fresh = fresh[: len(fresh) - keep]
-        self.length += len(fresh)
-        return fresh
+        final = self._stops.push(fresh)
+        self.length += len(final)
+        return final

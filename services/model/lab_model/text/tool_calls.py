@@ -29,8 +29,8 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
-# The beginning of a call under a grammar: `grammar.beginning` of any name.
-FORCED = re.compile(rf'\s*{CALL_BEGIN}\n\{{"name":"([A-Za-z0-9_-]+)","arguments":')
+# Under a grammar, what stands before arguments: `grammar.beginning` of any name, after `grammar.ending` of a call.
+FORCED = re.compile(rf'(?:{re.escape(ending())})?\s*{CALL_BEGIN}\n\{{"name":"([A-Za-z0-9_-]+)","arguments":')
 
 
 def render_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,8 +74,36 @@ class TextSpan(NamedTuple):
     start: int
 
 
+class JsonObject:
+    """Finds the end of a JSON object that comes in parts. Reads brackets and strings; checks nothing else."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._string = self._escaped = False
+        self.closed = False
+
+    def take(self, text: str) -> int:
+        """How many characters of `text`, which continues the object, belong to it; sets `closed` at its end."""
+        for at, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._string:
+                self._escaped, self._string = character == "\\", character != '"'
+            elif character == '"':
+                self._string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self.closed = True
+                    return at + 1
+        return len(text)
+
+
 class ToolCallParser:
-    """Parses text that may contain calls. A call that is incomplete or of an unknown function is text.
+    """Parses text that may contain calls. What is no call, or one of an unknown function, is text. Of a call that is
+    cut off, its name and the beginning of its arguments are returned, and never its marks.
 
     most: calls that an answer may hold; `done` after so many.
     """
@@ -90,8 +118,9 @@ class ToolCallParser:
     def done(self) -> bool:
         return self.count == self._most
 
-    def push(self, text: str, *, last: bool = False) -> list[TextSpan | CallPart]:
-        """What has become final, in order. last: no text follows, so nothing is held back."""
+    def push(self, text: str, *, last: bool = False, cut: bool = False) -> list[TextSpan | CallPart]:
+        """What has become final, in order. last: no text follows, so nothing is held back. cut: a limit ended the text,
+        so that the beginning of a mark belongs to a call."""
         out: list[TextSpan | CallPart] = []
         self._pending += text
         text_until = 0  # call marks before it are text, because no call follows them
@@ -104,6 +133,12 @@ class ToolCallParser:
             # A complete call counts even if the model omits the closing mark.
             stop = end if end >= 0 else len(self._pending)
             calls = self._parse(self._pending[begin + len(CALL_BEGIN) : stop])
+            if not calls and end < 0:
+                cut_off = self._parse_cut(self._pending[begin + len(CALL_BEGIN) :])
+                if cut_off is not None:
+                    self._emit_text(out, before)
+                    self._skip(len(self._pending))
+                    return out + cut_off
             if not calls:
                 text_until = begin + len(CALL_BEGIN)
                 continue
@@ -113,7 +148,10 @@ class ToolCallParser:
             text_until = 0
         if self.done or (last and self.count and not self._pending.strip()):
             return out
-        self._emit_text(out, len(self._pending) if last else len(_final(self._pending)))
+        shown = len(_final(self._pending))
+        if last:
+            shown = len(self._pending) - (_overlap(self._pending, CALL_BEGIN) if cut else 0)
+        self._emit_text(out, shown)
         return out
 
     def _emit_text(self, out: list[TextSpan | CallPart], length: int) -> None:
@@ -134,16 +172,36 @@ class ToolCallParser:
                 name, arguments = call["name"], call["arguments"]
                 if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
                     return []
-                written = _json(arguments)
-                written.encode()  # JSON can escape lone surrogates, UTF-8 cannot encode them
+                _json(arguments).encode()  # JSON can escape lone surrogates, UTF-8 cannot encode them
+                # As the model wrote them: a call that is cut off has a beginning of the same text.
+                as_written = _read_call(written, {name})
+                given = as_written[1] if as_written else _json(arguments)
                 index = self.count + len(out) // 2
-                out += [CallPart(index, "", call_id(), name), CallPart(index, written)]
+                out += [CallPart(index, "", call_id(), name), CallPart(index, given)]
         except (ValueError, TypeError, KeyError, RecursionError):
             return []
         if self._most is not None:
             out = out[: 2 * (self._most - self.count)]
         self.count += len(out) // 2
         return out
+
+    def _parse_cut(self, written: str) -> list[CallPart] | None:
+        """What there is of the calls that end with the text; None if they are no calls."""
+        out: list[CallPart] = []
+        rest = written.lstrip()
+        if is_list := rest.startswith("["):
+            rest = rest[1:].lstrip()
+        while True:
+            call = _read_call(rest, self._names)
+            if call is None:
+                return out or None
+            name, arguments, rest = call
+            if name and arguments and not self.done:
+                out += [CallPart(self.count, "", call_id(), name), CallPart(self.count, arguments)]
+                self.count += 1
+            rest = rest.lstrip(" \n},") if is_list else ""
+            if not rest:
+                return out
 
 
 class ForcedToolCallParser:
@@ -154,31 +212,27 @@ class ForcedToolCallParser:
 
     def __init__(self) -> None:
         self._pending = ""
-        self._inside = False
+        self._arguments: JsonObject | None = None  # those that are being written
         self.count = 0
 
-    def push(self, text: str, *, last: bool = False) -> list[TextSpan | CallPart]:
-        """What has become final. last: arguments that were cut off are returned as far as they go."""
+    def push(self, text: str, *, last: bool = False, cut: bool = False) -> list[TextSpan | CallPart]:
+        """What has become final: every character of arguments at once."""
         out: list[TextSpan | CallPart] = []
         self._pending += text
-        while True:
-            if not self._inside:
+        while self._pending:
+            if self._arguments is None:
                 if not (head := FORCED.match(self._pending)):
-                    return out
+                    break
                 out.append(CallPart(self.count, "", call_id(), head.group(1)))
-                self._inside, self.count = True, self.count + 1
+                self._arguments, self.count = JsonObject(), self.count + 1
                 self._pending = self._pending[head.end() :]
-            # A line break in a JSON string is escaped, so that the arguments cannot contain the end mark.
-            part, end, rest = self._pending.partition(ending())
-            if not end:
-                held = 0 if last else _overlap(part, ending())
-                part, rest = part[: len(part) - held], part[len(part) - held :]
-            if part:
-                out.append(CallPart(self.count - 1, part))
-            self._pending = rest
-            if not end:
-                return out
-            self._inside = False
+            length = self._arguments.take(self._pending)
+            if length:
+                out.append(CallPart(self.count - 1, self._pending[:length]))
+            self._pending = self._pending[length:]
+            if self._arguments.closed:
+                self._arguments = None
+        return out
 
 
 CallParser = ToolCallParser | ForcedToolCallParser
@@ -186,6 +240,32 @@ CallParser = ToolCallParser | ForcedToolCallParser
 
 def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
+
+
+def _read_call(text: str, names: Collection[str]) -> tuple[str, str, str] | None:
+    """A call that may be cut off anywhere: its name, the beginning of its arguments, and what follows them; each as far
+    as it goes. None if `text` does not begin as a call of one of these functions does."""
+    name, at = "", 0
+    for part in ("{", '"name"', ":", "", ",", '"arguments"', ":"):
+        at += len(text[at:]) - len(text[at:].lstrip())
+        if not part:
+            end = text.find('"', at + 1)
+            name = text[at + 1 : end if end > 0 else len(text)]
+            known = name in names if end > 0 else any(each.startswith(name) for each in names)
+            if not (text[at:] == "" or text[at] == '"') or not known:
+                return None
+            at = end + 1 if end > 0 else len(text)
+        elif text.startswith(part, at):
+            at += len(part)
+        elif part.startswith(text[at:]):
+            return name, "", ""
+        else:
+            return None
+    arguments = text[at:].lstrip()
+    if arguments and not arguments.startswith("{"):
+        return None
+    length = JsonObject().take(arguments)
+    return name, arguments[:length], arguments[length:]
 
 
 def _final(text: str) -> str:
