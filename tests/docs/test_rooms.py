@@ -58,10 +58,13 @@ HOUSES = {
     ),
     "ui": House(
         SERVICES / "ui/lab_ui",
-        rooms=("app_pages",),
+        rooms=("app_pages", "drawing"),
         composition=frozenset({"__main__", "app"}),
         ground=(
+            "start",
             "chat",
+            "charts",
+            "faults",
             "status",
             "session",
             "proxy",
@@ -70,10 +73,12 @@ HOUSES = {
             "texts",
             "formats",
             "untrusted",
+            "links",
+            "pages",
             "settings",
             "",
         ),
-        scripts=("app", "app_pages.chat", "app_pages.status"),
+        scripts=("app", "app_pages.start", "app_pages.chat", "app_pages.status"),
     ),
 }
 

@@ -83,9 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             self._left_within(None)
             return
         if mode == "refusing":
-            self._json(
-                401, {"error": {"message": "no key", "type": "invalid_request_error", "code": "invalid_api_key"}}
-            )
+            self._json(401, {"error": NO_KEY})
         elif self.path == "/health":
             self._json(200, {"status": "ok"})
         elif self.path == "/v1/models":
@@ -101,6 +99,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.keys.append((self.path, self.headers["authorization"]))
         try:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.server.mode == "refusing":
+                self._json(401, {"error": NO_KEY})
+                return
             self.server.requests.append(body)
             try:
                 left = self._answer(body)
@@ -185,6 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+NO_KEY = {"message": "no key", "type": "invalid_request_error", "code": "invalid_api_key"}
 CHUNK = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": CHAT["id"]}
 FAULTS: dict[str, tuple[int, dict[str, Any], dict[str, str]]] = {
     "model-down": (503, {"message": "the model does not answer", "type": "server_error", "code": "model_down"}, {}),

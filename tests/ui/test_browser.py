@@ -112,7 +112,7 @@ def button(page: Page, name: str) -> Any:
 
 def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., Page]) -> None:
     """The whole way: browser, ui, proxy, redis, Ray Serve, and back."""
-    page = visit(lab.ui_url)
+    page = visit(f"{lab.ui_url}/chat")
     # 1. A long answer first: it is seen growing, and stopped.
     button(page, "Write a short poem about the sea.").click()
     answer = page.get_by_test_id("stChatMessage").last
@@ -133,12 +133,12 @@ def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., 
     expect(page.get_by_test_id("stChatMessage")).to_have_count(2)
     expect(answer).to_contain_text("TTFT")
     expect(answer).to_contain_text("Paris")
-    expect(answer).to_contain_text(en("cache.miss"))
+    expect(answer).to_contain_text(en("cache_state.miss"))
 
     # 3. The same again comes out of redis.
     button(page, en("chat.new")).click()
     ask(page)
-    expect(answer).to_contain_text(en("cache.hit"))
+    expect(answer).to_contain_text(en("cache_state.hit"))
     expect(answer).to_contain_text("Paris")
 
     # 4. The status page knows all of it.
@@ -153,7 +153,7 @@ def test_a_lab_that_is_still_starting_is_shown_as_soon_as_it_is_ready(
     """Nobody has to press a button: the page looks again by itself."""
     proxy.mode = "hung"
     with ui(proxy, tmp_path, status_timeout_seconds="0.2", refresh_seconds="1") as url:
-        page = visit(url)
+        page = visit(f"{url}/chat")
         page.get_by_text(en("faults.timeout.what")).wait_for()
         proxy.mode = "up"
         button(page, QUESTION).wait_for()
@@ -163,7 +163,7 @@ def test_a_lab_that_is_still_starting_is_shown_as_soon_as_it_is_ready(
 
 
 def test_the_browsers_language_comes_first_and_the_switch_changes_it(ui_url: str, visit: Callable[..., Page]) -> None:
-    page = visit(ui_url, locale="ko-KR")
+    page = visit(f"{ui_url}/chat", locale="ko-KR")
     expect(page.get_by_text(ko("chat.intro"))).to_be_visible()
     page.get_by_text("English").click()
     expect(page.get_by_text(en("chat.intro"))).to_be_visible()
@@ -172,10 +172,10 @@ def test_the_browsers_language_comes_first_and_the_switch_changes_it(ui_url: str
     page.reload()  # language and page stay
     expect(page.get_by_text(en("status.all_up"))).to_be_visible()
     expect(page).to_have_url(f"{ui_url}/status?lang=en")
-    page = visit(ui_url, locale="en-US")
+    page = visit(f"{ui_url}/chat", locale="en-US")
     page.get_by_text("한국어").click()
     expect(page.get_by_text(ko("chat.intro"))).to_be_visible()
-    expect(page).to_have_url(f"{ui_url}/?lang=ko")
+    expect(page).to_have_url(f"{ui_url}/chat?lang=ko")
 
 
 def test_a_link_leads_to_a_page_in_a_language(ui_url: str, visit: Callable[..., Page]) -> None:
@@ -186,7 +186,7 @@ def test_a_link_leads_to_a_page_in_a_language(ui_url: str, visit: Callable[..., 
     expect(page.get_by_text(ko("status.all_up"))).to_be_visible()
     page.get_by_role("link", name=ko("nav.chat")).click()
     expect(page.get_by_text(ko("chat.intro"))).to_be_visible()
-    expect(page).to_have_url(f"{ui_url}/?lang=ko")
+    expect(page).to_have_url(f"{ui_url}/chat?lang=ko")
     page.go_back()
     expect(page.get_by_text(ko("status.all_up"))).to_be_visible()
     expect(page).to_have_url(f"{ui_url}/status?lang=ko")
@@ -204,7 +204,7 @@ def test_a_link_leads_to_a_page_in_a_language(ui_url: str, visit: Callable[..., 
 def test_stop_reaches_the_proxy(ui_url: str, proxy: StandIn, visit: Callable[..., Page], mode: Any) -> None:
     """By the keyboard alone, before the first token and after it, of an answer without an end; what came stays."""
     proxy.mode, proxy.words = mode, ["word"]
-    page = visit(ui_url)
+    page = visit(f"{ui_url}/chat")
     button(page, QUESTION).focus()
     page.keyboard.press("Enter")
     button(page, en("chat.stop")).wait_for()
@@ -226,7 +226,7 @@ def test_leaving_the_page_leaves_no_request_running(ui_url: str, proxy: StandIn,
         "close": lambda page: page.close(),
         "another page": lambda page: page.get_by_role("link", name=en("nav.status")).click(),
     }
-    pages = {how: visit(ui_url) for how in leave}
+    pages = {how: visit(f"{ui_url}/chat") for how in leave}
     for how, page in pages.items():
         ask(page, how)
     for how, page in pages.items():
@@ -240,7 +240,7 @@ def test_another_question_takes_the_place_of_the_running_one(
 ) -> None:
     """The running answer, which would never end, is stopped and stays."""
     proxy.mode, proxy.words = "endless", ["word"]
-    page = visit(ui_url)
+    page = visit(f"{ui_url}/chat")
     ask(page)
     page.get_by_text("word word").wait_for()
     proxy.mode, proxy.words = "up", ["Paris."]
@@ -263,7 +263,7 @@ def test_an_answer_cannot_make_the_browser_load_anything(
     proxy.words = (
         f"{tricks}\n\n```\n<pre>\n```\n\n    {image}\n\n1. a\n   ```\n{image}\n\n[r]: {proxy.url}/leak.png".split(" ")
     )
-    page = visit(ui_url)
+    page = visit(f"{ui_url}/chat")
     ask(page)
     page.get_by_text("TTFT").wait_for()
     # The policy itself, without our escaping.
@@ -284,7 +284,7 @@ def test_nothing_is_cut_on_a_phone_or_loaded_from_elsewhere(ui_url: str, visit: 
     own = ("data:", "blob:", ui_url)
     page.on("request", lambda request: None if request.url.startswith(own) else foreign.append(request.url))
     wide = "document.querySelector('.stMain').scrollWidth"
-    page.goto(ui_url)
+    page.goto(f"{ui_url}/chat")
     page.get_by_text(ko("chat.intro")).wait_for()
     ask(page)
     page.get_by_text("TTFT").wait_for()
@@ -302,7 +302,7 @@ def test_a_very_long_answer_is_shown_whole_and_the_page_goes_on(
 ) -> None:
     """8,000 words at the speed of a cache hit; after it the language can be switched."""
     proxy.words = [f"word{number}" for number in range(8000)]
-    page = visit(ui_url)
+    page = visit(f"{ui_url}/chat")
     ask(page)
     page.get_by_text("TTFT").wait_for()
     shown = page.get_by_test_id("stChatMessage").last.inner_text()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import ANY, Mock
 
 import pytest
 from fixtures_ui import ALIAS, CHAT, PARIS, StandIn, stand_in
@@ -19,9 +19,8 @@ from lab_ui import answer as module
 from lab_ui import chat, formats, snippets, texts
 from lab_ui.__main__ import main
 from lab_ui.answer import ABANDONED_AFTER, Answer, Fault
-from lab_ui.app import PAGES
+from lab_ui.pages import PAGES
 from lab_ui.proxy import Proxy, cache_state
-from lab_ui.session import Session
 from lab_ui.settings import Settings
 from lab_ui.status import Report
 from lab_ui.untrusted import plain
@@ -30,7 +29,7 @@ from streamlit.testing.v1 import AppTest
 
 APP = Path(texts.__file__).with_name("app.py")
 LANGUAGES = list(texts.LANGUAGES)
-STATUS = "app_pages/status.py"
+CHAT_PAGE, STATUS = "app_pages/chat.py", "app_pages/status.py"
 QUESTION = "What is the capital of France?"
 
 
@@ -55,14 +54,13 @@ def app(proxy: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     """
     import streamlit as st
 
-    def start(language: str = "en", url: str | None = None, page: str = "", **settings: str) -> AppTest:
+    def start(language: str = "en", url: str | None = None, page: str = CHAT_PAGE, **settings: str) -> AppTest:
         monkeypatch.setenv("UI_LANGUAGE", language)
         monkeypatch.setenv("UI_PROXY_URL", url or proxy.url)
         monkeypatch.setenv("UI_PUBLIC_PROXY_URL", proxy.url)
         for name, value in settings.items():
             monkeypatch.setenv(f"UI_{name.upper()}", value)
-        started = AppTest.from_file(APP, default_timeout=60).run()
-        return started.switch_page(page).run() if page else started
+        return AppTest.from_file(APP, default_timeout=60).switch_page(page).run()
 
     yield start
     st.cache_resource.clear()
@@ -119,12 +117,15 @@ def test_a_dollar_sign_can_be_written() -> None:
     assert texts.Texts("en", {"price": "$$$price"})("price", price="0.50") == "$0.50"
 
 
+FROM_DATA = ("cache_state.", "status.kinds.", "nav.", "start.page.", "start.step.")
+
+
 def test_every_text_is_used() -> None:
     """A key that no page names is dead. Parts of some keys come from data: kinds of faults, services, cache states."""
     named = set(re.findall(r"""["']([a-z_.]+)["']""", "".join(path.read_text() for path in APP.parent.rglob("*.py"))))
     for key in texts.load("en").placeholders:
         group, second, last = key.split(".")[0], key.split(".")[1], key.split(".")[-1]
-        from_data = key.startswith(("cache.", "status.kinds."))
+        from_data = key.startswith(FROM_DATA)
         assert from_data or key in named or second in named or (group == "status" and last in named), key
 
 
@@ -158,7 +159,7 @@ def test_the_urls_language_is_shown_and_stays_on_other_pages(
     page = AppTest.from_file(APP, default_timeout=60)
     page.query_params["lang"] = asked
     page.context = {"locale": browser}
-    assert texts.load(shown_in)("chat.intro") in shown(page.run())
+    assert texts.load(shown_in)("start.intro") in shown(page.run())
     assert texts.load(shown_in)("status.all_up") in shown(page.switch_page(STATUS).run())
     assert page.query_params == {"lang": asked}
 
@@ -188,7 +189,7 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_every_page_is_drawn_in_every_language(app: Callable[..., AppTest], language: str, page: Any) -> None:
     drawn = app(language, page=page.file)
     assert not drawn.exception
-    assert drawn.title[0].value == texts.load(language)(f"{page.url_path}.title")
+    assert drawn.title[0].value == texts.load(language)(f"{page.name}.title")
 
 
 def test_no_module_hides_another_package() -> None:
@@ -213,12 +214,12 @@ def test_a_question_is_answered_with_its_figures(app: Callable[..., AppTest], pr
         "temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "stream": 0, "stream_options": 0,
     }  # fmt: skip
     quiet = next(caption.value for caption in page.caption if "TTFT" in caption.value)
-    assert words("cache.miss") in quiet
+    assert words("cache_state.miss") in quiet
     assert words("figures.tokens", prompt=37, completion=6) in quiet
     assert page.session_state.turns[0].answer.request_id in quiet
     # The same in a new conversation is a hit.
     page.get("button")[0].click().run()
-    assert words("cache.hit") in shown(ask(page))
+    assert words("cache_state.hit") in shown(ask(page))
     assert proxy.requests[0] == proxy.requests[1]
 
 
@@ -253,7 +254,7 @@ def test_only_chat_models_can_be_chosen_and_an_alias_says_so(app: Callable[..., 
 
 def answer(text: str = "", **fields: Any) -> Answer:
     """An answer as it is after its end."""
-    return Answer({}, Mock(), "id`7`", text, **fields)
+    return Answer({}, Mock(), request_id="id`7`", text=text, **fields)
 
 
 def test_turns_without_a_text_are_not_sent() -> None:
@@ -276,7 +277,7 @@ def test_figures_show_what_is_known() -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("model-down", "model_down"), ("model-loading", "model_down"), ("error", "model_down"), ("busy", "busy"),
+    [("model-down", "model_down"), ("model-loading", "model_loading"), ("error", "upstream_error"), ("busy", "busy"),
      ("too-long", "too_long"), ("interrupted", "interrupted"), ("broken-off", "interrupted")],
 )  # fmt: skip
 def test_a_fault_stands_in_the_answers_place(
@@ -286,14 +287,14 @@ def test_a_fault_stands_in_the_answers_place(
     proxy.mode = mode
     page = ask(app(language))
     assert words(f"faults.{kind}.what") in shown(page)
-    seconds = "7" if mode == "busy" else "5"
+    seconds = {"busy": "7", "model-loading": "9"}.get(mode, "5")
     assert words(f"faults.{kind}.do", seconds=seconds) in shown(page)
     assert page.session_state.turns[0].answer.request_id in shown(page)
     if kind == "interrupted":
         assert "The capital of" in shown(page)
     # Well again: one click asks again.
     proxy.mode = "up"
-    next(button for button in page.button if button.label == words("chat.again")).click().run()
+    next(button for button in page.button if button.label == words("faults.again")).click().run()
     assert PARIS in shown(page)
     assert len(page.session_state.turns) == 1
 
@@ -331,11 +332,8 @@ def test_a_key_goes_with_every_call(proxy_client: Proxy, proxy: StandIn) -> None
         assert proxy.keys == [("/v1/models", sent), ("/status", sent), ("/v1/chat/completions", authorization)]
 
 
-def test_the_pages_pass_the_sessions_key(
-    app: Callable[..., AppTest], proxy: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Session.__init__, "__defaults__", ("sk-of-a-reader",))
-    page = ask(app())
+def test_the_pages_pass_the_sessions_key(app: Callable[..., AppTest], proxy: StandIn) -> None:
+    page = ask(app(api_key="sk-of-a-reader"))
     assert "sk-of-a-reader" not in shown(page)
     page.switch_page(STATUS).run()
     assert {path for path, _ in proxy.keys} == {"/v1/models", "/status", "/v1/chat/completions"}
@@ -346,8 +344,10 @@ def test_a_proxy_that_wants_a_key_is_not_taken_for_another_program(
     app: Callable[..., AppTest], proxy_client: Proxy, proxy: StandIn
 ) -> None:
     proxy.mode = "refusing"
-    assert proxy_client.models() == proxy_client.status() == Fault("refused", 401)
-    assert texts.load("en")("faults.refused.what") in shown(app())
+    refused = Fault("key_needed", 401, "no key", code="invalid_api_key", request_id=ANY)
+    assert proxy_client.models() == refused
+    assert proxy_client.status() == refused
+    assert texts.load("en")("faults.key_needed.what") in shown(app())
 
 
 # ---- stop -----------------------------------------------------------------------------------------------------------

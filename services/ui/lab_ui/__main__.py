@@ -14,9 +14,10 @@ from starlette.middleware import Middleware
 from .settings import LOOPBACK, Settings
 
 # Pages load from this server only: a remote image, font or frame in a model's answer would report its readers to
-# somebody else. Streamlit's own pages need inline styles, one inline script and blobs.
+# somebody else. Streamlit's own pages need inline styles, one inline script and blobs; it loads the script of a
+# component (drawing/tokens.py) as a blob, which only a script of the page can make.
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
@@ -45,7 +46,9 @@ class Guard:
 def options(settings: Settings) -> dict[str, Any]:
     """Streamlit's options. They override its files and environment variables."""
     hosts = {*LOOPBACK, "ui", settings.host, *settings.allowed_hosts}
-    fonts = "'Source Sans', 'Noto Sans KR', 'Noto Sans CJK KR', 'Apple SD Gothic Neo', 'Malgun Gothic', sans-serif"
+    # Bundled, because Streamlit's own has no Hangul and nothing is fetched from elsewhere. It has the 2,780 syllables in
+    # use; the reader's own fonts draw the others.
+    fonts = "Pretendard, 'Noto Sans KR', 'Noto Sans CJK KR', 'Apple SD Gothic Neo', 'Malgun Gothic', sans-serif"
     return {
         "server.address": settings.host,
         "server.port": settings.port,
@@ -56,16 +59,22 @@ def options(settings: Settings) -> dict[str, Any]:
         "server.enableXsrfProtection": True,
         "server.allowedHosts": ["*"] if "*" in hosts else sorted(hosts - {"0.0.0.0", "::"}),  # noqa: S104
         "server.maxUploadSize": 1,
-        "server.enableStaticServing": False,
+        "server.enableStaticServing": True,  # the font's files in static/
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
         "client.showErrorLinks": False,
         "logger.hideWelcomeMessage": True,
         "logger.level": "warning",
+        "server.websocketPingInterval": 20,  # seconds: proxies between close a connection that is silent for longer
         "theme.font": fonts,
+        "theme.fontFaces": [
+            {"family": "Pretendard", "url": f"app/static/Pretendard-{name}.subset.woff2", "weight": weight}
+            for name, weight in (("Regular", "400"), ("SemiBold", "600"))
+        ],
         "theme.baseRadius": "medium",
-        "theme.headingFontSizes": ["2rem", "1.5rem", "1.125rem"],
+        "theme.headingFontSizes": ["1.9rem", "1.35rem", "1.1rem"],
+        "theme.headingFontWeights": [600, 600, 600],
         "theme.light.primaryColor": "#0f766e",
         "theme.light.backgroundColor": "#ffffff",
         "theme.light.secondaryBackgroundColor": "#f3f6f6",

@@ -19,12 +19,31 @@ State = Literal["waiting", "streaming", "done", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an answer or a lookup failed. `kind` names a text; `status` and `message` are the proxy's own."""
+    """Why an answer or a lookup failed. `kind` names a text; what follows is the proxy's own, as far as it answered."""
 
     kind: str
     status: int | None = None
     message: str = ""
     retry_after: str | None = None
+    code: str | None = None
+    request_id: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that could have stood there. `text` is U+FFFD where its bytes are a part of a character."""
+
+    text: str
+    logprob: float  # natural logarithm, of the raw distribution
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
+class Token(Alternative):
+    """A generated token and the most likely ones at its place, the most likely first."""
+
+    top: tuple[Alternative, ...] = ()
 
 
 @dataclass
@@ -32,13 +51,17 @@ class Answer:
     """What has arrived so far. Written by the loop's thread, read by any; `text` only grows."""
 
     request: Mapping[str, Any]
-    _loop: asyncio.AbstractEventLoop = field(repr=False)
+    _loop: asyncio.AbstractEventLoop | None = field(repr=False)  # None: read from a stored conversation, ended
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # the ui's own: a reader's secret
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     text: str = ""
     state: State = "waiting"
     finish_reason: str | None = None
     fault: Fault | None = None
     cache: str | None = None  # "hit", "miss", "bypass" …; None without a Cache-Status header
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tokens: list[Token] = field(default_factory=list)  # empty unless the request asks for `logprobs`
+    cached_tokens: int | None = None  # of the prompt: not computed again
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     started: float = field(default_factory=time.monotonic)
@@ -86,18 +109,22 @@ class Answer:
 
     def stop(self) -> None:
         """Close the request, keep what has arrived. Returns when the connection is closed, after 1 s at most."""
-        if self.running:
+        if self.running and self._loop is not None:
             self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
             self._over.wait(1)
 
     def start(self, receive: Callable[[Answer], Awaitable[None]]) -> None:
         """Run `receive(self)` as a task of the loop until it ends, is stopped, or no page displays the answer."""
 
+        loop = self._loop
+        if loop is None:
+            raise ValueError("an answer without a loop has ended")
+
         def begin() -> None:
-            self._task = self._loop.create_task(self._run(receive))
+            self._task = loop.create_task(self._run(receive))
             self._task.add_done_callback(self._end)
 
-        self._loop.call_soon_threadsafe(begin)
+        loop.call_soon_threadsafe(begin)
 
     async def _run(self, receive: Callable[[Answer], Awaitable[None]]) -> None:
         watch = asyncio.create_task(self._cancel_when_abandoned())
@@ -112,6 +139,11 @@ class Answer:
             await asyncio.sleep(left)
         if self._task is not None:
             self._task.cancel()
+
+    def end(self) -> None:
+        """Mark an answer without a loop as ended."""
+        self.ended = self.ended or self.started
+        self._over.set()
 
     def _end(self, task: asyncio.Task[None]) -> None:
         """Runs in the loop after the connection is closed, also if the stop came before the task's first step."""

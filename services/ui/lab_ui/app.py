@@ -1,47 +1,24 @@
-"""The script that Streamlit runs for every session: shared parts, language, navigation. Pages are files in app_pages.
+"""The script that Streamlit runs for every session: shared parts, language, key, navigation. Pages are in app_pages.
 
-A new page: its script in app_pages/, a line in PAGES, its title in texts/*/nav.yaml, its texts in texts/*/PAGE.yaml.
+A new page: its script in app_pages/, a line in pages.py, its title in texts/*/nav.yaml, its texts in texts/*/PAGE.yaml.
 Streamlit runs this file and the pages by their path, outside the package: they import by the package's name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import streamlit as st
 
+from lab_ui.drawing.faults import KEY, draw_key, draw_unexpected
+from lab_ui.pages import PAGES
 from lab_ui.proxy import Proxy
 from lab_ui.session import Session
 from lab_ui.settings import Settings
 from lab_ui.texts import LANGUAGES, choose, load
 
 ICON = Path(__file__).with_name("icon.svg")  # a material icon or an emoji would be fetched from a foreign server
-
-# Korean words are not cut at a line's end; the page has its own progress line and stop; see `reader_language`.
-STYLE = """<style>
-[data-testid="stMarkdownContainer"] *, [data-testid="stCaptionContainer"] * {
-  word-break: keep-all !important; overflow-wrap: anywhere !important;
-}
-[data-testid="stStatusWidget"], .st-key-lang { display: none; }
-</style>"""
-
-
-@dataclass(frozen=True)
-class Page:
-    """`title` and `section`: keys of texts; pages without a section stand first, under no heading."""
-
-    file: str  # beside this one; AppTest.switch_page takes the same
-    url_path: str  # the first page's is not used: it is at /
-    icon: str
-    title: str
-    section: str = ""
-
-
-PAGES = (
-    Page("app_pages/chat.py", "chat", "chat", "nav.chat"),
-    Page("app_pages/status.py", "status", "monitor_heart", "nav.status"),
-)
+STYLE = Path(__file__).with_name("style.css")
 
 
 @st.cache_resource(show_spinner=False, on_release=lambda parts: parts[1].close())
@@ -53,23 +30,32 @@ def shared() -> tuple[Settings, Proxy]:
 
 def main() -> None:
     settings, proxy = shared()
-    st.set_page_config(page_title="LLM Lab", page_icon=str(ICON), layout="centered")
+    st.set_page_config(page_title="LLM Lab", page_icon=str(ICON), layout="wide")
     st.html(STYLE)
+    # 1. Language and key, in the sidebar of every page.
     with st.sidebar:
         texts = load(reader_language(settings.language))
-    st.session_state.session = Session(settings, proxy, texts)
+        key = st.session_state.get(KEY) or (settings.api_key.get_secret_value() if settings.api_key else None)
+        session = Session(settings, proxy, texts, key)
+        draw_key(session)
+    st.session_state.session = session
+    # 2. The pages by section.
     sections: dict[str, list[st.Page]] = {}
     for page in PAGES:
-        sections.setdefault(texts(page.section) if page.section else "", []).append(
+        sections.setdefault(texts(f"nav.sections.{page.section}"), []).append(
             st.Page(
                 page.file,
-                title=texts(page.title),
+                title=texts(f"nav.{page.name}"),
                 icon=f":material/{page.icon}:",
                 url_path=page.url_path,
                 default=page is PAGES[0],
             )
         )
-    st.navigation(sections).run()
+    # 3. The page. What it raises is a fault of the ui; a rerun or a stop is no Exception.
+    try:
+        st.navigation(sections, expanded=True).run()
+    except Exception as error:
+        draw_unexpected(texts, error)
 
 
 def reader_language(setting: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .answer import Answer, Fault
+from .answer import Answer
 from .formats import number
 from .texts import Texts
 from .untrusted import span
@@ -83,13 +83,7 @@ def figures(answer: Answer, texts: Texts) -> str:
         prompt, completion = answer.prompt_tokens or 0, answer.completion_tokens
         known.append(texts("figures.tokens", prompt=prompt, completion=completion))
     if answer.cache:
-        state = texts(f"cache.{answer.cache}" if f"cache.{answer.cache}" in texts else "cache.other")
+        state = texts(f"cache_state.{answer.cache}" if f"cache_state.{answer.cache}" in texts else "cache_state.other")
         known.append(f":green[:material/bolt: {state}]" if answer.cache == "hit" else state)
     known.append(texts("figures.request_id", id=span(answer.request_id[:128])))
     return " · ".join(known)
-
-
-def fault_texts(fault: Fault, texts: Texts) -> tuple[str, str]:
-    """What went wrong, and what to do."""
-    seconds = fault.retry_after if fault.retry_after and fault.retry_after.isdigit() else "5"
-    return texts(f"faults.{fault.kind}.what"), texts(f"faults.{fault.kind}.do", seconds=seconds)

@@ -13,5 +13,29 @@ def short(value: float) -> str:
     return f"{value:g}"
 
 
-def percent(ratio: float) -> str:
-    return f"{ratio:.0%}"
+def percent(ratio: float, decimals: int = 0) -> str:
+    return f"{ratio:.{decimals}%}"
+
+
+def milliseconds(seconds: float) -> str:
+    """`0.42`, `8.1` or `1,234`: as many digits as say something."""
+    value = seconds * 1000
+    return number(value, 0 if value >= 100 else 1 if value >= 1 else 2)
+
+
+def size(count: float) -> str:
+    """Bytes as `512 B`, `1.5 MiB` or `2.0 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def dollars(value: float) -> str:
+    """Four significant digits at most, never as an exponent: `0.00012`, `0.15`, `1,234.00`."""
+    if value == 0:
+        return "0"
+    if value >= 1:
+        return f"{value:,.2f}"
+    return f"{value:.6f}".rstrip("0") if value >= 0.000001 else f"{value:.9f}".rstrip("0").rstrip(".")

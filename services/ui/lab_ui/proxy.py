@@ -1,4 +1,4 @@
-"""Every HTTP call to the proxy: chat answers, the model list, the status. Errors become Faults.
+"""Every HTTP call to the proxy: chat answers, and one JSON answer to one request. Errors become Faults.
 
 Knows the OpenAI API. Knows nothing of Streamlit, languages or pages. Answers are received in one thread with one event
 loop, so that a stop closes the connection at once, also before the first token. `key` is the reader's key for the
@@ -10,16 +10,47 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Mapping
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 import openai
 
-from .answer import Answer, Fault
+from .answer import Alternative, Answer, Fault, Token
 from .settings import Settings
 
-KINDS = {401: "refused", 403: "refused", 404: "unknown_model", 421: "refused", 429: "busy", 504: "timeout"}
+# The proxy's error code, else its status -> kind of fault.
+KINDS: dict[str | int | None, str] = {
+    "context_length_exceeded": "too_long", "model_not_allowed": "model_not_allowed", "host_not_allowed": "wrong_host",
+    "origin_not_allowed": "wrong_host", "rate_limit_exceeded": "limited", "insufficient_quota": "budget",
+    "upstream_rate_limited": "upstream_limited", "keys_unavailable": "keys_unavailable", "draining": "draining",
+    "upstream_error": "upstream_error", 401: "key_invalid", 403: "refused", 404: "unknown_model", 413: "too_long",
+    421: "wrong_host", 429: "busy", 503: "model_down", 504: "timeout",
+}  # fmt: skip
+REMEMBERED = 500  # answers that a reloaded page may find again
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A JSON object that the proxy answered with, its headers (lower case), and the seconds it took."""
+
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    seconds: float
+    status: int = 200
+
+    @property
+    def cache(self) -> str | None:
+        return cache_state(self.headers.get("cache-status"))
+
+    @property
+    def request_id(self) -> str:
+        return self.headers.get("x-request-id", "")
 
 
 class Proxy:
@@ -31,23 +62,65 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._lock = threading.Lock()
         self._client: openai.AsyncOpenAI | None = None
+        self._http = httpx2.Client(trust_env=False, limits=httpx2.Limits(max_connections=200))
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
 
     def ask(self, request: Mapping[str, Any], key: str | None = None) -> Answer:
         """Send `request` (a chat completion's body without the stream's fields) and return at once."""
         with self._lock:
             if not self._thread.is_alive():
                 self._thread.start()
-        answer = Answer(dict(request), self._loop)
+            answer = Answer(dict(request), self._loop)
+            self._answers[answer.id] = answer
+            if len(self._answers) > REMEMBERED:
+                self._answers.popitem(last=False)
         answer.start(lambda answer: self._receive(answer, key))
         return answer
 
+    def answer(self, id: str) -> Answer | None:  # noqa: A002 - the field's name
+        """One of the last 500 answers, by its id: for a page that was reloaded."""
+        return self._answers.get(id)
+
     def models(self, key: str | None = None) -> dict[str, Any] | Fault:
         """The body of GET /v1/models."""
-        return self._get("/v1/models", key)
+        return self._body("/v1/models", key)
 
     def status(self, key: str | None = None) -> dict[str, Any] | Fault:
         """The body of GET /status."""
-        return self._get("/status", key)
+        return self._body("/status", key)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        key: str | None = None,
+        *,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float | None = None,
+    ) -> Reply | Fault:
+        """One request and its JSON answer; `seconds`: the longest silence, by default that of an answer."""
+        settings = self._settings
+        silence = settings.answer_timeout_seconds if seconds is None else seconds
+        timeout = httpx2.Timeout(silence, connect=settings.connect_timeout_seconds)
+        sent = {"x-request-id": uuid.uuid4().hex, **_authorization(key), **(headers or {})}
+        began = time.perf_counter()
+        try:
+            response = self._http.request(method, settings.proxy_url + path, json=body, headers=sent, timeout=timeout)
+            took = time.perf_counter() - began
+            if not response.is_success:
+                return _refusal(response, key)
+            answered = response.json()
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+            return fault(error)
+        if not isinstance(answered, dict):
+            return Fault("not_the_proxy")
+        return Reply(answered, dict(response.headers), took, response.status_code)
+
+    def calls(self, count: int, at_once: int, one: Callable[[int], Reply | Fault]) -> list[Reply | Fault]:
+        """`count` calls of `one`, at most `at_once` side by side, in their order."""
+        with ThreadPoolExecutor(at_once, thread_name_prefix="calls") as pool:
+            return list(pool.map(one, range(count)))
 
     def close(self) -> None:
         """End the thread and every request in it."""
@@ -65,18 +138,14 @@ class Proxy:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
         self._loop.close()
+        self._http.close()
 
-    def _get(self, path: str, key: str | None) -> dict[str, Any] | Fault:
-        settings = self._settings
-        timeout = httpx2.Timeout(settings.status_timeout_seconds, connect=settings.connect_timeout_seconds)
-        try:
-            with httpx2.Client(trust_env=False, timeout=timeout) as client:
-                response = client.get(settings.proxy_url + path, headers=_authorization(key))
-            response.raise_for_status()
-            body = response.json()
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-            return fault(error)
-        return body if isinstance(body, dict) else Fault("not_the_proxy")
+    def _body(self, path: str, key: str | None) -> dict[str, Any] | Fault:
+        reply = self.call("GET", path, key, seconds=self._settings.status_timeout_seconds)
+        if isinstance(reply, Fault):
+            # No model of that name: of a GET it is no proxy either.
+            return Fault("not_the_proxy", reply.status) if reply.kind == "unknown_model" else reply
+        return dict(reply.body)
 
     async def _receive(self, answer: Answer, key: str | None) -> None:
         try:
@@ -86,24 +155,32 @@ class Proxy:
                 answer.fault = Fault("interrupted")
         except Exception as error:  # whatever an upstream sends becomes the answer's fault and does not end the thread
             answer.state = "failed"
-            answer.fault = fault(error, answer)
+            answer.fault = fault(error, answer, key)
 
     async def _stream(self, answer: Answer, key: str | None) -> None:
+        request = dict(answer.request)
+        extra = {name: request.pop(name) for name in ("top_k", "min_p") if name in request}  # not OpenAI's
         stream = await self._openai().chat.completions.create(
-            **answer.request,
+            **request,
             stream=True,
             stream_options={"include_usage": True},
+            extra_body=extra or None,
             extra_headers={"x-request-id": answer.request_id, **_authorization(key)},
         )
         async with stream:
             headers = stream.response.headers
+            answer.headers = dict(headers)
             answer.request_id = headers.get("x-request-id", answer.request_id)
             answer.cache = cache_state(headers.get("cache-status"))
             async for chunk in stream:
                 if chunk.usage is not None:
                     answer.prompt_tokens = chunk.usage.prompt_tokens
                     answer.completion_tokens = chunk.usage.completion_tokens
+                    details = chunk.usage.prompt_tokens_details
+                    answer.cached_tokens = details.cached_tokens if details else None
                 for choice in chunk.choices:
+                    if choice.logprobs and choice.logprobs.content:
+                        answer.tokens += map(_token, choice.logprobs.content)
                     if choice.delta.content:
                         answer.add(choice.delta.content)
                     answer.finish_reason = choice.finish_reason or answer.finish_reason
@@ -122,6 +199,11 @@ class Proxy:
         return self._client
 
 
+def _token(entry: Any) -> Token:
+    top = tuple(Alternative(each.token, each.logprob, bytes(each.bytes or ())) for each in entry.top_logprobs or ())
+    return Token(entry.token, entry.logprob, bytes(entry.bytes or ()), top)
+
+
 def _authorization(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -137,29 +219,45 @@ def cache_state(header: str | None) -> str | None:
     return "collapsed" if "collapsed" in parts else forward
 
 
-def fault(error: Exception, answer: Answer | None = None) -> Fault:
+def kind(status: int, code: str | None, key: str | None) -> str:
+    """The kind of fault of an error answer."""
+    if status == 401 and not key:
+        return "key_needed"
+    found = KINDS.get(code) or KINDS.get(status)
+    return found or ("upstream_error" if status >= 500 else "rejected")
+
+
+def _refusal(response: httpx2.Response, key: str | None) -> Fault:
+    """An error answer; without OpenAI's envelope it is not the proxy's."""
+    headers = dict(response.headers)
+    try:
+        error = response.json()["error"]
+        message, code = str(error.get("message") or ""), error.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Fault("not_the_proxy", response.status_code)
+    return Fault(
+        kind(response.status_code, code, key), response.status_code, message, headers.get("retry-after"),
+        code, headers.get("x-request-id"), headers,
+    )  # fmt: skip
+
+
+def fault(error: Exception, answer: Answer | None = None, key: str | None = None) -> Fault:
     """The kind of failure, and the proxy's own words where it sent any."""
     begun = answer is not None and answer.first is not None
     if isinstance(error, openai.APIStatusError):
-        headers = error.response.headers
+        headers = dict(error.response.headers)
         body = error.body if isinstance(error.body, Mapping) else {}
-        message = str(body.get("message") or "")
-        kind = KINDS.get(error.status_code)
-        if error.code == "context_length_exceeded":
-            kind = "too_long"
-        elif kind is None:
-            kind = "model_down" if error.status_code >= 500 else "rejected"
         if answer is not None:
             answer.request_id = headers.get("x-request-id", answer.request_id)
-        return Fault(kind, error.status_code, message, headers.get("retry-after"))
+        return Fault(
+            kind(error.status_code, error.code, key), error.status_code, str(body.get("message") or ""),
+            headers.get("retry-after"), error.code, headers.get("x-request-id"), headers,
+        )  # fmt: skip
     if isinstance(error, openai.APITimeoutError | httpx2.TimeoutException):
         connecting = isinstance(error.__cause__ or error, httpx2.ConnectTimeout)
         return Fault("proxy_down" if connecting else "timeout")
     if isinstance(error, openai.APIConnectionError | httpx2.TransportError):
         return Fault("interrupted" if begun else "proxy_down")
-    if isinstance(error, httpx2.HTTPStatusError):
-        status = error.response.status_code
-        return Fault("refused" if KINDS.get(status) == "refused" else "not_the_proxy", status)
     if isinstance(error, openai.APIError):  # an error event inside the stream
         return Fault("interrupted" if begun else "model_down", message=error.message)
     return Fault("not_the_proxy")  # neither JSON nor events: another program uses that port

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -30,6 +30,10 @@ class Settings(BaseSettings):
         default=None,
         description="Base URL of the proxy in “Show the code”, as the reader reaches it; left out: `UI_PROXY_URL`.",
     )
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="Key for the proxy that all readers share; a key of their own in the sidebar overrides it.",
+    )
     language: Literal["auto", "en", "ko"] = Field(
         default="auto",
         description="Language of the pages; `auto`: the browser's. `?lang=` and the switch in the sidebar override it.",
@@ -53,6 +57,14 @@ class Settings(BaseSettings):
             if isinstance(value, str)
             else value
         )
+
+    @field_validator("api_key")
+    @classmethod
+    def _printable(cls, value: SecretStr | None) -> SecretStr | None:
+        text = value.get_secret_value() if value else "-"
+        if not text.isascii() or not text.isprintable() or " " in text:
+            raise ValueError("must be printable ASCII without spaces")
+        return value
 
     @field_validator("proxy_url", "public_proxy_url")
     @classmethod

@@ -65,6 +65,10 @@ class Report:
         self._texts = texts
 
     @property
+    def fault(self) -> Fault | None:
+        return self._fault
+
+    @property
     def services(self) -> list[Service]:
         """In the order in which a request meets them."""
         settings, proxy, redis, model = self._settings, self._part("proxy"), self._part("redis"), self._part("model")

@@ -9,6 +9,7 @@ import streamlit as st
 
 from lab_ui import chat, snippets
 from lab_ui.answer import Answer, Fault
+from lab_ui.drawing.faults import draw_fault
 from lab_ui.formats import number
 from lab_ui.session import Session
 from lab_ui.untrusted import plain
@@ -45,8 +46,7 @@ def main() -> None:
     welcome = st.empty()
     if not models:
         with welcome.container():
-            draw_fault(listing if isinstance(listing, Fault) else Fault("no_model"))
-            st.button(texts("chat.again"), icon=":material/refresh:")
+            draw_fault(session, listing if isinstance(listing, Fault) else Fault("no_model"), "models", lambda: None)
             st.fragment(rerun_with_models, run_every=settings.refresh_seconds)(time.monotonic())
     elif not turns:
         with welcome.container():
@@ -124,9 +124,7 @@ def draw_answer(place: int, answer: Answer, *, last: bool) -> None:
         if answer.finish_reason == "content_filter":
             st.caption(texts("chat.filtered"))
         if answer.fault:
-            draw_fault(answer.fault)
-            if last:
-                st.button(texts("chat.again"), icon=":material/refresh:", key=f"again-{place}", on_click=ask_again)
+            draw_fault(session, answer.fault, str(place), ask_again if last else None)
         st.caption(chat.figures(answer, texts), help=texts("figures.legend"))
         with st.expander(texts("code.title"), icon=":material/code:", type="compact"):
             st.caption(texts("code.intro"))
@@ -144,13 +142,6 @@ def draw_growing(answer: Answer, body: Any, line: Any) -> None:
             body.markdown(plain(text), anchors=False)
             drawn = len(text)
         line.caption(texts("chat.writing" if drawn else "chat.waiting", seconds=number(answer.seconds, 1)))
-
-
-def draw_fault(fault: Fault) -> None:
-    what, do = chat.fault_texts(fault, texts)
-    st.error(do, title=what)
-    if fault.message:
-        st.caption(plain(texts("faults.said", message=fault.message[:500])))
 
 
 def rerun_with_models(drawn: float) -> None:

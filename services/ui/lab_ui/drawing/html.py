@@ -1,0 +1,64 @@
+"""Small pieces of HTML for st.html, which cleans it and loads no script. Every value is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+import streamlit as st
+
+COLOURS = ("#0f766e40", "#b4530940", "#6d28d940", "#1d4ed840", "#be185d40")  # of tokens side by side
+
+
+def draw_flow(parts: Iterable[tuple[str, str, str, str]]) -> None:
+    """The services in the order of a request: (name, state, state's text, what it does)."""
+    boxes = "".join(
+        f'<div><b><span class="lab-dot {html.escape(state)}" aria-hidden="true"></span>{html.escape(name)}</b>'
+        f"<small>{html.escape(shown)}</small><small>{html.escape(about)}</small></div>"
+        for name, state, shown, about in parts
+    )
+    st.html(f'<div class="lab-flow">{boxes}</div>')
+
+
+def draw_strip(facts: Mapping[str, str], highlighted: str = "") -> None:
+    """Figures side by side: what -> value, or what alone where the value is empty."""
+    marks = "".join(
+        f'<span class="{"hit" if name == highlighted else ""}">{html.escape(name)}'
+        f"{f' <b>{html.escape(value)}</b>' if value else ''}</span>"
+        for name, value in facts.items()
+    )
+    st.html(f'<div class="lab-strip">{marks}</div>')
+
+
+def draw_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), label: str = ""
+) -> None:
+    """A plain table. `numbers`: columns that are aligned to the right."""
+    right = set(numbers)
+
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' scope=col' if tag == 'th' else ''}{' class=number' if place in right else ''}>"
+            f"{html.escape(value)}</{tag}>"
+            for place, value in enumerate(values)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    caption = f' aria-label="{html.escape(label)}"' if label else ""
+    st.html(
+        f'<div class="lab-scroll" tabindex="0" role="region"{caption}><table class="lab-table">'
+        f"<thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def draw_tokens(pieces: Iterable[tuple[str, bytes]]) -> None:
+    """Tokens side by side, in colours that repeat. A token whose bytes are no text is shown as its bytes."""
+    spans = []
+    for place, (text, data) in enumerate(pieces):
+        colour = f' style="background:{COLOURS[place % len(COLOURS)]}"'
+        if "\ufffd" in text and data:
+            spans.append(f'<span class="bytes"{colour}>{html.escape(data.hex(" "))}</span>')
+        else:
+            shown = html.escape(text).replace("\n", "↵\n").replace("\t", "⇥\t")
+            spans.append(f"<span{colour}>{shown}</span>")
+    st.html(f'<div class="lab-tokens">{"".join(spans)}</div>')

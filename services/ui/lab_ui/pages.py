@@ -1,0 +1,31 @@
+"""The table of pages: file, icon and section of each, in the order of the navigation. The first one is at /."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Page:
+    """`section`: key of a text below nav.sections."""
+
+    name: str  # of the file in app_pages, of its texts and of its title in nav
+    icon: str
+    section: str
+
+    @property
+    def file(self) -> str:
+        """Beside this file; AppTest.switch_page takes the same."""
+        return f"app_pages/{self.name}.py"
+
+    @property
+    def url_path(self) -> str:
+        """The first page's is not used: it is at /."""
+        return self.name.replace("_", "-")
+
+
+PAGES = (
+    Page("start", "home", "start"),
+    Page("chat", "chat", "start"),
+    Page("status", "monitor_heart", "run"),
+)

@@ -1,0 +1,31 @@
+"""The start page: what runs, what is wrong, and where to go. Knows the status report; does not draw."""
+
+from __future__ import annotations
+
+from .status import Report
+from .texts import Texts
+
+STEPS = ("chat", "next_token", "cache")  # pages, in the order of the first lesson
+
+
+def services(report: Report, texts: Texts) -> list[tuple[str, str, str, str]]:
+    """(name, state, the state's text, what it does), in the order in which a request meets them."""
+    return [
+        (each.name, each.state, texts(f"status.{each.state}"), texts(f"status.{each.name}")) for each in report.services
+    ]
+
+
+def findings(report: Report, texts: Texts) -> list[str]:
+    """What is not well and what to do, in Markdown, the most important first."""
+    found = []
+    for each in report.services:
+        if each.state in {"down", "loading"}:
+            found.append(f"**{each.name}**: {' '.join(each.advice(texts))}")
+    found += [
+        f"**{model.name}**: {texts(f'status.{model.state}')} {model.detail}".rstrip()
+        for model in report.models
+        if model.state == "down"
+    ]
+    if report.cache == {}:
+        found.append(texts("status.cache_off"))
+    return found
