@@ -24,102 +24,102 @@ class Chart:
 
 
 def bars(
-    rows: Sequence[tuple[str, float, str]], *, alt: str, label: str, value: str, domain: float | None = None,
+    rows: Sequence[tuple[str, float, str]], *, words: str, label: str, value: str, domain: float | None = None,
     colours: Sequence[str] = (), format: str = ".1%",  # noqa: A002 - Vega's name
 ) -> Chart:  # fmt: skip
     """Horizontal bars in the given order: (label, value, value as text)."""
-    import altair as alt_
+    import altair as alt
 
-    data = alt_.Data(
+    data = alt.Data(
         values=[
             {"label": name, "value": amount, "text": text, "place": place,
              "colour": colours[place] if colours else PRIMARY}
             for place, (name, amount, text) in enumerate(rows)
         ]
     )  # fmt: skip
-    scale = alt_.Scale(domain=[0, domain]) if domain else alt_.Scale(zero=True)
-    base = alt_.Chart(data).encode(
-        y=alt_.Y("label:N", sort=alt_.EncodingSortField("place", order="ascending"), title=None,
-                 axis=alt_.Axis(labelLimit=220, labelFontSize=13, ticks=False, domain=False)),
-        x=alt_.X("value:Q", title=value, scale=scale, axis=alt_.Axis(format=format, grid=True, tickCount=5)),
-        tooltip=[alt_.Tooltip("label:N", title=label), alt_.Tooltip("text:N", title=value)],
+    scale = alt.Scale(domain=[0, domain]) if domain else alt.Scale(zero=True)
+    base = alt.Chart(data).encode(
+        y=alt.Y("label:N", sort=alt.EncodingSortField("place", order="ascending"), title=None,
+                 axis=alt.Axis(labelLimit=220, labelFontSize=13, ticks=False, domain=False)),
+        x=alt.X("value:Q", title=value, scale=scale, axis=alt.Axis(format=format, grid=True, tickCount=5)),
+        tooltip=[alt.Tooltip("label:N", title=label), alt.Tooltip("text:N", title=value)],
     )  # fmt: skip
-    picture = base.mark_bar(cornerRadiusEnd=3, height={"band": 0.72}).encode(color=alt_.Color("colour:N", scale=None))
+    picture = base.mark_bar(cornerRadiusEnd=3, height={"band": 0.72}).encode(color=alt.Color("colour:N", scale=None))
     picture = picture.properties(height={"step": 26})
-    return Chart(picture, alt, (label, value), [(name, text) for name, _, text in rows])
+    return Chart(picture, words, (label, value), [(name, text) for name, _, text in rows])
 
 
 def pairs(
-    rows: Sequence[tuple[str, str, float, str]], *, alt: str, label: str, series: str, value: str,
+    rows: Sequence[tuple[str, str, float, str]], *, words: str, label: str, series: str, value: str,
     format: str = ".1%",  # noqa: A002 - Vega's name
 ) -> Chart:  # fmt: skip
     """Horizontal bars of two series under each other: (label, series, value, value as text)."""
-    import altair as alt_
+    import altair as alt
 
     names = list(dict.fromkeys(name for _, name, _, _ in rows))
-    data = alt_.Data(
+    data = alt.Data(
         values=[
             {"label": name, "series": which, "value": amount, "text": text, "place": place}
             for place, (name, which, amount, text) in enumerate(rows)
         ]
     )
     picture = (
-        alt_.Chart(data)
+        alt.Chart(data)
         .mark_bar(cornerRadiusEnd=3)
         .encode(
-            y=alt_.Y("label:N", sort=alt_.EncodingSortField("place", op="min", order="ascending"), title=None,
-                     axis=alt_.Axis(labelLimit=220, labelFontSize=13, ticks=False, domain=False)),
-            yOffset=alt_.YOffset("series:N", sort=names),
-            x=alt_.X("value:Q", title=value, axis=alt_.Axis(format=format, tickCount=5)),
-            color=alt_.Color("series:N", sort=names, title=None, scale=alt_.Scale(range=[MUTED, PRIMARY]),
-                             legend=alt_.Legend(orient="top")),
-            tooltip=[alt_.Tooltip("label:N", title=label), alt_.Tooltip("series:N", title=series),
-                     alt_.Tooltip("text:N", title=value)],
+            y=alt.Y("label:N", sort=alt.EncodingSortField("place", op="min", order="ascending"), title=None,
+                     axis=alt.Axis(labelLimit=220, labelFontSize=13, ticks=False, domain=False)),
+            yOffset=alt.YOffset("series:N", sort=names),
+            x=alt.X("value:Q", title=value, axis=alt.Axis(format=format, tickCount=5)),
+            color=alt.Color("series:N", sort=names, title=None, scale=alt.Scale(range=[MUTED, PRIMARY]),
+                             legend=alt.Legend(orient="top")),
+            tooltip=[alt.Tooltip("label:N", title=label), alt.Tooltip("series:N", title=series),
+                     alt.Tooltip("text:N", title=value)],
         )
         .properties(height={"step": 15})
     )  # fmt: skip
-    return Chart(picture, alt, (label, series, value), [(a, b, text) for a, b, _, text in rows], (2,))
+    return Chart(picture, words, (label, series, value), [(a, b, text) for a, b, _, text in rows], (2,))
 
 
-def spans(rows: Sequence[tuple[str, float, float, str]], *, alt: str, label: str, value: str) -> Chart:
+def spans(rows: Sequence[tuple[str, float, float, str]], *, words: str, label: str, value: str) -> Chart:
     """A waterfall: (label, begin, end, length as text), in milliseconds from the request's begin."""
-    import altair as alt_
+    import altair as alt
 
-    data = alt_.Data(
+    data = alt.Data(
         values=[
             {"label": name, "begin": begin, "end": end, "text": text, "place": place}
             for place, (name, begin, end, text) in enumerate(rows)
         ]
     )
-    base = alt_.Chart(data).encode(
-        y=alt_.Y("label:N", sort=alt_.EncodingSortField("place", order="ascending"), title=None,
-                 axis=alt_.Axis(labelLimit=200, labelFontSize=13, ticks=False, domain=False)),
-        x=alt_.X("begin:Q", title=value), x2="end:Q",
-        tooltip=[alt_.Tooltip("label:N", title=label), alt_.Tooltip("text:N", title=value)],
+    base = alt.Chart(data).encode(
+        y=alt.Y("label:N", sort=alt.EncodingSortField("place", order="ascending"), title=None,
+                 axis=alt.Axis(labelLimit=200, labelFontSize=13, ticks=False, domain=False)),
+        x=alt.X("begin:Q", title=value), x2="end:Q",
+        tooltip=[alt.Tooltip("label:N", title=label), alt.Tooltip("text:N", title=value)],
     )  # fmt: skip
     picture = base.mark_bar(cornerRadius=3, height={"band": 0.7}, color=PRIMARY).properties(height={"step": 28})
-    return Chart(picture, alt, (label, value), [(name, text) for name, _, _, text in rows])
+    return Chart(picture, words, (label, value), [(name, text) for name, _, _, text in rows])
 
 
 def dots(
-    rows: Sequence[tuple[int, float, str, str]], *, alt: str, x: str, y: str, series: str, logarithmic: bool = False
+    rows: Sequence[tuple[int, float, str, str]], *, words: str, x: str, y: str, series: str, logarithmic: bool = False
 ) -> Chart:
     """A point for each call: (number, value, series, value as text)."""
-    import altair as alt_
+    import altair as alt
 
-    data = alt_.Data(values=[{"x": n, "y": v, "series": s, "text": t} for n, v, s, t in rows])
+    data = alt.Data(values=[{"x": n, "y": v, "series": s, "text": t} for n, v, s, t in rows])
     names = list(dict.fromkeys(s for _, _, s, _ in rows))
     picture = (
-        alt_.Chart(data)
+        alt.Chart(data)
         .mark_circle(size=55, opacity=0.85)
         .encode(
-            x=alt_.X("x:Q", title=x, axis=alt_.Axis(tickMinStep=1, grid=False)),
-            y=alt_.Y("y:Q", title=y, scale=alt_.Scale(type="log" if logarithmic else "linear")),
-            color=alt_.Color("series:N", sort=names, title=series, scale=alt_.Scale(range=[SECOND, PRIMARY, MUTED]),
-                             legend=alt_.Legend(orient="top")),
-            tooltip=[alt_.Tooltip("x:Q", title=x), alt_.Tooltip("text:N", title=y),
-                     alt_.Tooltip("series:N", title=series)],
+            x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1, grid=False)),
+            y=alt.Y("y:Q", title=y, scale=alt.Scale(type="log" if logarithmic else "linear")),
+            color=alt.Color("series:N", sort=names, title=series, scale=alt.Scale(range=[SECOND, PRIMARY, MUTED]),
+                             legend=alt.Legend(orient="top")),
+            tooltip=[alt.Tooltip("x:Q", title=x), alt.Tooltip("text:N", title=y),
+                     alt.Tooltip("series:N", title=series)],
         )
         .properties(height=240)
     )  # fmt: skip
-    return Chart(picture, alt, (x, y, series), [(str(n), t, s) for n, _, s, t in rows], (0, 1))
+    return Chart(picture, words, (x, y, series), [(str(n), t, s) for n, _, s, t in rows], (0, 1))

@@ -67,20 +67,28 @@ class Choice:
 Parameter = Text | Number | Choice
 
 
-def read(parameters: Mapping[str, Parameter], query: Mapping[str, str], state: MutableMapping[Any, Any]) -> None:
-    """Put the value of each parameter into the session state, unless there is one. The names are the widgets' keys."""
-    for name, parameter in parameters.items():
-        if name not in state:
-            state[name] = parameter.read(query[name]) if name in query else parameter.default
+class Link:
+    """The parameters of one page. The widget of a parameter has the key `PAGE.NAME`."""
 
+    def __init__(self, page: str, parameters: Mapping[str, Parameter]) -> None:
+        self._page, self._parameters = page, parameters
 
-def write(parameters: Mapping[str, Parameter], query: MutableMapping[str, str], state: Mapping[Any, Any]) -> None:
-    """Put each value that differs from its default into the URL, and take the others out."""
-    for name, parameter in parameters.items():
-        value = state.get(name, parameter.default)
-        code = None if value is None or value == parameter.default else parameter.write(value)
-        if code is None:
-            if name in query:
-                del query[name]
-        elif query.get(name) != code:
-            query[name] = code
+    def key(self, name: str) -> str:
+        return f"{self._page}.{name}"
+
+    def read(self, query: Mapping[str, str], state: MutableMapping[Any, Any]) -> None:
+        """Put the value of each parameter into the session state, unless there is one."""
+        for name, parameter in self._parameters.items():
+            if self.key(name) not in state:
+                state[self.key(name)] = parameter.read(query[name]) if name in query else parameter.default
+
+    def write(self, query: MutableMapping[str, str], state: Mapping[Any, Any]) -> None:
+        """Put each value that differs from its default into the URL, and take the others out."""
+        for name, parameter in self._parameters.items():
+            value = state.get(self.key(name), parameter.default)
+            code = None if value is None or value == parameter.default else parameter.write(value)
+            if code is None:
+                if name in query:
+                    del query[name]
+            elif query.get(name) != code:
+                query[name] = code

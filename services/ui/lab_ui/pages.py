@@ -27,5 +27,6 @@ class Page:
 PAGES = (
     Page("start", "home", "start"),
     Page("chat", "chat", "start"),
+    Page("cache", "bolt", "measure"),
     Page("status", "monitor_heart", "run"),
 )

@@ -65,7 +65,9 @@ class Proxy:
         self._http = httpx2.Client(trust_env=False, limits=httpx2.Limits(max_connections=200))
         self._answers: OrderedDict[str, Answer] = OrderedDict()
 
-    def ask(self, request: Mapping[str, Any], key: str | None = None) -> Answer:
+    def ask(
+        self, request: Mapping[str, Any], key: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
         """Send `request` (a chat completion's body without the stream's fields) and return at once."""
         with self._lock:
             if not self._thread.is_alive():
@@ -74,7 +76,7 @@ class Proxy:
             self._answers[answer.id] = answer
             if len(self._answers) > REMEMBERED:
                 self._answers.popitem(last=False)
-        answer.start(lambda answer: self._receive(answer, key))
+        answer.start(lambda answer: self._receive(answer, key, headers or {}))
         return answer
 
     def answer(self, id: str) -> Answer | None:  # noqa: A002 - the field's name
@@ -147,9 +149,9 @@ class Proxy:
             return Fault("not_the_proxy", reply.status) if reply.kind == "unknown_model" else reply
         return dict(reply.body)
 
-    async def _receive(self, answer: Answer, key: str | None) -> None:
+    async def _receive(self, answer: Answer, key: str | None, headers: Mapping[str, str]) -> None:
         try:
-            await self._stream(answer, key)
+            await self._stream(answer, key, headers)
             answer.state = "done" if answer.finish_reason else "failed"
             if not answer.finish_reason:  # the connection ended between two events
                 answer.fault = Fault("interrupted")
@@ -157,7 +159,7 @@ class Proxy:
             answer.state = "failed"
             answer.fault = fault(error, answer, key)
 
-    async def _stream(self, answer: Answer, key: str | None) -> None:
+    async def _stream(self, answer: Answer, key: str | None, sent: Mapping[str, str]) -> None:
         request = dict(answer.request)
         extra = {name: request.pop(name) for name in ("top_k", "min_p") if name in request}  # not OpenAI's
         stream = await self._openai().chat.completions.create(
@@ -165,7 +167,7 @@ class Proxy:
             stream=True,
             stream_options={"include_usage": True},
             extra_body=extra or None,
-            extra_headers={"x-request-id": answer.request_id, **_authorization(key)},
+            extra_headers={"x-request-id": answer.request_id, **_authorization(key), **sent},
         )
         async with stream:
             headers = stream.response.headers
