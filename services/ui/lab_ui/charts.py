@@ -114,7 +114,7 @@ def dots(
         .mark_circle(size=55, opacity=0.85)
         .encode(
             x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1, grid=False)),
-            y=alt.Y("y:Q", title=y, scale=alt.Scale(type="log" if logarithmic else "linear")),
+            y=alt.Y("y:Q", title=y, scale=alt.Scale(type="log" if logarithmic else "linear"), axis=alt.Axis(tickCount=4)),
             color=alt.Color("series:N", sort=names, title=series, scale=alt.Scale(range=[SECOND, PRIMARY, MUTED]),
                              legend=alt.Legend(orient="top")),
             tooltip=[alt.Tooltip("x:Q", title=x), alt.Tooltip("text:N", title=y),

@@ -1,18 +1,18 @@
-"""The conversation: which models can be asked, the request, the figures and the fault of an answer.
+"""The conversation: which models can be asked, turns with sibling answers side by side, the request, the figures.
 
 Knows the proxy's model list and what an Answer holds. Knows nothing of HTTP and does not draw: app_pages/chat.py does.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .answer import Answer
-from .formats import number
+from .formats import milliseconds, number
 from .texts import Texts
-from .untrusted import span
 
 # English in both languages: the embedded model's Korean is poor.
 EXAMPLES = (
@@ -23,67 +23,129 @@ EXAMPLES = (
 )
 MAX_QUESTION = 32_000  # characters
 DEFAULT_CONTEXT = 8192  # tokens, for a model whose context the proxy does not list
+MAX_COLUMNS = 4
+ALTERNATIVES = 5  # of each token, asked of the lab's own models
+COLUMN_NAMES = "ABCD"
+HANGUL = re.compile("[\uac00-\ud7a3\u3131-\u318e]")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
-    """A question and its answer."""
+    """A question and its answers: for each column the siblings (asked again, continued elsewhere), and which is shown."""
 
     question: str
-    answer: Answer
+    answers: list[list[Answer]]
+    shown: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shown = self.shown or [len(siblings) - 1 for siblings in self.answers]
+
+    def answer(self, column: int) -> Answer | None:
+        """The answer shown in a column; None where the turn has none."""
+        if column >= len(self.answers) or not self.answers[column]:
+            return None
+        return self.answers[column][self.shown[column]]
+
+    def add(self, column: int, answer: Answer) -> None:
+        """Append a sibling and show it."""
+        self.answers[column].append(answer)
+        self.shown[column] = len(self.answers[column]) - 1
+
+    def move(self, column: int, step: int) -> None:
+        """Show the sibling before or after."""
+        self.shown[column] = max(0, min(len(self.answers[column]) - 1, self.shown[column] + step))
+
+    @property
+    def every(self) -> list[Answer]:
+        return [answer for siblings in self.answers for answer in siblings]
+
+    def stop(self) -> None:
+        for answer in self.every:
+            answer.stop()
 
 
 def chat_models(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Chat models by id, from the body of /v1/models. Aliases stand last, with kind and context of their models."""
+    """Chat models by id, from the body of /v1/models. Aliases stand last, with the properties of their models.
+
+    `local`: whether the lab computes it, and so knows `logprobs`. `languages`: None if the list does not have them.
+    """
     entries = {
-        str(entry["id"]): entry for entry in listing.get("data", []) if isinstance(entry, dict) and "id" in entry
+        str(entry["id"]): entry
+        for entry in listing.get("data") or []
+        if isinstance(entry, Mapping) and isinstance(entry.get("id"), str)
     }
     chat = {}
     for name, entry in entries.items():
         model = entries.get(str(entry.get("alias_of")), entry)
-        if model.get("kind", "chat") == "chat":  # other upstreams list no kind
-            chat[name] = {"alias_of": entry.get("alias_of"), "context": model.get("context")}
+        if model.get("kind", "chat") == "chat" and model.get("state", "ready") in {"ready", "unloaded"}:
+            chat[name] = {
+                "alias_of": entry.get("alias_of"), "context": model.get("context"), "local": "kind" in model,
+                "languages": model.get("languages") if isinstance(model.get("languages"), list) else None,
+            }  # fmt: skip
     return dict(sorted(chat.items(), key=lambda item: item[1]["alias_of"] is not None))
 
 
 def model_label(name: str, models: Mapping[str, Mapping[str, Any]], texts: Texts) -> str:
     """The model's id; of an alias also its model's."""
-    target = models[name]["alias_of"]
+    target = models.get(name, {}).get("alias_of")
     return texts("settings.alias", id=name, target=target) if target else name
 
 
-def request(turns: Sequence[Turn], question: str, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of the chat completion. `sampling`: `model`, `system`, `temperature`, `top_p`, `max_tokens`.
+def speaks_korean(model: Mapping[str, Any]) -> bool:
+    """False only if the model's list of languages is known and has no Korean."""
+    languages = model.get("languages")
+    return not languages or any(str(each).lower().startswith(("ko", "multi")) for each in languages)
+
+
+def request(turns: Sequence[Turn], question: str, sampling: Mapping[str, Any], column: int = 0) -> dict[str, Any]:
+    """The body of the chat completion. `sampling`: `model`, `system`, `temperature`, `top_p`, `max_tokens`, `logprobs`.
 
     Questions whose answer has no text are left out.
     """
     messages = [{"role": "system", "content": sampling["system"]}] if sampling["system"].strip() else []
     for turn in turns:
-        if turn.answer.text:
+        answer = turn.answer(column) or turn.answer(0)
+        if answer is not None and answer.text:
             messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.answer.text})
+            messages.append({"role": "assistant", "content": answer.text})
     messages.append({"role": "user", "content": question})
-    return {
+    body = {
         "model": sampling["model"],
         "messages": messages,
         "temperature": sampling["temperature"],
         "top_p": sampling["top_p"],
         "max_tokens": sampling["max_tokens"],
     }
+    return body | ({"logprobs": True, "top_logprobs": ALTERNATIVES} if sampling.get("logprobs") else {})
 
 
-def figures(answer: Answer, texts: Texts) -> str:
-    """One line of Markdown: TTFT, tokens/s, tokens, cache, request id, as far as they are known."""
-    known = []
+def continuation(request: Mapping[str, Any], prompt_ids: Sequence[int], begun_ids: Sequence[int]) -> dict[str, Any]:
+    """The body of the completion that goes on behind a begun answer; tokens as ids, so nothing is cut differently."""
+    names = ("model", "temperature", "top_p")
+    left = max(1, int(request["max_tokens"]) - len(begun_ids))
+    body = {name: request[name] for name in names if name in request}
+    return body | {"prompt": [*prompt_ids, *begun_ids], "max_tokens": left, "logprobs": ALTERNATIVES}
+
+
+def state_text(answer: Answer, texts: Texts) -> str:
+    key = f"cache_state.{answer.cache}"
+    return texts(key if key in texts else "cache_state.other") if answer.cache else ""
+
+
+def figures(answer: Answer, texts: Texts) -> dict[str, str]:
+    """What -> value for the strip below an answer, as far as it is known."""
+    known = {}
     if answer.ttft is not None:
-        known.append(texts("figures.ttft", ms=number(answer.ttft * 1000)))
+        known["TTFT"] = f"{milliseconds(answer.ttft)} ms"
     if answer.tokens_per_second is not None:
-        known.append(texts("figures.speed", speed=number(answer.tokens_per_second, 1)))
+        known[texts("figures.speed")] = number(answer.tokens_per_second, 1)
     if answer.completion_tokens is not None:
-        prompt, completion = answer.prompt_tokens or 0, answer.completion_tokens
-        known.append(texts("figures.tokens", prompt=prompt, completion=completion))
-    if answer.cache:
-        state = texts(f"cache_state.{answer.cache}" if f"cache_state.{answer.cache}" in texts else "cache_state.other")
-        known.append(f":green[:material/bolt: {state}]" if answer.cache == "hit" else state)
-    known.append(texts("figures.request_id", id=span(answer.request_id[:128])))
-    return " · ".join(known)
+        known[texts("figures.tokens")] = f"{answer.prompt_tokens or 0} + {answer.completion_tokens}"
+    if answer.cached_tokens:
+        known[texts("figures.cached_tokens")] = number(answer.cached_tokens)
+    if state := state_text(answer, texts):
+        known[state] = ""
+    if answer.finish_reason:
+        known[texts("figures.finish")] = answer.finish_reason
+    known[texts("figures.request_id")] = answer.request_id[:128]
+    return known

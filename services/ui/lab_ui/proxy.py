@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import openai
 
 from .answer import Alternative, Answer, Fault, Token
 from .settings import Settings
+from .surprise import text_of
 
 # The proxy's error code, else its status -> kind of fault.
 KINDS: dict[str | int | None, str] = {
@@ -66,13 +67,20 @@ class Proxy:
         self._answers: OrderedDict[str, Answer] = OrderedDict()
 
     def ask(
-        self, request: Mapping[str, Any], key: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        request: Mapping[str, Any],
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        begun: Sequence[Token] = (),
     ) -> Answer:
-        """Send `request` (a chat completion's body without the stream's fields) and return at once."""
+        """Send `request` and return at once. Its body is that of a chat completion without the stream's fields.
+
+        With `prompt` it is that of a completion; `begun`: tokens that stand before what it adds.
+        """
         with self._lock:
             if not self._thread.is_alive():
                 self._thread.start()
-            answer = Answer(dict(request), self._loop)
+            answer = Answer(dict(request), self._loop, text=text_of(begun), tokens=list(begun))
             self._answers[answer.id] = answer
             if len(self._answers) > REMEMBERED:
                 self._answers.popitem(last=False)
@@ -160,13 +168,12 @@ class Proxy:
             answer.fault = fault(error, answer, key)
 
     async def _stream(self, answer: Answer, key: str | None, sent: Mapping[str, str]) -> None:
-        request = dict(answer.request)
-        extra = {name: request.pop(name) for name in ("top_k", "min_p") if name in request}  # not OpenAI's
-        stream = await self._openai().chat.completions.create(
-            **request,
+        client = self._openai()
+        create: Any = client.completions.create if "prompt" in answer.request else client.chat.completions.create
+        stream = await create(
+            **answer.request,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body=extra or None,
             extra_headers={"x-request-id": answer.request_id, **_authorization(key), **sent},
         )
         async with stream:
@@ -181,10 +188,10 @@ class Proxy:
                     details = chunk.usage.prompt_tokens_details
                     answer.cached_tokens = details.cached_tokens if details else None
                 for choice in chunk.choices:
-                    if choice.logprobs and choice.logprobs.content:
-                        answer.tokens += map(_token, choice.logprobs.content)
-                    if choice.delta.content:
-                        answer.add(choice.delta.content)
+                    answer.tokens += _tokens(choice.logprobs)
+                    content = choice.text if "prompt" in answer.request else choice.delta.content
+                    if content:
+                        answer.add(content)
                     answer.finish_reason = choice.finish_reason or answer.finish_reason
 
     def _openai(self) -> openai.AsyncOpenAI:
@@ -201,9 +208,28 @@ class Proxy:
         return self._client
 
 
-def _token(entry: Any) -> Token:
-    top = tuple(Alternative(each.token, each.logprob, bytes(each.bytes or ())) for each in entry.top_logprobs or ())
-    return Token(entry.token, entry.logprob, bytes(entry.bytes or ()), top)
+def _tokens(logprobs: Any) -> list[Token]:
+    """Of a chat completion's chunk, or of a completion's, whose older format has no bytes."""
+    if logprobs is None:
+        return []
+    if content := getattr(logprobs, "content", None):
+        return [
+            Token(
+                each.token,
+                each.logprob,
+                bytes(each.bytes or ()),
+                tuple(Alternative(o.token, o.logprob, bytes(o.bytes or ())) for o in each.top_logprobs or ()),
+            )
+            for each in content
+        ]
+    tops = getattr(logprobs, "top_logprobs", None) or []
+    return [
+        Token(text, logprob or 0.0, b"", tuple(Alternative(*other) for other in (tops[place] or {}).items()))
+        for place, (text, logprob) in enumerate(
+            zip(getattr(logprobs, "tokens", None) or (), getattr(logprobs, "token_logprobs", None) or (), strict=False)
+        )
+        if place < len(tops)
+    ]
 
 
 def _authorization(key: str | None) -> dict[str, str]:

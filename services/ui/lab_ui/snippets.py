@@ -1,4 +1,4 @@
-"""The same request as code that runs: Python with the `openai` package, and curl in a POSIX shell.
+"""The same request as code that runs: Python, curl in a POSIX shell, JavaScript, LangChain.
 
 Knows quoting. The code holds nothing but the request: no key, no name of this machine but the proxy's public URL.
 """
@@ -14,26 +14,63 @@ from typing import Any
 def python(request: Mapping[str, Any], proxy_url: str) -> str:
     """A script that prints the answer as it comes. Every JSON string is a Python string as well."""
     lines = ["from openai import OpenAI", "", f'client = OpenAI(base_url={_json(proxy_url + "/v1")}, api_key="local")']
-    lines += ["stream = client.chat.completions.create("]
+    call = "completions" if "prompt" in request else "chat.completions"
+    lines += [f"stream = client.{call}.create("]
     for name, value in request.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and name == "messages":
             lines += [f"    {name}=[", *(f"        {_json(element)}," for element in value), "    ],"]
         else:
-            lines += [f"    {name}={_json(value)},"]
+            lines += [f"    {name}={_python(value)},"]
     lines += ["    stream=True,", ")", "for chunk in stream:", "    if chunk.choices:"]
-    lines += ['        print(chunk.choices[0].delta.content or "", end="", flush=True)', "print()"]
+    piece = "chunk.choices[0].text" if "prompt" in request else 'chunk.choices[0].delta.content or ""'
+    lines += [f'        print({piece}, end="", flush=True)', "print()"]
     return "\n".join(lines) + "\n"
 
 
 def curl(request: Mapping[str, Any], proxy_url: str) -> str:
     """One command; `-N` shows each event as it comes."""
     body = json.dumps({**request, "stream": True}, ensure_ascii=False, indent=1)
+    path = "/v1/completions" if "prompt" in request else "/v1/chat/completions"
     return (
-        f"curl -N {shlex.quote(proxy_url + '/v1/chat/completions')} \\\n"
+        f"curl -N {shlex.quote(proxy_url + path)} \\\n"
         "  -H 'Content-Type: application/json' \\\n"
         f"  --data-binary {shlex.quote(body)}\n"
     )
 
 
+def javascript(request: Mapping[str, Any], proxy_url: str) -> str:
+    """An ES module for Node with the `openai` package. JSON is JavaScript."""
+    call = "completions" if "prompt" in request else "chat.completions"
+    piece = "chunk.choices[0]?.text" if "prompt" in request else "chunk.choices[0]?.delta?.content"
+    return (
+        'import OpenAI from "openai";\n\n'
+        f'const client = new OpenAI({{ baseURL: {_json(proxy_url + "/v1")}, apiKey: "local" }});\n'
+        f"const stream = await client.{call}.create({json.dumps({**request, 'stream': True}, ensure_ascii=False, indent=2)});\n"
+        f'for await (const chunk of stream) process.stdout.write({piece} ?? "");\n'
+        'process.stdout.write("\\n");\n'
+    )
+
+
+def langchain(request: Mapping[str, Any], proxy_url: str) -> str:
+    """A script with `langchain-openai`, which streams the same request."""
+    roles = {"system": "system", "user": "human", "assistant": "ai"}
+    options = {name: value for name, value in request.items() if name not in {"messages", "prompt", "model"}}
+    lines = ["from langchain_openai import ChatOpenAI", "", "model = ChatOpenAI("]
+    lines += [f"    model={_json(request.get('model'))},", f"    base_url={_json(proxy_url + '/v1')},"]
+    lines += ['    api_key="local",', *(f"    {name}={_python(value)}," for name, value in options.items()), ")"]
+    lines += ["messages = ["]
+    lines += [
+        f"    ({_json(roles.get(message['role'], message['role']))}, {_json(message['content'])}),"
+        for message in request.get("messages", [])
+    ]
+    lines += ["]", "for chunk in model.stream(messages):", '    print(chunk.content, end="", flush=True)', "print()"]
+    return "\n".join(lines) + "\n"
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _python(value: Any) -> str:
+    """JSON as Python: only true, false and null differ."""
+    return repr(value) if isinstance(value, bool) or value is None else _json(value)

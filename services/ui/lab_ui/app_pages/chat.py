@@ -1,33 +1,57 @@
-"""The chat page: settings in the sidebar, the conversation, and below each answer its figures and its code."""
+"""The chat page: settings and stored conversations in the sidebar, the conversation in up to four columns."""
 
 from __future__ import annotations
 
 import time
+import uuid
 from typing import Any
 
 import streamlit as st
 
-from lab_ui import chat, snippets
+from lab_ui import chat, exports, history, links, surprise
 from lab_ui.answer import Answer, Fault
+from lab_ui.drawing.code import draw_code
+from lab_ui.drawing.components import announce, draw_history, draw_tokens
 from lab_ui.drawing.faults import draw_fault
+from lab_ui.drawing.html import draw_strip
 from lab_ui.formats import number
 from lab_ui.session import Session
 from lab_ui.untrusted import plain
 
-PACE = 0.1  # seconds between two drawings of a growing answer; more for very long ones, see `draw_growing`
+PACE = 0.1  # seconds between two drawings of growing answers; more for very long ones, see `draw_growing`
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
+state = st.session_state
+
+
+def _column(column: int) -> dict[str, links.Parameter]:
+    """The settings of one column: `model`, of the second one `model2`."""
+    mark = str(column + 1) if column else ""
+    parameters: dict[str, links.Parameter] = {
+        "model": links.Text("", 200), "temperature": links.Number(0.0, 0.0, 2.0), "top_p": links.Number(1.0, 0.05, 1.0),
+        "max_tokens": links.Number(512, 1, 1_000_000), "system": links.Text(""),
+    }  # fmt: skip
+    return {name + mark: parameter for name, parameter in parameters.items()}
+
+
+link = links.Link(
+    "chat",
+    {"q": links.Text(""), "columns": links.Number(1, 1, chat.MAX_COLUMNS)}
+    | {name: each for column in range(chat.MAX_COLUMNS) for name, each in _column(column).items()},
+)
 
 
 def main() -> None:
-    turns: list[chat.Turn] = st.session_state.setdefault("turns", [])
+    link.read(st.query_params, state)
+    turns: list[chat.Turn] = state.setdefault("turns", [])
+    state.setdefault("chat_id", uuid.uuid4().hex)
 
     # 1. The models. A list once received is kept: if the proxy goes away, the next answer reports it.
     listing = proxy.models(session.key)
-    if not isinstance(listing, Fault) or "models" not in st.session_state:
-        st.session_state.models = {} if isinstance(listing, Fault) else chat.chat_models(listing)
-    models: dict[str, dict[str, Any]] = st.session_state.models
-    sampling = draw_settings(models)
+    if not isinstance(listing, Fault) or "models" not in state:
+        state.models = {} if isinstance(listing, Fault) else chat.chat_models(listing)
+    models: dict[str, dict[str, Any]] = state.models
+    columns = draw_settings(models)
 
     # 2. The question: typed, or stored by a button's callback.
     typed = st.chat_input(
@@ -35,113 +59,283 @@ def main() -> None:
         disabled=not models,
         max_chars=chat.MAX_QUESTION,
     )
-    question = typed or st.session_state.pop("asked", None)
+    question = typed or state.pop("asked", None)
     if question and models:
-        if turns:
-            turns[-1].answer.stop()
-        turns.append(chat.Turn(question, proxy.ask(chat.request(turns, question, sampling), session.key)))
+        for turn in turns:
+            turn.stop()
+        answers = [[proxy.ask(chat.request(turns, question, each, place), session.key)]
+                   for place, each in enumerate(columns)]  # fmt: skip
+        turns.append(chat.Turn(question, answers))
+        state[link.key("q")] = turns[0].question
+    with st.sidebar:
+        draw_stored(turns, len(columns))
 
     # 3. The conversation. What a rerun may drop is in `st.empty()`: else it stays, dimmed, while an answer grows.
     draw_head(turns)
     welcome = st.empty()
     if not models:
         with welcome.container():
-            draw_fault(session, listing if isinstance(listing, Fault) else Fault("no_model"), "models", lambda: None)
+            fault = listing if isinstance(listing, Fault) else Fault("no_model")
+            draw_fault(session, fault, "models", lambda: None)
             st.fragment(rerun_with_models, run_every=settings.refresh_seconds)(time.monotonic())
     elif not turns:
         with welcome.container():
-            st.caption(texts("chat.try"))
-            for column, example in zip(st.columns(2, gap="small") * 2, chat.EXAMPLES, strict=True):
-                column.button(example, on_click=ask, args=(example,), width="stretch")
-    for place, turn in enumerate(turns):
-        with st.chat_message("user", avatar=":material/person:"):
-            st.text(turn.question)
-        with st.chat_message("assistant", avatar=":material/science:"):
-            draw_answer(place, turn.answer, last=turn is turns[-1])
+            draw_examples()
+    growing: list[tuple[Answer, Any, Any]] = []
+    wide = max([len(columns), *(len(turn.answers) for turn in turns)]) if turns else len(columns)
+    with st.container(key="wide" if wide > 1 else None):
+        for place, turn in enumerate(turns):
+            draw_question(place, turn, models)
+            shown = len(turn.answers)
+            for column, space in enumerate(st.columns(shown) if shown > 1 else [st.container()]):
+                with space, st.chat_message("assistant", avatar=":material/science:"):
+                    growing += draw_answer(place, column, turn)
+
+    # 4. Answers that grow; then once more, with all that belongs below them.
+    link.write(st.query_params, linked(len(columns), models))
+    if growing:
+        draw_growing(growing)
+        st.rerun()
+    if turns:
+        last = turns[-1].answer(0)
+        announce(texts("chat.announce", tokens=str(last.completion_tokens or 0)) if last and last.text else "")
+
+
+def linked(columns: int, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What goes into the URL: neither the first model, which is the default, nor columns that are not shown."""
+    first = next(iter(models), "")
+    names = ["q", "columns", *(name for column in range(columns) for name in _column(column))]
+    values = {link.key(name): state.get(link.key(name)) for name in names}
+    return {key: None if key.startswith("chat.model") and value == first else value for key, value in values.items()}
 
 
 def draw_head(turns: list[chat.Turn]) -> None:
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
         st.title(texts("chat.title"), anchor=False, width="content")
         if turns:
-            st.button(texts("chat.new"), icon=":material/add_comment:", on_click=start_again)
+            with st.container(horizontal=True, width="content"):
+                draw_export(turns)
+                st.button(texts("chat.new"), icon=":material/add_comment:", on_click=start_again, key="new")
     intro = st.empty()
     if not turns:
-        intro.markdown(texts("chat.intro"))
-    st.caption(texts("chat.honest"))
+        intro.markdown(f"{texts('chat.intro')}\n\n:small[{texts('chat.honest')}]")
 
 
-def draw_settings(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sidebar: the fields of a request except the messages, and `system`."""
+def draw_examples() -> None:
+    asked = state.get(link.key("q"))
+    if asked:
+        st.caption(texts("chat.linked"))
+        st.button(plain(asked[:200]), key="linked", type="primary", on_click=ask, args=(asked,))
+    st.caption(texts("chat.try"))
+    for column, example in zip(st.columns(2, gap="small") * 2, chat.EXAMPLES, strict=True):
+        column.button(example, on_click=ask, args=(example,), width="stretch")
+
+
+def draw_export(turns: list[chat.Turn]) -> None:
+    title = turns[0].question[:80]
+    files = {
+        "Markdown": ("md", "text/markdown", lambda: exports.markdown(turns, title)),
+        "JSONL": ("jsonl", "application/jsonl", lambda: exports.jsonl(turns)),
+        "Notebook": ("ipynb", "application/x-ipynb+json",
+                     lambda: exports.notebook(turns, title, settings.shown_proxy_url)),
+    }  # fmt: skip
+    with st.popover(texts("chat.export"), icon=":material/download:"):
+        for name, (ending, kind, make) in files.items():
+            st.download_button(name, make, f"llm-lab-chat.{ending}", kind, key=f"export-{ending}", on_click="ignore")
+
+
+# ---- the sidebar
+
+
+def draw_settings(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fields of a request except the messages, and `system`, for each column."""
     with st.sidebar:
         st.subheader(texts("settings.title"), anchor=False)
-        model = st.selectbox(
-            texts("settings.model"), list(models), format_func=lambda name: chat.model_label(name, models, texts),
-            disabled=not models, key="model", placeholder="–", persist_state="session",
+        count = int(
+            st.segmented_control(
+                texts("settings.columns"), range(1, chat.MAX_COLUMNS + 1), key=link.key("columns"), required=True,
+                persist_state="session", help=texts("settings.columns_help"),
+            )
+            or 1
         )  # fmt: skip
-        system = st.text_area(
-            texts("settings.system"), placeholder=texts("settings.system_placeholder"), max_chars=chat.MAX_QUESTION,
-            key="system", persist_state="session",
-        )  # fmt: skip
-        temperature = st.slider(
-            texts("settings.temperature"), 0.0, 2.0, 0.0, 0.1, help=texts("settings.temperature_help"),
-            key="temperature", persist_state="session",
-        )  # fmt: skip
-        top_p = st.slider(
-            texts("settings.top_p"), 0.05, 1.0, 1.0, 0.05, help=texts("settings.top_p_help"), key="top_p",
+        shown = 0
+        if count > 1:
+            shown = st.segmented_control(
+                texts("settings.of_column"), range(count), format_func=chat.COLUMN_NAMES.__getitem__, default=0,
+                required=True, key=f"settings-of-{count}",
+            )  # fmt: skip
+        draw_column(shown, models)
+        st.toggle(
+            texts("settings.logprobs"), value=True, key="logprobs", help=texts("settings.logprobs_help"),
             persist_state="session",
         )  # fmt: skip
-        limit = models.get(model or "", {}).get("context") or chat.DEFAULT_CONTEXT
-        max_tokens = st.number_input(
-            texts("settings.max_tokens"), 1, limit, min(512, limit), 64, key=f"max_tokens-{limit}",
-            help=texts("settings.max_tokens_help", limit=number(limit)), persist_state="session",
-        )  # fmt: skip
-    return {"model": model, "system": system, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    return [read_column(column, models) for column in range(count)]
 
 
-def draw_answer(place: int, answer: Answer, *, last: bool) -> None:
+def draw_column(column: int, models: dict[str, dict[str, Any]]) -> None:
+    key = [link.key(name) for name in _column(column)]
+    if models and state.get(key[0]) not in models:
+        state[key[0]] = next(iter(models))
+    st.selectbox(
+        texts("settings.model"), list(models), format_func=lambda name: chat.model_label(name, models, texts),
+        disabled=not models, key=key[0], placeholder="–", persist_state="session",
+    )  # fmt: skip
+    st.text_area(
+        texts("settings.system"), placeholder=texts("settings.system_placeholder"), max_chars=chat.MAX_QUESTION,
+        key=key[4], persist_state="session",
+    )  # fmt: skip
+    st.slider(
+        texts("settings.temperature"), 0.0, 2.0, step=0.1, help=texts("settings.temperature_help"), key=key[1],
+        persist_state="session",
+    )  # fmt: skip
+    st.slider(
+        texts("settings.top_p"), 0.05, 1.0, step=0.05, help=texts("settings.top_p_help"), key=key[2],
+        persist_state="session",
+    )  # fmt: skip
+    limit = models.get(state.get(key[0]) or "", {}).get("context") or chat.DEFAULT_CONTEXT
+    state[key[3]] = min(int(state[key[3]]), limit)
+    st.number_input(
+        texts("settings.max_tokens"), 1, limit, step=64, key=key[3],
+        help=texts("settings.max_tokens_help", limit=number(limit)), persist_state="session",
+    )  # fmt: skip
+
+
+def read_column(column: int, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of a column, also of one whose widgets are not drawn now."""
+    model, temperature, top_p, max_tokens, system = (state[link.key(name)] for name in _column(column))
+    if model not in models:
+        model = next(iter(models), "")
+    return {
+        "model": model, "temperature": temperature, "top_p": top_p, "max_tokens": int(max_tokens), "system": system,
+        "logprobs": state.get("logprobs", True) and models.get(model, {}).get("local", False),
+    }  # fmt: skip
+
+
+def draw_stored(turns: list[chat.Turn], columns: int) -> None:
+    """Conversations in the browser's storage."""
+    st.subheader(texts("history.title"), anchor=False)
+    fresh = not turns and not state.get("started")
+    opened = draw_history(history.dump(state.chat_id, turns, columns), state.chat_id, texts, fresh=fresh)
+    if opened is None:
+        return
+    loaded = history.load(opened, proxy.answer)
+    state.started = True
+    if loaded:
+        for turn in turns:
+            turn.stop()
+        state.chat_id, state.turns, _ = loaded
+        st.rerun()
+
+
+# ---- the conversation
+
+
+def draw_question(place: int, turn: chat.Turn, models: dict[str, dict[str, Any]]) -> None:
+    with st.chat_message("user", avatar=":material/person:"):
+        if state.get("edited") == place:
+            st.text_area(texts("chat.edit"), turn.question, key=f"edit-text-{place}", max_chars=chat.MAX_QUESTION)
+            with st.container(horizontal=True):
+                st.button(texts("chat.edit_send"), type="primary", key=f"edit-send-{place}", on_click=ask_edited,
+                          args=(place,))  # fmt: skip
+                st.button(texts("chat.edit_cancel"), key=f"edit-cancel-{place}", on_click=edit, args=(None,))
+            return
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.text(turn.question, width="stretch")
+            st.button(texts("chat.edit"), icon=":material/edit:", key=f"edit-{place}", type="tertiary", on_click=edit,
+                      args=(place,))  # fmt: skip
+        asked = {answer.request.get("model") for answer in turn.every}
+        mute = [name for name in asked if name in models and not chat.speaks_korean(models[name])]
+        if mute and chat.HANGUL.search(turn.question):
+            st.caption(f":material/info: {texts('chat.no_korean', model=', '.join(mute))}")
+
+
+def draw_answer(place: int, column: int, turn: chat.Turn) -> list[tuple[Answer, Any, Any]]:
+    """Draw one answer; what is still growing is returned with the places of its text and of its progress line."""
+    answer = turn.answer(column)
+    if answer is None:
+        return []
+    key = f"{place}-{column}"
+    if len(turn.answers) > 1:
+        st.caption(f"**{chat.COLUMN_NAMES[column]}** · {plain(str(answer.request.get('model', '')))}")
     body, line, stop, rest = st.empty(), st.empty(), st.empty(), st.empty()
     if answer.running:
-        stop.button(
-            texts("chat.stop"),
-            icon=":material/stop_circle:",
-            key=f"stop-{place}",
-            shortcut="Esc",
-            on_click=answer.stop,
-        )
-        draw_growing(answer, body, line)
-        line.empty()
-        stop.empty()
-    if answer.text:
+        if answer.text:
+            body.markdown(plain(answer.text), anchors=False)
+        stop.button(texts("chat.stop"), icon=":material/stop_circle:", key=f"stop-{key}", on_click=answer.stop,
+                    shortcut="Esc" if column == 0 else None)  # fmt: skip
+        return [(answer, body, line)]
+    coloured = bool(answer.tokens) and state.get(f"view-{key}") == "surprise"
+    if answer.text and not coloured:
         body.markdown(plain(answer.text), anchors=False)
     with rest.container():
+        if coloured:
+            draw_surprise(place, column, turn, answer)
         if answer.state == "stopped":
             st.caption(f":material/stop_circle: {texts('chat.stopped')}")
         elif answer.state == "done" and not answer.text:
             st.caption(texts("chat.empty"))
         if answer.finish_reason == "length":
-            st.caption(texts("chat.length", limit=number(answer.request["max_tokens"])))
+            st.caption(texts("chat.length", limit=number(answer.request.get("max_tokens", 0))))
         if answer.finish_reason == "content_filter":
             st.caption(texts("chat.filtered"))
         if answer.fault:
-            draw_fault(session, answer.fault, str(place), ask_again if last else None)
-        st.caption(chat.figures(answer, texts), help=texts("figures.legend"))
-        with st.expander(texts("code.title"), icon=":material/code:", type="compact"):
-            st.caption(texts("code.intro"))
-            python, curl = st.tabs(["Python", "curl"])
-            python.code(snippets.python(answer.request, settings.shown_proxy_url), language="python", wrap_lines=True)
-            curl.code(snippets.curl(answer.request, settings.shown_proxy_url), language="bash", wrap_lines=True)
+            last = place == len(state.turns) - 1
+            draw_fault(session, answer.fault, key, (lambda: regenerate(place, column)) if last else None)
+        cost = {texts("figures.cost"): "$0"} if state.models.get(answer.request.get("model"), {}).get("local") else {}
+        draw_strip(chat.figures(answer, texts) | cost, highlighted=texts("cache_state.hit"))
+        draw_actions(place, column, turn, answer)
+        draw_code(session, answer.request, f"code-{key}")
+    return []
 
 
-def draw_growing(answer: Answer, body: Any, line: Any) -> None:
-    """Draw the answer until its end. In each drawing Streamlit may end this run for a rerun, after Stop for example."""
-    drawn = 0
-    while not answer.wait(max(PACE, drawn / 100_000)):
-        text = answer.text
-        if len(text) > drawn:
-            body.markdown(plain(text), anchors=False)
-            drawn = len(text)
-        line.caption(texts("chat.writing" if drawn else "chat.waiting", seconds=number(answer.seconds, 1)))
+def draw_actions(place: int, column: int, turn: chat.Turn, answer: Answer) -> None:
+    key, siblings = f"{place}-{column}", len(turn.answers[column])
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.button(texts("chat.regenerate"), icon=":material/refresh:", key=f"regenerate-{key}", type="tertiary",
+                  on_click=regenerate, args=(place, column), help=texts("chat.regenerate_help"))  # fmt: skip
+        if siblings > 1:
+            st.button(texts("chat.before"), icon=":material/chevron_left:", key=f"before-{key}", type="tertiary",
+                      on_click=turn.move, args=(column, -1), disabled=turn.shown[column] == 0)  # fmt: skip
+            st.caption(f"{turn.shown[column] + 1} / {siblings}", width="content")
+            st.button(texts("chat.after"), icon=":material/chevron_right:", key=f"after-{key}", type="tertiary",
+                      on_click=turn.move, args=(column, 1), disabled=turn.shown[column] == siblings - 1)  # fmt: skip
+        if answer.tokens:
+            state.setdefault(f"view-{key}", "text")
+            st.segmented_control(
+                texts("chat.view"), ["text", "surprise"], format_func=lambda code: texts(f"chat.views.{code}"),
+                required=True, key=f"view-{key}", label_visibility="collapsed",
+            )  # fmt: skip
+
+
+def draw_surprise(place: int, column: int, turn: chat.Turn, answer: Answer) -> None:
+    bits, perplexity = surprise.mean_bits(answer.tokens), surprise.perplexity(answer.tokens)
+    if bits is not None and perplexity is not None:
+        st.caption(texts("surprise.about", bits=number(bits, 2), perplexity=number(perplexity, 2)))
+    picked = draw_tokens(surprise.view(answer.tokens), texts, f"tokens-{place}-{column}-{answer.id}", continues=True)
+    if picked is not None:
+        fault = continue_from(place, column, turn, answer, *picked)
+        if fault is None:
+            st.rerun()
+        draw_fault(session, fault, f"continue-{place}-{column}")
+
+
+def draw_growing(growing: list[tuple[Answer, Any, Any]]) -> None:
+    """Draw the answers until their end. In each drawing Streamlit may end this run for a rerun, after Stop for example."""
+    drawn = [0] * len(growing)
+    while running := [answer for answer, _, _ in growing if answer.running]:
+        running[0].wait(max(PACE, sum(drawn) / 100_000))
+        for answer in running[1:]:
+            answer.wait(0)
+        for place, (answer, body, line) in enumerate(growing):
+            text = answer.text
+            if len(text) > drawn[place]:
+                body.markdown(plain(text), anchors=False)
+                drawn[place] = len(text)
+            phase = "chat.writing" if drawn[place] else "chat.waiting" if answer.headers else "chat.queued"
+            if answer.running:
+                line.caption(texts(phase, seconds=number(answer.seconds, 1), tokens=number(len(answer.tokens))))
+            else:
+                line.empty()
 
 
 def rerun_with_models(drawn: float) -> None:
@@ -153,18 +347,62 @@ def rerun_with_models(drawn: float) -> None:
         st.rerun()
 
 
+# ---- what buttons do
+
+
 def ask(question: str) -> None:
-    st.session_state.asked = question
+    state.asked = question
 
 
-def ask_again() -> None:
-    st.session_state.asked = st.session_state.turns.pop().question
+def edit(place: int | None) -> None:
+    state.edited = place
+
+
+def ask_edited(place: int) -> None:
+    """Ask the edited question in a conversation of its own: the one before stays in the browser's storage."""
+    question = str(state[f"edit-text-{place}"]).strip()
+    state.edited = None
+    if not question:
+        return
+    for turn in state.turns[place:]:
+        turn.stop()
+    state.turns = state.turns[:place]
+    state.chat_id = uuid.uuid4().hex
+    state.asked = question
+
+
+def regenerate(place: int, column: int) -> None:
+    """Another answer beside the one shown: not from the cache."""
+    turn: chat.Turn = state.turns[place]
+    answer = turn.answer(column)
+    if answer is not None:
+        request = answer.request if "messages" in answer.request else turn.answers[column][0].request
+        turn.add(column, proxy.ask(request, session.key, {"cache-control": "no-cache"}))
+
+
+def continue_from(place: int, column: int, turn: chat.Turn, answer: Answer, at: int, rank: int) -> Fault | None:
+    """Go on behind the alternative of a token; the new answer is a sibling. The Fault that prevents it."""
+    first = turn.answers[column][0].request
+    begun = [*answer.tokens[:at], surprise.chosen(answer.tokens[at], rank)]
+    text = surprise.text_of(begun)
+    ids = []
+    for source in ({"messages": first.get("messages", [])}, {"text": text, "add_special_tokens": False}):
+        cut = proxy.call("POST", "/v1/inspect/tokenize", session.key, body={"model": first.get("model"), **source})
+        if isinstance(cut, Fault):
+            return cut
+        ids.append([int(each) for each in cut.body.get("ids", [])])
+    body = chat.continuation(first, *ids)
+    turn.add(column, proxy.ask(body, session.key, begun=begun))
+    state[f"view-{place}-{column}"] = "text"
+    return None
 
 
 def start_again() -> None:
-    for turn in st.session_state.turns:
-        turn.answer.stop()
-    st.session_state.turns = []
+    for turn in state.turns:
+        turn.stop()
+    state.turns, state.started, state.edited = [], True, None
+    state.chat_id = uuid.uuid4().hex
+    state[link.key("q")] = ""
 
 
 main()

@@ -1,0 +1,6 @@
+// Says one sentence to screen readers at the end of an answer: Streamlit's chat has no live region.
+export default function (component) {
+  const { data, parentElement } = component;
+  const region = parentElement.querySelector("[aria-live]");
+  if (region.textContent !== data.text) region.textContent = data.text;
+}

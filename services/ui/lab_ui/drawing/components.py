@@ -1,0 +1,71 @@
+"""Components with a script of their own: clickable tokens, conversations in the browser's storage, an announcement.
+
+Their scripts and styles are files in components/. They set texts by textContent; nothing is read as HTML.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from ..texts import Texts
+
+FOLDER = Path(__file__).parents[1] / "components"
+
+
+@functools.cache
+def _component(name: str, html: str) -> Any:
+    style = FOLDER / f"{name}.css"
+    return st.components.v2.component(
+        f"lab_{name}", html=html, js=(FOLDER / f"{name}.js").read_text(encoding="utf-8"),
+        css=style.read_text(encoding="utf-8") if style.exists() else None,
+    )  # fmt: skip
+
+
+def draw_tokens(
+    tokens: Sequence[Mapping[str, Any]], texts: Texts, key: str, *, continues: bool = False
+) -> tuple[int, int] | None:
+    """Tokens of surprise.view. With `continues` an alternative can be picked: its token's place and its rank."""
+    labels = {name: texts(f"surprise.{name}") for name in ("token", "go", "hint")}
+    component = _component("tokens", '<div class="strip" role="group"></div><div class="panel" hidden></div>')
+    result = component(
+        key=key, data={"tokens": list(tokens), "labels": labels, "continues": continues},
+        on_picked_change=lambda: None,
+    )  # fmt: skip
+    picked = getattr(result, "picked", None)
+    if not isinstance(picked, Mapping):
+        return None
+    place, rank = picked.get("place"), picked.get("rank")
+    if not isinstance(place, int | float) or not isinstance(rank, int | float):
+        return None
+    place, rank = int(place), int(rank)
+    if not 0 <= place < len(tokens) or not 0 <= rank < len(tokens[place]["top"]):
+        return None
+    return place, rank
+
+
+def draw_history(save: Mapping[str, Any], current: str, texts: Texts, *, fresh: bool) -> Any:
+    """The list of stored conversations, in which `save` is kept. The one that the reader opened, else None.
+
+    `fresh`: the session has no conversation yet and takes that of its tab, after a reload.
+    """
+    labels = {name: texts(f"history.{name}") for name in ("none", "forget")}
+    component = _component("history", '<div class="history"></div>')
+    result = component(
+        key="history", data={"save": dict(save), "current": current, "fresh": fresh, "labels": labels,
+                             "language": texts.language},
+        on_opened_change=lambda: None,
+    )  # fmt: skip
+    return getattr(result, "opened", None)
+
+
+def announce(text: str) -> None:
+    """One sentence for screen readers, once."""
+    html = (
+        '<div aria-live="polite" style="position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"></div>'
+    )
+    _component("announce", html)(key="announce", data={"text": text}, height=1)
