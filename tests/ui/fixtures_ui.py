@@ -16,12 +16,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
+from lab_ui import texts
 from processes import eventually
+from streamlit.testing.v1 import AppTest
+
+APP = Path(texts.__file__).with_name("app.py")
+CHAT_PAGE = "app_pages/chat.py"
+QUESTION = "What is the capital of France?"
 
 Mode = Literal["up", "redis-down", "model-down", "model-loading", "endless", "silent", "error", "busy",
-               "too-long", "interrupted", "broken-off", "hung", "refusing"]  # fmt: skip
+               "too-long", "interrupted", "broken-off", "hung", "refusing", "garbage"]  # fmt: skip
 
 REVISION = "c0ffee5eed" * 4
 CHAT = {"id": "smollm2-135m-instruct", "object": "model", "created": 1, "owned_by": "llm-lab", "kind": "chat",
@@ -84,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if mode == "refusing":
             self._json(401, {"error": NO_KEY})
+        elif mode == "garbage":
+            self._json(200, ["<html>"])
         elif self.path == "/health":
             self._json(200, {"status": "ok"})
         elif self.path == "/v1/models":
@@ -103,6 +112,9 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(401, {"error": NO_KEY})
                 return
             self.server.requests.append(body)
+            if (answer := self._lookup(body)) is not None:
+                self._json(*answer)
+                return
             try:
                 left = self._answer(body)
             except ConnectionError:  # the client was gone when the next piece was written, or it reset
@@ -112,6 +124,26 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
         finally:
             self.server.count(-1)
+
+    def _lookup(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]] | None:
+        """The JSON answer of an endpoint that does not stream; None: the stream answers."""
+        if "stream" in body:
+            return None
+        if self.server.mode in FAULTS:
+            code, error, headers = FAULTS[self.server.mode]
+            return code, {"error": error}, headers
+        if self.path == "/cache/explain":
+            key = {"canonical": "[3]", "key": "4f2a", "cacheable": True, "why": None, "state": "miss"}
+            differs = ["temperature"] if body.get("against") else []
+            return 200, key | {"differs": differs}, {}
+        if self.path == "/v1/chat/completions":
+            hit = json.dumps(body, sort_keys=True) in self.server.cache
+            self.server.cache.add(json.dumps(body, sort_keys=True))
+            status = "llm-lab; hit; ttl=41" if hit else "llm-lab; fwd=miss; stored"
+            return 200, {"choices": [{"message": {"content": PARIS}}]}, {"cache-status": status}
+        if self.path.startswith("/v1/inspect/"):
+            return 200, INSPECTED, {}
+        return None
 
     def _answer(self, body: dict[str, Any]) -> bool:
         """Whether the client left before its end."""
@@ -175,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
             if seconds is not None:
                 return False
 
-    def _json(self, code: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def _json(self, code: int, body: Any, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(body).encode()
         self.send_response(code)
         fields = {"content-type": "application/json", "x-request-id": self.headers.get("x-request-id", "stand-in")}
@@ -186,6 +218,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+PARTS = [
+    {"id": 7042, "text": " Paris", "bytes": [*b" Paris"], "special": False, "logprob": -0.26, "probability": 0.77,
+     "after_temperature": 0.9, "after_filters": 1.0, "cut_by": None},
+    {"id": 236, "text": None, "bytes": [0xEC], "special": False, "logprob": -2.0, "probability": 0.13,
+     "after_temperature": 0.1, "after_filters": 0.0, "cut_by": "top_p"},
+]  # fmt: skip
+INSPECTED = {
+    "tokens": PARTS, "steps": [{**PARTS[0], "alternatives": PARTS}], "token_ids": [7042], "ids": [7042, 236],
+    "kept": 1, "entropy_bits": 2.13, "vocabulary": 49152,
+}  # fmt: skip
 NO_KEY = {"message": "no key", "type": "invalid_request_error", "code": "invalid_api_key"}
 CHUNK = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": CHAT["id"]}
 FAULTS: dict[str, tuple[int, dict[str, Any], dict[str, str]]] = {
@@ -233,3 +275,34 @@ def stand_in() -> Iterator[StandIn]:
             server.closing.set()
             server.shutdown()
             thread.join(5)
+
+
+# ---- what a page shows
+
+
+def shown(app: AppTest) -> str:
+    """All text on the page, sidebar included."""
+    kinds = ("title", "subheader", "markdown", "caption", "error", "warning", "success", "button", "text", "code")
+    return "\n".join(
+        f"{getattr(e, 'label', '')} {getattr(e, 'title', '')} {getattr(e, 'value', '')}"
+        for kind in kinds
+        for e in app.get(kind)
+    )
+
+
+def strips(app: AppTest) -> str:
+    """The figures and tables that are drawn as HTML."""
+    return "\n".join(element.proto.body for element in app.get("html"))
+
+
+def click(app: AppTest, label: str) -> AppTest:
+    """Press the button of this label."""
+    done = next(button for button in app.button if button.label == label).click().run()
+    assert not done.exception
+    return done
+
+
+def ask(app: AppTest, question: str = QUESTION) -> AppTest:
+    done = app.chat_input[0].set_value(question).run()
+    assert not done.exception
+    return done

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import ANY, Mock
 
 import pytest
-from fixtures_ui import ALIAS, CHAT, PARIS, StandIn, stand_in
+from fixtures_ui import ALIAS, APP, CHAT, PARIS, QUESTION, StandIn, ask, click, shown, strips
 from lab_ui import answer as module
 from lab_ui import chat, formats, snippets, texts
 from lab_ui.__main__ import main
@@ -27,16 +27,8 @@ from lab_ui.untrusted import plain
 from processes import eventually, free_port, process, python
 from streamlit.testing.v1 import AppTest
 
-APP = Path(texts.__file__).with_name("app.py")
 LANGUAGES = list(texts.LANGUAGES)
-CHAT_PAGE, STATUS = "app_pages/chat.py", "app_pages/status.py"
-QUESTION = "What is the capital of France?"
-
-
-@pytest.fixture
-def proxy() -> Iterator[StandIn]:
-    with stand_in() as server:
-        yield server
+STATUS = "app_pages/status.py"
 
 
 @pytest.fixture
@@ -44,54 +36,6 @@ def proxy_client(proxy: StandIn) -> Iterator[Proxy]:
     made = Proxy(Settings(proxy_url=proxy.url))
     yield made
     made.close()
-
-
-@pytest.fixture
-def app(proxy: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AppTest]]:
-    """Starts the app in a language, against the stand-in or, with `url`, against another address.
-
-    `page`: its file, like app_pages/status.py. `settings`: further UI_ variables, without the prefix and in lower case.
-    """
-    import streamlit as st
-
-    def start(language: str = "en", url: str | None = None, page: str = CHAT_PAGE, **settings: str) -> AppTest:
-        monkeypatch.setenv("UI_LANGUAGE", language)
-        monkeypatch.setenv("UI_PROXY_URL", url or proxy.url)
-        monkeypatch.setenv("UI_PUBLIC_PROXY_URL", proxy.url)
-        for name, value in settings.items():
-            monkeypatch.setenv(f"UI_{name.upper()}", value)
-        return AppTest.from_file(APP, default_timeout=60).switch_page(page).run()
-
-    yield start
-    st.cache_resource.clear()
-
-
-def shown(app: AppTest) -> str:
-    """All text on the page, sidebar included."""
-    kinds = ("title", "subheader", "markdown", "caption", "error", "warning", "success", "button", "text", "code")
-    return "\n".join(
-        f"{getattr(e, 'label', '')} {getattr(e, 'title', '')} {getattr(e, 'value', '')}"
-        for kind in kinds
-        for e in app.get(kind)
-    )
-
-
-def strips(app: AppTest) -> str:
-    """The figures and tables that are drawn as HTML."""
-    return "\n".join(element.proto.body for element in app.get("html"))
-
-
-def click(app: AppTest, label: str) -> AppTest:
-    """Press the button of this label."""
-    done = next(button for button in app.button if button.label == label).click().run()
-    assert not done.exception
-    return done
-
-
-def ask(app: AppTest, question: str = QUESTION) -> AppTest:
-    done = app.chat_input[0].set_value(question).run()
-    assert not done.exception
-    return done
 
 
 @pytest.fixture
@@ -191,14 +135,6 @@ def test_every_page_is_in_the_navigation() -> None:
     files = {f"app_pages/{path.name}" for path in APP.parent.glob("app_pages/*.py") if path.name != "__init__.py"}
     assert files == {page.file for page in PAGES}
     assert len({page.url_path for page in PAGES}) == len(PAGES)
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.url_path)
-def test_every_page_is_drawn_in_every_language(app: Callable[..., AppTest], language: str, page: Any) -> None:
-    drawn = app(language, page=page.file)
-    assert not drawn.exception
-    assert drawn.title[0].value == texts.load(language)(f"{page.name}.title")
 
 
 def test_no_module_hides_another_package() -> None:

@@ -51,6 +51,7 @@ def bars(
 
 def pairs(
     rows: Sequence[tuple[str, str, float, str]], *, words: str, label: str, series: str, value: str,
+    colours: tuple[str, str] = (MUTED, PRIMARY),
     format: str = ".1%",  # noqa: A002 - Vega's name
 ) -> Chart:  # fmt: skip
     """Horizontal bars of two series under each other: (label, series, value, value as text)."""
@@ -71,7 +72,7 @@ def pairs(
                      axis=alt.Axis(labelLimit=220, labelFontSize=13, ticks=False, domain=False)),
             yOffset=alt.YOffset("series:N", sort=names),
             x=alt.X("value:Q", title=value, axis=alt.Axis(format=format, tickCount=5)),
-            color=alt.Color("series:N", sort=names, title=None, scale=alt.Scale(range=[MUTED, PRIMARY]),
+            color=alt.Color("series:N", sort=names, title=None, scale=alt.Scale(range=list(colours)),
                              legend=alt.Legend(orient="top")),
             tooltip=[alt.Tooltip("label:N", title=label), alt.Tooltip("series:N", title=series),
                      alt.Tooltip("text:N", title=value)],

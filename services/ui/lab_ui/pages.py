@@ -21,12 +21,14 @@ class Page:
     @property
     def url_path(self) -> str:
         """The first page's is not used: it is at /."""
-        return self.name.replace("_", "-")
+        return self.name
 
 
 PAGES = (
     Page("start", "home", "start"),
     Page("chat", "chat", "start"),
+    Page("tokens", "grid_view", "inside"),
+    Page("next_token", "bar_chart", "inside"),
     Page("cache", "bolt", "measure"),
     Page("status", "monitor_heart", "run"),
 )

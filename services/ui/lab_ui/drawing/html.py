@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import streamlit as st
 
+from ..wire import Piece
+
 COLOURS = ("#0f766e40", "#b4530940", "#6d28d940", "#1d4ed840", "#be185d40")  # of tokens side by side
 
 
@@ -51,14 +53,13 @@ def draw_table(
     )
 
 
-def draw_tokens(pieces: Iterable[tuple[str, bytes]]) -> None:
+def draw_pieces(pieces: Iterable[Piece]) -> None:
     """Tokens side by side, in colours that repeat. A token whose bytes are no text is shown as its bytes."""
     spans = []
-    for place, (text, data) in enumerate(pieces):
-        colour = f' style="background:{COLOURS[place % len(COLOURS)]}"'
-        if "\ufffd" in text and data:
-            spans.append(f'<span class="bytes"{colour}>{html.escape(data.hex(" "))}</span>')
+    for place, piece in enumerate(pieces):
+        mark = f'style="background:{COLOURS[place % len(COLOURS)]}" title="{piece.id}"'
+        if piece.text is None:
+            spans.append(f'<span class="bytes" {mark}>{html.escape(piece.data.hex(" "))}</span>')
         else:
-            shown = html.escape(text).replace("\n", "↵\n").replace("\t", "⇥\t")
-            spans.append(f"<span{colour}>{shown}</span>")
+            spans.append(f"<span {mark}>{html.escape(piece.text).replace(chr(10), '↵' + chr(10))}</span>")
     st.html(f'<div class="lab-tokens">{"".join(spans)}</div>')

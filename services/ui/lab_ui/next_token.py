@@ -1,0 +1,83 @@
+"""The next-token page: candidates before and after the sampling parameters, the guess and its score.
+
+Knows the wire of /v1/inspect/next-token; does not draw.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .wire import Piece, number, objects, piece
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little",
+    "Water boils at 100 degrees",
+    "Two plus two is",
+    "The opposite of hot is",
+)
+MAX_PROMPT = 2000  # characters
+TOP = 100  # candidates that are asked for; the bars show the first of them
+BARS = 12
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may come next: its probability by the model, after temperature, and after the filters."""
+
+    piece: Piece
+    probability: float
+    heated: float
+    final: float
+    cut_by: str | None
+
+
+@dataclass
+class Score:
+    """Of the guesses: rounds, how many were the most likely token, how many among the five most likely."""
+
+    rounds: int = 0
+    first: int = 0
+    five: int = 0
+
+    def count(self, rank: int | None) -> None:
+        self.rounds += 1
+        self.first += rank == 1
+        self.five += rank is not None and rank <= 5
+
+
+def candidates(body: Mapping[str, Any]) -> list[Candidate]:
+    """In the order of their probability."""
+    found = []
+    for entry in objects(body, "tokens"):
+        token = piece(entry)
+        if token is not None:
+            cut_by = entry.get("cut_by")
+            found.append(
+                Candidate(token, number(entry, "probability"), number(entry, "after_temperature"),
+                          number(entry, "after_filters"), cut_by if isinstance(cut_by, str) else None)
+            )  # fmt: skip
+    return found
+
+
+def rank_of(guess: str, found: Sequence[Candidate]) -> int | None:
+    """1 for the most likely. A token that is the beginning of the guessed word counts: words may have several tokens."""
+    word = _plain(guess)
+    for rank, each in enumerate(found, 1):
+        text = _plain(each.piece.text or "")
+        if text and word and (word == text or (word.startswith(text) and len(text) >= min(3, len(word)))):
+            return rank
+    return None
+
+
+def text_after(text: str, chosen: Sequence[Piece]) -> str:
+    """The prompt with the chosen tokens behind it."""
+    data = b"".join(each.data or (each.text or "").encode() for each in chosen)
+    return text + data.decode(errors="replace")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w]+", "", text.casefold()) or text.strip()

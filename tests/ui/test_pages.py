@@ -1,0 +1,62 @@
+"""Every page in both languages, with everything up and with each part down; and links with nonsense in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fixtures_ui import APP, StandIn, shown
+from lab_ui import texts
+from lab_ui.pages import PAGES
+from processes import free_port
+from streamlit.testing.v1 import AppTest
+
+LANGUAGES = list(texts.LANGUAGES)
+# What is down -> the text that every page with a model on it shows then; None: the page is as usual.
+STATES: dict[str, str | None] = {
+    "up": None, "proxy-down": "faults.proxy_down.what", "redis-down": None, "model-down": None, "model-loading": None,
+    "refusing": "faults.key_needed.what", "garbage": "faults.not_the_proxy.what",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("state", STATES)
+def test_every_page_in_every_state(
+    app: Callable[..., AppTest], proxy: StandIn, state: str, language: str
+) -> None:
+    """No exception, its title, and the cause in the reader's language; one session walks over all pages."""
+    words = texts.load(language)
+    gone = state == "proxy-down"
+    if not gone:
+        proxy.mode = state  # type: ignore[assignment] # a Mode
+    page = app(language, url=f"http://127.0.0.1:{free_port()}" if gone else None, page=PAGES[0].file)
+    for each in PAGES:
+        page.switch_page(each.file).run()
+        assert not page.exception, each.name
+        assert words("faults.unexpected.what") not in shown(page), each.name
+        assert page.title[0].value == words(f"{each.name}.title")
+        cause = STATES[state]
+        if cause and each.name not in {"start", "status"}:
+            assert words(cause) in shown(page), each.name
+        if each.name in {"start", "status"} and state.startswith(("redis", "model")):
+            part = "loading" if state == "model-loading" else state.removesuffix("-down")
+            assert words(f"status.do.{part}") in shown(page)
+
+
+NONSENSE = {
+    "lang": "xx", "view": "'; drop", "q": "x" * 5000, "times": "NaN", "at_once": "1e9", "change": "", "temperature": "-1",
+    "top_p": "two", "top_k": "3.5", "model": "<script>", "columns": "99", "price": "inf", "max_tokens": "0", "ko": "\x00",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_with_nonsense_opens_the_page_as_without(app: Callable[..., AppTest], page: Any) -> None:
+    app()
+    opened = AppTest.from_file(APP, default_timeout=60)
+    for name, value in NONSENSE.items():
+        opened.query_params[name] = value
+    opened.switch_page(page.file).run()
+    assert not opened.exception
+    assert texts.load("en")("faults.unexpected.what") not in shown(opened)
+    assert opened.title[0].value == texts.load("en")(f"{page.name}.title")
