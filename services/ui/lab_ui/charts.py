@@ -124,3 +124,29 @@ def dots(
         .properties(height=240)
     )  # fmt: skip
     return Chart(picture, words, (x, y, series), [(str(n), t, s) for n, _, s, t in rows], (0, 1))
+
+
+def tries(
+    rows: Sequence[tuple[int, float, float, str]], *, words: str, call: str, seconds: str, outcome: str, good: str
+) -> Chart:
+    """A line for each call, on it its requests: (call, begin, end, outcome), in seconds. `good`: the outcome in green."""
+    import altair as alt
+
+    data = alt.Data(values=[{"call": n, "begin": b, "end": e, "outcome": o} for n, b, e, o in rows])
+    names = [good, *dict.fromkeys(o for _, _, _, o in rows if o != good)]
+    colours = [PRIMARY, SECOND, MUTED, "#be185d"]
+    picture = (
+        alt.Chart(data)
+        .mark_bar(cornerRadius=2, minBandSize=4)
+        .encode(
+            y=alt.Y("call:O", title=call, axis=alt.Axis(ticks=False, domain=False, labelOverlap=True)),
+            x=alt.X("begin:Q", title=seconds), x2="end:Q",
+            color=alt.Color("outcome:N", sort=names, title=outcome, scale=alt.Scale(domain=names, range=colours),
+                            legend=alt.Legend(orient="top", labelLimit=400, direction="vertical")),
+            tooltip=[alt.Tooltip("call:O", title=call), alt.Tooltip("outcome:N", title=outcome),
+                     alt.Tooltip("begin:Q", title=seconds, format=".2f")],
+        )
+        .properties(height={"step": 14})
+    )  # fmt: skip
+    table = [(str(n), f"{b:.2f}", f"{e:.2f}", o) for n, b, e, o in rows]
+    return Chart(picture, words, (call, f"{seconds} ▸", f"▸ {seconds}", outcome), table, (0, 1, 2))

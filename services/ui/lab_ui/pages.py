@@ -30,5 +30,6 @@ PAGES = (
     Page("tokens", "grid_view", "inside"),
     Page("next_token", "bar_chart", "inside"),
     Page("cache", "bolt", "measure"),
+    Page("limits", "speed", "measure"),
     Page("status", "monitor_heart", "run"),
 )
