@@ -33,11 +33,12 @@ from fixtures_proxy import (
     state,
 )
 from lab_proxy.__main__ import main
-from lab_proxy.cache.store import NoCache
+from lab_proxy.cache.store import Cache
 from lab_proxy.http import app as application
 from lab_proxy.http.app import App, Message
 from lab_proxy.http.response import Page, PageRequest, Response
-from lab_proxy.keys.authentication import NoKeys
+from lab_proxy.keys.authentication import Authenticator
+from lab_proxy.redis.client import Client
 from lab_proxy.requests import executor
 from lab_proxy.requests.context import Traffic
 from lab_proxy.requests.executor import Executor
@@ -337,12 +338,13 @@ async def app(monkeypatch: pytest.MonkeyPatch, page: Page | None = None, **setti
     made, metrics = Settings(**settings), Metrics()
     routes = Routes(made)
     upstreams = UpstreamPool(routes, made, metrics)
+    cache = Cache(made.redis_url, bytes(32), enabled=False, timeout=1, max_entry_bytes=1)
     accounts: list[RequestRecord] = []
     yield (
         App(
             made,
-            Executor(made, NoCache(), upstreams, routes, ModelList(upstreams, 60)),
-            keys=NoKeys(),
+            Executor(made, cache, upstreams, routes, ModelList(upstreams, 60)),
+            keys=Authenticator(Client(made.redis_url), required=False, timeout=1),
             traffic=Traffic(),
             observer=Observer(metrics, SimpleNamespace(record=lambda _, account, *__: accounts.append(account))),  # type: ignore[arg-type]
             pages={("GET", "/page"): page} if page else {},

@@ -15,7 +15,7 @@ from .batches.files import FileStore
 from .batches.worker import BatchWorker
 from .cache.key import load_secret
 from .cache.single_flight import SingleFlight
-from .cache.store import Cache, NoCache
+from .cache.store import Cache
 from .http.app import App
 from .http.guards import OperatorGuard
 from .http.pages.batches import BatchPages
@@ -27,7 +27,7 @@ from .http.pages.models import ModelPages
 from .http.pages.usage import UsagePages
 from .http.response import Page
 from .http.server import listen, serve
-from .keys.authentication import Authenticator, NoKeys
+from .keys.authentication import Authenticator
 from .keys.limits import Limits
 from .keys.store import KeyStore
 from .ledger.ledger import Ledger
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] = ()) -> int:
         routes = Routes(settings)
         prices = Prices(settings.prices_file)
         Address(settings.redis_url)
-        secret = load_secret(settings.cache_secret_file) if settings.cache_enabled else b""
+        secret = load_secret(settings.cache_secret_file) if settings.cache_enabled else bytes(32)
         if settings.otlp_endpoint and not installed():
             raise ValueError("PROXY_OTLP_ENDPOINT wants the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
     except ValidationError as error:
@@ -120,18 +120,15 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         on_error=on_redis_error,
     )
     # 2. cache
-    cache = (
-        Cache(
-            settings.redis_url,
-            secret,
-            timeout=redis_timeout,
-            max_entry_bytes=settings.cache_max_entry_bytes,
-            near_bytes=settings.cache_near_bytes,
-            on_error=on_redis_error,
-            on_time=lambda operation, seconds: metrics.time("redis", operation, seconds=seconds),
-        )
-        if settings.cache_enabled
-        else NoCache()
+    cache = Cache(
+        settings.redis_url,
+        secret,
+        enabled=settings.cache_enabled,
+        timeout=redis_timeout,
+        max_entry_bytes=settings.cache_max_entry_bytes,
+        near_bytes=settings.cache_near_bytes,
+        on_error=on_redis_error,
+        on_time=lambda operation, seconds: metrics.time("redis", operation, seconds=seconds),
     )
     flights = SingleFlight(
         settings.redis_url if settings.cache_enabled else None,
@@ -154,10 +151,12 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
     )
     # 4. keys
     admin_key = settings.operator_key()
-    keys = (
-        Authenticator(client, timeout=max(redis_timeout, 0.1), admin_key=admin_key, on_error=on_redis_error)
-        if settings.keys_required
-        else NoKeys()
+    keys = Authenticator(
+        client,
+        required=settings.keys_required,
+        timeout=max(redis_timeout, 0.1),
+        admin_key=admin_key,
+        on_error=on_redis_error,
     )
     limits = Limits(
         client,

@@ -12,11 +12,14 @@ import orjson
 
 
 class ProxyError(Exception):
-    """A refusal or failure that is reported to the caller. Subclasses set the status and OpenAI's type."""
+    """A refusal or failure that is reported to the caller. Subclasses set the status, OpenAI's type and the code."""
 
     status = 500
     type = "server_error"
     code: str | None = None
+
+    def __init_subclass__(cls, status: int | None = None, type: str | None = None, code: str | None = None) -> None:  # noqa: A002
+        cls.status, cls.type, cls.code = status or cls.status, type or cls.type, code or cls.code
 
     def __init__(
         self,
@@ -40,209 +43,157 @@ class ProxyError(Exception):
         return orjson.dumps({"error": error})
 
 
-class InvalidRequest(ProxyError):
-    status = 400
-    type = "invalid_request_error"
+# ---- the caller's request
 
 
-class BodyTooLarge(InvalidRequest):
-    status = 413
-    code = "request_too_large"
+class InvalidRequest(ProxyError, status=400, type="invalid_request_error"):
+    """The caller has to change the request."""
 
 
-class ClientDisconnected(InvalidRequest):
+class BodyTooLarge(InvalidRequest, status=413, code="request_too_large"):
+    """A request body or an uploaded file."""
+
+
+class ClientDisconnected(InvalidRequest, status=499, type="client_gone"):
     """The client closed the connection. Only the log shows this error."""
 
-    status = 499
-    type = "client_gone"
+
+class BodyTimeout(InvalidRequest, status=408, code="request_timeout"):
+    """The body did not come in time."""
 
 
-class BodyTimeout(InvalidRequest):
-    status = 408
-    code = "request_timeout"
-
-
-class SlowReader(InvalidRequest):
+class SlowReader(InvalidRequest, status=408, code="read_too_slowly"):
     """A follower of a shared answer fell behind by more than the proxy buffers."""
 
-    status = 408
-    code = "read_too_slowly"
+
+class UnsupportedMediaType(InvalidRequest, status=415, code="unsupported_media_type"):
+    """The body is not of the type that the path takes."""
 
 
-class UnsupportedMediaType(InvalidRequest):
-    status = 415
-    code = "unsupported_media_type"
+class HostNotAllowed(InvalidRequest, status=421, code="host_not_allowed"):
+    """The `Host` header names a host that is not in the settings."""
 
 
-class HostNotAllowed(InvalidRequest):
-    status = 421
-    code = "host_not_allowed"
+class OriginNotAllowed(InvalidRequest, status=403, code="origin_not_allowed"):
+    """A web page of a foreign origin calls."""
 
 
-class OriginNotAllowed(InvalidRequest):
-    status = 403
-    code = "origin_not_allowed"
+class PathNotFound(InvalidRequest, status=404, code="not_found"):
+    """There is no such path, or it is turned off."""
 
 
-class PathNotFound(InvalidRequest):
-    status = 404
-    code = "not_found"
+class MethodNotAllowed(InvalidRequest, status=405, code="method_not_allowed"):
+    """The path exists, but not with this method."""
 
 
-class MethodNotAllowed(InvalidRequest):
-    status = 405
-    code = "method_not_allowed"
-
-
-class ModelNotFound(InvalidRequest):
+class ModelNotFound(InvalidRequest, status=404, code="model_not_found"):
     """`model` is the name after aliases."""
-
-    status = 404
-    code = "model_not_found"
 
     def __init__(self, message: str, model: str) -> None:
         super().__init__(message, param="model")
         self.model = model
 
 
-class InvalidKey(InvalidRequest):
-    """No key, or an unknown, revoked or expired one. The message reveals nothing that its holder does not know."""
+class UploadNotFound(InvalidRequest, status=404, code="file_not_found"):
+    """This owner has no such file."""
 
-    status = 401
-    code = "invalid_api_key"
+
+class BatchNotFound(InvalidRequest, status=404, code="batch_not_found"):
+    """This owner has no such batch."""
+
+
+class StorageFull(InvalidRequest, status=413, code="file_storage_full"):
+    """The owner's files have reached their size limit, or the disk is full."""
+
+
+class NotCached(ProxyError, status=504, code="not_cached"):
+    """The request has `only-if-cached`, and the cache holds no fresh entry."""
+
+
+class DeadlineExceeded(ProxyError, status=504, code="deadline_exceeded"):
+    """The caller's own deadline has passed."""
+
+    def __init__(self) -> None:
+        super().__init__("The time that x-request-timeout-ms gave is over.")
+
+
+# ---- keys and limits
+
+
+class InvalidKey(InvalidRequest, status=401, code="invalid_api_key"):
+    """No key, or an unknown, revoked or expired one. The message reveals nothing that its holder does not know."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers={"www-authenticate": "Bearer"})
 
 
-class ModelNotAllowed(InvalidRequest):
+class ModelNotAllowed(InvalidRequest, status=403, code="model_not_allowed"):
     """The key is valid, but not for this model."""
 
-    status = 403
-    code = "model_not_allowed"
+
+class FlushNotAllowed(InvalidRequest, status=403, code="flush_not_allowed"):
+    """The key may not flush this tenant's entries."""
 
 
-class KeysUnavailable(ProxyError):
-    """Redis is down, and this key was not verified in the last minutes."""
-
-    status = 503
-    code = "keys_unavailable"
+class KeyNotFound(InvalidRequest, status=404, code="key_not_found"):
+    """The operator names a key that does not exist."""
 
 
-class LimitsUnavailable(ProxyError):
-    """Redis is down, and PROXY_LIMITS_WHEN_REDIS_IS_DOWN is `closed`."""
-
-    status = 503
-    code = "limits_unavailable"
-
-
-class LimitReached(ProxyError):
+class LimitReached(ProxyError, status=429, code="rate_limit_exceeded"):
     """A rate limit of a key: RPM, TPM or concurrency. OpenAI's `type` names it: `requests` or `tokens`."""
-
-    status = 429
-    code = "rate_limit_exceeded"
 
     def __init__(self, message: str, kind: str, headers: Mapping[str, str]) -> None:
         super().__init__(message, headers=headers)
         self.type = kind
 
 
-class BudgetExceeded(ProxyError):
-    status = 429
-    type = "insufficient_quota"
-    code = "insufficient_quota"
+class BudgetExceeded(ProxyError, status=429, type="insufficient_quota", code="insufficient_quota"):
+    """The key has spent its budget."""
 
 
-class KeyNotFound(InvalidRequest):
-    status = 404
-    code = "key_not_found"
+# ---- the proxy and its redis
 
 
-class UploadNotFound(InvalidRequest):
-    status = 404
-    code = "file_not_found"
+class KeysUnavailable(ProxyError, status=503, code="keys_unavailable"):
+    """Redis is down, and this key was not verified in the last minutes."""
 
 
-class BatchNotFound(InvalidRequest):
-    status = 404
-    code = "batch_not_found"
+class LimitsUnavailable(ProxyError, status=503, code="limits_unavailable"):
+    """Redis is down, and PROXY_LIMITS_WHEN_REDIS_IS_DOWN is `closed`."""
 
 
-class StorageFull(InvalidRequest):
-    """The owner's files have reached their size limit, or the disk is full."""
-
-    status = 413
-    code = "file_storage_full"
-
-
-class NotCached(ProxyError):
-    """The request has `only-if-cached`, and the cache holds no fresh entry."""
-
-    status = 504
-    code = "not_cached"
-
-
-class FlushNotAllowed(InvalidRequest):
-    """The key may not flush this tenant's entries."""
-
-    status = 403
-    code = "flush_not_allowed"
-
-
-class CacheUnavailable(ProxyError):
+class CacheUnavailable(ProxyError, status=503, code="cache_unavailable"):
     """Redis is down or refuses a flush, which must not be lost."""
 
-    status = 503
-    code = "cache_unavailable"
 
-
-class UpstreamDown(ProxyError):
-    status = 503
-    code = "upstream_unavailable"
-
-
-class CircuitOpen(UpstreamDown):
-    """The upstream's circuit breaker is open."""
-
-    code = "upstream_circuit_open"
-
-
-class Draining(ProxyError):
+class Draining(ProxyError, status=503, code="draining"):
     """The proxy is shutting down and accepts no new requests."""
-
-    status = 503
-    code = "draining"
 
     def __init__(self) -> None:
         super().__init__("The proxy is ending and takes no new work: ask again.", headers={"retry-after": "1"})
 
 
-class UpstreamTimeout(ProxyError):
-    status = 504
-    code = "upstream_timeout"
+# ---- upstreams
 
 
-class DeadlineExceeded(ProxyError):
-    """The caller's own deadline has passed."""
-
-    status = 504
-    code = "deadline_exceeded"
-
-    def __init__(self) -> None:
-        super().__init__("The time that x-request-timeout-ms gave is over.")
+class UpstreamDown(ProxyError, status=503, code="upstream_unavailable"):
+    """The upstream cannot be reached, or does not serve the model yet."""
 
 
-class UpstreamBroken(ProxyError):
+class CircuitOpen(UpstreamDown, code="upstream_circuit_open"):
+    """The upstream's circuit breaker is open."""
+
+
+class UpstreamTimeout(ProxyError, status=504, code="upstream_timeout"):
+    """The upstream's answer did not come in time."""
+
+
+class UpstreamBroken(ProxyError, status=502, code="upstream_error"):
     """The upstream's answer does not follow the API."""
 
-    status = 502
-    code = "upstream_error"
 
-
-class UpstreamLimited(ProxyError):
-    status = 429
-    type = "rate_limit_error"
-    code = "upstream_rate_limited"
+class UpstreamLimited(ProxyError, status=429, type="rate_limit_error", code="upstream_rate_limited"):
+    """The upstream takes no more requests for now."""
 
 
 class UpstreamRefused(ProxyError):

@@ -21,8 +21,6 @@ from .files import FileStore, write
 from .input import InputLine, read_lines
 
 IDENTITY_SECONDS = 2.0  # a batch ends within this time after its key is revoked
-
-
 SAVE_SECONDS = 0.25  # between two writes of a batch's progress
 
 

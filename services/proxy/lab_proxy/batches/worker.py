@@ -21,7 +21,7 @@ import orjson
 
 from .. import canonical
 from ..errors import InvalidKey, ProxyError
-from ..keys.authentication import Authenticator, NoKeys
+from ..keys.authentication import Authenticator
 from ..keys.identity import LOCAL, Identity
 from ..redis.client import Client, Script
 from ..redis.connection import RedisError
@@ -94,7 +94,7 @@ class BatchWorker:
     def __init__(
         self,
         files: FileStore,
-        keys: Authenticator | NoKeys,
+        keys: Authenticator,
         client: Client,
         *,
         executor: Executor,

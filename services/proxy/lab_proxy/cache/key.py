@@ -54,11 +54,6 @@ def key_of(secret: bytes, of: bytes) -> str:
     return hmac.digest(secret, of, "sha256").hex()
 
 
-def key(secret: bytes, **parts: Any) -> str:
-    """The key of `canonical_form(**parts)`."""
-    return key_of(secret, canonical_form(**parts))
-
-
 def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:
     """One key for each canonical input of a request whose key without its inputs is `rest`.
 

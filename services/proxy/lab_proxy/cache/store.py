@@ -10,13 +10,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from ..errors import CacheUnavailable
+from ..lru import LRU
 from ..redis.client import Client, PipelinedCommand, deliver
 from ..redis.connection import Command, CommandError, Pipeline, RedisError
 from ..tasks import end
@@ -37,40 +37,6 @@ def entry_name(key: str) -> str:
     return PREFIX + key
 
 
-class LocalCache:
-    """Entries in this process: the most recently used ones, within a limit of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.size = 0
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
-
-    def get(self, key: str) -> Entry | None:
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
-
-    def put(self, key: str, entry: Entry) -> None:
-        self.drop(key)
-        self._entries[key] = entry
-        self.size += entry.weight
-        while self.size > self.limit:
-            self.size -= self._entries.popitem(last=False)[1].weight
-
-    def drop(self, key: str) -> None:
-        old = self._entries.pop(key, None)
-        if old is not None:
-            self.size -= old.weight
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.size = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
 class Cache:
     """Entries in redis, and local copies (L1). A part. Only `flush` raises when redis fails.
 
@@ -78,25 +44,22 @@ class Cache:
     invalidations. So no copy outlives a change by more than that, even if redis is unreachable.
     """
 
-    enabled = True
-
     def __init__(
         self,
         url: str,
         secret: bytes,
         *,
+        enabled: bool = True,
         timeout: float,
         max_entry_bytes: int,
         near_bytes: int = 0,
         on_error: Callable[[str], None] = lambda _: None,
         on_time: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
-        """`timeout`: of one read or write, in seconds. `near_bytes`: limit of the local copies. `on_error` gets each
-        failed operation, `on_time` each round trip with its seconds.
-
-        Raises ValueError for a URL with unsupported options.
-        """
-        self.secret = secret
+        """`enabled`: otherwise it never connects, and holds nothing. `timeout`: of one read or write, in seconds.
+        `near_bytes`: limit of the local copies. `on_error` gets each failed operation, `on_time` each round trip with
+        its seconds. Raises ValueError for a URL with unsupported options."""
+        self.enabled, self.secret = enabled, secret
         self._max_entry_bytes = max_entry_bytes
         self._on_error = on_error
         self._on_time = on_time
@@ -105,9 +68,9 @@ class Cache:
         self._redis = Client(
             url, timeout=timeout, greeting=greeting, on_push=self._on_push, on_up=self._on_up, on_down=self._on_down
         )
-        self._detail = ""
+        self._detail = "" if enabled else "the cache is switched off (PROXY_CACHE_ENABLED)"
         self._poller: asyncio.Task[None] | None = None
-        self._local = LocalCache(near_bytes)
+        self._local: LRU[Entry] = LRU(near_bytes)
         self._tracking = False  # redis sends invalidations
         self._confirmed = float("-inf")  # time.monotonic() at which the last answered command was sent
         self._epochs: dict[str, str] = {}
@@ -118,6 +81,8 @@ class Cache:
         return self._redis.up
 
     async def start(self) -> None:
+        if not self.enabled:
+            return
         await self._redis.start()
         self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="redis-watch")
 
@@ -146,9 +111,8 @@ class Cache:
     def resize(self, key: str, entry: Entry, size: int) -> None:
         """Count `size` more bytes for a local copy: a prepared form of it is kept with it."""
         if self._local.get(key) is entry:
-            self._local.drop(key)
             entry.weight += size
-            self._local.put(key, entry)
+            self._local.put(key, entry, entry.weight)
 
     async def read(
         self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
@@ -219,7 +183,7 @@ class Cache:
 
     def _keep(self, key: str, entry: Entry) -> None:
         if self._tracking and entry.weight <= self._local.limit:
-            self._local.put(key, entry)
+            self._local.put(key, entry, entry.weight)
 
     async def _execute(self, commands: Sequence[Command], operation: str) -> Pipeline | None:
         """None if redis is unavailable or too slow."""
@@ -241,8 +205,9 @@ class Cache:
 
         Entries of older epochs are never served again and expire by their TTL. Raises CacheUnavailable if redis fails.
         """
-        where = scope(tenant, model)
-        token = secrets.token_hex(8)
+        if not self.enabled:
+            return
+        where, token = scope(tenant, model), secrets.token_hex(8)
         pipeline = await self._execute([("HSET", EPOCHS, where, token)], "flush")
         if pipeline is None or isinstance(pipeline.replies[0], CommandError):
             raise CacheUnavailable("Redis does not take the flush: nothing was deleted. Try again in a moment.")
@@ -322,41 +287,3 @@ def _alive(entry: Entry | None, epoch: str, now: float) -> Entry | None:
     if entry is None or entry.epoch != epoch or entry.age(now) >= entry.ttl + entry.grace:
         return None
     return entry
-
-
-class NoCache:
-    """Stands in for a Cache that is turned off."""
-
-    enabled = False
-    up = False
-    secret = bytes(32)
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    def epoch(self, tenant: str, model: str) -> str:
-        return ""
-
-    def get_local(self, key: str, epoch: str, now: float) -> Entry | None:
-        return None
-
-    def resize(self, key: str, entry: Entry, size: int) -> None: ...
-
-    async def read(
-        self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
-    ) -> list[Entry | None] | None:
-        for command in piggyback:
-            command.on_failure()
-        return None
-
-    async def write(self, entries: Mapping[str, Entry]) -> str | None:
-        return "disabled"
-
-    async def peek(self, key: str) -> Entry | None:
-        return None
-
-    async def flush(self, tenant: str | None = None, model: str | None = None) -> None: ...
-
-    async def report(self) -> dict[str, Any]:
-        return {"state": "down", "detail": "the cache is switched off (PROXY_CACHE_ENABLED)"}

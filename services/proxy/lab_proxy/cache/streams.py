@@ -13,23 +13,11 @@ from ..endpoints import CHAT
 from .entry import new_id
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
-
-
 _EVENT_END = re.compile(rb"\r\n\r?\n|\n\r?\n|\r\r")
-
-
 _PIECE = re.compile(r"\S+\s*|\s+")  # one event of a replayed stream: about a token, never half a character
-
-
 _NO_USAGE = b',"usage":null}\n\n'
-
-
 _TEXTS = ("reasoning", "reasoning_content", "content", "refusal")
-
-
 _CONTENT = (*_TEXTS, "tool_calls")
-
-
 _OWN = frozenset({"id", "created", "object", "choices", "usage", "obfuscation"})
 
 

@@ -19,7 +19,7 @@ from .. import canonical, errors
 from ..cache.policy import CacheControl
 from ..endpoints import ALWAYS_SERVED, ENDPOINTS, FLUSH, KEYED, OPERATOR, UNCHECKED
 from ..errors import ProxyError
-from ..keys.authentication import Authenticator, NoKeys
+from ..keys.authentication import Authenticator
 from ..keys.identity import LOCAL
 from ..requests.context import RequestContext, Traffic
 from ..requests.executor import STALLED_CLIENT_SECONDS, Executor
@@ -47,7 +47,7 @@ class App:
         settings: Settings,
         executor: Executor,
         *,
-        keys: Authenticator | NoKeys,
+        keys: Authenticator,
         traffic: Traffic,
         observer: Observer,
         pages: Pages,
@@ -161,7 +161,7 @@ class App:
             identity=identity,
             endpoint=path,
             raw=raw,
-            body=canonical.parse(raw) if cached is None else cached.body,
+            body=canonical.parse(raw) if cached is None else cached.request.body,
             request_id=response.headers["x-request-id"],
             cache_control=CacheControl.read(headers.get("cache-control", "")),
             store_sampled=headers.get("x-cache-sampled", "").lower() == "true",

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs
 from .. import errors
 from ..canonical import parse
 from ..errors import InvalidRequest, UnsupportedMediaType
-from ..keys.authentication import Authenticator, NoKeys
+from ..keys.authentication import Authenticator
 from ..redis.connection import RedisError
 from ..requests.delivery import JSON
 from ..settings import LOOPBACK, Settings
@@ -153,7 +153,7 @@ def read_deadline(value: str, started_at: float) -> float:
 class OperatorGuard:
     """Protects the operator's pages: they need the admin key, and no web page may call them, whatever its origin."""
 
-    def __init__(self, keys: Authenticator | NoKeys, *, enabled: bool) -> None:
+    def __init__(self, keys: Authenticator, *, enabled: bool) -> None:
         """`enabled`: there is an admin key."""
         self._keys, self._enabled = keys, enabled
 

@@ -38,39 +38,21 @@ return {id and redis.call('HGET', KEYS[2], id), redis.call('GET', KEYS[3])}
 """)
 
 
-class NoKeys:
-    """Stands in for Authenticator where no key is required."""
-
-    required = False
-
-    async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    async def authenticate(self, headers: Mapping[str, str]) -> Identity:
-        return LOCAL
-
-    async def identity_of(self, key_id: str) -> Identity:
-        raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
-
-    def is_admin(self, headers: Mapping[str, str]) -> bool:
-        return False
-
-
 class Authenticator:
-    """Every caller needs a virtual key. A part: start and stop it."""
-
-    required = True
+    """The callers' identities. A part: start and stop it."""
 
     def __init__(
         self,
         client: Client,
         *,
+        required: bool = True,
         timeout: float,
         admin_key: str | None = None,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`timeout`: seconds to look up a key that is not cached. `on_error` is called for each failure of redis."""
+        """`required`: every caller needs a virtual key; otherwise all are LOCAL. `timeout`: seconds to look up a key
+        that is not cached. `on_error` is called for each failure of redis."""
+        self.required = required
         self._redis = client
         self._timeout = timeout
         self._admin = hashlib.sha256(admin_key.encode()).digest() if admin_key else None
@@ -83,6 +65,8 @@ class Authenticator:
         self._poller: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        if not self.required:
+            return
         await self._poll()
         self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="keys")
 
@@ -91,13 +75,13 @@ class Authenticator:
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
         """The request carries the admin key. Compared in constant time."""
-        given = _bearer(headers)
-        if self._admin is None or given is None:
-            return False
-        return hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._admin)
+        given = _bearer(headers) if self._admin else None
+        return given is not None and hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._admin or b"")
 
     async def authenticate(self, headers: Mapping[str, str]) -> Identity:
         """The caller's identity. Raises InvalidKey, or KeysUnavailable for an unverified key while redis is down."""
+        if not self.required:
+            return LOCAL
         secret = _bearer(headers)
         if secret is None:
             raise InvalidKey("This proxy wants a key: send `Authorization: Bearer sk-lab-…`.")
@@ -123,6 +107,8 @@ class Authenticator:
 
         Raises InvalidKey for a revoked or expired key, KeysUnavailable while redis is down.
         """
+        if not self.required:
+            raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
         try:
             raw = await self._redis.execute("HGET", RECORDS, key_id)
         except RedisError as error:

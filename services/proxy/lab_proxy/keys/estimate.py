@@ -8,14 +8,8 @@ from typing import Any
 from ..endpoints import ENDPOINTS
 
 DEFAULT_TOKENS = 256  # reserved for an answer without a length limit; corrected at its end
-
-
 DATA_TOKENS = 1000  # reserved for an image or audio in the prompt: its size does not give its tokens
-
-
 SCAN_BYTES = 16_384  # only bodies larger than this are searched for them
-
-
 MAX_TOKENS = 10**9
 
 

@@ -18,7 +18,7 @@ from .. import canonical
 from ..cache import entry, policy, streams
 from ..cache.flight import Flight
 from ..cache.key import key_of, sample_key
-from ..cache.store import Cache, NoCache
+from ..cache.store import Cache
 from ..errors import UpstreamBroken
 from ..telemetry.record import UpstreamCall
 from ..upstreams.client import UpstreamRequest
@@ -27,14 +27,15 @@ from ..upstreams.model_list import ModelList
 from ..upstreams.reply import UpstreamResponse
 from ..upstreams.routes import Target
 from .billing import Billing
+from .context import Plan
 from .delivery import STREAM_ERROR
-from .planner import Plan, Planner
+from .planner import Planner
 
 
 class CompletionFetch:
     def __init__(
         self,
-        cache: Cache | NoCache,
+        cache: Cache,
         upstreams: UpstreamPool,
         models: ModelList,
         planner: Planner,

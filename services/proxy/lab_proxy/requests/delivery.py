@@ -16,7 +16,7 @@ from ..cache import entry, streams
 from ..cache.entry import Entry
 from ..cache.flight import Subscriber
 from ..endpoints import ENDPOINTS
-from .planner import Plan
+from .context import Plan
 
 JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"

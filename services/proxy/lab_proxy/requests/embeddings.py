@@ -12,7 +12,7 @@ from ..cache import entry
 from ..cache.entry import Entry
 from ..cache.flight import Flight
 from ..cache.key import with_input
-from ..cache.store import Cache, NoCache
+from ..cache.store import Cache
 from ..endpoints import ENDPOINTS
 from ..errors import InvalidRequest, UpstreamBroken
 from ..telemetry.record import UpstreamCall
@@ -20,8 +20,9 @@ from ..upstreams.failover import UpstreamPool
 from ..upstreams.reply import UpstreamResponse
 from .billing import Billing
 from .completions import CompletionFetch
+from .context import Plan
 from .delivery import ResponseWriter
-from .planner import Plan, Planner
+from .planner import Planner
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class Inputs:
 class EmbeddingFetch:
     def __init__(
         self,
-        cache: Cache | NoCache,
+        cache: Cache,
         upstreams: UpstreamPool,
         planner: Planner,
         billing: Billing,

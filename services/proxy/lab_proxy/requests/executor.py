@@ -19,7 +19,7 @@ from ..cache.entry import PREPARED_BYTES, Entry, PreparedHit
 from ..cache.flight import Flight, FlightLost
 from ..cache.policy import CacheControl
 from ..cache.single_flight import SingleFlight
-from ..cache.store import BATCH, Cache, NoCache, entry_name
+from ..cache.store import BATCH, Cache, entry_name
 from ..endpoints import ENDPOINTS
 from ..errors import (
     DeadlineExceeded,
@@ -42,11 +42,10 @@ from ..upstreams.routes import Routes, Target
 from . import responses
 from .billing import Billing
 from .completions import CompletionFetch
-from .context import RequestContext
+from .context import Plan, RequestContext
 from .delivery import JSON, SSE, ResponseWriter, deliver, deliver_hit
 from .embeddings import EmbeddingFetch
-from .plan_cache import CachedPlan
-from .planner import Plan, Planner, check_permission
+from .planner import Planner, check_permission
 
 STALLED_CLIENT_SECONDS = 5.0  # for a client to read the last event of a stream that has timed out
 REFRESH = CacheControl(no_cache=True)
@@ -60,7 +59,7 @@ class Executor:
     def __init__(
         self,
         settings: Settings,
-        cache: Cache | NoCache,
+        cache: Cache,
         upstreams: UpstreamPool,
         routes: Routes,
         models: ModelList,
@@ -122,7 +121,7 @@ class Executor:
             self._billing.close_request(request)
         return True
 
-    def _prepare_hit(self, request: RequestContext, cached: CachedPlan, found: Entry, age: int) -> PreparedHit:
+    def _prepare_hit(self, request: RequestContext, cached: Plan, found: Entry, age: int) -> PreparedHit:
         """Prepare a hit and keep it with the entry, as a part of its bytes."""
         target = cached.target
         kept = (cached.stream, cached.include_usage, target.alias, target.auto)
@@ -136,8 +135,7 @@ class Executor:
         identity = len(b'"id":"","created":,') + len(entry.new_id(request.endpoint)) + 10  # digits, until year 2286
         size = sum(map(len, pieces)) + identity * (len(pieces) - 1)
         headers = {"content-type": SSE if cached.stream else JSON, "content-length": str(size)}
-        plan = Plan(request, target, cached.stream, cached.include_usage, None)
-        headers |= plan.hit_headers(found.ttl, age, cached.key)
+        headers |= cached.hit_headers(found.ttl, age, cached.key)
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         prepared = found.prepared[kept] = PreparedHit(age, encoded, pieces)
         if before is None:

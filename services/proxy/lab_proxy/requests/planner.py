@@ -11,73 +11,19 @@ from typing import Any
 
 from .. import canonical
 from ..cache import entry
-from ..cache.key import canonical_form, comparable, input_keys, key_of, sample_key, with_input
+from ..cache.key import canonical_form, comparable, input_keys, key_of, with_input
 from ..cache.policy import bypass_reason
-from ..cache.store import Cache, NoCache
+from ..cache.store import Cache
 from ..endpoints import ENDPOINTS, Endpoint
 from ..errors import InvalidRequest, ModelNotAllowed, ModelNotFound
+from ..lru import LRU
 from ..upstreams.model_list import ModelList
 from ..upstreams.routes import Routes, Target
-from .context import RequestContext
-from .plan_cache import CachedPlan, PlanCache
+from .context import Plan, RequestContext
 
-
-@dataclass(slots=True)
-class Plan:
-    """How one request is answered. Some fields change while it is carried out."""
-
-    request: RequestContext
-    target: Target
-    stream: bool
-    include_usage: bool
-    bypass: str | None  # why the cache is not used
-    forward: str = "miss"  # why the upstream is called: `fwd` of cache-status
-    epoch: str = ""  # at the beginning of the request: its answer is stored in this epoch
-    canonical_form: bytes = b""  # with the target's revision
-    limits_checked: bool = False
-    retried_at: float = 0.0  # time.perf_counter() of a second upstream call, made for the followers
-    key: str = ""  # of `canonical_form`; empty for a bypass and for endpoints with one entry per input
-    samples: int = 1  # answers that are stored side by side
-    slot: int = 0  # which of them this request's answer becomes
-    shareable: bool = False  # other requests may join its flight
-
-    @property
-    def keys(self) -> list[str]:
-        """The key of each sample; the first one is the request's own."""
-        return [sample_key(self.key, slot) for slot in range(self.samples)]
-
-    @property
-    def _alias(self) -> dict[str, str]:
-        headers = {"x-model-alias": self.target.alias} if self.target.alias else {}
-        return headers | {"x-model-auto": self.target.auto} if self.target.auto else headers
-
-    def miss_headers(self, outcome: str | None = None) -> dict[str, str]:
-        """Headers of an answer from an upstream. `outcome`: `stored`, or why it was not."""
-        if self.bypass:
-            status = f"llm-lab; fwd=bypass; detail={self.bypass}"
-        else:
-            end = {None: "", "stored": "; stored"}.get(outcome, f"; detail={outcome}")
-            status = f"llm-lab; fwd={self.forward}{end}"
-        return {"cache-status": status, **self._alias}
-
-    def collapsed_headers(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """Headers of an answer that another request's upstream call gives; `headers`: of that call."""
-        kept = {name: headers[name] for name in ("x-model-revision", "x-model-fallback") if name in headers}
-        return {"cache-status": f"llm-lab; fwd={self.forward}; collapsed", **kept, **self._alias}
-
-    def hit_headers(self, ttl: int, age: int, key: str | None, failed: int | None = None) -> dict[str, str]:
-        """Headers of an answer from the cache. `failed`: status of the failed call that a stale entry replaces."""
-        status = f"llm-lab; hit; ttl={ttl - age}" + (f'; key="{key}"' if key else "")
-        if failed is not None:
-            status = f"llm-lab; fwd=stale; fwd-status={failed}"
-        revision = {"x-model-revision": self.target.revision} if self.target.revision else {}
-        return {"cache-status": status, "age": str(age), **revision, **self._alias}
-
-    @property
-    def targets(self) -> list[Target]:
-        """The target and the fallbacks that this caller may use."""
-        allows = self.request.identity.allows
-        return [self.target, *(each for each in self.target.fallbacks if allows(each.model))]
+MAX_BODY_BYTES = 65_536  # of a request whose plan is kept: parsing a longer body costs little compared with its answer
+PLAN_BYTES = 32 * 1024 * 1024  # of all kept plans, with the requests, their parsed bodies and canonical forms
+PARSED_FACTOR = 6  # size of a parsed body and its canonical form, in sizes of its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +43,39 @@ def check_permission(request: RequestContext, target: Target) -> None:
 
 
 class Planner:
-    """Makes the plan of each request."""
+    """Makes the plan of each request.
 
-    def __init__(self, cache: Cache | NoCache, routes: Routes, models: ModelList) -> None:
+    Keeps plans by the bytes of their requests: programs repeat requests byte by byte, and parsing the body, resolving
+    the model and computing the HMAC of the canonical form would be most of the cost of a hit. A change of the routes or
+    of the model list drops all of them.
+    """
+
+    def __init__(self, cache: Cache, routes: Routes, models: ModelList) -> None:
         self._cache = cache
         self._routes = routes
         self._models = models
-        self._plan_cache = PlanCache()
-
-    def cached_plan(self, tenant: str, endpoint: str, raw: bytes) -> CachedPlan | None:
-        """The plan of an earlier request with the same bytes, if it is still valid."""
-        return self._plan_cache.get((tenant, endpoint, raw), self._generation)
+        self._plans: LRU[Plan] = LRU(PLAN_BYTES)  # by tenant, endpoint and body
+        self._plans_of = (0, 0)  # generation of the routes and the model list
 
     @property
     def _generation(self) -> tuple[int, int]:
         return self._routes.generation, self._models.generation
+
+    def cached_plan(self, tenant: str, endpoint: str, raw: bytes) -> Plan | None:
+        """The plan of an earlier request with the same bytes, as it was made. It does not hold what was sent."""
+        generation = self._routes.generation, self._models.generation
+        if generation != self._plans_of:
+            self._plans.clear()
+            self._plans_of = generation
+        return self._plans.get((tenant, endpoint, raw))
+
+    def _keep(self, plan: Plan, generation: tuple[int, int]) -> None:
+        """`generation`: from before the plan was made."""
+        request = plan.request
+        if request.plan_cacheable and len(request.raw) <= MAX_BODY_BYTES and generation == self._plans_of:
+            bare = RequestContext(request.identity, request.endpoint, b"", request.body, "")
+            weight = 1500 + PARSED_FACTOR * len(request.raw)
+            self._plans.put((request.tenant, request.endpoint, request.raw), plan.for_request(bare), weight)
 
     def resolve_alias(self, name: str) -> str:
         """The model behind a name."""
@@ -120,7 +84,9 @@ class Planner:
     async def plan(self, request: RequestContext) -> Plan:
         """The plan of a request. Raises InvalidRequest, ModelNotFound or UpstreamDown."""
         if request.cached_plan is not None:
-            return self._replan(request, request.cached_plan)
+            epoch = self._cache.epoch(request.tenant, request.cached_plan.target.model)
+            _record_target(request, request.cached_plan.target)
+            return request.cached_plan.for_request(request, epoch)
         try:
             generation, plan = self._generation, self._make(request)
         except ModelNotFound as unknown:
@@ -130,18 +96,7 @@ class Planner:
         if plan.bypass is None and not ENDPOINTS[request.endpoint].per_input:
             plan.canonical_form = self.canonical_form(plan, plan.target.revision)
             plan.key = key_of(self._cache.secret, plan.canonical_form)
-        if request.plan_cacheable:
-            cached = CachedPlan(
-                request.body,
-                plan.target,
-                plan.stream,
-                plan.include_usage,
-                plan.bypass,
-                plan.canonical_form,
-                plan.key,
-                plan.samples,
-            )
-            self._plan_cache.put((request.tenant, request.endpoint, request.raw), cached, generation)
+        self._keep(plan, generation)
         return plan
 
     async def preview(self, request: RequestContext) -> Preview:
@@ -158,23 +113,8 @@ class Planner:
         form = with_input(self.canonical_form(plan, revision, without="input"), b",".join(texts))
         return Preview(form, self.input_keys(plan, revision, texts), plan.epoch, plan.bypass)
 
-    def _replan(self, request: RequestContext, cached: CachedPlan) -> Plan:
-        target, record = cached.target, request.record
-        record.model, record.upstream, record.model_known = target.model, target.upstream, target.versioned
-        return Plan(
-            request,
-            target,
-            cached.stream,
-            cached.include_usage,
-            cached.bypass,
-            epoch=self._cache.epoch(request.tenant, target.model),
-            canonical_form=cached.canonical_form,
-            key=cached.key,
-            samples=cached.samples,
-        )
-
     def _make(self, request: RequestContext) -> Plan:
-        body, endpoint, record = request.body, ENDPOINTS[request.endpoint], request.record
+        body, endpoint = request.body, ENDPOINTS[request.endpoint]
         # 1. The fields that the proxy itself reads.
         if endpoint.default_kinds and body.get("model") is None and (name := self._default_model(endpoint)):
             body = request.body = body | {"model": name}
@@ -191,7 +131,7 @@ class Planner:
             raise InvalidRequest("`n` must be a whole number from 1.", param="n")
         # 2. The target.
         target = self._routes.resolve(model, self._models.entries, body)
-        record.model, record.upstream, record.model_known = target.model, target.upstream, target.versioned
+        _record_target(request, target)
         kind = self._models.entries.get(target.model, {}).get("kind") if target.versioned else None
         if kind and kind not in endpoint.kinds:
             raise InvalidRequest(f"`{model}` is of kind {kind}, which {endpoint.path} does not take.", param="model")
@@ -209,7 +149,8 @@ class Planner:
         )
         forward = "request" if request.cache_control.no_cache else "miss"
         epoch = self._cache.epoch(request.tenant, target.model)
-        plan = Plan(request, target, bool(stream), bool((options or {}).get("include_usage")), bypass, forward, epoch)
+        include_usage = bool((options or {}).get("include_usage"))
+        plan = Plan(request, target, bool(stream), include_usage, bypass, epoch=epoch, forward=forward)
         if target.samples > 1 and bypass is None:
             deterministic = bypass_reason(endpoint.path, body, temperature, store_sampled=False) is None
             plan.samples = 1 if deterministic else target.samples
@@ -258,6 +199,11 @@ class Planner:
             mode += f":{directives.max_age}"
         fallbacks = [f":{each.upstream}/{each.model}" for each in plan.targets[1:]]
         return ":".join((key, plan.epoch, mode)) + "".join(fallbacks)
+
+
+def _record_target(request: RequestContext, target: Target) -> None:
+    record = request.record
+    record.model, record.upstream, record.model_known = target.model, target.upstream, target.versioned
 
 
 def _check_responses(body: Mapping[str, Any], target: Target) -> None:

@@ -22,11 +22,7 @@ UNSENT = (
     aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL,
 )  # fmt: skip
 FAILURES = (aiohttp.ClientError, TimeoutError)
-
-
 _FORWARDED_PREFIX = "x-ratelimit-"
-
-
 _FORWARDED = frozenset({
     "retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version",
 })  # fmt: skip

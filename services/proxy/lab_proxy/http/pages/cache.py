@@ -13,10 +13,10 @@ from typing import Any
 import orjson
 
 from ...cache.key import differences
-from ...cache.store import Cache, NoCache
+from ...cache.store import Cache
 from ...endpoints import CACHEABLE, CHAT, FLUSH
 from ...errors import FlushNotAllowed, InvalidRequest
-from ...keys.authentication import Authenticator, NoKeys
+from ...keys.authentication import Authenticator
 from ...keys.identity import Identity
 from ...requests.context import RequestContext
 from ...requests.planner import Planner
@@ -25,7 +25,7 @@ from ..response import PageRequest, Pages, Response
 
 
 class CachePages:
-    def __init__(self, planner: Planner, cache: Cache | NoCache, keys: Authenticator | NoKeys) -> None:
+    def __init__(self, planner: Planner, cache: Cache, keys: Authenticator) -> None:
         self._planner, self._cache, self._keys = planner, cache, keys
 
     def pages(self) -> Pages:

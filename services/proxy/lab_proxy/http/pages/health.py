@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from ... import __version__
-from ...cache.store import Cache, NoCache
+from ...cache.store import Cache
 from ...requests.context import Traffic
 from ...telemetry.metrics import Metrics
 from ...upstreams.failover import UpstreamPool
@@ -22,7 +22,7 @@ from ..response import PageRequest, Pages, Response
 class HealthPages:
     def __init__(
         self,
-        cache: Cache | NoCache,
+        cache: Cache,
         upstreams: UpstreamPool,
         models: ModelList,
         *,
