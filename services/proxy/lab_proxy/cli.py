@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import csv
 import io
 import os
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
@@ -35,6 +36,8 @@ USAGE_COLUMNS = (
 )  # fmt: skip
 SECONDS = 30.0  # time limit of one command
 
+Work = Callable[[argparse.Namespace, Client], Awaitable[None]]
+
 
 class UsageError(Exception):
     """A mistake of the user; it ends the command with one line."""
@@ -44,17 +47,20 @@ def run(argv: Sequence[str], settings: Settings) -> int:
     """Returns the exit code: 0, 1 if redis fails, 2 for a wrong command."""
     args = _parser().parse_args(argv)
     try:
-        return asyncio.run(_bounded(args, settings))
+        asyncio.run(_bounded(args, settings))
     except (ProxyError, UsageError, ValueError) as error:
-        return _fail(str(error), 2)
+        _note(str(error))
+        return 2
     except (RedisError, TimeoutError) as error:
         why = str(error) or "no answer in time"
-        return _fail(f"redis does not do it ({why}): check PROXY_REDIS_URL; nothing was changed", 1)
+        _note(f"redis does not do it ({why}): check PROXY_REDIS_URL; nothing was changed")
+        return 1
+    return 0
 
 
-async def _bounded(args: argparse.Namespace, settings: Settings) -> int:
+async def _bounded(args: argparse.Namespace, settings: Settings) -> None:
     client = Client(settings.redis_url)
-    work: Callable[[argparse.Namespace, Client], Awaitable[None]] = args.work
+    work: Work = args.work
     try:
         async with asyncio.timeout(SECONDS):
             await client.start()
@@ -63,7 +69,6 @@ async def _bounded(args: argparse.Namespace, settings: Settings) -> int:
         await client.stop()
     if args.warns and not settings.keys_required:
         _note("this proxy asks nobody for a key yet: set PROXY_ADMIN_KEY_FILE, or PROXY_REQUIRE_KEYS=true")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,12 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = areas.add_parser("keys", help="virtual keys: create, list, change, rotate, revoke, import")
     verbs = keys.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(
-        name: str,
-        work: Callable[[argparse.Namespace, Client], Awaitable[None]],
-        description: str,
-        warns: bool = False,
-    ) -> argparse.ArgumentParser:
+    def command(name: str, work: Work, description: str, warns: bool = False) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=description, description=description)
         made.add_argument("--json", action="store_true", help="print JSON instead of a table")
         made.set_defaults(work=work, warns=warns)
@@ -139,39 +139,27 @@ def _spec_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _create(args: argparse.Namespace, client: Client) -> None:
     ((key, secret),) = await KeyStore(client).create([key_spec(_spec_fields(args))])
-    if args.json:
-        return _print_json(key.public_fields() | {"key": secret})
-    _print_keys([key])
-    _print(secret)
-    return _note("this is the only time that the key is shown")
+    _show_secret(args, key, secret)
 
 
 async def _list(args: argparse.Namespace, client: Client) -> None:
     found = [key for key in await KeyStore(client).list() if args.owner in {None, key.owner}]
-    shown = [key for key in found if args.all or key.public_fields()["state"] == "active"]
-    return _print_json([key.public_fields() for key in shown]) if args.json else _print_keys(shown)
+    _show_keys(args, [key for key in found if args.all or key.public_fields()["state"] == "active"])
 
 
 async def _change(args: argparse.Namespace, client: Client) -> None:
-    key = await KeyStore(client).change(args.id, _spec_fields(args))
-    return _print_json(key.public_fields()) if args.json else _print_keys([key])
+    _show_key(args, await KeyStore(client).change(args.id, _spec_fields(args)))
 
 
 async def _rotate(args: argparse.Namespace, client: Client) -> None:
-    key, secret = await KeyStore(client).rotate(args.id, args.grace)
-    if args.json:
-        return _print_json(key.public_fields() | {"key": secret})
-    _print_keys([key])
-    _print(secret)
-    return _note("this is the only time that the key is shown")
+    _show_secret(args, *await KeyStore(client).rotate(args.id, args.grace))
 
 
 async def _revoke(args: argparse.Namespace, client: Client) -> None:
     store = KeyStore(client)
     for key_id in args.id:  # an unknown id among them revokes none
         await store.get(key_id)
-    revoked = [await store.revoke(key_id) for key_id in args.id]
-    return _print_json([key.public_fields() for key in revoked]) if args.json else _print_keys(revoked)
+    _show_keys(args, [await store.revoke(key_id) for key_id in args.id])
 
 
 async def _import(args: argparse.Namespace, client: Client) -> None:
@@ -183,32 +171,29 @@ async def _import(args: argparse.Namespace, client: Client) -> None:
             raise UsageError(
                 f"{', '.join(twice[:5])} have an active key already: --again makes another; nothing was changed"
             )
-    # Create the file before the keys: a key that cannot be written is lost.
-    descriptor = -1
-    if args.out:
-        try:
-            descriptor = os.open(args.out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except OSError as error:
-            raise UsageError(f"--out {args.out} cannot be made: {error.strerror}; nothing was changed") from None
-    try:
-        made = await store.create(specs)
-    except BaseException:
+    with contextlib.ExitStack() as undo:
+        # Create the file before the keys: a key that cannot be written is lost.
+        out: TextIO = io.StringIO()
         if args.out:
-            os.close(descriptor)
-            args.out.unlink()
-        raise
+            try:
+                descriptor = os.open(args.out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            except OSError as error:
+                raise UsageError(f"--out {args.out} cannot be made: {error.strerror}; nothing was changed") from None
+            out = os.fdopen(descriptor, "w", encoding="utf-8", newline="")
+            undo.callback(args.out.unlink)
+            undo.callback(out.close)
+        made = await store.create(specs)
+        undo.pop_all()
     rows = [{"name": key.name or key.owner, "key": secret, "owner": key.owner, "id": key.id} for key, secret in made]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    if args.out:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as out:
-            out.write(text.getvalue())
-    elif args.json:
+    if args.json and not args.out:
         _print_json(rows)
     else:
-        _print(text.getvalue().rstrip())
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        if isinstance(out, io.StringIO):
+            _print(out.getvalue().rstrip())
+    out.close()
     _note(f"{len(rows)} keys made" + (f": {args.out} holds them, and nothing else does" if args.out else ""))
 
 
@@ -220,11 +205,9 @@ def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
         raise UsageError(f"{path} cannot be read as CSV in UTF-8: {error}") from None
     specs = []
     for number, line in enumerate(lines, 2):
-        given = {
-            (name or "").strip().lower(): (value or "").strip() for name, value in line.items() if name is not None
-        }
         if None in line:
             raise UsageError(f"{path} line {number}: more values than columns; nothing was changed")
+        given = {(name or "").strip().lower(): (value or "").strip() for name, value in line.items()}
         fields = defaults | {name: value for name, value in given.items() if value}
         fields.setdefault("owner", fields.get("name"))
         try:
@@ -254,18 +237,30 @@ async def _usage(args: argparse.Namespace, client: Client) -> None:
 # ---- output
 
 
-def _print_keys(keys: list[Key]) -> None:
-    _print_table(COLUMNS, [key.public_fields() for key in keys])
+def _show_keys(args: argparse.Namespace, keys: list[Key]) -> None:
+    fields = [key.public_fields() for key in keys]
+    return _print_json(fields) if args.json else _print_table(COLUMNS, fields)
+
+
+def _show_key(args: argparse.Namespace, key: Key) -> None:
+    return _print_json(key.public_fields()) if args.json else _print_table(COLUMNS, [key.public_fields()])
+
+
+def _show_secret(args: argparse.Namespace, key: Key, secret: str) -> None:
+    if args.json:
+        return _print_json(key.public_fields() | {"key": secret})
+    _print_table(COLUMNS, [key.public_fields()])
+    _print(secret)
+    return _note("this is the only time that the key is shown")
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     """Columns that are empty in all rows are left out, except the first."""
-    texts = [[_cell(row.get(name)) for name in columns] for row in rows]
-    used = [at for at in range(len(columns)) if at == 0 or any(text[at] for text in texts)]
-    table = [[columns[at] for at in used], *([text[at] for at in used] for text in texts)]
-    widths = [max(len(line[at]) for line in table) for at in range(len(used))]
-    for line in table:
-        _print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    texts = [[_cell(row.get(name)) for row in rows] for name in columns]
+    shown = [[name, *cells] for name, cells in zip(columns, texts, strict=True) if name == columns[0] or any(cells)]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in shown]
+    for line in zip(*padded, strict=True):
+        _print("  ".join(line).rstrip())
 
 
 def _cell(value: Any) -> str:
@@ -284,8 +279,3 @@ def _print(text: str) -> None:
 
 def _note(text: str) -> None:
     sys.stderr.write(f"proxy: {text}\n")
-
-
-def _fail(text: str, code: int) -> int:
-    _note(text)
-    return code

@@ -64,7 +64,7 @@ class Client:
         self._greeting, self._channel = greeting, channel
         self._on_push, self._on_up, self._on_down = on_push, on_up, on_down
         self._connection: Connection | None = None
-        self._why = "not started"
+        self._down, self._why = asyncio.Event(), "not started"
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -132,24 +132,27 @@ class Client:
             except (OSError, RedisError) as error:  # a TimeoutError is an OSError
                 down = "no answer in time" if isinstance(error, TimeoutError) else "no connection"
                 self._why = str(error) if isinstance(error, RedisError) else down
+                self._down.set()
                 return self._on_down(self._why)
             opened.pop_all()
-        made.set_timeout(self._timeout)
+        made.timeout = self._timeout
         self._connection = made
+        self._down.clear()
         return self._on_up(replies[:-1], sent)
 
     def _on_lost(self, why: str) -> None:
         if self._connection is not None:  # otherwise `_open` reports it
             self._connection, self._why = None, why
+            self._down.set()
             self._on_down(why)
 
     async def _reopen_forever(self) -> None:
         tries = 0
         while True:
+            await self._down.wait()
             await asyncio.sleep(PROBE_SECONDS[min(tries, len(PROBE_SECONDS) - 1)])
+            await self._open()
             tries = 0 if self.up else tries + 1
-            if not self.up:
-                await self._open()
 
 
 class PipelinedCommand(Protocol):

@@ -31,7 +31,7 @@ class CommandError(RedisError):
 class Pipeline:
     """Commands that were sent together, and their replies so far."""
 
-    __slots__ = ("done", "errors", "pushes", "replies", "sent", "timeout", "want")
+    __slots__ = ("done", "errors", "pushes", "replies", "sent", "timeout", "timer", "want")
 
     def __init__(self, want: int, timeout: float, done: asyncio.Future[Pipeline]) -> None:
         self.want, self.timeout, self.done = want, timeout, done
@@ -39,6 +39,7 @@ class Pipeline:
         self.errors = 0  # CommandErrors among the replies
         self.replies: list[Any] = []
         self.pushes = 0  # push messages received before the first reply
+        self.timer: asyncio.TimerHandle | None = None
 
 
 class Connection(asyncio.Protocol):
@@ -46,7 +47,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, timeout: float, on_push: Callable[[list[Any]], None], on_lost: Callable[[str], None]) -> None:
         """`timeout`: seconds of silence, while replies are due, after which the connection counts as lost."""
-        self._timeout = timeout
+        self.timeout = timeout
         self._on_push, self._on_lost = on_push, on_lost
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(replyError=CommandError, notEnoughData=_NOT_YET)
@@ -54,7 +55,6 @@ class Connection(asyncio.Protocol):
         self._count = 0  # commands that wait
         self._out: list[bytes] = []
         self._unsent: list[Pipeline] = []
-        self._timer: asyncio.TimerHandle | None = None
         self._received = 0.0  # time.monotonic() of redis's last bytes
         self._transport: asyncio.Transport | None = None
         self.pushes = 0
@@ -86,22 +86,15 @@ class Connection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(command))
 
-    def set_timeout(self, timeout: float) -> None:
-        """Change the timeout. No pipeline may be in flight."""
-        self._timeout = timeout
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def close(self, why: str = "") -> None:
         """Close at once; pipelines in flight get a RedisError. `why`: passed to `on_lost`."""
         if self._transport is None:
             return
         self._transport.abort()
         self._transport = None
-        if self._timer is not None:
-            self._timer.cancel()
         for pipeline in self._waiting:
+            if pipeline.timer:
+                pipeline.timer.cancel()
             if not pipeline.done.done():
                 pipeline.done.set_exception(RedisError(why or "closed"))
         self._waiting.clear()
@@ -114,41 +107,26 @@ class Connection(asyncio.Protocol):
             now = time.monotonic()  # loop.time() stands still while a callback runs
             for pipeline in self._unsent:
                 pipeline.sent = now
-                if pipeline.timeout != self._timeout:
-                    self._loop.call_later(pipeline.timeout, self._fail, pipeline)
-            if self._timer is None:
-                self._timer = self._loop.call_later(self._timeout, self._due)
+                pipeline.timer = self._loop.call_later(min(pipeline.timeout, self.timeout), self._due, pipeline)
         self._out.clear()
         self._unsent.clear()
 
-    def _fail(self, pipeline: Pipeline, again: bool = False) -> None:
-        """A pipeline with a timeout of its own may be late. `again`: the socket was read since."""
+    def _due(self, pipeline: Pipeline, again: bool = False) -> None:
+        """A pipeline may be late, and redis silent. `again`: the socket was read since, so the loop was not delayed."""
+        now = time.monotonic()
+        age, silence = now - pipeline.sent, now - max(pipeline.sent, self._received)
         if not again:
-            self._loop.call_later(GRACE_SECONDS, self._fail, pipeline, True)
-        elif not pipeline.done.done():
-            pipeline.done.set_exception(RedisError("no answer in time"))  # its place is kept for late replies
-
-    def _due(self, again: bool = False) -> None:
-        """The oldest pipeline may be late."""
-        self._timer = None
-        now, late, wait = time.monotonic(), False, float("inf")
-        for pipeline in self._waiting:
-            if not pipeline.sent:  # the flush sets the timer
-                break
-            age = now - pipeline.sent
-            late = age >= self._timeout
-            if not late or not again:
-                wait = min(wait, GRACE_SECONDS if late else self._timeout - age)
-                break
-            silence = min(age, now - self._received)
-            if silence >= self._timeout:
-                self.close("no answer in time")
-                return
-            if pipeline.timeout <= self._timeout:
-                self._fail(pipeline, again)
-            wait = self._timeout - silence
-        if wait < float("inf"):
-            self._timer = self._loop.call_later(wait, self._due, late and not again)
+            wait = GRACE_SECONDS
+        elif silence >= self.timeout:
+            self.close("no answer in time")
+            return
+        else:
+            wait = self.timeout - silence
+            if age >= pipeline.timeout and not pipeline.done.done():
+                pipeline.done.set_exception(RedisError("no answer in time"))  # its place is kept for late replies
+            elif age < pipeline.timeout:
+                wait = min(wait, pipeline.timeout - age)
+        pipeline.timer = self._loop.call_later(wait, self._due, pipeline, not again)
 
     # ---- asyncio.Protocol
 
@@ -185,6 +163,8 @@ class Connection(asyncio.Protocol):
                 pipeline.errors += 1
             if len(pipeline.replies) == pipeline.want:
                 self._waiting.popleft()
+                if pipeline.timer:
+                    pipeline.timer.cancel()
                 if not pipeline.done.done():
                     pipeline.done.set_result(pipeline)
 

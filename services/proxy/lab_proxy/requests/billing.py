@@ -49,13 +49,12 @@ class Billing:
         ledger.record(charge)
 
     def add_call(self, request: RequestContext, call: UpstreamCall, usage: Any, chunks: int) -> None:
-        """Charge one upstream call by its reported `usage`, or estimate it by its `chunks` until reconciliation.
-
-        A call without an answer is charged only by reconciliation.
-        """
-        if self._ledger is None:
-            return
+        """Record an upstream call at its end. It is charged by its reported `usage`, or estimated by its `chunks` until
+        reconciliation. A call without an answer is charged only by reconciliation."""
         record = request.record
+        record.add_call(call)
+        if self._ledger is None or not (call.answered or call.possibly_processed):
+            return
         charge = _charge(request, call.upstream, call.model)
         if isinstance(usage, dict):
             charge.prompt, charge.completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -43,21 +44,18 @@ class CompletionFetch:
         *,
         total_seconds: float,
     ) -> None:
-        self._cache = cache
-        self._upstreams = upstreams
-        self._models = models
-        self._planner = planner
-        self._billing = billing
+        self._cache, self._upstreams, self._models = cache, upstreams, models
+        self._planner, self._billing = planner, billing
         self._total = total_seconds
 
-    def upstream_request(self, plan: Plan, body: Callable[[Target], bytes]) -> UpstreamRequest:
+    def upstream_request(
+        self, plan: Plan, body: Callable[[Target], bytes], on_call: Callable[[UpstreamCall], None]
+    ) -> UpstreamRequest:
         request = plan.request
         deadline = (plan.retried_at or request.started) + self._total
         # Followers may wait longer for a shared answer than this caller, who then leaves the flight to them.
-        caller_deadline = None if plan.shareable else request.caller_deadline
-        return UpstreamRequest(
-            request.endpoint, request.request_id, plan.stream, deadline, body, request.record.add_call, caller_deadline
-        )
+        own = None if plan.shareable else request.caller_deadline
+        return UpstreamRequest(request.endpoint, request.request_id, plan.stream, deadline, body, on_call, own)
 
     def renamed_body(self, plan: Plan) -> Callable[[Target], bytes]:
         """The body as received, or with the target's model."""
@@ -90,15 +88,13 @@ class CompletionFetch:
         request, record = plan.request, plan.request.record
         accumulator = streams.StreamAccumulator(request.endpoint)
         targets = plan.targets
-        upstream_request = self.upstream_request(plan, partial(self._body_with_usage, plan))
         epochs = {each.model: self._cache.epoch(request.tenant, each.model) for each in targets[1:]}
 
         def on_call(call: UpstreamCall) -> None:
-            record.add_call(call)
-            if call.answered or call.possibly_processed:
-                self._billing.add_call(request, call, accumulator.usage, accumulator.content_chunks)
+            self._billing.add_call(request, call, accumulator.usage, accumulator.content_chunks)
 
-        async with self._upstreams.send(targets, replace(upstream_request, on_call=on_call)) as response:
+        call = self.upstream_request(plan, partial(self._body_with_usage, plan), on_call)
+        with closing(await self._upstreams.send(targets, call)) as response:
             record.model_known = record.upstream_called = True
             kept = self._plan_for(plan, response, epochs)
             name = response.target.upstream
@@ -125,7 +121,6 @@ class CompletionFetch:
     async def _stream(
         self, plan: Plan, response: UpstreamResponse, flight: Flight, accumulator: streams.StreamAccumulator
     ) -> None:
-        """Fetch a live stream, event by event."""
         request, record, parser = plan.request, plan.request.record, streams.SseParser()
         name = response.target.upstream
         record.prompt_tokens = len(request.raw) // 4  # until the upstream reports it
@@ -160,10 +155,8 @@ class CompletionFetch:
         target, request = response.target, plan.request
         if target is plan.target or plan.bypass:
             return plan
-        temperature, sampled = (
-            target.default_temperature.get(request.endpoint),
-            target.store_sampled or request.store_sampled,
-        )
+        temperature = target.default_temperature.get(request.endpoint)
+        sampled = target.store_sampled or request.store_sampled
         bypass = policy.bypass_reason(request.endpoint, request.body, temperature, sampled)
         return replace(plan, target=target, bypass=bypass, epoch=epochs[target.model], canonical_form=b"", key="")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -51,11 +52,8 @@ class EmbeddingFetch:
         billing: Billing,
         completions: CompletionFetch,
     ) -> None:
-        self._cache = cache
-        self._upstreams = upstreams
-        self._planner = planner
-        self._billing = billing
-        self._completions = completions
+        self._cache, self._upstreams, self._planner = cache, upstreams, planner
+        self._billing, self._completions = billing, completions
 
     def inputs(self, plan: Plan) -> Inputs | None:
         """The distinct inputs, in order of first appearance; None: the request is passed on unchanged.
@@ -105,11 +103,15 @@ class EmbeddingFetch:
                 response.headers |= fallback
                 if response.revision != revision:
                     raise UpstreamBroken("The model changed twice while it answered: ask again.")
-        fresh = self._entries(plan, answer, [unique[place] for place in missing])
+        try:
+            units = [unique[place] for place in missing]
+            fresh = entry.of_vectors(answer, units, plan.target.ttl, time.time(), plan.epoch)
+        except ValueError:
+            name = plan.target.upstream
+            raise UpstreamBroken(f"The upstream `{name}` did not answer one vector per input.") from None
         rest = self._planner.canonical_form(plan, revision, without="input")
         for place, made in zip(missing, fresh, strict=True):
             made.attach_request(with_input(rest, texts[place]), 0)
-        for place, made in zip(missing, fresh, strict=True):
             found[place] = made
         # 2. Store them under the revision of the answer.
         written = dict(zip(self._planner.input_keys(plan, revision, [texts[p] for p in missing]), fresh, strict=True))
@@ -129,20 +131,10 @@ class EmbeddingFetch:
             body = lambda target: canonical.dump(asked | {"model": target.model})  # noqa: E731 - like the one above
 
         def on_call(call: UpstreamCall) -> None:
-            request.record.add_call(call)
-            if call.answered or call.possibly_processed:
-                self._billing.add_call(request, call, answer.get("usage") if isinstance(answer, dict) else None, 0)
+            self._billing.add_call(request, call, answer.get("usage") if isinstance(answer, dict) else None, 0)
 
-        upstream_request = replace(self._completions.upstream_request(plan, body), on_call=on_call)
-        async with self._upstreams.send(plan.targets, upstream_request) as response:
+        call = self._completions.upstream_request(plan, body, on_call)
+        with closing(await self._upstreams.send(plan.targets, call)) as response:
             request.record.model_known = request.record.upstream_called = True
             raw, answer = await response.json()
             return raw, answer, response
-
-    def _entries(self, plan: Plan, answer: Any, units: list[Any]) -> list[Entry]:
-        try:
-            return entry.of_vectors(answer, units, plan.target.ttl, time.time(), plan.epoch)
-        except ValueError:
-            raise UpstreamBroken(
-                f"The upstream `{plan.target.upstream}` did not answer one vector per input."
-            ) from None

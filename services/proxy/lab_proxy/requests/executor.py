@@ -9,7 +9,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from random import choice, randrange
@@ -268,8 +268,8 @@ class Executor:
     async def _relay(self, plan: Plan, writer: ResponseWriter) -> None:
         record = plan.request.record
         await self._lookup(plan, [""], writer)
-        call = self._completions.upstream_request(plan, self._completions.renamed_body(plan))
-        async with self._upstreams.send(plan.targets, call) as response:
+        call = self._completions.upstream_request(plan, self._completions.renamed_body(plan), record.add_call)
+        with closing(await self._upstreams.send(plan.targets, call)) as response:
             record.model_known = record.upstream_called = True
             headers = response.headers | plan.miss_headers()
             await responses.relay(response, writer, record, headers, plan.request.started)

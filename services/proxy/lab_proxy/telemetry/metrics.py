@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -52,44 +51,36 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reload_failing": ("1 while a changed file is no good and the one before it is in use.", ("file",)),
 }
 
+_SOURCES = {"hit": "cache", "collapsed": "collapsed"}  # of tokens, by the label `cache`; all others: upstream
+
 Gauges = Mapping[str, Mapping[tuple[str, ...], float]]  # name -> labels -> value
 
 
-@dataclass(slots=True)
-class _Series:
-    """What requests with these labels count in: the children of each metric, looked up once."""
+class _Uncounted:
+    """Stands in for a counter or histogram beyond MOST_SERIES."""
 
-    labels: tuple[str, ...]  # route, model, cache
-    requests: Counter
-    request: Histogram
-    overhead: Histogram
-    prompt: Counter  # tokens
-    completion: Counter
-    next_exemplar: float = 0.0  # time.monotonic()
+    def inc(self, *_: Any) -> None: ...
+
+    def observe(self, *_: Any) -> None: ...
 
 
-def _register(registry: CollectorRegistry) -> dict[str, Counter | Histogram]:
-    counters = {
-        name: Counter(f"lab_proxy_{name}", text, labels, registry=registry)
-        for name, (text, labels) in _COUNTERS.items()
-    }
-    times = {
-        name: Histogram(f"lab_proxy_{name}_seconds", text, labels, registry=registry, buckets=bounds)
-        for name, (text, labels, bounds) in _TIMES.items()
-    }
-    return counters | times
+_UNCOUNTED = _Uncounted()
 
 
 class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each one, that nobody reads
-        self.registry = registry = CollectorRegistry()
-        self._metrics = _register(registry)
-        self._hidden = _register(CollectorRegistry())
-        registry.register(self)
+        self.registry = CollectorRegistry()
+        self._metrics: dict[str, Counter | Histogram] = {}
+        for name, (text, labels) in _COUNTERS.items():
+            self._metrics[name] = Counter(f"lab_proxy_{name}", text, labels, registry=self.registry)
+        for name, (text, labels, bounds) in _TIMES.items():
+            full = f"lab_proxy_{name}_seconds"
+            self._metrics[name] = Histogram(full, text, labels, registry=self.registry, buckets=bounds)
+        self.registry.register(self)
         # The children by their labels: prometheus_client's own lookup takes a lock and longer than the count.
         self._children: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in self._metrics}
-        self._series: dict[tuple[str, str, str, int], _Series] = {}
+        self._next_exemplar: dict[tuple[str, ...], float] = {}  # labels -> time.monotonic()
         self._gauges: list[Callable[[], Gauges]] = []
         self._models = {""}
         self.hits = 0
@@ -97,32 +88,27 @@ class Metrics:
 
     def record(self, route: str, record: RequestRecord, status: int, seconds: float, request_id: str = "") -> None:
         """One request is over."""
-        model = record.model
+        model, cache = record.model, record.cache
         if model not in self._models:
             if record.model_known and len(self._models) <= MOST_MODELS:
                 self._models.add(model)
             else:
                 model = "other"
-        cache = record.cache
-        key = (route, model, cache, status)
-        series = self._series.get(key) or self._add_series(key)
-        waited = record.upstream_seconds
-        series.requests.inc()
-        series.overhead.observe(seconds - waited if seconds > waited else 0.0)
-        if record.prompt_tokens:
-            series.prompt.inc(record.prompt_tokens)
-        if record.completion_tokens:
-            series.completion.inc(record.completion_tokens)
+        by, waited = (route, model, cache), record.upstream_seconds
+        self._child("requests", (route, model, cache, str(status))).inc()
+        self._child("overhead", by).observe(seconds - waited if seconds > waited else 0.0)
+        for kind, tokens in (("prompt", record.prompt_tokens), ("completion", record.completion_tokens)):
+            if tokens:
+                self._child("tokens", (model, _SOURCES.get(cache, "upstream"), kind)).inc(tokens)
         # An exemplar costs as much as all else here: one a second is as good an example.
-        now = time.monotonic()
-        exemplar = None
-        if request_id and now >= series.next_exemplar:
-            exemplar, series.next_exemplar = {"request_id": request_id[:100]}, now + 1  # OpenMetrics: at most 128
-        series.request.observe(seconds, exemplar)
+        now, exemplar = time.monotonic(), None
+        if request_id and now >= self._next_exemplar.get(by, 0.0) and len(self._next_exemplar) < MOST_SERIES:
+            exemplar, self._next_exemplar[by] = {"request_id": request_id[:100]}, now + 1  # OpenMetrics: at most 128
+        self._child("request", by).observe(seconds, exemplar)
         if record.ttft is not None:
-            self._child("ttft", series.labels).observe(record.ttft, exemplar)
+            self._child("ttft", by).observe(record.ttft, exemplar)
         if waited:
-            self._child("upstream", series.labels).observe(waited)
+            self._child("upstream", by).observe(waited)
         if cache == "hit":
             self.hits += 1
         elif cache in {"miss", "request", "partial"}:
@@ -142,25 +128,9 @@ class Metrics:
         child = children.get(labels)
         if child is None:
             if len(children) >= MOST_SERIES:
-                return self._hidden[name].labels(*["other"] * len(labels))
+                return _UNCOUNTED
             child = children[labels] = self._metrics[name].labels(*labels)
         return child
-
-    def _add_series(self, key: tuple[str, str, str, int]) -> _Series:
-        *labels, status = key
-        source = {"hit": "cache", "collapsed": "collapsed"}.get(key[2], "upstream")
-        by = tuple(labels)
-        made = _Series(
-            by,
-            self._child("requests", (*by, str(status))),
-            self._child("request", by),
-            self._child("overhead", by),
-            self._child("tokens", (key[1], source, "prompt")),
-            self._child("tokens", (key[1], source, "completion")),
-        )
-        if len(self._series) < MOST_SERIES:
-            self._series[key] = made
-        return made
 
     def watch(self, gauges: Callable[[], Gauges]) -> None:
         """`gauges` is called for each page."""

@@ -76,19 +76,14 @@ class Traces:
             attributes["gen_ai.response.time_to_first_chunk"] = record.ttft
         if record.error:
             attributes["error.type"] = record.error
-        span = self._tracer.start_span(
-            f"{operation} {model}".strip(),
-            kind=self._kinds.SERVER,
-            attributes=attributes,
-            start_time=_nanoseconds(now - seconds),
-        )
+        failed = bool(record.error) or status >= 500
+        name, began = f"{operation} {model}".strip(), now - seconds
+        span = self._span(name, self._kinds.SERVER, attributes, began=began, ended=now, failed=failed)
         for call in record.calls:
-            self._child_span(span, operation, call)
-        if record.error or status >= 500:
-            span.set_status(self._failed)
-        span.end(_nanoseconds(now))
+            self._record_call(self._within(span), operation, call)
 
-    def _child_span(self, span: Any, operation: str, call: UpstreamCall) -> None:
+    def _record_call(self, context: Any, operation: str, call: UpstreamCall) -> None:
+        failed = call.outcome != "ok"
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.request.model": call.model,
@@ -97,24 +92,20 @@ class Traces:
         }
         if call.status:
             attributes["http.response.status_code"] = call.status
-        good = call.outcome == "ok"
-        if not good:
+        if failed:
             attributes["error.type"] = str(call.status) if call.status >= 400 else call.outcome
-        made = self._tracer.start_span(
-            f"{operation} {call.model}",
-            context=self._within(span),
-            kind=self._kinds.CLIENT,
-            attributes=attributes,
-            start_time=_nanoseconds(call.began),
-        )
-        if not good:
-            made.set_status(self._failed)
-        made.end(_nanoseconds(call.began + call.seconds))
+        name, ended = f"{operation} {call.model}", call.began + call.seconds
+        self._span(name, self._kinds.CLIENT, attributes, context, began=call.began, ended=ended, failed=failed)
+
+    def _span(
+        self, name: str, kind: Any, attributes: Any, context: Any = None, *, began: float, ended: float, failed: bool
+    ) -> Any:
+        span = self._tracer.start_span(name, context, kind, attributes, start_time=int(began * 1e9))
+        if failed:
+            span.set_status(self._failed)
+        span.end(int(ended * 1e9))
+        return span
 
 
 def _provider(upstream: str) -> str:
     return "llm-lab" if upstream == "model" else upstream
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)

@@ -23,13 +23,7 @@ import orjson
 from yarl import URL
 
 from .. import __version__
-from ..errors import (
-    CircuitOpen,
-    ProxyError,
-    UpstreamBroken,
-    UpstreamLimited,
-    UpstreamRefused,
-)
+from ..errors import CircuitOpen, ProxyError, UpstreamBroken, UpstreamLimited, UpstreamRefused
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from ..telemetry.record import UpstreamCall

@@ -16,24 +16,6 @@ from .reply import UpstreamResponse
 from .routes import Routes, Target, UpstreamConfig
 
 
-class PendingResponse:
-    """One request to the pool; `async with` it to get its answer."""
-
-    __slots__ = ("_answer", "_pool", "_request", "_targets")
-
-    def __init__(self, pool: UpstreamPool, targets: Sequence[Target], request: UpstreamRequest) -> None:
-        self._pool, self._targets, self._request = pool, targets, request
-        self._answer: UpstreamResponse | None = None
-
-    async def __aenter__(self) -> UpstreamResponse:
-        self._answer = await self._pool.send_first(self._targets, self._request)
-        return self._answer
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._answer is not None:
-            self._answer.close()
-
-
 class UpstreamPool:
     """A client for each upstream of the routes file. Requests in flight keep the client they began with. A part."""
 
@@ -51,19 +33,16 @@ class UpstreamPool:
 
     @property
     def model_service(self) -> UpstreamClient:
-        """The model service."""
         return self._client(next(config for config in self._routes.upstreams.values() if config.kind == "model"))
 
-    def send(self, targets: Sequence[Target], request: UpstreamRequest) -> PendingResponse:
-        """`async with` it: the answer of the first of `targets` that succeeds, see `target` and `x-model-fallback`.
+    async def send(self, targets: Sequence[Target], request: UpstreamRequest) -> UpstreamResponse:
+        """The answer of the first of `targets` that succeeds: see its `target` and `x-model-fallback`.
 
-        Leaving the block early closes the connection, which tells the upstream to stop. If all fail, raises the error
-        of the first: UpstreamDown, CircuitOpen, UpstreamTimeout, UpstreamBroken, UpstreamLimited, UpstreamRefused.
+        The caller closes it; before its end that closes the connection, which tells the upstream to stop.
+
+        If all fail, raises the error of the first: UpstreamDown, CircuitOpen, UpstreamTimeout, UpstreamBroken,
+        UpstreamLimited, UpstreamRefused.
         """
-        return PendingResponse(self, targets, request)
-
-    async def send_first(self, targets: Sequence[Target], request: UpstreamRequest) -> UpstreamResponse:
-        """The same answer; the caller closes it."""
         first_fault: UpstreamFault | None = None
         for target in targets:
             if target is not targets[0] and not _can_replace(target, targets[0], request.endpoint):

@@ -23,9 +23,7 @@ UNSENT = (
 )  # fmt: skip
 FAILURES = (aiohttp.ClientError, TimeoutError)
 _FORWARDED_PREFIX = "x-ratelimit-"
-_FORWARDED = frozenset({
-    "retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version",
-})  # fmt: skip
+_FORWARDED = {"retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version"}
 
 
 class UnreadableError(aiohttp.ClientPayloadError):
@@ -196,30 +194,23 @@ async def read_whole(answer: Answer) -> bytes:
 def network_error(name: str, error: Exception) -> ProxyError:
     """The error for a network fault, with advice."""
     where = "PROXY_MODEL_URL, `make logs`" if name == "model" else "its base URL and the network"
-    again = {"retry-after": "2"}
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.")
     if isinstance(error, TimeoutError):
-        return UpstreamTimeout(
-            f"The upstream `{name}` was silent for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
-        )
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return UpstreamDown(
-            f"The certificate of the upstream `{name}` is not trusted: set SSL_CERT_FILE to a PEM file with the "
-            "certificate of the authority that signed it, and check the host name in its base URL.",
-            headers=again,
-        )
-    if isinstance(error, (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)):
-        status = f" It answered {error.status}." if isinstance(error, aiohttp.ClientHttpProxyError) else ""
-        return UpstreamDown(
-            f"The forward proxy gives no connection to the upstream `{name}`: check HTTPS_PROXY, HTTP_PROXY and "
-            f"NO_PROXY.{status}",
-            headers=again,
-        )
+        why = "was silent for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
+        return UpstreamTimeout(f"The upstream `{name}` {why}")
     if isinstance(error, UNSENT):
-        return UpstreamDown(
-            f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab.", headers=again
-        )
+        why = f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab."
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            why = (
+                f"The certificate of the upstream `{name}` is not trusted: set SSL_CERT_FILE to a PEM file with the "
+                "certificate of the authority that signed it, and check the host name in its base URL."
+            )
+        if isinstance(error, (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)):
+            status = f" It answered {error.status}." if isinstance(error, aiohttp.ClientHttpProxyError) else ""
+            why = f"The forward proxy gives no connection to the upstream `{name}`: check HTTPS_PROXY, HTTP_PROXY and "
+            why += f"NO_PROXY.{status}"
+        return UpstreamDown(why, headers={"retry-after": "2"})
     if isinstance(error, UnreadableError):
         return UpstreamBroken(f"The upstream `{name}` answers with {str(error)[:100]}, which nobody asked for.")
     return UpstreamBroken(f"The upstream `{name}` broke its answer off: check {where}.")

@@ -167,15 +167,23 @@ class Target:
     stale_if_error: int = 0  # seconds after the TTL in which a stale entry is served if the upstream fails
     fallbacks: tuple[Target, ...] = ()
 
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.upstream, self.model
+
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One reading of the routes file, joined with the settings."""
+    """One reading of the routes file, joined with the settings. The last two: by upstream and endpoint."""
 
     table: Table
     configs: Mapping[str, UpstreamConfig]
-    defaults: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    canonical: Mapping[str, Mapping[str, Mapping[str, bytes]]]
+    defaults: Mapping[str, Mapping[str, Mapping[str, bytes]]]
+    temperatures: Mapping[str, Mapping[str, Any]]
+
+    def is_on(self, upstream: str | None) -> bool:
+        config = self.configs.get(upstream or "")
+        return config is not None and config.configured
 
 
 class Routes:
@@ -183,10 +191,9 @@ class Routes:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._ttl = settings.cache_ttl_seconds
         self._now = _read(settings)
-        self._targets: dict[str, Target] = {}
-        self._targets_of: tuple[_Read, Listed] = (self._now, {})
+        self._targets: dict[str, Target] = {}  # by name; they are of `_now` and of the model list `_local`
+        self._local: Listed = {}
         self.generation = 1  # grows with each reload: cached plans become invalid
 
     @property
@@ -201,22 +208,16 @@ class Routes:
 
     def reload(self) -> None:
         """Read the files again. Raises ValueError and changes nothing if one is faulty."""
-        self._now = _read(self._settings)
+        self._now, self._targets = _read(self._settings), {}
         self.generation += 1
 
     def resolve(self, asked: str, local: Listed, body: Mapping[str, Any] | None = None) -> Target:
         """The target of the requested name. `local`: the model list, empty while unknown. `body`: read for `auto`.
 
-        Targets are cached as long as the table and `local` are the same objects.
-
         Raises ModelNotFound, or UpstreamDown if the name may belong to a model of the unknown list.
         """
-        if (
-            self._targets_of[0] is not self._now
-            or self._targets_of[1] is not local
-            or len(self._targets) > MAX_CACHED_NAMES
-        ):
-            self._targets, self._targets_of = {}, (self._now, local)
+        if self._local is not local or len(self._targets) > MAX_CACHED_NAMES:
+            self._targets, self._local = {}, local
         target = self._targets.get(asked)
         if target is None:
             target = self._find(asked, local, body)
@@ -229,19 +230,17 @@ class Routes:
         if asked == AUTO and now.table.auto is not None and AUTO not in local:
             auto = now.table.auto.size(body or {})
             name = now.table.auto.small if auto == "small" else now.table.auto.large
-        for row in now.table.aliases:
-            if row.name == name and not _is_on(now, row.unless):
-                name = row.model
-                break
+        name = next((row.model for row in now.table.aliases if row.name == name and not now.is_on(row.unless)), name)
         for route in now.table.routes:
-            config = now.configs[route.upstream]
-            if not config.configured:
-                continue
-            if name in local if config.kind == "model" else _matches(route, name):
-                listed = local.get(name, {}) if config.kind == "model" else {}
-                first = self._target(now, route, FallbackRow(upstream=route.upstream, model=name), listed, asked=asked)
-                return replace(first, auto=auto, fallbacks=self._fallbacks(now, route, local, first))
-        if not local and any(config.kind == "model" for config in now.configs.values()):
+            patterns = route.match or ()
+            is_local = now.configs[route.upstream].kind == "model"
+            if name in local if is_local else any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                first = self._target(route, route.upstream, name, local, asked)
+                if first is not None:
+                    fallbacks = [self._target(route, row.upstream, row.model, local, asked) for row in route.fallbacks]
+                    others = tuple(each for each in fallbacks if each and each.place != first.place)
+                    return replace(first, auto=auto, fallbacks=others)
+        if not local:  # one upstream is the model service
             raise UpstreamDown(
                 f"The model service does not answer, so it is not known whether it has `{asked}`. "
                 "Start the lab with `make start`, or look at `make logs`; in containers: `docker compose ps`.",
@@ -253,36 +252,25 @@ class Routes:
     def aliases(self, local: Mapping[str, Any]) -> dict[str, str]:
         """The aliases that are active now, and their models."""
         now = self._now
-        return {row.name: row.model for row in now.table.aliases if not _is_on(now, row.unless) and row.model in local}
+        return {row.name: row.model for row in now.table.aliases if not now.is_on(row.unless) and row.model in local}
 
-    def _fallbacks(self, now: _Read, route: RouteRow, local: Listed, first: Target) -> tuple[Target, ...]:
-        """The fallbacks that are available now."""
-        found = []
-        for row in route.fallbacks:
-            is_local = now.configs[row.upstream].kind == "model"
-            there = row.model in local if is_local else now.configs[row.upstream].configured
-            if there and (row.upstream, row.model) != (first.upstream, first.model):
-                listed = local[row.model] if is_local else {}
-                found.append(self._target(now, route, row, listed, asked=first.alias or first.model))
-        return tuple(found)
-
-    def _target(
-        self, now: _Read, route: RouteRow, who: FallbackRow, listed: Mapping[str, Any], *, asked: str
-    ) -> Target:
-        """The target `who` with the route's rules. `listed`: the model's entry in the model list."""
-        config = now.configs[who.upstream]
+    def _target(self, route: RouteRow, upstream: str, model: str, local: Listed, asked: str) -> Target | None:
+        """A model at an upstream, with the route's rules; None if it is not there, or the upstream is off."""
+        now, config = self._now, self._now.configs[upstream]
+        versioned = config.kind == "model"
+        if model not in local if versioned else not config.configured:
+            return None
+        listed = local[model] if versioned else {}
         return Target(
-            upstream=who.upstream,
-            model=who.model,
+            upstream=upstream,
+            model=model,
             revision=listed.get("revision"),
-            versioned=config.kind == "model",
-            alias=asked if who.model != asked else None,
-            ttl=route.ttl_seconds or self._ttl,
+            versioned=versioned,
+            alias=asked if model != asked else None,
+            ttl=route.ttl_seconds or self._settings.cache_ttl_seconds,
             store_sampled=route.store_sampled,
-            defaults=now.canonical[who.upstream],
-            default_temperature={
-                path: fields.get("temperature") for path, fields in now.defaults[who.upstream].items()
-            },
+            defaults=now.defaults[upstream],
+            default_temperature=now.temperatures[upstream],
             config=config,
             kind=listed.get("kind"),
             samples=route.samples,
@@ -291,44 +279,31 @@ class Routes:
         )
 
     def _available(self, local: Mapping[str, Any]) -> str:
-        now = self._now
-        names = ", ".join([*local, *self.aliases(local)])
-        text = [f"There is: {names}."]
-        for route in now.table.routes:
+        text = [f"There is: {', '.join([*local, *self.aliases(local)])}."]
+        for route in self._now.table.routes:
             if route.match:
-                until = "" if now.configs[route.upstream].configured else " once it has a key (PROXY_OPENAI_API_KEY)"
+                until = "" if self._now.is_on(route.upstream) else " once it has a key (PROXY_OPENAI_API_KEY)"
                 text.append(f"Names like {', '.join(route.match)} go to {route.upstream}{until}.")
         return " ".join(text)
-
-
-def _is_on(now: _Read, upstream: str | None) -> bool:
-    return upstream is not None and upstream in now.configs and now.configs[upstream].configured
-
-
-def _matches(route: RouteRow, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in route.match or ())
 
 
 def _read(settings: Settings) -> _Read:
     table = read_yaml(Table, settings.routes_file, "upstreams/routes.yaml", "PROXY_ROUTES_FILE")
     configs = {name: _config(name, row, settings) for name, row in table.upstreams.items()}
-    tables: dict[str, Mapping[str, Mapping[str, Any]]] = {**default_tables(), **table.defaults}
-    defaults: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+    tables = default_tables() | table.defaults
+    defaults, temperatures = {}, {}
     for name, row in table.upstreams.items():
-        known = row.defaults and (row.base_url or row.kind == "model" or settings.openai_base_url == OPENAI_URL)
-        defaults[name] = tables[row.defaults] if row.defaults and known else {}
-    canonical = {
-        name: {path: {k: encode(v) for k, v in fields.items()} for path, fields in each.items()}
-        for name, each in defaults.items()
-    }
-    return _Read(table, configs, defaults, canonical)
+        known = row.base_url or row.kind == "model" or settings.openai_base_url == OPENAI_URL
+        own = tables[row.defaults] if row.defaults and known else {}
+        defaults[name] = {path: {k: encode(v) for k, v in fields.items()} for path, fields in own.items()}
+        temperatures[name] = {path: fields.get("temperature") for path, fields in own.items()}
+    return _Read(table, configs, defaults, temperatures)
 
 
 def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
     if row.kind == "model":
-        return UpstreamConfig(
-            name, row.kind, row.base_url or settings.model_url, None, True, row.stream_usage, row.responses
-        )
+        url = row.base_url or settings.model_url
+        return UpstreamConfig(name, row.kind, url, None, True, row.stream_usage, row.responses)
     key, url = None, (row.base_url or settings.openai_base_url).rstrip("/")
     if row.base_url is None:
         key = settings.openai_key()
@@ -338,7 +313,5 @@ def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"PROXY_ROUTES_FILE: the key file of upstream {name} cannot be read: {error}") from None
     configured = key is not None or (row.base_url is not None and row.keyless)
-    return UpstreamConfig(
-        name, row.kind, url, key, configured, row.stream_usage, row.responses,
-        forward_proxy=forward_proxy(url) if configured else None,
-    )  # fmt: skip
+    proxy = forward_proxy(url) if configured else None
+    return UpstreamConfig(name, row.kind, url, key, configured, row.stream_usage, row.responses, proxy)
