@@ -6,7 +6,6 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -16,7 +15,7 @@ from .batches.worker import BatchWorker
 from .cache.key import load_secret
 from .cache.single_flight import SingleFlight
 from .cache.store import Cache
-from .http.app import App
+from .http.app import App, Part
 from .http.guards import OperatorGuard
 from .http.pages.batches import BatchPages
 from .http.pages.cache import CachePages
@@ -51,23 +50,23 @@ log = logging.getLogger("lab_proxy")
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    if argv:
-        return command(list(argv))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the reloader handles it
+    """The server; with arguments the operator's commands, which start none. Returns the exit code."""
+    if not argv:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the reloader handles it
     # 1. Settings and files: checked before anything starts.
     try:
         settings = Settings()
+        if argv:
+            return cli.run(argv, settings)
         routes = Routes(settings)
         prices = Prices(settings.prices_file)
         Address(settings.redis_url)
         secret = load_secret(settings.cache_secret_file) if settings.cache_enabled else bytes(32)
         if settings.otlp_endpoint and not installed():
             raise ValueError("PROXY_OTLP_ENDPOINT wants the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
-    except ValidationError as error:
-        print(f"proxy: {_first_error(error)}", file=sys.stderr)  # noqa: T201 - before the log starts
-        return 2
     except ValueError as error:
-        print(f"proxy: {error}", file=sys.stderr)  # noqa: T201 - before the log starts
+        why = _first_error(error) if isinstance(error, ValidationError) else error
+        print(f"proxy: {why}", file=sys.stderr)  # noqa: T201 - before the log starts
         return 2
     try:
         listener = listen(settings)
@@ -81,16 +80,6 @@ def main(argv: Sequence[str] = ()) -> int:
     log.info("listening on http://%s:%s", settings.host, settings.port)
     app, traffic = build(settings, routes, prices, secret)
     return serve(app, traffic, settings, listener)
-
-
-def command(argv: list[str]) -> int:
-    """The operator's commands. They start no server."""
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        print(f"proxy: {_first_error(error)}", file=sys.stderr)  # noqa: T201 - on a terminal
-        return 2
-    return cli.run(argv, settings)
 
 
 def _first_error(error: ValidationError) -> str:
@@ -140,10 +129,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
     upstreams = UpstreamPool(routes, settings, metrics)
     models = ModelList(upstreams, settings.model_poll_seconds)
 
-    async def ask_model(path: str, seconds: float) -> tuple[int, Any]:
-        return await upstreams.model_service.get_json(path, seconds)
-
-    reconciliation = Reconciliation(ask_model, lambda outcome: metrics.count("reconciled", outcome))
+    reconciliation = Reconciliation(upstreams.ask_model, lambda outcome: metrics.count("reconciled", outcome))
     reloader = Reloader(
         {"routes": routes, "prices": prices},
         after=upstreams.on_routes_reloaded,
@@ -208,6 +194,9 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         **uploads.pages(),
         **BatchPages(files, batches.wake).pages(),
     }
+    # Stopped in reverse order: the ledger after all that record charges.
+    connections: list[Part] = [upstreams, client, cache, models, keys]
+    counting: list[Part] = [ledger, limits, reloader]
     app = App(
         settings,
         executor,
@@ -215,21 +204,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         traffic=traffic,
         observer=observer,
         pages=pages,
-        # Stopped in reverse order: the ledger after all that record charges.
-        parts=[
-            upstreams,
-            client,
-            cache,
-            models,
-            keys,
-            ledger,
-            limits,
-            reloader,
-            *([traces] if traces else []),
-            reconciliation,
-            flights,
-            batches,
-        ],
+        parts=[*connections, *counting, *([traces] if traces else []), reconciliation, flights, batches],
     )
     return app, traffic
 

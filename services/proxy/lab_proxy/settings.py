@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -156,74 +156,61 @@ class Settings(BaseSettings):
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return (
-            tuple(part.strip().lower() for part in value.split(",") if part.strip())
-            if isinstance(value, str)
-            else value
-        )
+        parts = value.split(",") if isinstance(value, str) else ()
+        return tuple(part.strip().lower() for part in parts if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("model_url", "openai_base_url")
+    @field_validator("model_url", "openai_base_url", "otlp_endpoint", "redis_url")
     @classmethod
-    def _http_url(cls, value: str) -> str:
-        if not is_http(value) or "@" in value or "?" in value:
+    def _url(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.field_name == "redis_url":
+            if not str(value).startswith(("redis://", "rediss://", "unix://")):
+                raise ValueError("must be a redis://, rediss:// or unix:// URL")
+            return value
+        if info.field_name == "otlp_endpoint":
+            if value is not None and not value.startswith(("http://", "https://")):
+                raise ValueError("must be an http:// or https:// URL")
+        elif not is_http(str(value)) or "@" in str(value) or "?" in str(value):
             raise ValueError("must be an http:// or https:// URL without a user and without a query")
-        return value.rstrip("/")
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _otlp_url(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError("must be an http:// or https:// URL")
         return value.rstrip("/") if value else None
-
-    @field_validator("redis_url")
-    @classmethod
-    def _redis_url(cls, value: str) -> str:
-        if not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must be a redis://, rediss:// or unix:// URL")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        if self.admin_key_file and self.admin_key:
-            raise ValueError("PROXY_ADMIN_KEY and PROXY_ADMIN_KEY_FILE are both set: keep one")
-        keys = self.keys_required
-        if self.host not in LOOPBACK and not keys and not self.allow_anonymous:
+        for name in ("admin_key", "openai_api_key"):
+            if getattr(self, name) and getattr(self, f"{name}_file"):
+                raise ValueError(f"PROXY_{name.upper()} and PROXY_{name.upper()}_FILE are both set: keep one")
+        if self.host not in LOOPBACK and not self.keys_required and not self.allow_anonymous:
             raise ValueError(
                 f"PROXY_HOST={self.host} lets others in without a key and spends yours: listen on 127.0.0.1, "
                 "ask for virtual keys (PROXY_ADMIN_KEY_FILE), "
                 "or set PROXY_ALLOW_ANONYMOUS=true where something else guards the port"
             )
-        if self.openai_api_key_file and self.openai_api_key:
-            raise ValueError("PROXY_OPENAI_API_KEY and PROXY_OPENAI_API_KEY_FILE are both set: keep one")
         return self
+
+    def _secret(self, name: str) -> str | None:
+        """A key by its setting or its file. Raises ValueError, with the variable, for an unreadable file."""
+        given, file = getattr(self, name), getattr(self, f"{name}_file")
+        try:
+            text = file.read_text() if file else given.get_secret_value() if given else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"PROXY_{name.upper()}_FILE cannot be read: {error}") from None
+        return text.strip() or None
 
     def openai_key(self) -> str | None:
         """The API key of the OpenAI upstream, or None. Raises ValueError, with the variable, for an unreadable file."""
-        if self.openai_api_key_file is None:
-            return self.openai_api_key.get_secret_value().strip() or None if self.openai_api_key else None
-        try:
-            key = self.openai_api_key_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"PROXY_OPENAI_API_KEY_FILE cannot be read: {error}") from None
-        return key or None
+        return self._secret("openai_api_key")
+
+    def operator_key(self) -> str | None:
+        """The admin key, or None. Raises ValueError that names the variable for a weak key or an unreadable file."""
+        key = self._secret("admin_key")
+        if key and (why := admin_key_weakness(key)):
+            name = "PROXY_ADMIN_KEY_FILE" if self.admin_key_file else "PROXY_ADMIN_KEY"
+            raise ValueError(f"{name} is weak: {why}. `openssl rand -hex 32` makes a good one")
+        return key
 
     @property
     def keys_required(self) -> bool:
         """Every caller needs a virtual key. Raises like `operator_key`."""
         return self.operator_key() is not None or self.require_keys
-
-    def operator_key(self) -> str | None:
-        """The admin key, or None. Raises ValueError that names the variable for a weak key or an unreadable file."""
-        name = "PROXY_ADMIN_KEY_FILE" if self.admin_key_file else "PROXY_ADMIN_KEY"
-        try:
-            text = self.admin_key_file.read_text() if self.admin_key_file else ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"PROXY_ADMIN_KEY_FILE cannot be read: {error}") from None
-        key = (self.admin_key.get_secret_value() if self.admin_key else text).strip()
-        if key and (why := admin_key_weakness(key)):
-            raise ValueError(f"{name} is weak: {why}. `openssl rand -hex 32` makes a good one")
-        return key or None
 
     @property
     def files_folder(self) -> Path:

@@ -35,18 +35,12 @@ class BatchFolder:
         self.cancel = home / f"{batch_id}.cancel"
         self.open = home.parent / "open" / batch_id  # exists while the batch is not final; holds the name of `home`
 
-    @classmethod
-    def find(cls, home: Path, batch_id: str) -> BatchFolder:
-        """Raises BatchNotFound for a malformed id."""
-        if not ID.fullmatch(batch_id):
-            raise BatchNotFound(f"There is no batch {batch_id[:80]} here.", param="batch_id")
-        return cls(home, batch_id)
-
     def load(self) -> dict[str, Any]:
-        """`batch` (the wire object) and private fields. Raises BatchNotFound."""
+        """`batch` (the wire object) and private fields. Raises BatchNotFound, also for a malformed id."""
         with contextlib.suppress(OSError, orjson.JSONDecodeError):
-            loaded: dict[str, Any] = orjson.loads(self.state.read_bytes())
-            return loaded
+            if ID.fullmatch(self.id):
+                loaded: dict[str, Any] = orjson.loads(self.state.read_bytes())
+                return loaded
         raise BatchNotFound(f"There is no batch {self.id[:80]} here.", param="batch_id")
 
     def public(self) -> dict[str, Any]:
@@ -62,13 +56,17 @@ class BatchFolder:
             path.unlink(missing_ok=True)
 
 
-def new_state(
-    *, owner: str, key_id: str | None, endpoint: str, file_id: str, metadata: Any, kept: int
+def create(
+    files: FileStore, owner: str, key_id: str | None, *, endpoint: str, file_id: str, metadata: Any, kept: int
 ) -> dict[str, Any]:
-    """The state of a new batch. `kept`: seconds that its output files are kept."""
-    now = int(time.time())
+    """Write a new batch to disk, and return its wire object. `kept`: seconds that its output files are kept.
+
+    It links its input, whose file may be deleted. The `open` mark comes last.
+    """
+    now, home = int(time.time()), files.home(owner)
+    folder = BatchFolder(home, f"batch_{secrets.token_hex(16)}")
     batch = {
-        "id": f"batch_{secrets.token_hex(16)}",
+        "id": folder.id,
         "object": "batch",
         "endpoint": endpoint,
         "input_file_id": file_id,
@@ -79,21 +77,9 @@ def new_state(
         "metadata": metadata,
         "request_counts": {"total": 0, "completed": 0, "failed": 0},
     } | dict.fromkeys(_NULL_FIELDS)
-    return {
-        "batch": batch,
-        "owner": owner,
-        "key_id": key_id,
-        "kept": kept,
-        "output": f"file-{secrets.token_hex(16)}",
-        "errors": f"file-{secrets.token_hex(16)}",
-    }
-
-
-def create(files: FileStore, home: Path, state: dict[str, Any]) -> None:
-    """Write a new batch to disk. It links its input, whose file may be deleted. The `open` mark comes last."""
-    batch = state["batch"]
-    folder = BatchFolder(home, str(batch["id"]))
-    content = files.content(home, str(batch["input_file_id"]))
+    state = {"batch": batch, "owner": owner, "key_id": key_id, "kept": kept}
+    state |= {name: f"file-{secrets.token_hex(16)}" for name in ("output", "errors")}
+    content = files.content(home, file_id)
     try:
         os.link(content, folder.input)
     except OSError:  # a disk without links
@@ -101,6 +87,7 @@ def create(files: FileStore, home: Path, state: dict[str, Any]) -> None:
     write(folder.state, orjson.dumps(state))
     folder.open.parent.mkdir(mode=0o700, exist_ok=True)
     write(folder.open, home.name.encode())
+    return batch
 
 
 def list_batches(home: Path) -> list[dict[str, Any]]:

@@ -79,17 +79,10 @@ class Job:
             raise LeaseLostError
 
     def resume(self) -> None:
-        """Read the finished lines from the journal. A line that a crash cut off is terminated."""
-        self.check()
+        """Read the finished lines from the journal."""
         self._read_journal()
         completed = sum(result.ok for result in self._results.values())
-        counts = self.batch["request_counts"]
-        counts |= {"completed": completed, "failed": len(self._results) - completed}
-        with contextlib.suppress(FileNotFoundError), self.folder.journal.open("rb+") as journal:
-            if journal.seek(0, os.SEEK_END):
-                journal.seek(-1, os.SEEK_END)
-                if journal.read(1) != b"\n":
-                    journal.write(b"\n")
+        self.batch["request_counts"] |= {"completed": completed, "failed": len(self._results) - completed}
         self.save()
 
     def lines(self, file: BinaryIO) -> Iterator[InputLine]:
@@ -102,7 +95,7 @@ class Job:
         entry = {"line": line.number, "ok": ok, "prompt": result.prompt, "completion": result.completion, "row": row}
         descriptor = os.open(self.folder.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "ab") as journal:
-            journal.write(orjson.dumps(entry) + b"\n")
+            journal.write(b"\n" + orjson.dumps(entry) + b"\n")  # the first: a crash may have cut the line before
         self._results[line.number] = result
         self.batch["request_counts"]["completed" if ok else "failed"] += 1
         if time.monotonic() - self._saved > SAVE_SECONDS:
@@ -141,20 +134,18 @@ class Job:
             for ok, name, field in ((True, "output", "output_file_id"), (False, "errors", "error_file_id")):
                 path = drafts[ok][1]
                 if path.stat().st_size:
-                    filename = f"{self.folder.id}_{name}.jsonl"
-                    self._files.add(
-                        home, path, filename=filename, purpose="batch_output", kept=state["kept"], name=state[name]
-                    )
+                    named = {"filename": f"{self.folder.id}_{name}.jsonl", "name": state[name]}
+                    self._files.add(home, path, purpose="batch_output", kept=state["kept"], **named)
                     batch[field] = state[name]
         finally:
             for _, path in drafts.values():
                 path.unlink(missing_ok=True)
         status = ending or "completed"
-        prompt, completion = (
-            sum(getattr(result, of) for result in self._results.values()) for of in ("prompt", "completion")
-        )
-        batch |= {"status": status, f"{status}_at": int(time.time()), "request_counts": counts,
-                  "usage": _usage(prompt, completion)}  # fmt: skip
+        prompt = sum(result.prompt for result in self._results.values())
+        completion = sum(result.completion for result in self._results.values())
+        usage = {"input_tokens": prompt, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": completion,
+                 "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + completion}  # fmt: skip
+        batch |= {"status": status, f"{status}_at": int(time.time()), "request_counts": counts, "usage": usage}
         if status == "cancelled":
             batch["cancelling_at"] = int(self.folder.cancel.stat().st_mtime)
         if state.get("refused"):
@@ -180,8 +171,3 @@ def _unexecuted(line: InputLine, ending: str) -> dict[str, Any]:
     message = f"This request was not executed: the batch {'has ' if ending != 'cancelled' else 'was '}{ending}."
     return {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id, "response": None,
             "error": {"code": f"batch_{ending}", "message": message}}  # fmt: skip
-
-
-def _usage(prompt: int, completion: int) -> dict[str, Any]:
-    return {"input_tokens": prompt, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": completion,
-            "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + completion}  # fmt: skip

@@ -77,17 +77,6 @@ class BufferedResponse:
     async def end(self) -> None: ...
 
 
-@dataclass(slots=True)
-class LineAnswer:
-    """The answer to one attempt at a line."""
-
-    ok: bool
-    status: int
-    body: bytes
-    record: RequestRecord
-    retry_after: float | None  # seconds; None: no retry
-
-
 class BatchWorker:
     """A part: start and stop it."""
 
@@ -296,26 +285,29 @@ class BatchWorker:
         """Run one line, with retries, until its answer is in the journal."""
         attempt = 0
         while True:
-            request_id = f"batch_req_{secrets.token_hex(12)}"
-            answer = await self._attempt(job, line, request_id)
-            if answer.retry_after is None or (answer.status != 429 and attempt >= RETRIES):
+            response = BufferedResponse({"x-request-id": f"batch_req_{secrets.token_hex(12)}"})
+            record, retry_after = await self._attempt(job, line, response)
+            if retry_after is None or (response.status != 429 and attempt >= RETRIES):
                 break
             attempt += 1
-            factor = 1 if answer.status == 429 else 2**attempt
-            until = time.monotonic() + min(30.0, answer.retry_after * factor)
+            factor = 1 if response.status == 429 else 2**attempt
+            until = time.monotonic() + min(30.0, retry_after * factor)
             while time.monotonic() < until:
                 await asyncio.sleep(min(POLL_SECONDS, max(0.0, until - time.monotonic())))
                 if await self._has_ended(job):
                     return
             await self._yield_to_traffic()
         # Parsed, because an upstream's JSON may have line breaks, and a row is one line.
-        response = {"status_code": answer.status, "request_id": request_id, "body": orjson.loads(answer.body)}
-        row = {"id": request_id, "custom_id": line.custom_id, "response": response, "error": None}
-        job.add_result(line, answer.ok and answer.status == 200, answer.record, row)
+        request_id, body = response.headers["x-request-id"], orjson.loads(response.body)
+        answer = {"status_code": response.status, "request_id": request_id, "body": body}
+        row = {"id": request_id, "custom_id": line.custom_id, "response": answer, "error": None}
+        job.add_result(line, response.status == 200, record, row)
 
-    async def _attempt(self, job: Job, line: InputLine, request_id: str) -> LineAnswer:
-        response, began = BufferedResponse({"x-request-id": request_id}), time.perf_counter()
-        record = RequestRecord()
+    async def _attempt(
+        self, job: Job, line: InputLine, response: BufferedResponse
+    ) -> tuple[RequestRecord, float | None]:
+        """Answer a line once. The record, and the seconds before a retry; None: no retry."""
+        record, began, request_id = RequestRecord(), time.perf_counter(), response.headers["x-request-id"]
         retry_after: float | None = None
         try:
             request = RequestContext(
@@ -329,16 +321,15 @@ class BatchWorker:
                 batch_price=True,
             )
             await self._executor.answer(request, response)
-            status, body = response.status, response.body
         except ProxyError as error:
-            status, body = error.status, error.body()
+            await response.send(error.body(), {}, status=error.status)
             record.error = error.code or error.type
-            if (status == 429 and error.code != "insufficient_quota") or status in {502, 503, 504}:
+            if (error.status == 429 and error.code != "insufficient_quota") or error.status in {502, 503, 504}:
                 header = error.headers.get("retry-after", "")
                 retry_after = float(header) if header.isascii() and header[:4].isdigit() else 1.0
         except Exception as error:
             record.error = type(error).__name__
             log.error("batch: fault in the proxy: %s", record.error)  # noqa: TRY400 - its text may contain a prompt
-            status, body = 500, ProxyError("A fault in the proxy.", code="proxy_fault").body()
-        self._observer.observe("/v1/batches", request_id, record, status, time.perf_counter() - began)
-        return LineAnswer(response.started, status, body, record, retry_after)
+            await response.send(ProxyError("A fault in the proxy.", code="proxy_fault").body(), {}, status=500)
+        self._observer.observe("/v1/batches", request_id, record, response.status, time.perf_counter() - began)
+        return record, retry_after

@@ -12,7 +12,6 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from ..errors import ProxyError, SlowReader, UpstreamRefused
@@ -142,10 +141,6 @@ class Flight:
         return self.abandoned or self.result is not None or self.entries is not None
 
     @property
-    def has_head(self) -> bool:
-        return self.head is not None
-
-    @property
     def shared(self) -> bool:
         """More than one subscriber wants the answer."""
         return len(self.subscribers) + len(self.remote_subscribers) > 1
@@ -159,33 +154,12 @@ class Flight:
 
     async def append(self, part: bytes) -> None:
         """Add a part. Waits while even the fastest reader is behind by more than the limit."""
-        self._add(part)
+        self.add(part)
         while self._bytes - self._fastest() > self._limit and (self.subscribers or self.remote_subscribers):
             await self._changed.wait()
 
-    def append_remote(self, part: bytes) -> None:
-        """Add a part of a flight that another process leads. Never waits: slow readers fall behind."""
-        self._add(part)
-
-    def end(self, outcome: str | None = None, error: Exception | None = None) -> None:
-        if not self.done:
-            self.result = FlightResult(outcome, error)
-            self._on_end(self)
-            self.notify()
-
-    def resolve_from_cache(self, found: list[Entry]) -> None:
-        """The answer was in the cache: all subscribers are served from there."""
-        self.entries = found
-        self._on_end(self)
-        self.notify()
-
-    def abandon(self) -> None:
-        if not self.done:
-            self.abandoned = True
-            self._on_end(self)
-            self.notify()
-
-    def _add(self, part: bytes) -> None:
+    def add(self, part: bytes) -> None:
+        """Add a part without waiting, as for a flight that another process leads: slow readers fall behind."""
         self._bytes += len(part)
         self._parts.append(part)
         self._part_ends.append(self._bytes)
@@ -193,6 +167,25 @@ class Flight:
         if self._bytes > self._limit:
             self._on_overflow(self)
             self._drop()
+        self.notify()
+
+    def end(self, outcome: str | None = None, error: Exception | None = None) -> None:
+        if not self.done:
+            self.result = FlightResult(outcome, error)
+            self._finish()
+
+    def resolve_from_cache(self, found: list[Entry]) -> None:
+        """The answer was in the cache: all subscribers are served from there."""
+        self.entries = found
+        self._finish()
+
+    def abandon(self) -> None:
+        if not self.done:
+            self.abandoned = True
+            self._finish()
+
+    def _finish(self) -> None:
+        self._on_end(self)
         self.notify()
 
     def _positions(self) -> list[int]:
@@ -208,9 +201,8 @@ class Flight:
         positions = self._positions()
         slowest, fastest = min(positions, default=0), max(positions, default=0)
         drop = 0
-        while drop < len(self._parts) - 1:
-            far = self._bytes - self._part_ends[drop] > self._limit
-            at = self._dropped_parts + drop
+        for at, end in enumerate(self._part_ends[:-1], self._dropped_parts):
+            far = self._bytes - end > self._limit
             if not (at < slowest or (far and (self.remote or at < fastest))):
                 break
             drop += 1
@@ -232,10 +224,10 @@ class Flight:
         """Returns at the next change, or after `within` seconds."""
         if within is None:
             await self._changed.wait()
-        else:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(within):
-                    await self._changed.wait()
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._changed.wait()
 
     def notify(self) -> None:
         self._changed.set()  # wakes all that wait now
@@ -272,7 +264,7 @@ class Subscriber:
         self.flight.subscribers.add(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.flight.subscribers.discard(self)
         self._leave(self)
 

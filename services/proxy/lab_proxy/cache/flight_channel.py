@@ -108,13 +108,13 @@ class FlightChannel:
                 silent = time.monotonic() - flight.last_received
                 if flight.done:
                     return True
-                if replies is None and not flight.has_head:
+                if replies is None and not flight.head:
                     return False
                 dead = flight.unknown_to_leader or silent > (PATIENCE_SECONDS if replies is None else DEAF_SECONDS)
                 if replies is not None and replies[0] != leader.encode() and silent > SILENCE_SECONDS:
                     dead = True
                 if dead:
-                    if flight.has_head:  # subscribers have sent the beginning of this answer: another one cannot go on
+                    if flight.head:  # subscribers have sent the beginning of this answer: another one cannot go on
                         flight.abandon()
                     return True
         finally:
@@ -288,7 +288,7 @@ class FlightChannel:
             at, known = 0, flight.count - fields["n"]  # known: parts at the beginning that were sent again
             for place, size in enumerate(fields["z"]):
                 if place >= known:
-                    flight.append_remote(rest[at : at + size])
+                    flight.add(rest[at : at + size])
                 at += size
         flight.notify()
         return None

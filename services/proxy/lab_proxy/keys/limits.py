@@ -14,6 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import resources
 from typing import Any, Literal
 
@@ -73,28 +74,25 @@ class Admission:
     def on_reply(self, reply: Any) -> None:
         """Raises LimitReached and BudgetExceeded."""
         try:
-            verdict, now, wait, *left = (int(each) for each in reply)
-            requests, requests_full, tokens, tokens_full = left
+            verdict, now, wait, requests, requests_full, tokens, tokens_full = (int(each) for each in reply)
         except (TypeError, ValueError):
             return self.on_failure()
         self._taken = None
         limits, who, headers = self._limits, self.identity, self.headers
         limits.mark_up(now)
-        if who.rpm is not None:
-            headers["x-ratelimit-limit-requests"] = str(who.rpm)
-            headers["x-ratelimit-remaining-requests"] = str(requests)
-            headers["x-ratelimit-reset-requests"] = duration(requests_full)
-        if who.tpm is not None:
-            headers["x-ratelimit-limit-tokens"] = str(who.tpm)
-            headers["x-ratelimit-remaining-tokens"] = str(tokens)
-            headers["x-ratelimit-reset-tokens"] = duration(tokens_full)
+        counted = (("requests", who.rpm, requests, requests_full), ("tokens", who.tpm, tokens, tokens_full))
+        for kind, limit, remaining, full in counted:
+            if limit is not None:
+                headers[f"x-ratelimit-limit-{kind}"] = str(limit)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(remaining)
+                headers[f"x-ratelimit-reset-{kind}"] = duration(full)
         if verdict:
             self._over = True
             limits.on_refusal(_NAMES[verdict])
             raise _refusal(self, verdict, wait=wait, now=now, left=tokens)
         if self.member:
             self._at = now
-            limits.track(self)
+            limits.running[self.member] = self
         return None
 
     def on_failure(self) -> None:
@@ -118,12 +116,13 @@ class Admission:
         self._over = True
         if self._at:
             self._used = tokens
-            self._limits.release(self, (self.member, tokens, self.reserved, self._at))
+            self._limits.running.pop(self.member, None)
+            self._limits.finish(self.identity, (self.member, tokens, self.reserved, self._at))
 
     def correct(self, tokens: int) -> None:
         """Correct the tokens of an ended request. Before its end this changes nothing."""
         if self._over and self._at and tokens != self._used and self.identity.tpm is not None:
-            self._limits.add_correction(self, ("", tokens, self._used, self._at))
+            self._limits.finish(self.identity, ("", tokens, self._used, self._at))
             self._used = tokens
 
 
@@ -153,17 +152,13 @@ class Limits:
         self._numbers = itertools.count(1)
         self._finished: dict[Identity, list[Finished]] = {}  # not yet sent to redis
         self._unsent = 0
-        self._running: dict[str, Admission] = {}
+        self.running: dict[str, Admission] = {}  # admitted requests, by member
         self._skew = 0.0  # seconds by which redis's clock is ahead
         self._some, self._soon = asyncio.Event(), asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._tasks = [
-            loop.create_task(self._send_forever(), name="limits"),
-            loop.create_task(self._renew_slots(), name="slots"),
-        ]
+        self._tasks = [asyncio.create_task(work, name="limits") for work in (self._send_forever(), self._renew_slots())]
 
     async def stop(self) -> None:
         await end(*self._tasks)
@@ -209,8 +204,9 @@ class Limits:
         limits = (who.rpm, who.tpm, who.concurrency, who.budget_day, who.budget_total)
         if claim is None:
             limits = (None, who.tpm, None, None, None)
+        name = f"{PREFIX}{{{who.key_id}}}"
         return SCRIPT(
-            (_name(who), _slots(who), f"{SUMS}{who.key_id}"),
+            (name, _slots(who), f"{SUMS}{who.key_id}"),
             *("" if limit is None else limit for limit in limits),
             *((0, 0, "") if claim is None else (claim.reserved, claim.cost, claim.member)),
             SLOT_SECONDS,
@@ -231,18 +227,11 @@ class Limits:
             if each[0]:
                 self._put(who, each)
 
-    def track(self, admission: Admission) -> None:
-        self._running[admission.member] = admission
-
-    def release(self, admission: Admission, finished: Finished) -> None:
-        self._running.pop(admission.member, None)
-        self._put(admission.identity, finished)
-        if admission.identity.concurrency is not None:
+    def finish(self, who: Identity, finished: Finished) -> None:
+        """Send a finished request, or a correction of one, soon."""
+        self._put(who, finished)
+        if finished[0] and who.concurrency is not None:
             self._soon.set()
-        self._some.set()
-
-    def add_correction(self, admission: Admission, finished: Finished) -> None:
-        self._put(admission.identity, finished)
         self._some.set()
 
     def mark_up(self, now: int) -> None:
@@ -256,7 +245,8 @@ class Limits:
         self._on_error("limits")
         if self._up:
             self._up = False
-            log.warning("limits: redis is down; requests of limited keys are %s", _WHEN_DOWN[self.when_down])
+            fate = {"open": "let through unlimited", "closed": "refused"}[self.when_down]
+            log.warning("limits: redis is down; requests of limited keys are %s", fate)
 
     def _put(self, who: Identity, finished: Finished) -> None:
         if self._unsent < MAX_UNSENT:
@@ -268,12 +258,9 @@ class Limits:
     async def _send_forever(self) -> None:
         while True:
             await self._some.wait()
-            if not self._soon.is_set():
-                try:
-                    async with asyncio.timeout(SETTLE_SECONDS):
-                        await self._soon.wait()
-                except TimeoutError:
-                    pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    await self._soon.wait()
             self._some.clear()
             self._soon.clear()
             if not await self._send_finished():
@@ -299,7 +286,7 @@ class Limits:
         while True:
             await asyncio.sleep(RENEW_SECONDS)
             slots: dict[str, list[str]] = {}
-            for admission in self._running.values():
+            for admission in self.running.values():
                 slots.setdefault(_slots(admission.identity), []).append(admission.member)
             if not slots:
                 continue
@@ -314,9 +301,6 @@ class Limits:
                 self._on_error("limits")
 
 
-_WHEN_DOWN = {"open": "let through unlimited", "closed": "refused"}
-
-
 def duration(microseconds: int) -> str:
     """In the form of OpenAI's headers: `120ms`, `7.66s`, `6m0s`, `1h2m3s`; rounded up to a millisecond."""
     ms = math.ceil(microseconds / 1000)
@@ -328,10 +312,6 @@ def duration(microseconds: int) -> str:
     return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{seconds}s"
 
 
-def _name(who: Identity) -> str:
-    return f"{PREFIX}{{{who.key_id}}}"
-
-
 def _slots(who: Identity) -> str:
     return f"{PREFIX}{{{who.key_id}}}:slots"
 
@@ -340,15 +320,12 @@ def _refusal(admission: Admission, verdict: int, *, wait: int, now: int, left: i
     """`wait` and `now` in microseconds, `left` in tokens."""
     who, headers = admission.identity, dict(admission.headers)
     if verdict == _TOTAL:
-        return BudgetExceeded(
-            f"This key's budget of {money.shown(who.budget_total or 0)} USD is spent.", headers=headers
-        )
+        budget = money.shown(who.budget_total or 0)
+        return BudgetExceeded(f"This key's budget of {budget} USD is spent.", headers=headers)
     if verdict == _DAY:
         headers["retry-after"] = str(86400 - now // 1_000_000 % 86400)
-        budget = money.shown(who.budget_day or 0)
-        return BudgetExceeded(
-            f"This key's budget of {budget} USD a day is spent: it begins anew at midnight UTC.", headers=headers
-        )
+        why = f"{money.shown(who.budget_day or 0)} USD a day is spent: it begins anew at midnight UTC."
+        return BudgetExceeded(f"This key's budget of {why}", headers=headers)
     if verdict == _TOO_LARGE:  # a retry does not help
         why = f"Limit {who.tpm}, Requested {admission.reserved}. Ask for fewer tokens."
         return LimitReached(f"Request too large for this key on tokens per min (TPM): {why}", "tokens", headers)
@@ -359,6 +336,5 @@ def _refusal(admission: Admission, verdict: int, *, wait: int, now: int, left: i
         _REQUESTS: ("requests", f"requests per min (RPM): Limit {who.rpm}."),
         _TOKENS: ("tokens", f"tokens per min (TPM): Limit {who.tpm}, Left {left}, Requested {admission.reserved}."),
     }[verdict]
-    return LimitReached(
-        f"Rate limit reached for this key on {why} Please try again in {duration(wait)}.", kind, headers
-    )
+    why += f" Please try again in {duration(wait)}."
+    return LimitReached(f"Rate limit reached for this key on {why}", kind, headers)

@@ -132,47 +132,38 @@ class Ledger:
     def record(self, charge: Charge) -> None:
         """Count a charge. The cost of an upstream call is fixed now, by the current prices."""
         charge.day = charge.day or self.today()
-        row = self._row(charge)
-        row[0] += charge.request
-        if charge.source != "upstream":
-            at = _AT["hits"] if charge.source == "hit" else _AT["collapsed"]
-            row[at] += charge.request
-            row[at + 1] += charge.prompt
-            row[at + 2] += charge.completion
-            return
-        row[_CALLS] += 1
-        row[_CALLS + 1] += charge.prompt
-        row[_CALLS + 2] += charge.cached
-        row[_CALLS + 3] += charge.completion
-        row[_AT["estimated_calls"]] += charge.estimated
-        cost = self._prices.cost(
-            charge.upstream,
-            charge.model,
-            charge.prompt,
-            charge.completion,
-            cached=charge.cached,
-            half=charge.batch_price,
-        )
-        charge.cost = cost
-        if cost is None:
-            row[_UNPRICED] += 1
-        elif cost:
-            row[_COST] += cost
-            self._costs[charge.key_id] = self._costs.get(charge.key_id, 0) + cost
+        charge.cost = self._cost(charge) if charge.source == "upstream" else None
+        self._count(charge, 1)
 
     def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None:
         """Replace an estimated charge by the real numbers, in the row of its day."""
-        row = self._row(charge)
-        row[_CALLS + 1] += prompt - charge.prompt
-        row[_CALLS + 2] += cached - charge.cached
-        row[_CALLS + 3] += completion - charge.completion
-        row[_AT["estimated_calls"]] -= charge.estimated
-        cost = self._prices.cost(
-            charge.upstream, charge.model, prompt, completion, cached=cached, half=charge.batch_price
-        )
+        self._count(charge, -1)
+        charge.prompt, charge.completion, charge.cached, charge.estimated = prompt, completion, cached, False
+        cost = self._cost(charge)
         if cost is not None and charge.cost is not None:  # otherwise its price was added or removed meanwhile
-            row[_COST] += cost - charge.cost
-            self._costs[charge.key_id] = self._costs.get(charge.key_id, 0) + cost - charge.cost
+            charge.cost = cost
+        self._count(charge, 1)
+
+    def _cost(self, charge: Charge) -> int | None:
+        tokens = charge.prompt, charge.completion
+        return self._prices.cost(charge.upstream, charge.model, *tokens, cached=charge.cached, half=charge.batch_price)
+
+    def _count(self, charge: Charge, times: int) -> None:
+        """Add the charge to its row; -1 times: take it out."""
+        row = self._row(charge)
+        row[0] += times * charge.request
+        if charge.source != "upstream":
+            at = _AT["hits"] if charge.source == "hit" else _AT["collapsed"]
+            added = [charge.request, charge.prompt, charge.completion]
+        else:
+            at, added = _CALLS, [1, charge.prompt, charge.cached, charge.completion]
+            row[_AT["estimated_calls"]] += times * charge.estimated
+            row[_UNPRICED] += times * (charge.cost is None)
+            if charge.cost:
+                row[_COST] += times * charge.cost
+                self._costs[charge.key_id] = self._costs.get(charge.key_id, 0) + times * charge.cost
+        for place, number in enumerate(added, at):
+            row[place] += times * number
 
     def _row(self, charge: Charge) -> list[int]:
         where = (charge.day, charge.key_id, charge.owner, charge.upstream, charge.model)
@@ -193,11 +184,9 @@ class Ledger:
 
     # ---- reading
 
-    async def usage(
-        self, first: date, last: date, *, key_id: str | None = None, owner: str | None = None, model: str | None = None
-    ) -> list[dict[str, Any]]:
-        """The rows in redis. Raises RedisError."""
-        return await usage(self._redis, first, last, key_id=key_id, owner=owner, model=model)
+    async def usage(self, first: date, last: date, **filters: str | None) -> list[dict[str, Any]]:
+        """The rows in redis, see `usage.usage`. Raises RedisError."""
+        return await usage(self._redis, first, last, **filters)
 
     async def spent(self, key_id: str) -> tuple[int, int]:
         """Pico-dollars today and in total, as booked in redis. Raises RedisError."""
@@ -225,11 +214,8 @@ class Ledger:
                 await asyncio.sleep(OUTAGE_SECONDS)
 
     def _waiting(self) -> bool:
-        return (
-            bool(self._rows or self._queue)
-            or not self._disk_queue.empty
-            or any(not queue.empty for queue in self._orphans)
-        )
+        on_disk = any(not queue.empty for queue in (self._disk_queue, *self._orphans))
+        return on_disk or bool(self._rows or self._queue)
 
     async def _flush(self) -> None:
         # 1. Recorded charges become a batch, unless an earlier batch waits that neither redis nor the disk accepts.

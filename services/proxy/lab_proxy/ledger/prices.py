@@ -6,7 +6,6 @@ Knows upstreams, model names and token counts. Does not know keys or owners.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -76,15 +75,6 @@ class Table(_Strict):
     upstreams: dict[str, UpstreamRow]
 
 
-@dataclass(frozen=True, slots=True)
-class Quote:
-    """A price, its source and when it was checked."""
-
-    tariff: Tariff
-    source: str
-    checked: date
-
-
 class Prices:
     """The prices file. `reload` keeps the old table if the new one is faulty."""
 
@@ -100,23 +90,17 @@ class Prices:
         """Raises ValueError with one line that says what is wrong."""
         self._table = read_yaml(Table, self._path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
 
-    def quote(self, upstream: str, model: str, prompt: int = 0) -> Quote | None:
-        """The price of a model at an upstream, or None."""
-        there = self._table.upstreams.get(upstream)
-        if there is None:
-            return None
-        row = there.models.get(model) or there.models.get(_SNAPSHOT.sub("", model))
-        if row is None:
-            return None if there.every is None else Quote(there.every, there.source, there.checked)
-        long = row.long if row.above is not None and prompt > row.above else None
-        return Quote(long or row, row.source or there.source, row.checked or there.checked)
-
     def cost(
         self, upstream: str, model: str, prompt: int, completion: int, *, cached: int = 0, half: bool = False
     ) -> int | None:
         """Pico-dollars, or None without a price. `half`: half price, rounded up."""
-        quote = self.quote(upstream, model, prompt)
-        if quote is None:
+        there = self._table.upstreams.get(upstream)
+        if there is None:
             return None
-        whole = quote.tariff.cost(prompt, cached, completion)
+        row = there.models.get(model) or there.models.get(_SNAPSHOT.sub("", model))
+        long = row.long if row and row.above is not None and prompt > row.above else None
+        tariff = long or row or there.every
+        if tariff is None:
+            return None
+        whole = tariff.cost(prompt, cached, completion)
         return -(-whole // 2) if half else whole

@@ -358,7 +358,7 @@ class Executor:
         try:
             await fetch(flight)
         except ProxyError as error:
-            if flight.has_head or error.status < 500 or not flight.shared:
+            if flight.head or error.status < 500 or not flight.shared:
                 raise
             plan.retried_at = time.perf_counter()
             await fetch(flight)

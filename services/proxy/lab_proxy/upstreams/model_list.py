@@ -40,7 +40,7 @@ class ModelList:
     async def ready(self) -> dict[str, Any]:
         """`state` (up, loading, down) with the service's own report, or with advice."""
         try:
-            status, answer = await self._upstreams.model_service.get_json("/ready", 2.0)
+            status, answer = await self._upstreams.ask_model("/ready", 2.0)
         except ProxyError as error:
             return {"state": "down", "detail": error.message}
         if not isinstance(answer, dict):
@@ -70,7 +70,7 @@ class ModelList:
 
     async def _read(self) -> None:
         try:
-            status, answer = await self._upstreams.model_service.get_json("/v1/models", 1.0)
+            status, answer = await self._upstreams.ask_model("/v1/models", 1.0)
             entries = {entry["id"]: entry for entry in answer["data"]} if status == 200 else self.entries
             if entries != self.entries:
                 self.entries = entries

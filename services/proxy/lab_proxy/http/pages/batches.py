@@ -49,26 +49,18 @@ class BatchPages:
             raise InvalidRequest("`metadata` is an object of at most 16 short texts.", param="metadata")
         kept = lifetime(fields.get("output_expires_after"), "output_expires_after")
         # 2. The input file, and the owner's open batches.
-        owner = request.identity.owner
-        home = self._files.home(owner)
-        file_id = fields.get("input_file_id")
+        who, file_id = request.identity, fields.get("input_file_id")
+        home = self._files.home(who.owner)
         file_id = file_id if isinstance(file_id, str) else ""
         self._files.find(home, file_id)
         if await asyncio.to_thread(batch.count_open, home) >= MAX_OPEN:
             raise LimitReached(f"At most {MAX_OPEN} batches that are not over.", "requests", {"retry-after": "60"})
         # 3. The batch.
-        state = batch.new_state(
-            owner=owner,
-            key_id=request.identity.key_id,
-            endpoint=fields["endpoint"],
-            file_id=file_id,
-            metadata=metadata,
-            kept=kept,
-        )
+        given = {"endpoint": fields["endpoint"], "file_id": file_id, "metadata": metadata, "kept": kept}
         with on_disk():
-            await asyncio.to_thread(batch.create, self._files, home, state)
+            made = await asyncio.to_thread(batch.create, self._files, who.owner, who.key_id, **given)
         self._wake()
-        await response.send(orjson.dumps(state["batch"]), {})
+        await response.send(orjson.dumps(made), {})
 
     async def _list(self, request: PageRequest, response: Response) -> None:
         home = self._files.home(request.identity.owner)
@@ -91,7 +83,7 @@ class BatchPages:
         await response.send(orjson.dumps(folder.public()), {})
 
     def _folder(self, request: PageRequest, batch_id: str) -> BatchFolder:
-        return BatchFolder.find(self._files.home(request.identity.owner), batch_id)
+        return BatchFolder(self._files.home(request.identity.owner), batch_id)
 
 
 def _is_metadata(value: Any) -> bool:
