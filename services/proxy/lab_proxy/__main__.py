@@ -16,7 +16,6 @@ from .cache.key import load_secret
 from .cache.single_flight import SingleFlight
 from .cache.store import Cache
 from .http.app import App, Part
-from .http.guards import OperatorGuard
 from .http.pages.batches import BatchPages
 from .http.pages.cache import CachePages
 from .http.pages.files import FilePages
@@ -136,12 +135,11 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         on_reload=lambda name, outcome: metrics.count("reloads", name, outcome),
     )
     # 4. keys
-    admin_key = settings.operator_key()
     keys = Authenticator(
         client,
         required=settings.keys_required,
         timeout=max(redis_timeout, 0.1),
-        admin_key=admin_key,
+        admin_key=settings.operator_key(),
         on_error=on_redis_error,
     )
     limits = Limits(
@@ -180,7 +178,6 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         max_line_bytes=settings.max_body_bytes,
     )
     # 6. http
-    guard = OperatorGuard(keys, enabled=admin_key is not None)
     health = HealthPages(cache, upstreams, models, metrics=metrics, traffic=traffic, reports={"files": reloader.report})
     metrics.watch(reloader.gauges)
     metrics.watch(health.gauges)
@@ -188,8 +185,8 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
     pages: dict[tuple[str, str], Page] = {
         **health.pages(),
         **ModelPages(routes, models).pages(),
-        **KeyPages(KeyStore(client), ledger, guard).pages(),
-        **UsagePages(ledger, guard).pages(),
+        **KeyPages(KeyStore(client), ledger).pages(),
+        **UsagePages(ledger).pages(),
         **CachePages(executor.planner, cache, keys).pages(),
         **uploads.pages(),
         **BatchPages(files, batches.wake).pages(),

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from random import getrandbits  # an id is no secret
 from typing import Protocol
 
@@ -21,11 +22,12 @@ from ..endpoints import ALWAYS_SERVED, ENDPOINTS, FLUSH, KEYED, OPERATOR, UNCHEC
 from ..errors import ProxyError
 from ..keys.authentication import Authenticator
 from ..keys.identity import LOCAL
+from ..redis.connection import RedisError
 from ..requests.context import RequestContext, Traffic
 from ..requests.executor import STALLED_CLIENT_SECONDS, Executor
 from ..settings import Settings
 from ..telemetry.observer import Observer
-from .guards import DEADLINE, BodyReader, CallerGuard, check_json, read_deadline
+from .guards import DEADLINE, BodyReader, CallerGuard, check_json, check_operator, read_deadline
 from .response import DisconnectWatch, Message, Page, PageRequest, Pages, Receive, Response, Send
 
 log = logging.getLogger("lab_proxy.request")
@@ -54,12 +56,8 @@ class App:
         parts: Sequence[Part],
     ) -> None:
         """`parts` are started in this order, and stopped in the reverse order."""
-        self._settings = settings
-        self._executor = executor
-        self._keys = keys
-        self._traffic = traffic
-        self._observer = observer
-        self._parts = parts
+        self._settings, self._executor, self._keys = settings, executor, keys
+        self._traffic, self._observer, self._parts = traffic, observer, parts
         self._pages = {place: page for place, page in pages.items() if not place[1].endswith("/")}
         self._prefixes = {place: page for place, page in pages.items() if place[1].endswith("/")}
         self._guard, self._bodies = CallerGuard(settings), BodyReader(settings)
@@ -145,10 +143,17 @@ class App:
         keyed = path.startswith(KEYED) and not (path == FLUSH and self._keys.is_admin(headers))
         identity = await self._keys.authenticate(headers) if keyed else LOCAL
         if page is not None:
-            read = lambda: self._bodies.read(headers, receive)  # noqa: E731
-            return await page(
-                PageRequest(method, path, scope["query_string"], headers, identity, read, receive), response
-            )
+            if path.startswith(OPERATOR):
+                check_operator(headers, self._keys)
+            read = partial(self._bodies.read, headers, receive)
+            request = PageRequest(method, path, scope["query_string"], headers, identity, read, receive)
+            try:
+                return await page(request, response)
+            except RedisError:
+                if response.started:
+                    raise
+                why = "Redis is down or refuses: keys and usage lie there."
+                raise errors.KeysUnavailable(why, headers={"retry-after": "2"}) from None
         if method != "POST":
             raise errors.MethodNotAllowed(f"{path} takes POST.", headers={"allow": "POST"})
         check_json(headers)
@@ -157,7 +162,7 @@ class App:
         raw = await self._bodies.read(headers, receive, deadline)
         plain = "cache-control" not in headers and "x-cache-sampled" not in headers
         cached = self._executor.planner.cached_plan(identity.tenant, path, raw) if plain else None
-        request = RequestContext(
+        asked = RequestContext(
             identity=identity,
             endpoint=path,
             raw=raw,
@@ -171,14 +176,14 @@ class App:
             plan_cacheable=plain,
             caller_deadline=deadline,
         )
-        if await self._executor.serve_local_hit(request, response):
+        if await self._executor.serve_local_hit(asked, response):
             return None
         # 4. The answer, unless the client disconnects.
         self._traffic.started += 1
         watch = DisconnectWatch(receive, response)
         watching = asyncio.ensure_future(watch.run())
         try:
-            await self._executor.answer(request, response)
+            await self._executor.answer(asked, response)
         except asyncio.CancelledError:
             if not watch.disconnected or watch.task.uncancel():  # cancelled by another task
                 raise
@@ -192,13 +197,10 @@ class App:
         method = "GET" if method == "HEAD" else method
         pages = {verb: page for (verb, place), page in self._pages.items() if place == path}
         pages = pages or {verb: page for (verb, place), page in self._prefixes.items() if path.startswith(place)}
-        if method in pages:
-            return pages[method]
-        allowed = sorted(pages)
-        if not allowed:
-            raise errors.PathNotFound(
-                f"There is nothing at {path[:200]}: see /v1/models, /v1/chat/completions, /status."
-            )
-        raise errors.MethodNotAllowed(
-            f"{path[:200]} takes {', '.join(allowed)}.", headers={"allow": ", ".join(allowed)}
-        )
+        if not pages:
+            why = f"There is nothing at {path[:200]}: see /v1/models, /v1/chat/completions, /status."
+            raise errors.PathNotFound(why)
+        if method not in pages:
+            allowed = ", ".join(sorted(pages))
+            raise errors.MethodNotAllowed(f"{path[:200]} takes {allowed}.", headers={"allow": allowed})
+        return pages[method]

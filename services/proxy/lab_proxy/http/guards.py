@@ -13,10 +13,9 @@ from .. import errors
 from ..canonical import parse
 from ..errors import InvalidRequest, UnsupportedMediaType
 from ..keys.authentication import Authenticator
-from ..redis.connection import RedisError
 from ..requests.delivery import JSON
 from ..settings import LOOPBACK, Settings
-from .response import Page, PageRequest, Receive, Response
+from .response import PageRequest, Receive
 
 DEADLINE = "x-request-timeout-ms"
 MAX_DEADLINE_MS = 24 * 3600 * 1000
@@ -142,45 +141,19 @@ def read_query(page: PageRequest, known: Collection[str]) -> dict[str, str]:
 def read_deadline(value: str, started_at: float) -> float:
     """time.perf_counter() of the caller's deadline, by the header DEADLINE. Raises InvalidRequest."""
     if not (value.isascii() and value.isdecimal() and len(value) < 10 and 0 < int(value) <= MAX_DEADLINE_MS):
-        raise InvalidRequest(
-            f"The header {DEADLINE} is whole milliseconds from 1 to {MAX_DEADLINE_MS}.",
-            param=DEADLINE,
-            code="invalid_value",
-        )
+        why = f"The header {DEADLINE} is whole milliseconds from 1 to {MAX_DEADLINE_MS}."
+        raise InvalidRequest(why, param=DEADLINE, code="invalid_value")
     return started_at + int(value) / 1000
 
 
-class OperatorGuard:
-    """Protects the operator's pages: they need the admin key, and no web page may call them, whatever its origin."""
+def check_operator(headers: Mapping[str, str], keys: Authenticator) -> None:
+    """The operator's pages need the admin key, and no web page may call them, whatever its origin.
 
-    def __init__(self, keys: Authenticator, *, enabled: bool) -> None:
-        """`enabled`: there is an admin key."""
-        self._keys, self._enabled = keys, enabled
-
-    def protect(self, page: Page) -> Page:
-        async def protected(request: PageRequest, response: Response) -> None:
-            if "origin" in request.headers:
-                raise errors.OriginNotAllowed("Web pages may not call the operator's pages.")
-            if not self._enabled:
-                raise errors.PathNotFound("The operator's pages are off: set PROXY_ADMIN_KEY_FILE.")
-            if not self._keys.is_admin(request.headers):
-                raise errors.InvalidKey("The operator's pages want the admin key: `Authorization: Bearer …`.")
-            await page(request, response)
-
-        return with_redis(protected)
-
-
-def with_redis(page: Page) -> Page:
-    """`page`, with faults of redis as KeysUnavailable."""
-
-    async def guarded(request: PageRequest, response: Response) -> None:
-        try:
-            await page(request, response)
-        except RedisError:
-            if response.started:
-                raise
-            raise errors.KeysUnavailable(
-                "Redis is down or refuses: keys and usage lie there.", headers={"retry-after": "2"}
-            ) from None
-
-    return guarded
+    Raises OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey.
+    """
+    if "origin" in headers:
+        raise errors.OriginNotAllowed("Web pages may not call the operator's pages.")
+    if not keys.has_admin:
+        raise errors.PathNotFound("The operator's pages are off: set PROXY_ADMIN_KEY_FILE.")
+    if not keys.is_admin(headers):
+        raise errors.InvalidKey("The operator's pages want the admin key: `Authorization: Bearer …`.")

@@ -19,6 +19,8 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+PRIVATE = {"cache-control": "no-store"}
+
 
 class Response:
     """One HTTP response; a ResponseWriter."""

@@ -73,6 +73,11 @@ class Authenticator:
     async def stop(self) -> None:
         await end(self._poller)
 
+    @property
+    def has_admin(self) -> bool:
+        """There is an admin key."""
+        return self._admin is not None
+
     def is_admin(self, headers: Mapping[str, str]) -> bool:
         """The request carries the admin key. Compared in constant time."""
         given = _bearer(headers) if self._admin else None

@@ -21,7 +21,7 @@ from ...keys.identity import Identity
 from ...requests.context import RequestContext
 from ...requests.planner import Planner
 from ..guards import read_json
-from ..response import PageRequest, Pages, Response
+from ..response import PRIVATE, PageRequest, Pages, Response
 
 
 class CachePages:
@@ -63,7 +63,7 @@ class CachePages:
             answer["differs"] = differences(preview.canonical_form, other.canonical_form)
         elif against is not None:
             answer["differs"] = differences(preview.canonical_form, await self._stored_form(page.identity, against))
-        await response.send(orjson.dumps(answer), {"cache-control": "no-store"})
+        await response.send(orjson.dumps(answer), PRIVATE)
 
     async def _stored_form(self, identity: Identity, key: str) -> bytes:
         """The canonical form stored under this key. Raises InvalidRequest if this tenant has no such entry."""
@@ -72,12 +72,8 @@ class CachePages:
             _, tenant, _, model, *_ = orjson.loads(entry.canonical_form)
             if tenant == identity.tenant and entry.epoch == self._cache.epoch(tenant, model):
                 return entry.canonical_form
-        raise InvalidRequest(
-            "Nothing is stored under this key: the key of a hit is in its `cache-status`.",
-            param="against",
-            code="cache_key_not_found",
-            status=404,
-        )
+        why = "Nothing is stored under this key: the key of a hit is in its `cache-status`."
+        raise InvalidRequest(why, param="against", code="cache_key_not_found", status=404)
 
     async def _flush(self, page: PageRequest, response: Response) -> None:
         fields = await read_json(page)
@@ -92,9 +88,8 @@ class CachePages:
         if not self._keys.is_admin(page.headers):
             own = page.identity.tenant
             if everything or page.identity.shared or (tenant is not None and tenant != own):
-                raise FlushNotAllowed(
-                    "With this key only its own tenant's answers can be flushed; the admin key flushes any."
-                )
+                why = "With this key only its own tenant's answers can be flushed; the admin key flushes any."
+                raise FlushNotAllowed(why)
             tenant = own
         elif not everything and tenant is None and model is None:
             raise InvalidRequest('Say what to flush: {"tenant": …}, {"model": …}, both, or {"all": true}.')

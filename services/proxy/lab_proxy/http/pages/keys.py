@@ -11,21 +11,20 @@ from ...errors import InvalidRequest, MethodNotAllowed, PathNotFound
 from ...keys.store import KeyStore, key_spec
 from ...ledger import money
 from ...ledger.ledger import Ledger
-from ..guards import OperatorGuard, read_json, read_query
-from ..response import PageRequest, Pages, Response
+from ..guards import read_json, read_query
+from ..response import PRIVATE, PageRequest, Pages, Response
 
 log = logging.getLogger("lab_proxy.admin")
 
 PATH = "/admin/keys"
-PRIVATE = {"cache-control": "no-store"}
 
 
 class KeyPages:
-    def __init__(self, store: KeyStore, ledger: Ledger, guard: OperatorGuard) -> None:
-        self._store, self._ledger, self._guard = store, ledger, guard
+    def __init__(self, store: KeyStore, ledger: Ledger) -> None:
+        self._store, self._ledger = store, ledger
 
     def pages(self) -> Pages:
-        pages = {
+        return {
             ("GET", PATH): self._list,
             ("POST", PATH): self._create,
             ("GET", PATH + "/"): self._get,
@@ -33,7 +32,6 @@ class KeyPages:
             ("DELETE", PATH + "/"): self._revoke,
             ("POST", PATH + "/"): self._rotate,
         }
-        return {place: self._guard.protect(page) for place, page in pages.items()}
 
     async def _create(self, request: PageRequest, response: Response) -> None:
         ((key, secret),) = await self._store.create([key_spec(await read_json(request))])

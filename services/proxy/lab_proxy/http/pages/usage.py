@@ -12,55 +12,51 @@ from ...errors import InvalidRequest
 from ...ledger import money
 from ...ledger.ledger import Ledger
 from ...ledger.usage import MAX_DAYS, NOBODY, as_csv, total
-from ..guards import OperatorGuard, read_query, with_redis
-from ..response import PageRequest, Pages, Response
+from ..guards import read_query
+from ..response import PRIVATE, PageRequest, Pages, Response
 
-PRIVATE = {"cache-control": "no-store"}
 DEFAULT_DAYS = 30
 _FILTERS = frozenset({"from", "to", "owner", "model", "key_id", "format"})
 
 
 class UsagePages:
-    def __init__(self, ledger: Ledger, guard: OperatorGuard) -> None:
-        self._ledger, self._guard = ledger, guard
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
 
     def pages(self) -> Pages:
-        return {
-            ("GET", "/usage"): with_redis(self._own),
-            ("GET", "/admin/usage"): self._guard.protect(self._all),
-        }
+        return {("GET", "/usage"): self._own, ("GET", "/admin/usage"): self._all}
 
     async def _own(self, request: PageRequest, response: Response) -> None:
-        who = request.identity
-        filters = read_query(request, _FILTERS - {"owner", "key_id"})
-        first, last = _range(filters)
-        await self._ledger.flush()
+        who, filters = request.identity, read_query(request, _FILTERS - {"owner", "key_id"})
         key_id = who.key_id or NOBODY
-        rows = await self._ledger.usage(first, last, key_id=key_id, model=filters.get("model"))
-        if _wants_csv(filters):
-            return await _send_csv(response, rows)
-        spent_today, spent_total = await self._ledger.spent(key_id)
-        answer = {
+        await self._ledger.flush()
+        today, whole = await self._ledger.spent(key_id)
+        about = {
             "key_id": who.key_id,
             "owner": who.owner,
             "limits": {name: getattr(who, name) for name in ("rpm", "tpm", "concurrency", "models")},
-            "budget_usd": {
-                "per_day": _budget(who.budget_day, spent_today),
-                "total": _budget(who.budget_total, spent_total),
-            },
+            "budget_usd": {"per_day": _budget(who.budget_day, today), "total": _budget(who.budget_total, whole)},
         }
-        return await response.send(orjson.dumps(answer | _report(first, last, rows)), PRIVATE)
+        await self._send(response, filters | {"key_id": key_id}, about)
 
     async def _all(self, request: PageRequest, response: Response) -> None:
         filters = read_query(request, _FILTERS)
-        first, last = _range(filters)
         await self._ledger.flush()
-        rows = await self._ledger.usage(
-            first, last, key_id=filters.get("key_id"), owner=filters.get("owner"), model=filters.get("model")
-        )
-        if _wants_csv(filters):
-            return await _send_csv(response, rows)
-        return await response.send(orjson.dumps(_report(first, last, rows)), PRIVATE)
+        await self._send(response, filters, {})
+
+    async def _send(self, response: Response, filters: Mapping[str, str], about: dict[str, Any]) -> None:
+        """The rows as JSON, after `about`, or as CSV."""
+        first, last = _range(filters)
+        form = filters.get("format", "json")
+        if form not in {"json", "csv"}:
+            raise InvalidRequest("`format` is json or csv.", param="format")
+        chosen = {name: filters.get(name) for name in ("key_id", "owner", "model")}
+        rows = await self._ledger.usage(first, last, **chosen)
+        if form == "csv":
+            headers = PRIVATE | {"content-disposition": 'attachment; filename="usage.csv"'}
+            return await response.send(as_csv(rows).encode(), headers, "text/csv; charset=utf-8")
+        report = {"from": first.isoformat(), "to": last.isoformat(), "total": total(rows), "rows": rows}
+        return await response.send(orjson.dumps(about | report), PRIVATE)
 
 
 def _range(filters: Mapping[str, str]) -> tuple[date, date]:
@@ -77,25 +73,10 @@ def _range(filters: Mapping[str, str]) -> tuple[date, date]:
     return first, last
 
 
-def _wants_csv(filters: Mapping[str, str]) -> bool:
-    form = filters.get("format", "json")
-    if form not in {"json", "csv"}:
-        raise InvalidRequest("`format` is json or csv.", param="format")
-    return form == "csv"
-
-
-def _report(first: date, last: date, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"from": first.isoformat(), "to": last.isoformat(), "total": total(rows), "rows": rows}
-
-
 def _budget(limit: int | None, spent: int) -> dict[str, float | None]:
+    left = None if limit is None else float(money.to_usd(max(0, limit - spent)))
     return {
         "limit": None if limit is None else float(money.to_usd(limit)),
         "spent": float(money.to_usd(spent)),
-        "left": None if limit is None else float(money.to_usd(max(0, limit - spent))),
+        "left": left,
     }
-
-
-async def _send_csv(response: Response, rows: list[dict[str, Any]]) -> None:
-    headers = PRIVATE | {"content-disposition": 'attachment; filename="usage.csv"'}
-    await response.send(as_csv(rows).encode(), headers, "text/csv; charset=utf-8")
