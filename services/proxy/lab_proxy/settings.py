@@ -76,8 +76,7 @@ class Settings(BaseSettings):
         64 * 1024 * 1024, ge=0, description="Size of the disk queue of one process; further charges wait in memory."
     )
     allowed_hosts: Names = Field(
-        (),
-        description="Allowed Host names besides loopback and `proxy`; `*` for any. Prevents DNS rebinding.",
+        (), description="Allowed Host names besides loopback and `proxy`; `*` for any. Prevents DNS rebinding."
     )
     allowed_origins: Names = Field(
         (), description="Origins of web pages that may call the proxy (`https://lab.example`); others get a 403."
@@ -111,9 +110,7 @@ class Settings(BaseSettings):
         1_048_576, ge=1, description="Largest cache entry; larger answers are not stored."
     )
     cache_near_bytes: int = Field(
-        64 * 1024 * 1024,
-        ge=0,
-        description="Memory of local copies of cache entries; 0 turns local copies off.",
+        64 * 1024 * 1024, ge=0, description="Memory of local copies of cache entries; 0 turns local copies off."
     )
     cache_secret_file: Path = Field(
         Path(".state/cache-secret"), description="File with the secret of the cache keys; created at the first start."
@@ -178,7 +175,7 @@ class Settings(BaseSettings):
         for name in ("admin_key", "openai_api_key"):
             if getattr(self, name) and getattr(self, f"{name}_file"):
                 raise ValueError(f"PROXY_{name.upper()} and PROXY_{name.upper()}_FILE are both set: keep one")
-        if self.host not in LOOPBACK and not self.keys_required and not self.allow_anonymous:
+        if not (self.keys_required or self.allow_anonymous or self.host in LOOPBACK):
             raise ValueError(
                 f"PROXY_HOST={self.host} lets others in without a key and spends yours: listen on 127.0.0.1, "
                 "ask for virtual keys (PROXY_ADMIN_KEY_FILE), "

@@ -20,11 +20,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from ..errors import (
-    InvalidRequest,
-    StorageFull,
-    UploadNotFound,
-)
+from ..errors import InvalidRequest, StorageFull, UploadNotFound
 
 log = logging.getLogger("lab_proxy.files")
 
@@ -90,6 +86,9 @@ class FileStore:
 
     def remove(self, home: Path, file_id: str) -> None:
         self.find(home, file_id)
+        self._unlink(home, file_id)
+
+    def _unlink(self, home: Path, file_id: str) -> None:
         (home / f"{file_id}.json").unlink(missing_ok=True)
         self.content(home, file_id).unlink(missing_ok=True)
 
@@ -99,8 +98,7 @@ class FileStore:
             try:
                 self.find(path.parent, path.stem)
             except UploadNotFound:
-                path.unlink(missing_ok=True)
-                self.content(path.parent, path.stem).unlink(missing_ok=True)
+                self._unlink(path.parent, path.stem)
         for path in self.root.glob("*/.draft-*"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < time.time() - DAY:
@@ -134,21 +132,17 @@ def on_disk() -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("files cannot be written: %s", error.strerror)
-        raise StorageFull(
-            "The disk takes no more files: the operator's log says why (PROXY_FILES_DIR).", status=507
-        ) from None
+        why = "The disk takes no more files: the operator's log says why (PROXY_FILES_DIR)."
+        raise StorageFull(why, status=507) from None
 
 
 def lifetime(given: Any, name: str) -> int:
     """Seconds of an `expires_after` object. Raises InvalidRequest."""
     if given is None:
         return KEPT_SECONDS
-    seconds = given.get("seconds") if isinstance(given, dict) else None
-    right = isinstance(given, dict) and set(given) == {"anchor", "seconds"} and given["anchor"] == "created_at"
-    if not right or not isinstance(seconds, int) or isinstance(seconds, bool) or \
-            not MIN_KEPT_SECONDS <= seconds <= KEPT_SECONDS:  # fmt: skip
-        raise InvalidRequest(
-            f"`{name}` is an object of `anchor: created_at` and `seconds` from {MIN_KEPT_SECONDS} to {KEPT_SECONDS}.",
-            param=name,
-        )
-    return seconds
+    if isinstance(given, dict) and set(given) == {"anchor", "seconds"} and given["anchor"] == "created_at":
+        seconds = given["seconds"]
+        if type(seconds) is int and MIN_KEPT_SECONDS <= seconds <= KEPT_SECONDS:
+            return seconds
+    why = f"is an object of `anchor: created_at` and `seconds` from {MIN_KEPT_SECONDS} to {KEPT_SECONDS}."
+    raise InvalidRequest(f"`{name}` {why}", param=name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,23 +92,17 @@ class Lease:
         self.holder = None
 
 
+OnFlight = Callable[["Flight"], None]
+
+
 class Flight:
     """One answer on its way. Its task writes it; each subscriber reads it at its own pace."""
 
-    def __init__(
-        self,
-        name: str,
-        token: str,
-        *,
-        limit: int,
-        on_end: Callable[[Flight], None],
-        on_overflow: Callable[[Flight], None],
-        on_change: Callable[[Flight], None],
+    def __init__(  # noqa: PLR0917 - its owner alone makes one
+        self, name: str, token: str, limit: int, on_end: OnFlight, on_overflow: OnFlight, on_change: OnFlight
     ) -> None:
         """`name`: empty if nobody may join. `limit`: bytes kept for subscribers; `on_overflow` is called beyond it.
-
-        `on_change` is called for each change while another process follows.
-        """
+        `on_change` is called for each change while another process follows."""
         self.name = name
         self.token = token
         self.head: dict[str, Any] | None = None  # what precedes the first part
@@ -220,14 +213,9 @@ class Flight:
             raise SlowReader("The answer was read too slowly, and others did not wait: ask again.")
         return self._parts[taken - self._dropped_parts :]
 
-    async def wait_change(self, within: float | None = None) -> None:
-        """Returns at the next change, or after `within` seconds."""
-        if within is None:
-            await self._changed.wait()
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await self._changed.wait()
+    async def wait_change(self) -> None:
+        """Returns at the next change."""
+        await self._changed.wait()
 
     def notify(self) -> None:
         self._changed.set()  # wakes all that wait now

@@ -100,20 +100,19 @@ class FlightChannel:
                 flight.resync = False
                 beat = ("PUBLISH", CHANNEL + process, _message(fields))
                 replies = await self.execute(("GET", LEASE + flight.name), beat)
-                sent = time.monotonic()
-                while not (flight.done or flight.unknown_to_leader or flight.resync):
-                    if time.monotonic() >= sent + BEAT_SECONDS:
-                        break
-                    await flight.wait_change(sent + BEAT_SECONDS - time.monotonic())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT_SECONDS):
+                        while not (flight.done or flight.unknown_to_leader or flight.resync):
+                            await flight.wait_change()
                 silent = time.monotonic() - flight.last_received
                 if flight.done:
                     return True
                 if replies is None and not flight.head:
                     return False
-                dead = flight.unknown_to_leader or silent > (PATIENCE_SECONDS if replies is None else DEAF_SECONDS)
-                if replies is not None and replies[0] != leader.encode() and silent > SILENCE_SECONDS:
-                    dead = True
-                if dead:
+                patience = PATIENCE_SECONDS if replies is None else DEAF_SECONDS
+                if replies is not None and replies[0] != leader.encode():
+                    patience = SILENCE_SECONDS
+                if flight.unknown_to_leader or silent > patience:
                     if flight.head:  # subscribers have sent the beginning of this answer: another one cannot go on
                         flight.abandon()
                     return True
@@ -198,29 +197,28 @@ class FlightChannel:
 
     def _news(self, flight: Flight, follower: RemoteSubscriber) -> list[tuple[bytes, int]]:
         """Messages with what this follower does not have yet, and the position after each of them."""
-        made: list[tuple[bytes, int]] = []
         at = follower.sent
         if flight.head is None and flight.result is None:
-            return made
-        gone = [(_message({"k": "gone", "f": flight.token}), at)]
+            return []
         try:
             parts = flight.parts_after(at) if at <= flight.count else []
+            if any(len(part) > self._limit for part in parts):
+                raise SlowReader("a part is too large for a message")
         except SlowReader:
-            return gone
-        if any(len(part) > self._limit for part in parts):
-            return gone
-        first = at == 0 and flight.head is not None
-        while parts or first:
-            first = False
-            size = count = 0
-            while count < len(parts) and (not count or size + len(parts[count]) <= MESSAGE_BYTES):
-                size += len(parts[count])
-                count += 1
-            fields = {"k": "parts", "f": flight.token, "n": at, "z": [len(part) for part in parts[:count]]}
+            return [(_message({"k": "gone", "f": flight.token}), at)]
+        # 1. Parts, several in a message; the head goes with the first.
+        groups: list[list[bytes]] = [[]] if at == 0 and flight.head is not None else []
+        for part in parts:
+            if not groups or (groups[-1] and sum(map(len, groups[-1])) + len(part) > MESSAGE_BYTES):
+                groups.append([])
+            groups[-1].append(part)
+        made: list[tuple[bytes, int]] = []
+        for group in groups:
+            fields = {"k": "parts", "f": flight.token, "n": at, "z": [len(part) for part in group]}
             fields |= {"h": flight.head} if at == 0 else {}
-            made.append((_message(fields, parts[:count]), at + count))
-            at += count
-            parts = parts[count:]
+            at += len(group)
+            made.append((_message(fields, group), at))
+        # 2. The result.
         if flight.result is not None and at == flight.count:
             fields = {"k": "end", "f": flight.token, "n": at, "e": flight.result.wire()}
             made.append((_message(fields), at + 1))
@@ -270,10 +268,10 @@ class FlightChannel:
         fields = orjson.loads(head)
         kind, token = fields["k"], fields["f"]
         if kind in {"join", "leave"}:
-            return self._on_follower(kind, token, fields)
+            self._on_follower(kind, token, fields)
         flight = self.following.get(token)
         if flight is None:
-            return None
+            return
         flight.last_received = time.monotonic()
         if kind == "gone":
             flight.unknown_to_leader = True
@@ -291,7 +289,6 @@ class FlightChannel:
                     flight.add(rest[at : at + size])
                 at += size
         flight.notify()
-        return None
 
     def _on_follower(self, kind: str, token: str, fields: dict[str, Any]) -> None:
         flight, process = self.leading.get(token), fields["p"]

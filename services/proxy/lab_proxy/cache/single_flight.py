@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from ..tasks import end
 from .flight import Flight, Lease, Subscriber
 from .flight_channel import FlightChannel
+
+STOP_POLL_SECONDS = 0.05
 
 Fetch = Callable[[Flight], Awaitable[None]]
 
@@ -23,26 +24,14 @@ class SingleFlight:
     """The flights of this process. A part: start and stop it."""
 
     def __init__(
-        self,
-        url: str | None,
-        *,
-        limit: int,
-        drain: float = 0,
-        on_error: Callable[[str], None] = lambda _: None,
+        self, url: str | None, *, limit: int, drain: float = 0, on_error: Callable[[str], None] = lambda _: None
     ) -> None:
         """`url`: of redis; None: flights within this process only. `limit`: bytes that a flight keeps; nobody joins a
-        longer one. `drain`: seconds in which `stop` lets other processes get the rest of what they follow.
-
-        Raises ValueError for a URL with unsupported options.
-        """
+        longer one. `drain`: seconds in which `stop` lets other processes get the rest of what they follow. Raises
+        ValueError for a URL with unsupported options."""
         self._limit, self._drain = limit, drain
-        self.channel = FlightChannel(
-            url,
-            limit=limit,
-            on_error=on_error,
-            on_end=self._on_end,
-            on_deserted=self._abandon,
-        )
+        reports = {"on_end": self._on_end, "on_deserted": self._abandon}
+        self.channel = FlightChannel(url, limit=limit, on_error=on_error, **reports)
         self._number = 0
         self._joinable: dict[str, Flight] = {}  # by name
         self._tasks: set[asyncio.Task[None]] = set()
@@ -51,10 +40,11 @@ class SingleFlight:
         await self.channel.start()
 
     async def stop(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._drain):
-                while followed := [each for each in self.channel.leading.values() if each.remote_subscribers]:
-                    await followed[0].wait_change(0.1)
+        until = time.monotonic() + self._drain
+        while any(each.remote_subscribers for each in self.channel.leading.values()):
+            if time.monotonic() >= until:
+                break
+            await asyncio.sleep(STOP_POLL_SECONDS)
         await end(*self._tasks)
         await self.channel.stop()
 
@@ -62,32 +52,23 @@ class SingleFlight:
 
     def join(self, name: str) -> Subscriber:
         """Subscribe to the flight of this name, or to a new one: `first` says which. Without a name: a flight alone."""
-        flight = self._joinable.get(name) if name else None
+        flight, channel = self._joinable.get(name), self.channel
         first = flight is None
         if flight is None:
             self._number += 1
-            flight = Flight(
-                name,
-                f"{self.channel.process_id}.{self._number}",
-                limit=self._limit,
-                on_end=self._on_end,
-                on_overflow=self._close,
-                on_change=self.channel.mark_dirty,
-            )
+            token, calls = f"{channel.process_id}.{self._number}", (self._on_end, self._close, channel.mark_dirty)
+            flight = Flight(name, token, self._limit, *calls)
             if name:
-                self._joinable[name] = self.channel.leading[flight.token] = flight
-        return Subscriber(
-            flight, first=first, can_lease=self.channel.connected, start=self._start, leave=self._on_leave
-        )
+                self._joinable[name] = channel.leading[token] = flight
+        return Subscriber(flight, first=first, can_lease=channel.connected, start=self._start, leave=self._on_leave)
 
     def _start(self, flight: Flight, holder: str | None, fetch: Fetch) -> None:
         flight.started = True
         if holder == "":  # its entries were stored in the meantime
             return flight.abandon()
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._run(flight, holder, fetch))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        flight.task = task
+        flight.task = asyncio.create_task(self._run(flight, holder, fetch))
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(self._tasks.discard)
         return flight.notify()
 
     def _on_leave(self, subscriber: Subscriber) -> None:

@@ -20,18 +20,15 @@ class UploadForm:
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
-            raise UnsupportedMediaType(
-                "A file is sent as multipart/form-data, and the header `content-type` must say so."
-            )
+            why = "A file is sent as multipart/form-data, and the header `content-type` must say so."
+            raise UnsupportedMediaType(why)
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.size = 0
         self._draft, self._max_bytes = draft, max_bytes
         self._parts = 0
-        self._header = [b"", b""]
-        self._disposition = b""
-        self._name = ""
-        self._value = bytearray()
+        self._header, self._disposition = [b"", b""], b""  # name and value so far; the part's Content-Disposition
+        self._name, self._value = "", bytearray()
         self._is_file = self._whole = False
         try:
             self._parser = MultipartParser(boundary, {

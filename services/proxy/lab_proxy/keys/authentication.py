@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -68,7 +69,7 @@ class Authenticator:
         if not self.required:
             return
         await self._poll()
-        self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="keys")
+        self._poller = asyncio.create_task(self._poll_forever(), name="keys")
 
     async def stop(self) -> None:
         await end(self._poller)
@@ -114,20 +115,10 @@ class Authenticator:
         """
         if not self.required:
             raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
-        try:
-            raw = await self._redis.execute("HGET", RECORDS, key_id)
-        except RedisError as error:
-            self._fail(error)
-            raise _unavailable() from None
-        return _identity_of(raw)[0]
+        return _identity_of(await self._execute("HGET", RECORDS, key_id))[0]
 
     async def _verify(self, digest: bytes) -> Identity:
-        try:
-            lookup = _LOOKUP((DIGESTS, RECORDS, VERSION), digest.hex()[:32])
-            raw, version = await self._redis.execute(*lookup, within=self._timeout)
-        except RedisError as error:
-            self._fail(error)
-            raise _unavailable() from None
+        raw, version = await self._execute(*_LOOKUP((DIGESTS, RECORDS, VERSION), digest.hex()[:32]))
         found = _identity_of(raw, digest)
         # Not cached if the poller has seen a later version: it has reviewed the cached keys of that version already.
         if int(version or 0) >= int(self._version or 0):
@@ -135,6 +126,14 @@ class Authenticator:
                 del self._verified[next(iter(self._verified))]
             self._verified[digest] = found
         return found[0]
+
+    async def _execute(self, *command: Any) -> Any:
+        """The reply of redis. Raises KeysUnavailable."""
+        try:
+            return await self._redis.execute(*command, within=self._timeout)
+        except RedisError as error:
+            self._fail(error)
+            raise _unavailable() from None
 
     async def _poll_forever(self) -> None:
         while True:
@@ -162,12 +161,11 @@ class Authenticator:
             return
         halves = (digest.hex()[:32] for digest in digests)
         ids = await self._redis.execute("HMGET", DIGESTS, *halves, within=REVIEW_TIMEOUT)
-        there = [key_id for key_id in ids if key_id is not None]
-        found = await self._redis.execute("HMGET", RECORDS, *there, within=REVIEW_TIMEOUT) if there else []
-        raws = dict(zip(there, found, strict=True))
-        for digest, key_id in zip(digests, ids, strict=True):
+        names = (key_id or "" for key_id in ids)  # no key has an empty id
+        raws = await self._redis.execute("HMGET", RECORDS, *names, within=REVIEW_TIMEOUT)
+        for digest, raw in zip(digests, raws, strict=True):
             try:
-                self._verified[digest] = _identity_of(raws.get(key_id) if key_id else None, digest)
+                self._verified[digest] = _identity_of(raw, digest)
             except InvalidKey:
                 self._verified.pop(digest, None)
 
@@ -204,22 +202,10 @@ def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identi
     until = min(expires or float("inf"), secret.until or float("inf"))
     if until <= time.time():
         raise InvalidKey("This key has expired." if secret.until is None else "This key was rotated: use the new one.")
-    return (
-        Identity(
-            tenant=f"shared:{key.namespace}" if key.namespace else key.owner,
-            owner=key.owner,
-            key_id=key.id,
-            models=key.models,
-            rpm=key.rpm,
-            tpm=key.tpm,
-            concurrency=key.concurrency,
-            budget_day=None if key.budget_per_day_usd is None else money.from_usd(key.budget_per_day_usd),
-            budget_total=None if key.budget_total_usd is None else money.from_usd(key.budget_total_usd),
-            expires=expires,
-            shared=key.namespace is not None,
-        ),
-        until,
-    )
+    day, total = (usd if usd is None else money.from_usd(usd) for usd in (key.budget_per_day_usd, key.budget_total_usd))
+    tenant = f"shared:{key.namespace}" if key.namespace else key.owner
+    who = (tenant, key.owner, key.id, key.models, key.rpm, key.tpm, key.concurrency)
+    return Identity(*who, day, total, expires, key.namespace is not None), until
 
 
 def _unavailable() -> KeysUnavailable:

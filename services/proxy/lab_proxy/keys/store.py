@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import re
 import secrets
 import time
@@ -73,9 +74,8 @@ def _list(value: object) -> object:
 def _usd(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be an amount in USD")  # noqa: TRY004 - pydantic expects ValueError
-    if isinstance(value, int | float | str):
-        value = Decimal(str(value)) if re.fullmatch(r"\s*[0-9.]+\s*", str(value)) else value
-    if isinstance(value, Decimal):
+    if re.fullmatch(r"\s*[0-9.]+\s*", str(value)):
+        value = Decimal(str(value))
         money.from_usd(value)
     return value
 
@@ -147,14 +147,10 @@ class Key(KeySpec):
 
     def public_fields(self) -> dict[str, Any]:
         """For the operator: all fields but the digests."""
-        fields = self.model_dump(mode="json", exclude={"secrets", "created", "rotated", "revoked"})
+        fields = self.model_dump(mode="json", exclude={"id", "secrets", "created", "rotated", "revoked"})
         times = {"created": self.created, "rotated": self.rotated, "revoked": self.revoked}
-        return {
-            "id": self.id,
-            "state": self.state(time.time()),
-            **{name: value for name, value in fields.items() if name != "id"},
-            **{name: when and datetime.fromtimestamp(int(when), UTC).isoformat() for name, when in times.items()},
-        }
+        shown = {name: when and datetime.fromtimestamp(int(when), UTC).isoformat() for name, when in times.items()}
+        return {"id": self.id, "state": self.state(time.time()), **fields, **shown}
 
 
 def digest_of(secret: str) -> bytes:
@@ -185,9 +181,8 @@ class KeyStore:
             raise InvalidRequest(f"At most {MAX_AT_ONCE} keys at once.")
         made = []
         for each in wanted:
-            secret = PREFIX + secrets.token_urlsafe(32)
-            own = Secret(digest=digest_of(secret).hex())
-            key = Key(**dict(each), id=f"key_{secrets.token_hex(8)}", created=time.time(), secrets=(own,))
+            secret, stored = _new_secret()
+            key = Key(**dict(each), id=f"key_{secrets.token_hex(8)}", created=time.time(), secrets=(stored,))
             made.append((key, secret))
         if made:
             await self._write("", [each for key, _ in made for each in _fields(key)])
@@ -217,17 +212,15 @@ class KeyStore:
         """Add a new secret; older ones stay valid for `grace` seconds."""
         if not 0 <= grace <= MAX_GRACE:
             raise InvalidRequest(f"The grace is 0 to {MAX_GRACE} seconds.", param="grace_seconds")
-        secret = PREFIX + secrets.token_urlsafe(32)
+        secret, stored = _new_secret()
 
         def rotated(key: Key) -> Key:
             if key.revoked is not None:
                 raise InvalidRequest(f"{key_id} is revoked: make a new key.")
             now = time.time()
-            end = now + grace
-            old = [each for each in key.secrets if grace and (each.until is None or each.until > now)]
-            kept = [Secret(digest=each.digest, until=min(end, each.until or end)) for each in old]
-            new = Secret(digest=digest_of(secret).hex())
-            return key.model_copy(update={"secrets": (new, *kept), "rotated": now})
+            old = [each for each in key.secrets if grace and (each.until or now + 1) > now]
+            kept = [Secret(digest=each.digest, until=min(now + grace, each.until or now + grace)) for each in old]
+            return key.model_copy(update={"secrets": (stored, *kept), "rotated": now})
 
         return await self._alter(key_id, rotated), secret
 
@@ -252,10 +245,15 @@ class KeyStore:
         raise InvalidRequest("Somebody changes keys all the time: try again.", status=409)
 
     async def _write(self, version: bytes | str, fields: Sequence[tuple[int, str, str]]) -> int:
-        arguments = [part for field in fields for part in field]
-        command = _WRITE((RECORDS, DIGESTS, VERSION), version, *arguments)
+        command = _WRITE((RECORDS, DIGESTS, VERSION), version, *itertools.chain.from_iterable(fields))
         written: int = await self._redis.execute(*command, within=TIMEOUT)
         return written
+
+
+def _new_secret() -> tuple[str, Secret]:
+    """A secret, and what is stored of it."""
+    secret = PREFIX + secrets.token_urlsafe(32)
+    return secret, Secret(digest=digest_of(secret).hex())
 
 
 def _fields(key: Key) -> Sequence[tuple[int, str, str]]:

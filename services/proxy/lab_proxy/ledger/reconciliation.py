@@ -109,15 +109,9 @@ class Reconciliation:
         if status != 200 or not isinstance(answer, dict):  # another version of the service
             return
         for call_id in ids:
-            if (used := _read(answer.get(call_id))) is not None and (
-                call := self._pending.pop(call_id, None)
-            ) is not None:
+            found = answer.get(call_id)
+            numbers = [found.get(name) for name in TokenUsage._fields] if isinstance(found, dict) else [None]
+            valid = all(isinstance(each, int) and each >= 0 for each in numbers)
+            if valid and (call := self._pending.pop(call_id, None)):
                 self._on_end("exact")
-                call.on_usage(used)
-
-
-def _read(answer: Any) -> TokenUsage | None:
-    numbers = {name: answer.get(name) for name in TokenUsage._fields} if isinstance(answer, dict) else {"prompt": None}
-    if all(isinstance(each, int) and each >= 0 for each in numbers.values()):
-        return TokenUsage(**numbers)
-    return None
+                call.on_usage(TokenUsage(*numbers))

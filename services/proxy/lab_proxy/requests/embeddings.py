@@ -45,12 +45,7 @@ class Inputs:
 
 class EmbeddingFetch:
     def __init__(
-        self,
-        cache: Cache,
-        upstreams: UpstreamPool,
-        planner: Planner,
-        billing: Billing,
-        completions: CompletionFetch,
+        self, cache: Cache, upstreams: UpstreamPool, planner: Planner, billing: Billing, completions: CompletionFetch
     ) -> None:
         self._cache, self._upstreams, self._planner = cache, upstreams, planner
         self._billing, self._completions = billing, completions

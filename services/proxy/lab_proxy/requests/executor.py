@@ -72,14 +72,12 @@ class Executor:
         self._flights = flights or SingleFlight(None, limit=settings.cache_max_entry_bytes)
         self._limits = limits
         self._total = settings.total_timeout_seconds
-        self._cache = cache
-        self._upstreams = upstreams
+        self._cache, self._upstreams = cache, upstreams
         self.planner = Planner(cache, routes, models)  # also for previews
         self._billing = Billing(ledger, reconciliation)
-        self._completions = CompletionFetch(
-            cache, upstreams, models, self.planner, self._billing, total_seconds=self._total
-        )
-        self._embeddings = EmbeddingFetch(cache, upstreams, self.planner, self._billing, self._completions)
+        shared = (self.planner, self._billing)
+        self._completions = CompletionFetch(cache, upstreams, models, *shared, total_seconds=self._total)
+        self._embeddings = EmbeddingFetch(cache, upstreams, *shared, self._completions)
         self._refreshes: set[asyncio.Task[None]] = set()
         self._handlers = {"completions": self._generate, "embeddings": self._embed, "responses": self._relay}
 
@@ -175,15 +173,8 @@ class Executor:
         """Check the permission and claim the limits, both before anything of the cache is served."""
         check_permission(request, target)
         if self._limits is not None:
-            request.admission = self._limits.admission(
-                request.identity,
-                request.endpoint,
-                target.model,
-                request.body,
-                len(request.raw),
-                target.upstream,
-                at_once=at_once,
-            )
+            what = (request.identity, request.endpoint, target.model, request.body, len(request.raw), target.upstream)
+            request.admission = self._limits.admission(*what, at_once=at_once)
 
     async def _lookup(
         self, plan: Plan, keys: Sequence[str], writer: ResponseWriter, *piggyback: PipelinedCommand
@@ -219,10 +210,8 @@ class Executor:
             found = [each or next(filter(None, found)) for each in found]
         if directives.only_if_cached and not all(found):
             request.record.cache = "miss"
-            raise NotCached(
-                "Nothing fresh is cached for this request, and `only-if-cached` forbids to ask an upstream.",
-                headers={"cache-status": "llm-lab; detail=only-if-cached"},
-            )
+            why = "Nothing fresh is cached for this request, and `only-if-cached` forbids to ask an upstream."
+            raise NotCached(why, headers={"cache-status": "llm-lab; detail=only-if-cached"})
         return found
 
     # ---- handlers
@@ -287,14 +276,8 @@ class Executor:
 
     def _refresh(self, plan: Plan) -> None:
         """Revalidate in the background, once for all requests that get the stale entry meanwhile."""
-        request = replace(
-            plan.request,
-            record=RequestRecord(),
-            admission=None,
-            cache_control=REFRESH,
-            started=time.perf_counter(),
-            caller_deadline=None,
-        )
+        request = replace(plan.request, record=RequestRecord(), admission=None, cache_control=REFRESH)
+        request.started, request.caller_deadline = time.perf_counter(), None
         task = asyncio.ensure_future(self._run_refresh(replace(plan, request=request, limits_checked=True)))
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
@@ -320,11 +303,9 @@ class Executor:
     ) -> None:
         """Answer by `serve` if all `keys` have entries; else `fetch`, once for all requests of the flight `name`."""
         # Entries may be too old for this request, and then do not make an upstream call unnecessary.
-        aged = (
-            plan.request.cache_control.max_age is not None
-            or plan.target.stale_while_revalidate > 0
-            or plan.target.stale_if_error > 0
-        )
+        target = plan.target
+        aged = bool(target.stale_while_revalidate or target.stale_if_error)
+        aged = aged or plan.request.cache_control.max_age is not None
         for attempt in range(MAX_FLIGHTS + 1):
             # 1. Join the flight of identical requests. A request whose flights were lost too often goes alone.
             plan.shareable = bool(name) and attempt < MAX_FLIGHTS
