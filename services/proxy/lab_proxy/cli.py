@@ -168,9 +168,8 @@ async def _import(args: argparse.Namespace, client: Client) -> None:
     if not args.again:
         have = {key.owner for key in await store.list() if key.public_fields()["state"] == "active"}
         if twice := sorted({each.owner for each in specs} & have):
-            raise UsageError(
-                f"{', '.join(twice[:5])} have an active key already: --again makes another; nothing was changed"
-            )
+            why = "have an active key already: --again makes another; nothing was changed"
+            raise UsageError(f"{', '.join(twice[:5])} {why}")
     with contextlib.ExitStack() as undo:
         # Create the file before the keys: a key that cannot be written is lost.
         out: TextIO = io.StringIO()

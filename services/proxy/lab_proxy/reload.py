@@ -59,11 +59,10 @@ class Reloader:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        loop = asyncio.get_running_loop()
         with suppress(NotImplementedError, RuntimeError, ValueError):  # no signals here, or not the main thread
-            loop.add_signal_handler(signal.SIGHUP, self.reload)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         if any(each.files() for each in self._read.values()):
-            self._task = loop.create_task(self._watch(), name="watch")
+            self._task = asyncio.create_task(self._watch(), name="watch")
 
     async def stop(self) -> None:
         await end(self._task)
@@ -75,26 +74,20 @@ class Reloader:
 
     def report(self) -> dict[str, Any]:
         """For the status page: number of reads, time of the last one, and the fault of the current file, if any."""
-        return {
-            name: {"generation": turn, "read": int(at)}
-            | ({"trouble": self._trouble[name]} if name in self._trouble else {})
-            for name, (turn, at) in self._times.items()
+        found: dict[str, Any] = {
+            name: {"generation": turn, "read": int(at)} for name, (turn, at) in self._times.items()
         }
+        for name, why in self._trouble.items():
+            found[name]["trouble"] = why
+        return found
 
     async def _watch(self) -> None:
         pause = FIRST_PAUSE
         while True:
             try:
                 folders = self._folders()
-                changes = awatch(
-                    *folders,
-                    watch_filter=None,
-                    step=STEP_MS,
-                    rust_timeout=LOOK_MS,
-                    yield_on_timeout=True,
-                    recursive=False,
-                )
-                async with aclosing(changes):
+                times: dict[str, Any] = {"step": STEP_MS, "rust_timeout": LOOK_MS, "yield_on_timeout": True}
+                async with aclosing(awatch(*folders, watch_filter=None, recursive=False, **times)) as changes:
                     while folders == self._folders():
                         await anext(changes)
                         self._check()
@@ -131,21 +124,20 @@ class Reloader:
         self._after()
 
     def gauges(self) -> Mapping[str, Mapping[tuple[str, ...], float]]:
-        failing: dict[tuple[str, ...], float] = {(name,): float(name in self._trouble) for name in self._read}
-        turns: dict[tuple[str, ...], float] = {(name,): float(turn) for name, (turn, _) in self._times.items()}
-        return {"reload_failing": failing, "generation": turns}
+        return {
+            "reload_failing": {(name,): float(name in self._trouble) for name in self._read},
+            "generation": {(name,): float(turn) for name, (turn, _) in self._times.items()},
+        }
 
 
 def _signature(each: Readable) -> list[tuple[int, int, int] | None]:
     """Modification time, size and inode of each file: editors and ConfigMaps replace files by new ones."""
     signature: list[tuple[int, int, int] | None] = []
     for path in each.files():
-        try:
+        found = None
+        with suppress(OSError):
             found = path.stat()
-        except OSError:
-            signature.append(None)
-        else:
-            signature.append((found.st_mtime_ns, found.st_size, found.st_ino))
+        signature.append(found and (found.st_mtime_ns, found.st_size, found.st_ino))
     return signature
 
 

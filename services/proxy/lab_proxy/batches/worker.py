@@ -71,8 +71,7 @@ class BufferedResponse:
     async def start_stream(self, headers: Mapping[str, str]) -> None:
         raise TypeError("a batch's line does not stream")
 
-    async def write(self, data: bytes) -> None:
-        raise TypeError("a batch's line does not stream")
+    async def write(self, data: bytes) -> None: ...
 
     async def end(self) -> None: ...
 
@@ -108,7 +107,7 @@ class BatchWorker:
 
     async def start(self) -> None:
         if self._concurrency:
-            self._task = asyncio.get_running_loop().create_task(self._poll_forever(), name="batches")
+            self._task = asyncio.create_task(self._poll_forever(), name="batches")
 
     async def stop(self) -> None:
         """Running lines are cancelled: the batch's next owner runs them again."""
@@ -175,9 +174,8 @@ class BatchWorker:
                 self._paused_until[batch_id] = time.monotonic() + PAUSE_SECONDS
                 log.warning("batch %s is paused for %.0f s: %s", batch_id, PAUSE_SECONDS, type(error).__name__)
 
-        task = asyncio.get_running_loop().create_task(self._hold(mark, until), name=batch_id)
-        self._owned[batch_id] = task
-        task.add_done_callback(on_done)
+        self._owned[batch_id] = asyncio.create_task(self._hold(mark, until), name=batch_id)
+        self._owned[batch_id].add_done_callback(on_done)
 
     async def _hold(self, mark: Path, until: float) -> None:
         """Run a batch while its lease can be renewed."""
@@ -218,9 +216,8 @@ class BatchWorker:
         batch = job.batch
         # 1. Validate all lines before the first one costs anything.
         if batch["status"] == "validating":
-            errors, total, models = await asyncio.to_thread(
-                validate, job.folder.input, batch["endpoint"], self._max_line_bytes
-            )
+            what = (job.folder.input, batch["endpoint"], self._max_line_bytes)
+            errors, total, models = await asyncio.to_thread(validate, *what)
             batch["request_counts"]["total"] = total
             now = int(time.time())
             if errors:

@@ -78,8 +78,7 @@ class FlightChannel:
     async def start(self) -> None:
         if self._redis:
             await self._redis.start()
-            loop = asyncio.get_running_loop()
-            self._tasks = [loop.create_task(self._send_forever()), loop.create_task(self._beat())]
+            self._tasks = [asyncio.create_task(self._send_forever()), asyncio.create_task(self._beat())]
 
     async def stop(self) -> None:
         await end(*self._tasks)

@@ -65,9 +65,8 @@ class Cache:
         self._on_time = on_time
         tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
         greeting = tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)
-        self._redis = Client(
-            url, timeout=timeout, greeting=greeting, on_push=self._on_push, on_up=self._on_up, on_down=self._on_down
-        )
+        calls: dict[str, Any] = {"on_push": self._on_push, "on_up": self._on_up, "on_down": self._on_down}
+        self._redis = Client(url, timeout=timeout, greeting=greeting, **calls)
         self._detail = "" if enabled else "the cache is switched off (PROXY_CACHE_ENABLED)"
         self._poller: asyncio.Task[None] | None = None
         self._local: LRU[Entry] = LRU(near_bytes)
@@ -84,7 +83,7 @@ class Cache:
         if not self.enabled:
             return
         await self._redis.start()
-        self._poller = asyncio.get_running_loop().create_task(self._poll_forever(), name="redis-watch")
+        self._poller = asyncio.create_task(self._poll_forever(), name="redis-watch")
 
     async def stop(self) -> None:
         await end(self._poller)
@@ -222,9 +221,11 @@ class Cache:
 
     def _on_push(self, message: list[Any]) -> None:
         """An invalidation: these names have changed; None means all."""
-        if message[0] == b"invalidate" and message[1] is None:
+        if message[0] != b"invalidate":
+            return
+        if message[1] is None:
             self._local.clear()
-        for name in (message[1] or ()) if message[0] == b"invalidate" else ():
+        for name in message[1] or ():
             self._local.drop(name[len(PREFIX) :].decode("ascii", "replace"))
 
     def _on_down(self, why: str) -> None:
@@ -267,14 +268,9 @@ class Cache:
             return {"state": "down", "detail": self._detail or "it does not tell of itself"}
         info = dict(line.split(":", 1) for line in str(pipeline.replies[0], "utf-8").splitlines() if ":" in line)
         server = "valkey" if "valkey_version" in info else "redis"
-        return {
-            "state": "up",
-            "server": server,
-            "version": info.get(f"{server}_version"),
-            "used_memory_bytes": int(info.get("used_memory", 0)),
-            "latency_ms": round(latency, 3),
-            "entries": pipeline.replies[1],
-        }
+        about = {"state": "up", "server": server, "version": info.get(f"{server}_version")}
+        memory = {"used_memory_bytes": int(info.get("used_memory", 0)), "latency_ms": round(latency, 3)}
+        return about | memory | {"entries": pipeline.replies[1]}
 
 
 def scope(tenant: str | None, model: str | None) -> str:

@@ -61,9 +61,7 @@ def has_content(chunk: Mapping[str, Any]) -> bool:
     """The chunk holds content of the answer, not just its frame."""
     for part in chunk.get("choices") or ():
         delta = part.get("delta")
-        if delta and any(delta.get(name) for name in _CONTENT):
-            return True
-        if part.get("text"):
+        if part.get("text") or (delta and any(delta.get(name) for name in _CONTENT)):
             return True
     return False
 
@@ -161,8 +159,7 @@ def _add(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
     for name, value in delta.items():
         have = whole.get(name)
         if isinstance(value, list):
-            if have is None:
-                have = whole[name] = []
+            have = whole[name] = [] if have is None else have
             for item in value:
                 if not isinstance(item, dict):
                     have.append(item)
@@ -170,15 +167,12 @@ def _add(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
                 at = item.get("index")
                 found = None if at is None else next((entry for entry in have if entry.get("index") == at), None)
                 if found is None:
-                    found = {}
-                    have.append(found)
+                    have.append(found := {})
                 _add(found, item)
             if have and all(isinstance(entry, dict) and "index" in entry for entry in have):
                 have.sort(key=lambda entry: entry["index"])
-        elif isinstance(value, dict) and isinstance(have, dict):
-            _add(have, value)
         elif isinstance(value, dict):
-            whole[name] = {}
+            whole[name] = have if isinstance(have, dict) else {}
             _add(whole[name], value)
         elif isinstance(value, str) and isinstance(have, str) and name not in {"role", "type", "id"}:
             whole[name] = have + value
@@ -217,10 +211,6 @@ def _frame(choice: Mapping[str, Any], own: str) -> tuple[dict[str, Any], dict[st
     return every, last
 
 
-def _pieces(text: str, whole: bool) -> list[str]:
-    return [text] if whole else _PIECE.findall(text)
-
-
 def _chat_parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     every, last = _frame(choice, "message")
     message, logprobs = choice["message"], choice.get("logprobs")
@@ -229,9 +219,8 @@ def _chat_parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         first["tool_calls"] = []
     yield {**every, "delta": first}
     for name in _TEXTS:
-        for piece in _pieces(message.get(name) or "", whole=bool(logprobs)):
-            if not piece:
-                continue
+        text = message.get(name) or ""
+        for piece in _PIECE.findall(text) if not logprobs else filter(None, [text]):
             carried = {"logprobs": logprobs} if logprobs else {}
             logprobs = None
             yield {**every, "delta": {name: piece}, **carried}
@@ -241,15 +230,16 @@ def _chat_parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield {**every, "delta": {"tool_calls": [{"index": index, **call}]}}
             continue
         opened = {"index": index, **call, "function": {**function, "arguments": ""}}
-        yield {**every, "delta": {"tool_calls": [opened]}}
         rest = {"index": index, "function": {"arguments": function.get("arguments", "")}}
-        yield {**every, "delta": {"tool_calls": [rest]}}
+        for part in (opened, rest):
+            yield {**every, "delta": {"tool_calls": [part]}}
     yield {**every, **({"logprobs": logprobs} if logprobs else {}), "delta": {}, **last}
 
 
 def _text_parts(choice: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     every, last = _frame(choice, "text")
     logprobs = choice.get("logprobs")
-    for piece in _pieces(choice.get("text") or "", whole=bool(logprobs)):
+    text = choice.get("text") or ""
+    for piece in [text] if logprobs else _PIECE.findall(text):
         yield {**every, "text": piece, **({"logprobs": logprobs} if logprobs else {})}
     yield {**every, "text": "", **last}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-import types
-from collections.abc import Collection, Coroutine, Generator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -64,16 +63,10 @@ class BodyReader:
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:20]) > limit:
             raise _too_large(limit)
-        reading = _read(receive, limit)
-        try:
-            waiting = reading.send(None)  # the body is mostly there at once: then no timer is needed
-        except StopIteration as read:
-            whole: bytes = read.value
-            return whole
         left = self._timeout if deadline is None else deadline - time.perf_counter()
         try:
             async with asyncio.timeout(min(self._timeout, left)):
-                return await _resumed(reading, waiting)
+                return await _read(receive, limit)
         except TimeoutError:
             if left < self._timeout:
                 raise errors.DeadlineExceeded from None
@@ -92,22 +85,6 @@ async def _read(receive: Receive, limit: int) -> bytes:
             raise _too_large(limit)
         if not message.get("more_body"):
             return b"".join(parts)
-
-
-@types.coroutine
-def _resumed(begun: Coroutine[Any, Any, bytes], waiting: Any) -> Generator[Any, Any, bytes]:
-    """Await a coroutine after its first step; `waiting` is what it waits for."""
-    while True:
-        try:
-            try:
-                sent = yield waiting
-            except BaseException as error:  # the coroutine handles it
-                waiting = begun.throw(error)
-            else:
-                waiting = begun.send(sent)
-        except StopIteration as done:
-            whole: bytes = done.value
-            return whole
 
 
 def _too_large(limit: int) -> errors.BodyTooLarge:

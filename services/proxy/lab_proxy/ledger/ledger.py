@@ -114,7 +114,7 @@ class Ledger:
             log.warning("ledger: %s cannot be read: %s", self._folder, error)
         if self._orphans:
             self._some.set()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="ledger")
+        self._task = asyncio.create_task(self._run(), name="ledger")
 
     async def stop(self) -> None:
         """Book the rest, in redis or in the disk queue."""

@@ -57,7 +57,7 @@ class Reconciliation:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="reconciliation")
+        self._task = asyncio.create_task(self._run(), name="reconciliation")
 
     async def stop(self) -> None:
         """Resolve the most recent calls; the ledger still runs."""

@@ -73,7 +73,7 @@ class Client:
 
     async def start(self) -> None:
         await self._open()
-        self._task = asyncio.get_running_loop().create_task(self._reopen_forever(), name="redis")
+        self._task = asyncio.create_task(self._reopen_forever(), name="redis")
 
     async def stop(self) -> None:
         await end(self._task)
@@ -128,12 +128,10 @@ class Client:
                 if refused := next((each for each in hello_replies if isinstance(each, CommandError)), None):
                     raise RedisError(f"it refuses ({str(refused).partition(' ')[0]})")
                 if made.closed:
-                    raise OSError
+                    raise RedisError("no connection")
             except (OSError, RedisError) as error:  # a TimeoutError is an OSError
                 down = "no answer in time" if isinstance(error, TimeoutError) else "no connection"
-                self._why = str(error) if isinstance(error, RedisError) else down
-                self._down.set()
-                return self._on_down(self._why)
+                return self._on_closed(str(error) if isinstance(error, RedisError) else down)
             opened.pop_all()
         made.timeout = self._timeout
         self._connection = made
@@ -142,9 +140,12 @@ class Client:
 
     def _on_lost(self, why: str) -> None:
         if self._connection is not None:  # otherwise `_open` reports it
-            self._connection, self._why = None, why
-            self._down.set()
-            self._on_down(why)
+            self._on_closed(why)
+
+    def _on_closed(self, why: str) -> None:
+        self._connection, self._why = None, why
+        self._down.set()
+        self._on_down(why)
 
     async def _reopen_forever(self) -> None:
         tries = 0
@@ -177,12 +178,12 @@ def deliver(commands: Sequence[PipelinedCommand], replies: Sequence[Any], on_err
     first: ProxyError | None = None
     for command, reply in zip(commands, replies, strict=False):
         try:
-            if not isinstance(reply, CommandError):
+            if isinstance(reply, CommandError):
+                on_error()
+                log.warning("redis refused a script: %s", str(reply).partition(" ")[0])
+                command.on_failure()
+            else:
                 command.on_reply(reply)
-                continue
-            on_error()
-            log.warning("redis refused a script: %s", str(reply).partition(" ")[0])
-            command.on_failure()
         except ProxyError as error:
             first = first or error
     if first is not None:

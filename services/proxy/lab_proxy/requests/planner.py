@@ -51,9 +51,7 @@ class Planner:
     """
 
     def __init__(self, cache: Cache, routes: Routes, models: ModelList) -> None:
-        self._cache = cache
-        self._routes = routes
-        self._models = models
+        self._cache, self._routes, self._models = cache, routes, models
         self._plans: LRU[Plan] = LRU(PLAN_BYTES)  # by tenant, endpoint and body
         self._plans_of = (0, 0)  # generation of the routes and the model list
 
@@ -136,17 +134,14 @@ class Planner:
         if kind and kind not in endpoint.kinds:
             raise InvalidRequest(f"`{model}` is of kind {kind}, which {endpoint.path} does not take.", param="model")
         # 3. The cache.
-        bypass = None if self._cache.enabled else "disabled"
-        if request.cache_control.no_store:
-            bypass = "no-store"
         if endpoint.handler == "responses":
             _check_responses(body, target)
-        if not endpoint.cacheable:
-            bypass = bypass or "endpoint"
+        bypass = None if self._cache.enabled else "disabled"
+        bypass = "no-store" if request.cache_control.no_store else bypass
+        bypass = bypass or (None if endpoint.cacheable else "endpoint")
         temperature = target.default_temperature.get(endpoint.path)
-        bypass = bypass or bypass_reason(
-            endpoint.path, body, temperature, target.store_sampled or request.store_sampled
-        )
+        sampled = target.store_sampled or request.store_sampled
+        bypass = bypass or bypass_reason(endpoint.path, body, temperature, sampled)
         forward = "request" if request.cache_control.no_cache else "miss"
         epoch = self._cache.epoch(request.tenant, target.model)
         include_usage = bool((options or {}).get("include_usage"))
@@ -209,13 +204,8 @@ def _record_target(request: RequestContext, target: Target) -> None:
 def _check_responses(body: Mapping[str, Any], target: Target) -> None:
     """Raises InvalidRequest for a Response that the proxy cannot pass through."""
     if not target.config.responses:
-        raise InvalidRequest(
-            f"`{target.model}` is served by `{target.upstream}`, which has no Responses API: "
-            "use /v1/chat/completions, or another model.",
-            param="model",
-        )
+        why = "which has no Responses API: use /v1/chat/completions, or another model."
+        raise InvalidRequest(f"`{target.model}` is served by `{target.upstream}`, {why}", param="model")
     if body.get("background"):
-        raise InvalidRequest(
-            "`background` is not supported: its answer is fetched later, and the proxy hands out no kept answers.",
-            param="background",
-        )
+        why = "its answer is fetched later, and the proxy hands out no kept answers."
+        raise InvalidRequest(f"`background` is not supported: {why}", param="background")

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from ..settings import Settings
-from . import access_log
+from .observer import Line
 
 
 class LogFormatter(logging.Formatter):
@@ -24,7 +24,7 @@ class LogFormatter(logging.Formatter):
         self._text = text
 
     def format(self, record: logging.LogRecord) -> str:
-        lines: list[access_log.Line] | None = getattr(record, "lines", None)
+        lines: list[Line] | None = getattr(record, "lines", None)
         if lines is not None:
             return "\n".join(self._line(*line) for line in lines)
         fields: dict[str, Any] = {"message": record.getMessage()}

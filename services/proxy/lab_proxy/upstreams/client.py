@@ -117,7 +117,9 @@ class UpstreamClient:
         turn = 0
         while True:
             if wait := breaker.wait():
-                raise last or _circuit_open(self.config.name, wait)
+                why = f"The upstream `{self.config.name}` failed too often: it is asked again in {wait:.0f} s."
+                error = CircuitOpen(why, headers={"retry-after": str(max(1, round(wait + 0.499)))})
+                raise last or UpstreamFault(error, retry_after=None, fallback=True, failed=False)
             if last:
                 self._metrics.count("upstream_retries", self.config.name)
             call, began = UpstreamCall(self.config.name, target.model, time.time()), breaker.began()
@@ -146,7 +148,6 @@ class UpstreamClient:
             await asyncio.sleep(pause)
 
     def _on_close(self, request: UpstreamRequest, breaker: CircuitBreaker, began: int, reply: UpstreamResponse) -> None:
-        """An answer was read or closed."""
         call = reply.call
         if call.outcome == "broken":
             breaker.failed(began, answered=True)
@@ -181,9 +182,8 @@ class UpstreamClient:
         while True:
             data = io.BytesIO(body) if body and len(body) > 2**20 else body  # aiohttp warns of more in one piece
             with contextlib.suppress(_StaleConnection):
-                return Answer(
-                    await self._session.request(method, url, headers=headers, data=data, allow_redirects=False)
-                )
+                sent = self._session.request(method, url, headers=headers, data=data, allow_redirects=False)
+                return Answer(await sent)
 
     async def _send_once(
         self, request: UpstreamRequest, target: Target, body: bytes, call: UpstreamCall
@@ -230,7 +230,6 @@ class UpstreamClient:
         return reply
 
     def _path(self, endpoint: str, model: str) -> str:
-        """The path below the base URL."""
         return f"/m/{quote(model, safe='')}{endpoint}" if self.config.kind == "model" else endpoint[3:]
 
     def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
@@ -245,21 +244,17 @@ class UpstreamClient:
         # 1. The caller's error.
         error: ProxyError
         if status == 401:
-            error = UpstreamBroken(
-                f"The upstream `{name}` does not accept the proxy's key: check PROXY_OPENAI_API_KEY "
-                "or the key file in the routes file.",
-                code="upstream_key_refused",
-            )
+            why = "check PROXY_OPENAI_API_KEY or the key file in the routes file."
+            why = f"The upstream `{name}` does not accept the proxy's key: {why}"
+            error = UpstreamBroken(why, code="upstream_key_refused")
         elif envelope is not None:
             error = UpstreamRefused(status, raw.replace(self._key, b"[redacted]") if self._key else raw, headers)
         elif status == 429:
             error = UpstreamLimited(f"The upstream `{name}` takes no more requests for now.", headers=headers)
         else:
-            error = UpstreamBroken(
-                f"The upstream `{name}` answered {status} with something that is not OpenAI's error: "
-                "check its base URL.",
-                headers={"retry-after": headers["retry-after"]} if "retry-after" in headers else {},
-            )
+            why = f"answered {status} with something that is not OpenAI's error: check its base URL."
+            kept = {header: value for header, value in headers.items() if header == "retry-after"}
+            error = UpstreamBroken(f"The upstream `{name}` {why}", headers=kept)
         # 2. Whether to retry. A 500 may have done work: only if the upstream says so itself.
         # The caller's deadline is not the upstream's fault.
         late = envelope is not None and envelope.get("code") == "deadline_exceeded"
@@ -281,14 +276,6 @@ class UpstreamClient:
     def _finish_call(self, request: UpstreamRequest, call: UpstreamCall) -> None:
         self._metrics.count("upstream_calls", call.upstream, call.outcome)
         request.on_call(call)
-
-
-def _circuit_open(name: str, wait: float) -> UpstreamFault:
-    error = CircuitOpen(
-        f"The upstream `{name}` failed too often: it is asked again in {wait:.0f} s.",
-        headers={"retry-after": str(max(1, round(wait + 0.499)))},
-    )
-    return UpstreamFault(error, retry_after=None, fallback=True, failed=False)
 
 
 def _seconds(retry_after: str | None) -> float:

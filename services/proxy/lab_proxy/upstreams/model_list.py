@@ -25,7 +25,7 @@ class ModelList:
 
     async def start(self) -> None:
         await self._read()
-        self._task = asyncio.get_running_loop().create_task(self._poll(), name="local-models")
+        self._task = asyncio.create_task(self._poll(), name="local-models")
 
     async def stop(self) -> None:
         await end(self._task)
@@ -57,11 +57,8 @@ class ModelList:
             return
         for each in (await self.ready()).get("models", ()):
             if each.get("id") == model and each.get("state") != "ready":
-                raise UpstreamDown(
-                    f"`{model}` is {each.get('state')}: /status tells when it is up, `make logs` why it is not.",
-                    param="model",
-                    headers={"retry-after": "2"},
-                )
+                why = f"`{model}` is {each.get('state')}: /status tells when it is up, `make logs` why it is not."
+                raise UpstreamDown(why, param="model", headers={"retry-after": "2"})
 
     async def _poll(self) -> None:
         while True:

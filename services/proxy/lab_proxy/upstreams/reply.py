@@ -90,9 +90,7 @@ class UpstreamResponse:
     """A 2xx answer whose body was not read yet."""
 
     def __init__(self, answer: Answer, target: Target, call: UpstreamCall, settings: Settings, redact: bytes) -> None:
-        self._answer = answer
-        self._settings = settings
-        self._redact = redact
+        self._answer, self._settings, self._redact = answer, settings, redact
         self.call = call
         self.target = target  # the upstream that answered, which may be a fallback; entries are stored for it
         self.headers = forwarded_headers(answer.headers)
@@ -109,10 +107,8 @@ class UpstreamResponse:
         try:
             return raw, orjson.loads(raw)
         except orjson.JSONDecodeError:
-            raise UpstreamBroken(
-                f"The upstream `{self.target.upstream}` answered {self._answer.status} with "
-                f"{_content_type(self._answer)} instead of JSON: check its base URL."
-            ) from None
+            why = f"{self._answer.status} with {_content_type(self._answer)} instead of JSON: check its base URL."
+            raise UpstreamBroken(f"The upstream `{self.target.upstream}` answered {why}") from None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises UpstreamTimeout after a long pause, UpstreamBroken if it breaks off."""
@@ -167,11 +163,8 @@ def forwarded_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
     Names are in lower case.
     """
-    kept = {
-        name: value
-        for name, value in headers.items()
-        if (name in _FORWARDED or name.startswith(_FORWARDED_PREFIX)) and value.isprintable()
-    }
+    named = {name: value for name, value in headers.items() if name in _FORWARDED or name.startswith(_FORWARDED_PREFIX)}
+    kept = {name: value for name, value in named.items() if value.isprintable()}
     if "x-request-id" in headers:
         kept["x-upstream-request-id"] = headers["x-request-id"]
     return kept

@@ -241,12 +241,9 @@ class Routes:
                     others = tuple(each for each in fallbacks if each and each.place != first.place)
                     return replace(first, auto=auto, fallbacks=others)
         if not local:  # one upstream is the model service
-            raise UpstreamDown(
-                f"The model service does not answer, so it is not known whether it has `{asked}`. "
-                "Start the lab with `make start`, or look at `make logs`; in containers: `docker compose ps`.",
-                param="model",
-                headers={"retry-after": "2"},
-            )
+            why = f"The model service does not answer, so it is not known whether it has `{asked}`. "
+            why += "Start the lab with `make start`, or look at `make logs`; in containers: `docker compose ps`."
+            raise UpstreamDown(why, param="model", headers={"retry-after": "2"})
         raise ModelNotFound(f"The model `{asked}` does not exist here. {self._available(local)}", name)
 
     def aliases(self, local: Mapping[str, Any]) -> dict[str, str]:
