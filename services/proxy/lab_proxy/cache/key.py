@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import os
 import secrets
@@ -51,7 +52,15 @@ def with_input(form: bytes, text: bytes) -> bytes:
 
 def key_of(secret: bytes, of: bytes) -> str:
     """The key of a canonical form, 64 hex digits. An HMAC, because a plain hash of a short prompt can be guessed."""
-    return hmac.digest(secret, of, "sha256").hex()
+    mac = _keyed(secret).copy()
+    mac.update(of)
+    return mac.hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _keyed(secret: bytes) -> hmac.HMAC:
+    """To be copied: making one takes longer than the HMAC of a request."""
+    return hmac.new(secret, digestmod="sha256")
 
 
 def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:
@@ -60,13 +69,7 @@ def input_keys(secret: bytes, rest: str, inputs: Iterable[bytes]) -> list[str]:
     It is the HMAC of `rest` (64 hex digits; a canonical form begins with a bracket, so both kinds never collide) and
     the input's bytes. So the other fields are encoded once, not once per input.
     """
-    keyed = hmac.new(secret, rest.encode(), "sha256")
-    keys = []
-    for given in inputs:
-        one = keyed.copy()
-        one.update(given)
-        keys.append(one.hexdigest())
-    return keys
+    return [key_of(secret, rest.encode() + given) for given in inputs]
 
 
 def sample_key(key: str, slot: int) -> str:

@@ -19,6 +19,7 @@ Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+WATCH_AFTER_SECONDS = 0.05
 PRIVATE = {"cache-control": "no-store"}
 
 
@@ -89,19 +90,38 @@ Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path that en
 
 
 class DisconnectWatch:
-    """Cancels the task that created it when the client disconnects before the end of `response`."""
+    """Cancels its `with` block when the client disconnects before the end of `response`.
+
+    It starts late, because a task of its own is a noticeable part of a short answer.
+    """
 
     def __init__(self, receive: Receive, response: Response) -> None:
         self._receive, self._response = receive, response
-        self.task = cast("asyncio.Task[None]", asyncio.current_task())
-        self.disconnected = False
+        self._task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._watching: asyncio.Task[None] | None = None
+        self._disconnected = False
 
-    async def run(self) -> None:
+    def __enter__(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._start)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._timer.cancel()
+        if self._watching:
+            self._watching.cancel()
+        if kind is not asyncio.CancelledError or not self._disconnected or self._task.uncancel():
+            return False  # nothing happened, or another task has cancelled it
+        self._response.record.error = "client_gone"
+        return True
+
+    def _start(self) -> None:
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         if not self._response.ended:
-            self.disconnected = True
-            self.task.cancel()
+            self._disconnected = True
+            self._task.cancel()
 
 
 def list_page(found: list[dict[str, Any]], query: Mapping[str, str], default: int, most: int) -> bytes:
