@@ -82,7 +82,6 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def _first_error(error: ValidationError) -> str:
-    """The first wrong setting: its variable and the reason."""
     first = error.errors()[0]
     variable = "".join(f"PROXY_{str(part).upper()}: " for part in first["loc"][:1])
     return f"{variable}{first['msg'].removeprefix('Value error, ')}"

@@ -48,9 +48,7 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 def encode(value: Any) -> bytes:
     """Canonical bytes of a parsed value: keys sorted by UTF-16 code units, no white space, ECMAScript's numbers."""
-    parts: list[str] = []
-    _write(value, parts.append)
-    return "".join(parts).encode()
+    return _text(value).encode()
 
 
 def dump(value: Any) -> bytes:
@@ -137,41 +135,23 @@ def _refuse_depth(text: str, value: Any) -> None:
 _escape = json.encoder.encode_basestring  # control characters, quote and backslash: RFC 8785's set
 
 
-def _utf16(pair: tuple[str, Any]) -> bytes:
-    return pair[0].encode("utf-16-be")
-
-
-def _write(value: Any, put: Any) -> None:
+def _text(value: Any) -> str:
     if isinstance(value, str):
-        put(_escape(value))
-    elif value is None:
-        put("null")
-    elif isinstance(value, bool):
-        put("true" if value else "false")
-    elif isinstance(value, int):
-        put(str(value))
-    elif isinstance(value, float):
-        put(str(int(value)) if value.is_integer() and abs(value) < EXACT else _ecmascript(value))
-    elif isinstance(value, dict):
-        put("{")
-        for position, (name, inner) in enumerate(sorted(value.items(), key=_utf16)):
-            put(f"{',' if position else ''}{_escape(name)}:")
-            _write(inner, put)
-        put("}")
-    else:
-        put("[")
-        for position, inner in enumerate(value):
-            if position:
-                put(",")
-            _write(inner, put)
-        put("]")
+        return _escape(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < EXACT else _ecmascript(value)
+    if isinstance(value, dict):
+        fields = sorted(value.items(), key=lambda field: field[0].encode("utf-16-be"))
+        return "{" + ",".join([f"{_escape(name)}:{_text(inner)}" for name, inner in fields]) + "}"
+    return "[" + ",".join([_text(inner) for inner in value]) + "]"
 
 
 def _ecmascript(value: float) -> str:
-    """ECMA-262's Number::toString for a finite double that is no integer below EXACT.
-
-    Python's shortest digits are the same digits.
-    """
+    """ECMA-262's Number::toString for a finite double that is no integer below EXACT. Python's digits are the same."""
     mantissa, _, power = f"{Decimal(repr(value)).normalize():E}".partition("E")
     text = mantissa.lstrip("-").replace(".", "")
     point = int(power) + 1  # value = 0.text × 10^point

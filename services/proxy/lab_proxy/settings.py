@@ -49,106 +49,88 @@ def forward_proxy(url: str) -> str | None:
 class Settings(BaseSettings):
     """Field `name` is the variable `PROXY_NAME`. Lists are separated by commas, times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="PROXY_", env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PROXY_", env_ignore_empty=True, extra="ignore", use_attribute_docstrings=True
+    )
 
-    host: str = Field("127.0.0.1", description="Address the proxy listens on.")
-    port: int = Field(8080, ge=1, le=65535, description="Port the proxy listens on.")
-    allow_anonymous: bool = Field(
-        False, description="Allow listening beyond loopback without keys. Otherwise such a start is refused."
-    )
-    admin_key: SecretStr | None = Field(
-        None,
-        description="Key of the operator's pages. If set, every caller needs a virtual key. A weak key is refused.",
-    )
-    admin_key_file: Path | None = Field(None, description="File with the admin key; an empty file means no key.")
-    require_keys: bool = Field(False, description="Require a virtual key from every caller, even without an admin key.")
-    limits_when_redis_is_down: Literal["open", "closed"] = Field(
-        "open", description="Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."
-    )
-    prices_file: Path | None = Field(
-        None, description="YAML file of prices per million tokens. Default: the packaged prices.yaml."
-    )
-    ledger_folder: Path | None = Field(
-        None,
-        description="Folder of the disk queue: charges that redis does not accept. Default: beside the cache secret.",
-    )
-    ledger_spool_bytes: int = Field(
-        64 * 1024 * 1024, ge=0, description="Size of the disk queue of one process; further charges wait in memory."
-    )
-    allowed_hosts: Names = Field(
-        (), description="Allowed Host names besides loopback and `proxy`; `*` for any. Prevents DNS rebinding."
-    )
-    allowed_origins: Names = Field(
-        (), description="Origins of web pages that may call the proxy (`https://lab.example`); others get a 403."
-    )
-    model_url: str = Field("http://127.0.0.1:8000", description="Base URL of the model service.")
-    model_poll_seconds: float = Field(
-        1.5, gt=0, le=60, description="Interval at which the model service's ids and revisions are read."
-    )
-    openai_api_key: SecretStr | None = Field(
-        None, description="API key of the OpenAI upstream; without one this upstream is off."
-    )
-    openai_api_key_file: Path | None = Field(None, description="File with the API key of the OpenAI upstream.")
-    openai_base_url: str = Field(
-        "https://api.openai.com/v1", description="Base URL of the OpenAI upstream or of a compatible API."
-    )
-    routes_file: Path | None = Field(
-        None, description="YAML file of upstreams, routes and aliases. Default: the packaged routes.yaml."
-    )
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="URL of redis: cache, keys, limits and ledger.")
-    redis_timeout_ms: int = Field(
-        60,
-        ge=1,
-        le=10_000,
-        description="Timeout of one redis read or write; on timeout the request goes on without the cache.",
-    )
-    cache_enabled: bool = Field(True, description="Use the response cache.")
-    cache_ttl_seconds: int = Field(
-        86_400, ge=1, le=31_536_000, description="TTL of cache entries; a route may set its own."
-    )
-    cache_max_entry_bytes: int = Field(
-        1_048_576, ge=1, description="Largest cache entry; larger answers are not stored."
-    )
-    cache_near_bytes: int = Field(
-        64 * 1024 * 1024, ge=0, description="Memory of local copies of cache entries; 0 turns local copies off."
-    )
-    cache_secret_file: Path = Field(
-        Path(".state/cache-secret"), description="File with the secret of the cache keys; created at the first start."
-    )
-    files_dir: Path | None = Field(
-        None,
-        description="Folder of uploaded files and batches, shared by replicas. Default: `files` beside the secret.",
-    )
-    files_max_bytes: int = Field(
-        64 * 1024 * 1024, ge=1024, description="Largest file at /v1/files; larger ones get a 413."
-    )
-    files_total_bytes: int = Field(
-        1024 * 1024 * 1024, ge=1024, description="Total size of one owner's files; beyond it a 413."
-    )
-    batch_concurrency: int = Field(
-        4, ge=0, le=256, description="Concurrent batch lines per process; 0: this process runs no batches."
-    )
-    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; larger ones get a 413.")
-    body_timeout_seconds: float = Field(30, gt=0, description="Time limit for reading a request's body.")
-    connect_timeout_seconds: float = Field(5, gt=0, description="Time limit for connecting to an upstream.")
-    first_byte_timeout_seconds: float = Field(
-        120, gt=0, description="Time limit for the first byte of a streamed answer."
-    )
-    idle_timeout_seconds: float = Field(60, gt=0, description="Longest pause within a streamed answer.")
-    total_timeout_seconds: float = Field(600, gt=0, description="Time limit for one answer, streamed or not.")
-    upstream_retries: int = Field(
-        2, ge=0, le=10, description="Retries of an upstream call that failed before its first byte."
-    )
-    drain_timeout_seconds: int = Field(
-        30, ge=0, description="Graceful drain after SIGTERM: time for running answers to finish."
-    )
-    otlp_endpoint: str | None = Field(
-        None,
-        description="OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`.",
-    )
-    log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="Log format on stderr; `auto`: text on a terminal, JSON otherwise."
-    )
+    host: str = "127.0.0.1"
+    """Address the proxy listens on."""
+    port: int = Field(8080, ge=1, le=65535)
+    """Port the proxy listens on."""
+    allow_anonymous: bool = False
+    """Allow listening beyond loopback without keys. Otherwise such a start is refused."""
+    admin_key: SecretStr | None = None
+    """Key of the operator's pages. If set, every caller needs a virtual key. A weak key is refused."""
+    admin_key_file: Path | None = None
+    """File with the admin key; an empty file means no key."""
+    require_keys: bool = False
+    """Require a virtual key from every caller, even without an admin key."""
+    limits_when_redis_is_down: Literal["open", "closed"] = "open"
+    """Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."""
+    prices_file: Path | None = None
+    """YAML file of prices per million tokens. Default: the packaged prices.yaml."""
+    ledger_folder: Path | None = None
+    """Folder of the disk queue: charges that redis does not accept. Default: beside the cache secret."""
+    ledger_spool_bytes: int = Field(64 * 1024 * 1024, ge=0)
+    """Size of the disk queue of one process; further charges wait in memory."""
+    allowed_hosts: Names = ()
+    """Allowed Host names besides loopback and `proxy`; `*` for any. Prevents DNS rebinding."""
+    allowed_origins: Names = ()
+    """Origins of web pages that may call the proxy (`https://lab.example`); others get a 403."""
+    model_url: str = "http://127.0.0.1:8000"
+    """Base URL of the model service."""
+    model_poll_seconds: float = Field(1.5, gt=0, le=60)
+    """Interval at which the model service's ids and revisions are read."""
+    openai_api_key: SecretStr | None = None
+    """API key of the OpenAI upstream; without one this upstream is off."""
+    openai_api_key_file: Path | None = None
+    """File with the API key of the OpenAI upstream."""
+    openai_base_url: str = "https://api.openai.com/v1"
+    """Base URL of the OpenAI upstream or of a compatible API."""
+    routes_file: Path | None = None
+    """YAML file of upstreams, routes and aliases. Default: the packaged routes.yaml."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """URL of redis: cache, keys, limits and ledger."""
+    redis_timeout_ms: int = Field(60, ge=1, le=10_000)
+    """Timeout of one redis read or write; on timeout the request goes on without the cache."""
+    cache_enabled: bool = True
+    """Use the response cache."""
+    cache_ttl_seconds: int = Field(86_400, ge=1, le=31_536_000)
+    """TTL of cache entries; a route may set its own."""
+    cache_max_entry_bytes: int = Field(1_048_576, ge=1)
+    """Largest cache entry; larger answers are not stored."""
+    cache_near_bytes: int = Field(64 * 1024 * 1024, ge=0)
+    """Memory of local copies of cache entries; 0 turns local copies off."""
+    cache_secret_file: Path = Path(".state/cache-secret")
+    """File with the secret of the cache keys; created at the first start."""
+    files_dir: Path | None = None
+    """Folder of uploaded files and batches, shared by replicas. Default: `files` beside the secret."""
+    files_max_bytes: int = Field(64 * 1024 * 1024, ge=1024)
+    """Largest file at /v1/files; larger ones get a 413."""
+    files_total_bytes: int = Field(1024 * 1024 * 1024, ge=1024)
+    """Total size of one owner's files; beyond it a 413."""
+    batch_concurrency: int = Field(4, ge=0, le=256)
+    """Concurrent batch lines per process; 0: this process runs no batches."""
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    """Largest request body; larger ones get a 413."""
+    body_timeout_seconds: float = Field(30, gt=0)
+    """Time limit for reading a request's body."""
+    connect_timeout_seconds: float = Field(5, gt=0)
+    """Time limit for connecting to an upstream."""
+    first_byte_timeout_seconds: float = Field(120, gt=0)
+    """Time limit for the first byte of a streamed answer."""
+    idle_timeout_seconds: float = Field(60, gt=0)
+    """Longest pause within a streamed answer."""
+    total_timeout_seconds: float = Field(600, gt=0)
+    """Time limit for one answer, streamed or not."""
+    upstream_retries: int = Field(2, ge=0, le=10)
+    """Retries of an upstream call that failed before its first byte."""
+    drain_timeout_seconds: int = Field(30, ge=0)
+    """Graceful drain after SIGTERM: time for running answers to finish."""
+    otlp_endpoint: str | None = None
+    """OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """Log format on stderr; `auto`: text on a terminal, JSON otherwise."""
 
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod

@@ -16,8 +16,6 @@ MAX_ERRORS = 100
 
 @dataclass(frozen=True, slots=True)
 class InputLine:
-    """One request of a batch's file."""
-
     number: int
     custom_id: str
     endpoint: str

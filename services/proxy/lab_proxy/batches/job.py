@@ -39,8 +39,6 @@ class LineResult:
 
 
 class Job:
-    """A batch that this worker owns."""
-
     def __init__(self, folder: BatchFolder, files: FileStore, until: float) -> None:
         """`until`: time.monotonic() up to which this worker certainly holds the lease."""
         self.folder, self.until = folder, until
@@ -86,7 +84,6 @@ class Job:
         self.save()
 
     def lines(self, file: BinaryIO) -> Iterator[InputLine]:
-        """The lines that are not finished."""
         return (line for line in read_lines(file) if line.number not in self._results)
 
     def add_result(self, line: InputLine, ok: bool, record: RequestRecord, row: dict[str, Any]) -> None:

@@ -212,7 +212,6 @@ class BatchWorker:
     # ---- one batch
 
     async def _run(self, job: Job) -> None:
-        """From the batch's current state to its end."""
         batch = job.batch
         # 1. Validate all lines before the first one costs anything.
         if batch["status"] == "validating":

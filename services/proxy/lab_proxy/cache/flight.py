@@ -214,7 +214,6 @@ class Flight:
         return self._parts[taken - self._dropped_parts :]
 
     async def wait_change(self) -> None:
-        """Returns at the next change."""
         await self._changed.wait()
 
     def notify(self) -> None:

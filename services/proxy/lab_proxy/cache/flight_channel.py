@@ -132,7 +132,6 @@ class FlightChannel:
         return [None if isinstance(reply, CommandError) else reply for reply in pipeline.replies]
 
     def release(self, flight: Flight) -> None:
-        """Give up the lease."""
         flight.holds_lease = False
         self._send(_RELEASE([LEASE + flight.name], flight.token))
 
@@ -224,7 +223,6 @@ class FlightChannel:
         return made
 
     def _remove(self, flight: Flight, process: str) -> None:
-        """Another process no longer follows."""
         if flight.remote_subscribers.pop(process, None) is None:
             return
         if flight.done:

@@ -107,7 +107,6 @@ class SingleFlight:
             self.channel.leading.pop(flight.token, None)
 
     async def _run(self, flight: Flight, holder: str | None, fetch: Fetch) -> None:
-        """A flight's task."""
         try:
             # 1. While another process leads, follow it. Afterwards the lease decides who leads.
             while holder is not None and holder != flight.token:

@@ -33,7 +33,6 @@ MAX_EPOCHS = 10_000
 
 
 def entry_name(key: str) -> str:
-    """The entry's name in redis."""
     return PREFIX + key
 
 
@@ -245,7 +244,6 @@ class Cache:
         self._on_epochs(replies[2], sent)
 
     async def _poll_forever(self) -> None:
-        """Read the epochs."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             sent = time.monotonic()

@@ -74,8 +74,6 @@ class Response:
 
 @dataclass(slots=True)
 class PageRequest:
-    """One request to a page."""
-
     method: str
     path: str
     query: bytes

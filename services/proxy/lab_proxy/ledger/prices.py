@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, model_validator
 
 from ..reload import read_yaml
 from . import money
@@ -31,11 +31,7 @@ def _per_token(value: object) -> object:
 Price = Annotated[int, BeforeValidator(_per_token)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Tariff(_Strict):
+class Tariff(BaseModel, extra="forbid"):
     """Pico-dollars per token."""
 
     input: Price
@@ -62,16 +58,14 @@ class ModelRow(Tariff):
         return self
 
 
-class UpstreamRow(_Strict):
+class UpstreamRow(BaseModel, extra="forbid"):
     source: str
     checked: date
     every: Tariff | None = None
     models: dict[str, ModelRow] = {}
 
 
-class Table(_Strict):
-    """The prices file."""
-
+class Table(BaseModel, extra="forbid"):
     upstreams: dict[str, UpstreamRow]
 
 
@@ -83,7 +77,6 @@ class Prices:
         self._table = read_yaml(Table, path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
 
     def files(self) -> list[Path]:
-        """The files to watch for changes."""
         return [self._path] if self._path else []
 
     def reload(self) -> None:

@@ -82,7 +82,6 @@ def _figures(sums: Mapping[str, int]) -> dict[str, Any]:
 
 
 def total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sum of rows of `usage`."""
     sums = dict.fromkeys(METRICS, 0)
     for row in rows:
         for metric in METRICS:

@@ -30,7 +30,6 @@ class Address:
             raise ValueError(f"PROXY_REDIS_URL: {', '.join(sorted(options))} is not supported")
 
     def hello(self) -> list[Command]:
-        """The first commands of a connection."""
         hello: Command = ("HELLO", 3, "AUTH", self._user, self._password) if self._password else ("HELLO", 3)
         return [hello, *([("SELECT", self._database)] if self._database else [])]
 

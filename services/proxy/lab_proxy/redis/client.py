@@ -35,7 +35,6 @@ class Script(str):
         return script
 
     def __call__(self, keys: Sequence[str], *arguments: Any) -> Command:
-        """The command that runs it."""
         return ("EVALSHA", self, len(keys), *keys, *arguments)
 
 
@@ -82,7 +81,6 @@ class Client:
         self._connection, self._why = None, "closed"
 
     async def execute(self, *command: Any, within: float | None = None) -> Any:
-        """The reply to one command."""
         return (await self.execute_all([command], within))[0]
 
     async def execute_all(self, commands: Sequence[Command], within: float | None = None) -> list[Any]:

@@ -16,8 +16,6 @@ from ..upstreams.routes import Target
 
 @dataclass(slots=True)
 class RequestContext:
-    """One parsed request."""
-
     identity: Identity
     endpoint: str
     raw: bytes

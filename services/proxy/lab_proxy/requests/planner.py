@@ -28,8 +28,6 @@ PARSED_FACTOR = 6  # size of a parsed body and its canonical form, in sizes of i
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What the cache would do with a request."""
-
     canonical_form: bytes
     keys: list[str]
     epoch: str
@@ -175,7 +173,6 @@ class Planner:
         )
 
     def input_keys(self, plan: Plan, revision: str | None, inputs: Iterable[bytes]) -> list[str]:
-        """One key for each canonical input."""
         rest = key_of(self._cache.secret, self.canonical_form(plan, revision, without="input"))
         return input_keys(self._cache.secret, rest, inputs)
 

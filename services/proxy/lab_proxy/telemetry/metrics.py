@@ -87,7 +87,6 @@ class Metrics:
         self.misses = 0
 
     def record(self, route: str, record: RequestRecord, status: int, seconds: float, request_id: str = "") -> None:
-        """One request is over."""
         model, cache = record.model, record.cache
         if model not in self._models:
             if record.model_known and len(self._models) <= MOST_MODELS:

@@ -31,7 +31,6 @@ class Observer:
         self._lines: list[Line] = []
 
     def observe(self, path: str, request_id: str, record: RequestRecord, status: int, seconds: float) -> None:
-        """One request has ended."""
         route = path if path in ENDPOINTS or path in QUIET or path in OTHER_ROUTES else "other"
         self._metrics.record(route, record, status, seconds, request_id)
         if self._traces is not None and path in ENDPOINTS:

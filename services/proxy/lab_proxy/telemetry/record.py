@@ -49,7 +49,6 @@ class RequestRecord:
 
     @property
     def upstream_tokens(self) -> int:
-        """Tokens that this request used at upstreams."""
         return self.billed_tokens or (self.prompt_tokens + self.completion_tokens if self.upstream_called else 0)
 
     def set_usage(self, usage: Any) -> None:

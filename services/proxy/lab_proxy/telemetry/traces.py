@@ -22,7 +22,6 @@ SEND_SECONDS = 5.0  # for one batch to the collector
 
 
 def installed() -> bool:
-    """The opentelemetry packages are installed."""
     try:
         return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
     except ModuleNotFoundError:

@@ -40,8 +40,6 @@ PASSING = frozenset({502, 503, 504})  # sent by gateways before an engine: nothi
 
 @dataclass(slots=True)
 class UpstreamRequest:
-    """One request to an upstream."""
-
     endpoint: str
     request_id: str
     stream: bool
@@ -233,7 +231,6 @@ class UpstreamClient:
         return f"/m/{quote(model, safe='')}{endpoint}" if self.config.kind == "model" else endpoint[3:]
 
     def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
-        """Raise the fault for a status from 300."""
         name, status = self.config.name, answer.status
         headers = forwarded_headers(answer.headers)
         envelope: dict[str, Any] | None = None

@@ -71,7 +71,6 @@ class UpstreamPool:
         return states
 
     def breaker_states(self) -> dict[str, bool]:
-        """All circuit breakers, and whether each is open."""
         return {name: each.is_open for upstream in self._clients.values() for name, each in upstream.breakers.items()}
 
     def on_routes_reloaded(self) -> None:
@@ -93,7 +92,6 @@ class UpstreamPool:
 
 
 def _can_replace(target: Target, first: Target, endpoint: str) -> bool:
-    """`target` may answer instead of `first`."""
     rule = ENDPOINTS[endpoint].fallback
     if rule == "same_model":
         return target.model == first.model

@@ -185,7 +185,6 @@ async def read_whole(answer: Answer) -> bytes:
 
 
 def network_error(name: str, error: Exception) -> ProxyError:
-    """The error for a network fault, with advice."""
     where = "PROXY_MODEL_URL, `make logs`" if name == "model" else "its base URL and the network"
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.")

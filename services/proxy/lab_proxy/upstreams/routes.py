@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..canonical import encode
 from ..endpoints import default_tables
@@ -27,11 +27,7 @@ MAX_CACHED_NAMES = 1000  # cached targets: callers may invent any number of name
 Listed = Mapping[str, Mapping[str, Any]]  # the model service's models by id
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class UpstreamRow(_Strict):
+class UpstreamRow(BaseModel, extra="forbid"):
     kind: Literal["model", "openai"]
     base_url: str | None = None
     api_key_file: Path | None = None
@@ -48,12 +44,12 @@ class UpstreamRow(_Strict):
         return value
 
 
-class FallbackRow(_Strict):
+class FallbackRow(BaseModel, extra="forbid"):
     upstream: str
     model: str
 
 
-class RouteRow(_Strict):
+class RouteRow(BaseModel, extra="forbid"):
     upstream: str
     match: list[str] | None = None
     ttl_seconds: int | None = Field(None, ge=1)
@@ -64,13 +60,13 @@ class RouteRow(_Strict):
     fallbacks: list[FallbackRow] = []
 
 
-class AliasRow(_Strict):
+class AliasRow(BaseModel, extra="forbid"):
     name: str
     model: str
     unless: str | None = None
 
 
-class AutoRow(_Strict):
+class AutoRow(BaseModel, extra="forbid"):
     """What `model: "auto"` stands for. A threshold of None is ignored."""
 
     small: str
@@ -107,9 +103,7 @@ class AutoRow(_Strict):
         return next((f"large; why={why}" for why, holds in reasons if holds), "small")
 
 
-class Table(_Strict):
-    """The routes file."""
-
+class Table(BaseModel, extra="forbid"):
     upstreams: dict[str, UpstreamRow]
     routes: list[RouteRow]
     aliases: list[AliasRow] = []

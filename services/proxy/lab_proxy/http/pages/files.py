@@ -59,7 +59,6 @@ class FilePages:
             path.unlink(missing_ok=True)
 
     async def _read_form(self, request: PageRequest, form: UploadForm) -> None:
-        """Feed the body into the form as it arrives."""
         length = request.headers.get("content-length", "0")
         most = self._files.max_bytes + FORM_BYTES
         too_large = BodyTooLarge(f"The file is larger than {self._files.max_bytes} bytes (PROXY_FILES_MAX_BYTES).")

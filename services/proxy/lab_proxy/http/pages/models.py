@@ -37,7 +37,6 @@ class ModelPages:
         await response.send(orjson.dumps(entry), {})
 
     def _allowed(self, who: Identity) -> dict[str, dict[str, Any]]:
-        """The models and aliases that `who` may use."""
         models = self._models.entries
         aliases = self._routes.aliases(models)
         every = {
