@@ -33,11 +33,16 @@ from fixtures_proxy import (
     state,
 )
 from lab_proxy.__main__ import main
+from lab_proxy.cache.single_flight import SingleFlight
 from lab_proxy.cache.store import Cache
 from lab_proxy.http import app as application
 from lab_proxy.http.app import App, Message
 from lab_proxy.http.response import Page, PageRequest, Response
 from lab_proxy.keys.authentication import Authenticator
+from lab_proxy.keys.limits import Limits
+from lab_proxy.ledger.ledger import Ledger
+from lab_proxy.ledger.prices import Prices
+from lab_proxy.ledger.reconciliation import Reconciliation
 from lab_proxy.redis.client import Client
 from lab_proxy.requests import executor
 from lab_proxy.requests.context import Traffic
@@ -339,12 +344,20 @@ async def app(monkeypatch: pytest.MonkeyPatch, page: Page | None = None, **setti
     routes = Routes(made)
     upstreams = UpstreamPool(routes, made, metrics)
     cache = Cache(made.redis_url, bytes(32), enabled=False, timeout=1, max_entry_bytes=1)
+    client, prices = Client(made.redis_url), Prices()
+    ledger = Ledger(client, prices, folder=made.disk_queue_folder, max_bytes=0)
+    counting = {
+        "limits": Limits(client, prices, ledger, when_down="open"),
+        "ledger": ledger,
+        "flights": SingleFlight(None, limit=made.cache_max_entry_bytes),
+        "reconciliation": Reconciliation(upstreams.ask_model),
+    }
     accounts: list[RequestRecord] = []
     yield (
         App(
             made,
-            Executor(made, cache, upstreams, routes, ModelList(upstreams, 60)),
-            keys=Authenticator(Client(made.redis_url), required=False, timeout=1),
+            Executor(made, cache, upstreams, routes, ModelList(upstreams, 60), **counting),  # type: ignore[arg-type]
+            keys=Authenticator(client, required=False, timeout=1),
             traffic=Traffic(),
             observer=Observer(metrics, SimpleNamespace(record=lambda _, account, *__: accounts.append(account))),  # type: ignore[arg-type]
             pages={("GET", "/page"): page} if page else {},

@@ -177,7 +177,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         max_line_bytes=settings.max_body_bytes,
     )
     # 6. http
-    health = HealthPages(cache, upstreams, models, metrics=metrics, traffic=traffic, reports={"files": reloader.report})
+    health = HealthPages(cache, upstreams, models, metrics=metrics, traffic=traffic, files=reloader)
     metrics.watch(reloader.gauges)
     metrics.watch(health.gauges)
     uploads = FilePages(files, idle_timeout=settings.body_timeout_seconds, total_timeout=settings.total_timeout_seconds)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ProxyError, SlowReader, UpstreamRefused
@@ -95,39 +95,38 @@ class Lease:
 OnFlight = Callable[["Flight"], None]
 
 
+@dataclass(slots=True, eq=False)
 class Flight:
     """One answer on its way. Its task writes it; each subscriber reads it at its own pace."""
 
-    def __init__(  # noqa: PLR0917 - its owner alone makes one
-        self, name: str, token: str, limit: int, on_end: OnFlight, on_overflow: OnFlight, on_change: OnFlight
-    ) -> None:
-        """`name`: empty if nobody may join. `limit`: bytes kept for subscribers; `on_overflow` is called beyond it.
-        `on_change` is called for each change while another process follows."""
-        self.name = name
-        self.token = token
-        self.head: dict[str, Any] | None = None  # what precedes the first part
-        self.entries: list[Entry] | None = None  # what the first subscriber found in the cache
-        self.result: FlightResult | None = None
-        self.abandoned = False
-        self.lookup_names: Sequence[str] = ()
-        self.holds_lease = False  # this process leads, according to redis
-        self.remote = False  # another process leads
-        self.started = False  # past the cache lookup: the upstream is being called
-        self.subscribers: set[Subscriber] = set()
-        self.remote_subscribers: dict[str, RemoteSubscriber] = {}  # process -> its state
-        self.last_received = 0.0  # monotonic; of a follower: the leader's last message
-        self.renewed = 0.0  # monotonic: last renewal of the lease
-        self.resync = True  # of a follower: the leader must send again, from `count` on
-        self.unknown_to_leader = False  # of a follower
-        self.count = 0  # parts so far
-        self.task: asyncio.Task[None] | None = None
-        self._limit = limit
-        self._on_end, self._on_overflow, self._on_change = on_end, on_overflow, on_change
-        self._parts: list[bytes] = []  # from `_dropped_parts` on
-        self._part_ends: list[int] = []  # bytes up to the end of each of them
-        self._dropped_parts = self._dropped_bytes = 0
-        self._bytes = 0
-        self._changed = asyncio.Event()
+    name: str  # empty if nobody may join
+    token: str
+    limit: int  # bytes kept for subscribers
+    on_end: OnFlight
+    on_overflow: OnFlight  # called beyond the limit
+    on_change: OnFlight  # called for each change while another process follows
+    head: dict[str, Any] | None = None  # what precedes the first part
+    entries: list[Entry] | None = None  # what the first subscriber found in the cache
+    result: FlightResult | None = None
+    abandoned: bool = False
+    lookup_names: Sequence[str] = ()
+    holds_lease: bool = False  # this process leads, according to redis
+    remote: bool = False  # another process leads
+    started: bool = False  # past the cache lookup: the upstream is being called
+    subscribers: set[Subscriber] = field(default_factory=set)
+    remote_subscribers: dict[str, RemoteSubscriber] = field(default_factory=dict)  # process -> its state
+    last_received: float = 0.0  # monotonic; of a follower: the leader's last message
+    renewed: float = 0.0  # monotonic: last renewal of the lease
+    resync: bool = True  # of a follower: the leader must send again, from `count` on
+    unknown_to_leader: bool = False  # of a follower
+    count: int = 0  # parts so far
+    task: asyncio.Task[None] | None = None
+    _parts: list[bytes] = field(default_factory=list)  # from `_dropped_parts` on
+    _part_ends: list[int] = field(default_factory=list)  # bytes up to the end of each of them
+    _dropped_parts: int = 0
+    _dropped_bytes: int = 0
+    _bytes: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def done(self) -> bool:
@@ -148,7 +147,7 @@ class Flight:
     async def append(self, part: bytes) -> None:
         """Add a part. Waits while even the fastest reader is behind by more than the limit."""
         self.add(part)
-        while self._bytes - self._fastest() > self._limit and (self.subscribers or self.remote_subscribers):
+        while self._bytes - self._fastest() > self.limit and (self.subscribers or self.remote_subscribers):
             await self._changed.wait()
 
     def add(self, part: bytes) -> None:
@@ -157,8 +156,8 @@ class Flight:
         self._parts.append(part)
         self._part_ends.append(self._bytes)
         self.count += 1
-        if self._bytes > self._limit:
-            self._on_overflow(self)
+        if self._bytes > self.limit:
+            self.on_overflow(self)
             self._drop()
         self.notify()
 
@@ -178,7 +177,7 @@ class Flight:
             self._finish()
 
     def _finish(self) -> None:
-        self._on_end(self)
+        self.on_end(self)
         self.notify()
 
     def _positions(self) -> list[int]:
@@ -195,7 +194,7 @@ class Flight:
         slowest, fastest = min(positions, default=0), max(positions, default=0)
         drop = 0
         for at, end in enumerate(self._part_ends[:-1], self._dropped_parts):
-            far = self._bytes - end > self._limit
+            far = self._bytes - end > self.limit
             if not (at < slowest or (far and (self.remote or at < fastest))):
                 break
             drop += 1
@@ -220,32 +219,25 @@ class Flight:
         self._changed.set()  # wakes all that wait now
         self._changed.clear()
         if self.remote_subscribers:
-            self._on_change(self)
+            self.on_change(self)
 
     def on_taken(self) -> None:
         """A subscriber has taken parts: a writer that waits may go on."""
-        if self._bytes > self._limit:
+        if self._bytes > self.limit:
             self._changed.set()
             self._changed.clear()
 
 
+@dataclass(slots=True, eq=False)
 class Subscriber:
     """One request's subscription to a flight. It leaves at the end of the `with` block."""
 
-    def __init__(
-        self,
-        flight: Flight,
-        *,
-        first: bool,
-        can_lease: bool,
-        start: Callable[[Flight, str | None, Callable[[Flight], Awaitable[None]]], None],
-        leave: Callable[[Subscriber], None],
-    ) -> None:
-        """`first`: it decides how the flight goes on: resolve_from_cache, start, or leave."""
-        self.flight = flight
-        self.first = first
-        self.taken = 0
-        self._can_lease, self._start, self._leave = can_lease, start, leave
+    flight: Flight
+    first: bool  # it decides how the flight goes on: resolve_from_cache, start, or leave
+    can_lease: bool
+    on_start: Callable[[Flight, str | None, Callable[[Flight], Awaitable[None]]], None]
+    on_leave: Callable[[Subscriber], None]
+    taken: int = 0
 
     def __enter__(self) -> Subscriber:
         self.flight.subscribers.add(self)
@@ -253,7 +245,7 @@ class Subscriber:
 
     def __exit__(self, *_: object) -> None:
         self.flight.subscribers.discard(self)
-        self._leave(self)
+        self.on_leave(self)
 
     @property
     def outcome(self) -> str | None:
@@ -266,13 +258,13 @@ class Subscriber:
         `anyway`: lead even if all entries exist, because they may not satisfy this request.
         """
         self.flight.lookup_names = entry_names
-        if not self.flight.name or not self._can_lease:
+        if not self.flight.name or not self.can_lease:
             return None
         return Lease(self.flight, () if anyway else entry_names)
 
     def start(self, lease: Lease | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
         """The cache had nothing: follow the leader, or lead. `fetch` calls the upstream: begin, append, end."""
-        self._start(self.flight, lease.holder if lease else None, fetch)
+        self.on_start(self.flight, lease.holder if lease else None, fetch)
 
     async def cached_entries(self) -> list[Entry] | None:
         """What the first subscriber found in the cache. Raises FlightLost if it left before its lookup."""

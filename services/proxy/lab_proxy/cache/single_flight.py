@@ -60,7 +60,7 @@ class SingleFlight:
             flight = Flight(name, token, self._limit, *calls)
             if name:
                 self._joinable[name] = channel.leading[token] = flight
-        return Subscriber(flight, first=first, can_lease=channel.connected, start=self._start, leave=self._on_leave)
+        return Subscriber(flight, first, channel.connected, self._start, self._on_leave)
 
     def _start(self, flight: Flight, holder: str | None, fetch: Fetch) -> None:
         flight.started = True

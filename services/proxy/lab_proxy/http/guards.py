@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -59,36 +59,36 @@ class BodyReader:
 
         Raises BodyTooLarge, BodyTimeout, DeadlineExceeded or ClientDisconnected.
         """
-        limit = self._max_bytes
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length[:20]) > limit:
-            raise _too_large(limit)
+        why = f"The body is larger than {self._max_bytes} bytes (PROXY_MAX_BODY_BYTES)."
+        parts: list[bytes] = []
         left = self._timeout if deadline is None else deadline - time.perf_counter()
         try:
             async with asyncio.timeout(min(self._timeout, left)):
-                return await _read(receive, limit)
+                await receive_body(headers, receive, self._max_bytes, why, parts.append)
         except TimeoutError:
             if left < self._timeout:
                 raise errors.DeadlineExceeded from None
             raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+        return b"".join(parts)
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
-    parts, size = [], 0
-    while True:
+async def receive_body(
+    headers: Mapping[str, str], receive: Receive, limit: int, why: str, put: Callable[[bytes], object]
+) -> None:
+    """Give the body to `put` as it arrives. Raises ClientDisconnected, and BodyTooLarge with `why` beyond the limit."""
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or int(length[:20]) > limit:
+        raise errors.BodyTooLarge(why)
+    size, more = 0, True
+    while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise errors.ClientDisconnected("The caller left before the body was whole.")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
+        data, more = message.get("body", b""), message.get("more_body", False)
+        size += len(data)
         if size > limit:
-            raise _too_large(limit)
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _too_large(limit: int) -> errors.BodyTooLarge:
-    return errors.BodyTooLarge(f"The body is larger than {limit} bytes (PROXY_MAX_BODY_BYTES).")
+            raise errors.BodyTooLarge(why)
+        put(data)
 
 
 def check_json(headers: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
@@ -51,25 +52,25 @@ Without a member: a correction of a request that redis already has as finished; 
 """
 
 
+@dataclass(slots=True, eq=False)
 class Admission:
     """One request's claim on its key's limits: a PipelinedCommand that raises if the request is refused."""
 
-    __slots__ = ("_at", "_limits", "_over", "_taken", "_used", "cost", "headers", "identity", "member", "reserved")
-
-    def __init__(self, limits: Limits, identity: Identity, member: str, *, reserved: int, cost: int) -> None:
-        """`reserved` tokens, and `cost`: the most it may cost, in pico-dollars. No `member`: it needs no settling."""
-        self._limits = limits
-        self.identity, self.member, self.reserved, self.cost = identity, member, reserved, cost
-        self.headers: dict[str, str] = {}
-        self._at = 0  # microseconds of redis's clock; 0: not admitted
-        self._over = False
-        self._used = 0
-        self._taken: list[Finished] | None = None
+    limits: Limits
+    identity: Identity
+    member: str  # empty if it needs no settling
+    reserved: int  # tokens
+    cost: int  # the most it may cost, in pico-dollars
+    headers: dict[str, str] = field(default_factory=dict)
+    _at: int = 0  # microseconds of redis's clock; 0: not admitted
+    _over: bool = False
+    _used: int = 0
+    _taken: list[Finished] | None = None
 
     def command(self) -> Command:
         if self._taken is None:
-            self._taken = self._limits.take_finished(self.identity)
-        return self._limits.command(self.identity, self._taken, self)
+            self._taken = self.limits.take_finished(self.identity)
+        return self.limits.command(self.identity, self._taken, self)
 
     def on_reply(self, reply: Any) -> None:
         """Raises LimitReached and BudgetExceeded."""
@@ -78,7 +79,7 @@ class Admission:
         except (TypeError, ValueError):
             return self.on_failure()
         self._taken = None
-        limits, who, headers = self._limits, self.identity, self.headers
+        limits, who, headers = self.limits, self.identity, self.headers
         limits.mark_up(now)
         counted = (("requests", who.rpm, requests, requests_full), ("tokens", who.tpm, tokens, tokens_full))
         for kind, limit, remaining, full in counted:
@@ -97,7 +98,7 @@ class Admission:
 
     def on_failure(self) -> None:
         """Raises LimitsUnavailable if the settings say `closed`."""
-        limits = self._limits
+        limits = self.limits
         limits.restore_finished(self.identity, self._taken or [])
         self._taken = None
         self._at = _UNKNOWN  # redis may have admitted it nevertheless
@@ -116,13 +117,13 @@ class Admission:
         self._over = True
         if self._at:
             self._used = tokens
-            self._limits.running.pop(self.member, None)
-            self._limits.finish(self.identity, (self.member, tokens, self.reserved, self._at))
+            self.limits.running.pop(self.member, None)
+            self.limits.finish(self.identity, (self.member, tokens, self.reserved, self._at))
 
     def correct(self, tokens: int) -> None:
         """Correct the tokens of an ended request. Before its end this changes nothing."""
         if self._over and self._at and tokens != self._used and self.identity.tpm is not None:
-            self._limits.finish(self.identity, ("", tokens, self._used, self._at))
+            self.limits.finish(self.identity, ("", tokens, self._used, self._at))
             self._used = tokens
 
 
@@ -182,12 +183,12 @@ class Limits:
         prompt, completion = estimate(endpoint, body, size_bytes, identity.tpm)
         reserved = min(prompt + completion, MAX_TOKENS) if identity.tpm is not None else 0
         if at_once:
-            return Admission(self, identity, "", reserved=reserved, cost=0)
+            return Admission(self, identity, "", reserved, 0)
         cost = 0
         if identity.budget_day is not None or identity.budget_total is not None:
             cost = min(self._prices.cost(upstream, model, prompt, completion) or 0, 9 * 10**15)
         # The script reads the cost from the member, so that it is released with the slot, also when the slot expires.
-        return Admission(self, identity, f"{self._process}-{next(self._numbers)}:{cost}", reserved=reserved, cost=cost)
+        return Admission(self, identity, f"{self._process}-{next(self._numbers)}:{cost}", reserved, cost)
 
     async def check(self, admission: Admission) -> None:
         """Check without a cache read. Raises like Admission.on_reply and .on_failure."""

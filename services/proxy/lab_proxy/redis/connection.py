@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import hiredis
@@ -28,18 +29,18 @@ class CommandError(RedisError):
     """Redis answered one command with an error. In a pipeline it stands among the replies; it is not raised."""
 
 
+@dataclass(slots=True, eq=False)
 class Pipeline:
     """Commands that were sent together, and their replies so far."""
 
-    __slots__ = ("done", "errors", "pushes", "replies", "sent", "timeout", "timer", "want")
-
-    def __init__(self, want: int, timeout: float, done: asyncio.Future[Pipeline]) -> None:
-        self.want, self.timeout, self.done = want, timeout, done
-        self.sent = 0.0  # time.monotonic(): before it, a delayed event loop does not count against redis
-        self.errors = 0  # CommandErrors among the replies
-        self.replies: list[Any] = []
-        self.pushes = 0  # push messages received before the first reply
-        self.timer: asyncio.TimerHandle | None = None
+    want: int
+    timeout: float
+    done: asyncio.Future[Pipeline]
+    replies: list[Any] = field(default_factory=list)
+    errors: int = 0  # CommandErrors among the replies
+    pushes: int = 0  # push messages received before the first reply
+    sent: float = 0.0  # time.monotonic(): before it, a delayed event loop does not count against redis
+    timer: asyncio.TimerHandle | None = None
 
 
 class Connection(asyncio.Protocol):

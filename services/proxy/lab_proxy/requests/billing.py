@@ -17,16 +17,13 @@ from .context import RequestContext
 
 
 class Billing:
-    def __init__(self, ledger: Ledger | None, reconciliation: Reconciliation | None) -> None:
+    def __init__(self, ledger: Ledger, reconciliation: Reconciliation) -> None:
         """`reconciliation` reports the real usage of interrupted calls."""
-        self._ledger = ledger
-        self._reconciliation = reconciliation
+        self._ledger, self._reconciliation = ledger, reconciliation
 
     def close_request(self, request: RequestContext) -> None:
         """The request has ended: charge what it got without an upstream call of its own."""
         ledger, record, endpoint = self._ledger, request.record, ENDPOINTS[request.endpoint]
-        if ledger is None:
-            return
         charge = _charge(request, record.upstream, record.model)
         if record.upstream_called:
             # `add_call` charges upstream calls. Some inputs of the answer may have come from the cache.
@@ -53,7 +50,7 @@ class Billing:
         reconciliation. A call without an answer is charged only by reconciliation."""
         record = request.record
         record.add_call(call)
-        if self._ledger is None or not (call.answered or call.possibly_processed):
+        if not (call.answered or call.possibly_processed):
             return
         charge = _charge(request, call.upstream, call.model)
         if isinstance(usage, dict):
@@ -64,7 +61,7 @@ class Billing:
         if call.answered:
             record.billed_tokens += charge.prompt + charge.completion
             self._ledger.record(charge)
-        if charge.estimated and call.id and self._reconciliation is not None:
+        if charge.estimated and call.id:
             self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))
         elif request.admission is not None:
             # The caller may have left before its followers.
@@ -72,8 +69,6 @@ class Billing:
 
     def _reconcile(self, request: RequestContext, call: UpstreamCall, charge: Charge, usage: TokenUsage) -> None:
         """The model service has reported the usage of an interrupted call."""
-        if self._ledger is None:
-            return
         record, tokens = request.record, usage.prompt + usage.completion
         if call.answered:
             record.billed_tokens += tokens - charge.prompt - charge.completion

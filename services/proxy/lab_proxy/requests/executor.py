@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from random import choice, randrange
 
+from .. import errors
 from ..cache import entry, streams
 from ..cache.entry import PREPARED_BYTES, Entry, PreparedHit
 from ..cache.flight import Flight, FlightLost
@@ -21,15 +22,7 @@ from ..cache.policy import CacheControl
 from ..cache.single_flight import SingleFlight
 from ..cache.store import BATCH, Cache, entry_name
 from ..endpoints import ENDPOINTS
-from ..errors import (
-    DeadlineExceeded,
-    NotCached,
-    ProxyError,
-    UpstreamBroken,
-    UpstreamDown,
-    UpstreamRefused,
-    UpstreamTimeout,
-)
+from ..errors import ProxyError, UpstreamBroken, UpstreamDown, UpstreamTimeout
 from ..keys.limits import Limits
 from ..ledger.ledger import Ledger
 from ..ledger.reconciliation import Reconciliation
@@ -64,13 +57,12 @@ class Executor:
         routes: Routes,
         models: ModelList,
         *,
-        limits: Limits | None = None,
-        ledger: Ledger | None = None,
-        flights: SingleFlight | None = None,
-        reconciliation: Reconciliation | None = None,
+        limits: Limits,
+        ledger: Ledger,
+        flights: SingleFlight,
+        reconciliation: Reconciliation,
     ) -> None:
-        self._flights = flights or SingleFlight(None, limit=settings.cache_max_entry_bytes)
-        self._limits = limits
+        self._flights, self._limits = flights, limits
         self._total = settings.total_timeout_seconds
         self._cache, self._upstreams = cache, upstreams
         self.planner = Planner(cache, routes, models)  # also for previews
@@ -152,7 +144,7 @@ class Executor:
                     await self._handlers[ENDPOINTS[request.endpoint].handler](plan, writer)
             except TimeoutError:
                 if left < self._total:
-                    raise DeadlineExceeded from None
+                    raise errors.DeadlineExceeded from None
                 raise UpstreamTimeout("The answer took too long: PROXY_TOTAL_TIMEOUT_SECONDS is the limit.") from None
         except ProxyError as error:
             record.error = error.code or error.type
@@ -172,9 +164,8 @@ class Executor:
     def _claim(self, request: RequestContext, target: Target, *, at_once: bool = False) -> None:
         """Check the permission and claim the limits, both before anything of the cache is served."""
         check_permission(request, target)
-        if self._limits is not None:
-            what = (request.identity, request.endpoint, target.model, request.body, len(request.raw), target.upstream)
-            request.admission = self._limits.admission(*what, at_once=at_once)
+        what = (request.identity, request.endpoint, target.model, request.body, len(request.raw), target.upstream)
+        request.admission = self._limits.admission(*what, at_once=at_once)
 
     async def _lookup(
         self, plan: Plan, keys: Sequence[str], writer: ResponseWriter, *piggyback: PipelinedCommand
@@ -186,7 +177,7 @@ class Executor:
         admission = None if plan.limits_checked else request.admission
         plan.limits_checked = True  # once for each request, however often it reads the cache
         commands = [*piggyback] if admission is None else [admission, *piggyback]
-        if not self._cache.enabled and admission is not None and self._limits is not None:
+        if not self._cache.enabled and admission is not None:
             await self._limits.check(admission)
         elif not skip or commands:
             read = await self._cache.read([] if skip else keys, *commands, epoch=plan.epoch)
@@ -211,7 +202,7 @@ class Executor:
         if directives.only_if_cached and not all(found):
             request.record.cache = "miss"
             why = "Nothing fresh is cached for this request, and `only-if-cached` forbids to ask an upstream."
-            raise NotCached(why, headers={"cache-status": "llm-lab; detail=only-if-cached"})
+            raise errors.NotCached(why, headers={"cache-status": "llm-lab; detail=only-if-cached"})
         return found
 
     # ---- handlers
@@ -231,7 +222,7 @@ class Executor:
         try:
             name = self.planner.flight_name(plan, plan.key)
             await self._share(plan, writer, plan.keys, name, serve=serve, fetch=fetch)
-        except (UpstreamDown, UpstreamTimeout, UpstreamBroken, UpstreamRefused) as error:
+        except (UpstreamDown, UpstreamTimeout, UpstreamBroken, errors.UpstreamRefused) as error:
             stale = await self._stale_entry(plan) if error.status >= 500 and not writer.started else None
             if stale is None:
                 raise

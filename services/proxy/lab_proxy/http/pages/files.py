@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 import orjson
 
 from ...batches.files import FileStore, lifetime, on_disk
-from ...errors import BodyTimeout, BodyTooLarge, ClientDisconnected, InvalidRequest, UploadNotFound
-from ..guards import read_query
+from ...errors import BodyTimeout, InvalidRequest, UploadNotFound
+from ..guards import read_query, receive_body
 from ..multipart import FORM_BYTES, UploadForm
-from ..response import PageRequest, Pages, Response, list_page
+from ..response import Message, PageRequest, Pages, Response, list_page
 
 PATH = "/v1/files"
 MAX_LISTED = 10_000
@@ -35,49 +35,35 @@ class FilePages:
         }
 
     async def _create(self, request: PageRequest, response: Response) -> None:
+        home = self._files.home(request.identity.owner)
         with on_disk():
-            made = await self._upload(request)
+            await asyncio.to_thread(self._files.room, home, 0)
+            draft, path = self._files.draft(home)
+            try:
+                with draft:
+                    form = UploadForm(request.headers.get("content-type", ""), draft, self._files.max_bytes)
+                    await self._read_form(request, form)
+                if form.filename is None:
+                    raise InvalidRequest("The form has no `file`.", param="file")
+                if form.fields.get("purpose") != "batch":
+                    raise InvalidRequest("Only files of `purpose: batch` are of use here.", param="purpose")
+                kept = lifetime(_nested(form.fields, "expires_after"), "expires_after")
+                await asyncio.to_thread(self._files.room, home, form.size)
+                made = self._files.add(home, path, filename=form.filename, purpose="batch", kept=kept)
+            finally:
+                path.unlink(missing_ok=True)
         await response.send(orjson.dumps(made), {})
 
-    async def _upload(self, request: PageRequest) -> dict[str, Any]:
-        home = self._files.home(request.identity.owner)
-        await asyncio.to_thread(self._files.room, home, 0)
-        draft, path = self._files.draft(home)
-        try:
-            with draft:
-                form = UploadForm(request.headers.get("content-type", ""), draft, self._files.max_bytes)
-                await self._read_form(request, form)
-            if form.filename is None:
-                raise InvalidRequest("The form has no `file`.", param="file")
-            purpose = form.fields.get("purpose")
-            if purpose != "batch":
-                raise InvalidRequest("Only files of `purpose: batch` are of use here.", param="purpose")
-            kept = lifetime(_nested(form.fields, "expires_after"), "expires_after")
-            await asyncio.to_thread(self._files.room, home, form.size)
-            return self._files.add(home, path, filename=form.filename, purpose=purpose, kept=kept)
-        finally:
-            path.unlink(missing_ok=True)
-
     async def _read_form(self, request: PageRequest, form: UploadForm) -> None:
-        length = request.headers.get("content-length", "0")
-        most = self._files.max_bytes + FORM_BYTES
-        too_large = BodyTooLarge(f"The file is larger than {self._files.max_bytes} bytes (PROXY_FILES_MAX_BYTES).")
-        if not length.isdigit() or int(length[:20]) > most:
-            raise too_large
-        size, more = 0, True
+        async def receive() -> Message:
+            async with asyncio.timeout(self._idle):
+                return await request.receive()
+
+        most = self._files.max_bytes
+        why = f"The file is larger than {most} bytes (PROXY_FILES_MAX_BYTES)."
         try:
             async with asyncio.timeout(self._total):
-                while more:
-                    async with asyncio.timeout(self._idle):
-                        message = await request.receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnected("The caller left before the file was whole.")
-                    data = message.get("body", b"")
-                    size += len(data)
-                    if size > most:
-                        raise too_large
-                    form.feed(data)
-                    more = message.get("more_body", False)
+                await receive_body(request.headers, receive, most + FORM_BYTES, why, form.feed)
         except TimeoutError:
             raise BodyTimeout("The file did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
         form.end()
@@ -126,7 +112,6 @@ def _nested(fields: Mapping[str, str], name: str) -> dict[str, Any] | None:
             continue
         if not field.startswith(f"{name}["):
             raise InvalidRequest(f"`{field[:60]}` is not known here.", param=field[:60])
-        found[field[len(name) + 1 : -1]] = (
-            int(value) if value.isascii() and value.isdigit() and len(value) < 12 else value
-        )
+        number = value.isascii() and value.isdigit() and len(value) < 12
+        found[field[len(name) + 1 : -1]] = int(value) if number else value
     return found or None

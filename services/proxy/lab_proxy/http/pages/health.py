@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import orjson
 
 from ... import __version__
 from ...cache.store import Cache
+from ...reload import Reloader
 from ...requests.context import Traffic
 from ...telemetry.metrics import Metrics
 from ...upstreams.failover import UpstreamPool
@@ -28,11 +27,10 @@ class HealthPages:
         *,
         metrics: Metrics,
         traffic: Traffic,
-        reports: Mapping[str, Callable[[], Any]],
+        files: Reloader,
     ) -> None:
-        """`reports`: further fields of the status page."""
         self._cache, self._upstreams, self._models = cache, upstreams, models
-        self._metrics, self._traffic, self._reports = metrics, traffic, reports
+        self._metrics, self._traffic, self._files = metrics, traffic, files
         self._started = time.time()
 
     def pages(self) -> Pages:
@@ -75,7 +73,7 @@ class HealthPages:
                 "started": int(self._started),
                 "upstreams": self._upstreams.status(),
                 "draining": self._traffic.draining,
-                **{name: report() for name, report in self._reports.items()},
+                "files": self._files.report(),
             },
             "redis": redis,
             "model": model,
