@@ -59,9 +59,6 @@ def dump(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-# ---- reading
-
-
 def _refused(why: str) -> InvalidRequest:
     return InvalidRequest(f"The request body is not acceptable JSON: {why}.", code="invalid_json")
 
@@ -129,8 +126,6 @@ def _refuse_depth(text: str, value: Any) -> None:
             return
     raise _refused(f"nested deeper than {MAX_DEPTH}")
 
-
-# ---- writing
 
 _escape = json.encoder.encode_basestring  # control characters, quote and backslash: RFC 8785's set
 

@@ -43,9 +43,6 @@ class ProxyError(Exception):
         return orjson.dumps({"error": error})
 
 
-# ---- the caller's request
-
-
 class InvalidRequest(ProxyError, status=400, type="invalid_request_error"):
     """The caller has to change the request."""
 
@@ -117,9 +114,6 @@ class DeadlineExceeded(ProxyError, status=504, code="deadline_exceeded"):
         super().__init__("The time that x-request-timeout-ms gave is over.")
 
 
-# ---- keys and limits
-
-
 class InvalidKey(InvalidRequest, status=401, code="invalid_api_key"):
     """No key, or an unknown, revoked or expired one. The message reveals nothing that its holder does not know."""
 
@@ -151,9 +145,6 @@ class BudgetExceeded(ProxyError, status=429, type="insufficient_quota", code="in
     """The key has spent its budget."""
 
 
-# ---- the proxy and its redis
-
-
 class KeysUnavailable(ProxyError, status=503, code="keys_unavailable"):
     """Redis is down, and this key was not verified in the last minutes."""
 
@@ -171,9 +162,6 @@ class Draining(ProxyError, status=503, code="draining"):
 
     def __init__(self) -> None:
         super().__init__("The proxy is ending and takes no new work: ask again.", headers={"retry-after": "1"})
-
-
-# ---- upstreams
 
 
 class UpstreamDown(ProxyError, status=503, code="upstream_unavailable"):

@@ -93,9 +93,6 @@ def with_identity(body: bytes, identity: str, created: int) -> bytes:
     return b'{"id":"%s","created":%d,' % (identity.encode(), created) + body[1:]
 
 
-# ---- embeddings
-
-
 def inputs(value: Any) -> list[Any] | None:
     """The inputs of an embeddings request, each a text or a list of token ids; None for an unknown shape."""
     if isinstance(value, str):

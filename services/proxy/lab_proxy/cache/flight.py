@@ -72,17 +72,18 @@ class RemoteSubscriber:
     last_sent: float = 0.0  # monotonic: the last message to it
 
 
+@dataclass(slots=True)
 class Lease:
     """The command that elects the leader of a flight across processes; a PipelinedCommand."""
 
-    def __init__(self, flight: Flight, entry_names: Sequence[str], displaced: str = "") -> None:
-        """`entry_names`: redis names; if all of them exist, no leader is needed. `displaced`: a dead leader's token."""
-        self._keys = (LEASE + flight.name, *entry_names)
-        self._arguments = (flight.token, int(LEASE_SECONDS * 1000), displaced)
-        self.holder: str | None = None  # token of the leader; "": the entries exist; None: redis did not answer
+    flight: Flight
+    entry_names: Sequence[str]  # redis names; if all of them exist, no leader is needed
+    displaced: str = ""  # a dead leader's token
+    holder: str | None = None  # token of the leader; "": the entries exist; None: redis did not answer
 
     def command(self) -> Command:
-        return _ACQUIRE(self._keys, *self._arguments)
+        keys = (LEASE + self.flight.name, *self.entry_names)
+        return _ACQUIRE(keys, self.flight.token, int(LEASE_SECONDS * 1000), self.displaced)
 
     def on_reply(self, reply: Any) -> None:
         valid = isinstance(reply, bytes) and (not reply or _TOKEN.fullmatch(reply))

@@ -129,8 +129,6 @@ class Connection(asyncio.Protocol):
                 wait = min(wait, pipeline.timeout - age)
         pipeline.timer = self._loop.call_later(wait, self._due, pipeline, not again)
 
-    # ---- asyncio.Protocol
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's transport is no subclass
 

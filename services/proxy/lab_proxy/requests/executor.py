@@ -97,9 +97,10 @@ class Executor:
                 writer.headers.update(request.admission.headers)
             record.cache = "hit"
             record.set_usage(found.metadata.get("usage"))
-            prepared = found.prepared.get((cached.stream, cached.include_usage, target.alias, target.auto))
+            form = (cached.stream, cached.include_usage, target.alias, target.auto)
+            prepared = found.prepared.get(form)
             if prepared is None or prepared.age != age:
-                prepared = self._prepare_hit(request, cached, found, age)
+                prepared = found.prepared[form] = self._prepare_hit(request.endpoint, cached, found, age, prepared)
             identity = b'"id":"%s","created":%d,' % (entry.new_id(request.endpoint).encode(), now)
             if cached.stream:
                 record.ttft = time.perf_counter() - request.started
@@ -111,26 +112,24 @@ class Executor:
             self._billing.close_request(request)
         return True
 
-    def _prepare_hit(self, request: RequestContext, cached: Plan, found: Entry, age: int) -> PreparedHit:
-        """Prepare a hit and keep it with the entry, as a part of its bytes."""
-        target = cached.target
-        kept = (cached.stream, cached.include_usage, target.alias, target.auto)
-        before = found.prepared.get(kept)
+    def _prepare_hit(
+        self, endpoint: str, cached: Plan, found: Entry, age: int, before: PreparedHit | None
+    ) -> PreparedHit:
+        """A hit with its headers, to be kept with the entry as a part of its bytes. `before`: of an earlier second."""
         if before is not None:
             pieces = before.pieces
         elif cached.stream:
-            pieces = streams.replay_pieces(request.endpoint, found.body, cached.include_usage)
+            pieces = streams.replay_pieces(endpoint, found.body, cached.include_usage)
         else:
             pieces = [b"{", found.body[1:]]
-        identity = len(b'"id":"","created":,') + len(entry.new_id(request.endpoint)) + 10  # digits, until year 2286
+        identity = len(b'"id":"","created":,') + len(entry.new_id(endpoint)) + 10  # digits, until year 2286
         size = sum(map(len, pieces)) + identity * (len(pieces) - 1)
         headers = {"content-type": SSE if cached.stream else JSON, "content-length": str(size)}
         headers |= cached.hit_headers(found.ttl, age, cached.key)
-        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        prepared = found.prepared[kept] = PreparedHit(age, encoded, pieces)
         if before is None:
             self._cache.resize(cached.key, found, PREPARED_BYTES + sum(map(sys.getsizeof, pieces)))
-        return prepared
+        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        return PreparedHit(age, encoded, pieces)
 
     async def answer(self, request: RequestContext, writer: ResponseWriter) -> None:
         """Answer a request. Errors before the first byte are raised; later ones end the stream."""

@@ -155,8 +155,6 @@ class Planner:
         of_kind = (name for kind in endpoint.default_kinds for name in listed if listed[name].get("kind") == kind)
         return next(of_kind, None)
 
-    # ---- keys
-
     def canonical_form(self, plan: Plan, revision: str | None, *, without: str = "") -> bytes:
         """The canonical form of the request, or of the request `without` one field."""
         request, target = plan.request, plan.target
