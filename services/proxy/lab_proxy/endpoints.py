@@ -22,12 +22,12 @@ class Endpoint:
     path: str
     operation: str  # `gen_ai.operation.name` of the trace
     handler: Literal["completions", "embeddings", "responses"]  # name of the executor's handler
-    cacheable: bool
-    batchable: bool  # a batch may name it
     kinds: frozenset[str]  # kinds of models of the model service that it takes
-    generates: bool  # the answer's length is not known before, so tokens are reserved for it
-    fallback: Literal["generator", "same_model", "responses"]  # who may answer instead: see upstreams/failover
-    billing: Literal["call", "answer"]  # the ledger gets a charge for each upstream call, or one for each answer
+    cacheable: bool = True
+    batchable: bool = True  # a batch may name it
+    generates: bool = True  # the answer's length is not known before, so tokens are reserved for it
+    fallback: Literal["generator", "same_model", "responses"] = "generator"  # who may answer instead: see failover
+    billing: Literal["call", "answer"] = "call"  # a charge for each upstream call, or one for each answer
     per_input: bool = False  # the cache keeps one entry for each input, so an answer may mix cached and fetched ones
     max_inputs: int | None = None  # inputs of one request
     default_kinds: tuple[str, ...] = ()  # kinds of the model that answers where `model` is left out; (): it is needed
@@ -76,36 +76,23 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             CHAT,
             operation="chat",
             handler="completions",
-            cacheable=True,
-            batchable=True,
             kinds=GENERATORS,
-            generates=True,
-            fallback="generator",
-            billing="call",
             defaults={"openai": _CHAT, "lab": {**_CHAT, "top_logprobs": 0, **_LAB}},
         ),
         Endpoint(
             COMPLETIONS,
             operation="text_completion",
             handler="completions",
-            cacheable=True,
-            batchable=True,
             kinds=GENERATORS,
-            generates=True,
-            fallback="generator",
-            billing="call",
             defaults={"openai": {**_COMPLETIONS, "max_tokens": 16}, "lab": {**_COMPLETIONS, **_LAB}},
         ),
         Endpoint(
             EMBEDDINGS,
             operation="embeddings",
             handler="embeddings",
-            cacheable=True,
-            batchable=True,
             kinds=frozenset({"embedding"}),
             generates=False,
             fallback="same_model",  # vectors of two models do not compare
-            billing="call",
             per_input=True,
             max_inputs=2048,  # OpenAI's limit
             defaults={"openai": _EMBEDDINGS, "lab": _EMBEDDINGS},
@@ -117,7 +104,6 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             cacheable=False,
             batchable=False,
             kinds=GENERATORS,
-            generates=True,
             fallback="responses",
             billing="answer",  # its usage comes with its last event
         ),

@@ -306,16 +306,8 @@ class BatchWorker:
         record, began, request_id = RequestRecord(), time.perf_counter(), response.headers["x-request-id"]
         retry_after: float | None = None
         try:
-            request = RequestContext(
-                identity=job.identity,
-                endpoint=line.endpoint,
-                raw=canonical.dump(line.body),
-                body=line.body,
-                request_id=request_id,
-                started=began,
-                record=record,
-                batch_price=True,
-            )
+            what = (job.identity, line.endpoint, canonical.dump(line.body), line.body, request_id)
+            request = RequestContext(*what, started=began, record=record, batch_price=True)
             await self._executor.answer(request, response)
         except ProxyError as error:
             await response.send(error.body(), {}, status=error.status)

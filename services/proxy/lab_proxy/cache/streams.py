@@ -66,21 +66,14 @@ def has_content(chunk: Mapping[str, Any]) -> bool:
     return False
 
 
-class PassThroughEvents:
-    """Events of a live stream, unchanged except for usage that this caller did not request."""
-
-    content_events, usage = 0, None  # the upstream call counts them itself
-
-    def __init__(self, usage: bool) -> None:
-        self._include_usage = usage
-
-    def rewrite(self, event: bytes) -> bytes:
-        if self._include_usage or b'"usage"' not in event:
-            return event
-        if event.endswith(_NO_USAGE):  # the end of OpenAI's chunks but the last: no string value ends like this
-            return event[: -len(_NO_USAGE)] + b"}\n\n"
-        data = event_data(event)
-        return event if data is None or data == b"[DONE]" else for_caller(event, orjson.loads(data), usage=False)
+def pass_through(event: bytes, usage: bool) -> bytes:
+    """An event of a live stream, unchanged except for usage that this caller did not request."""
+    if usage or b'"usage"' not in event:
+        return event
+    if event.endswith(_NO_USAGE):  # the end of OpenAI's chunks but the last: no string value ends like this
+        return event[: -len(_NO_USAGE)] + b"}\n\n"
+    data = event_data(event)
+    return event if data is None or data == b"[DONE]" else for_caller(event, orjson.loads(data), usage=False)
 
 
 class RewrittenEvents:

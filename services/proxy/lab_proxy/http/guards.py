@@ -18,34 +18,26 @@ from .response import PageRequest, Receive
 
 DEADLINE = "x-request-timeout-ms"
 MAX_DEADLINE_MS = 24 * 3600 * 1000
-MAX_HOSTS = 100
 
 
 class CallerGuard:
     """Which hosts and origins may call: a web page must not spend the user's key."""
 
     def __init__(self, settings: Settings) -> None:
-        self._origins = settings.allowed_origins
+        self._origins = set(settings.allowed_origins)
         self._hosts = LOOPBACK | {"proxy"} | set(settings.allowed_hosts)
-        self._accepted: set[str] = set()  # `host` headers that passed before
 
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises HostNotAllowed and OriginNotAllowed."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if origin is None and host in self._accepted:
-            return
         name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts and "*" not in self._hosts:
             raise errors.HostNotAllowed("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
-        if origin is None:
-            if len(self._accepted) < MAX_HOSTS:
-                self._accepted.add(host)
+        if origin is None or {origin.lower(), "*"} & self._origins:
             return
-        allowed = self._origins
-        if origin.lower() not in allowed and "*" not in allowed and origin.lower().partition("://")[2] != host:
-            raise errors.OriginNotAllowed(
-                "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
-            )
+        if origin.lower().partition("://")[2] != host:
+            why = "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
+            raise errors.OriginNotAllowed(why)
 
 
 class BodyReader:

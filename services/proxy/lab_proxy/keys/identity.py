@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +22,18 @@ class Identity:
     expires: float | None = None
     shared: bool = False  # the tenant is a namespace of several owners: only the admin may flush it
 
-    limited: bool = field(init=False)  # the key has a limit that redis counts; stored, because every request reads it
-
-    def __post_init__(self) -> None:
-        limits = (self.rpm, self.tpm, self.concurrency, self.budget_day, self.budget_total)
-        object.__setattr__(self, "limited", any(limit is not None for limit in limits))
+    @property
+    def limited(self) -> bool:
+        """The key has a limit that redis counts."""
+        return (self.rpm, self.tpm, self.concurrency, self.budget_day, self.budget_total) != _UNLIMITED
 
     def allows(self, *names: str) -> bool:
         """The key may use one of these names of a model (id or alias)."""
         models = self.models
         return models is None or any(fnmatch.fnmatchcase(name, model) for model in models for name in names)
 
+
+_UNLIMITED = (None,) * 5
 
 LOCAL = Identity(tenant="local", owner="local")
 """Every caller, where no key is required."""

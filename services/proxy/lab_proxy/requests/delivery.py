@@ -57,14 +57,12 @@ async def deliver(plan: Plan, subscriber: Subscriber, writer: ResponseWriter) ->
         headers = plan.collapsed_headers(head["headers"])
     if not head["streams"]:
         return await _deliver_json(plan, subscriber, headers, head.get("usage"), writer)
-    events = (
-        streams.PassThroughEvents(plan.include_usage)
-        if own
-        else streams.RewrittenEvents(request.endpoint, plan.include_usage, int(time.time()))
-    )
+    events = streams.RewrittenEvents(request.endpoint, plan.include_usage, int(time.time()))
     async for parts in subscriber.parts():
-        data = b"".join([events.rewrite(event) for event in parts])
-        if not own:
+        if own:
+            data = b"".join([streams.pass_through(event, plan.include_usage) for event in parts])
+        else:
+            data = b"".join(map(events.rewrite, parts))
             record.completion_tokens = events.content_events
             record.set_usage(events.usage)
             if events.content_events and record.ttft is None:

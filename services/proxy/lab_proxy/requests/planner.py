@@ -59,10 +59,9 @@ class Planner:
 
     def cached_plan(self, tenant: str, endpoint: str, raw: bytes) -> Plan | None:
         """The plan of an earlier request with the same bytes, as it was made. It does not hold what was sent."""
-        generation = self._routes.generation, self._models.generation
-        if generation != self._plans_of:
+        if self._plans_of != self._generation:
             self._plans.clear()
-            self._plans_of = generation
+            self._plans_of = self._generation
         return self._plans.get((tenant, endpoint, raw))
 
     def _keep(self, plan: Plan, generation: tuple[int, int]) -> None:
