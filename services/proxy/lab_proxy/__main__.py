@@ -1,7 +1,5 @@
 """`python -m lab_proxy`: settings, parts, server. A wrong setting ends it with one line and exit code 2."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

@@ -4,8 +4,6 @@ The canonical form is RFC 8785's, except that integral numbers of up to 40 digit
 that 64-bit seeds stay distinct. Knows nothing of requests, models or cache keys.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 They work directly on redis (PROXY_REDIS_URL), with the same key store and ledger as the operator's pages.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

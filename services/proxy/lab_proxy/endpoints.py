@@ -3,8 +3,6 @@
 To add an endpoint, add its row to ENDPOINTS. If no handler of the executor fits, add one there too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

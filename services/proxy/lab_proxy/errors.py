@@ -4,8 +4,6 @@ Knows status codes and messages. Does not know who raises them.
 """
 
 # ruff: noqa: N818 - an `Error` suffix on every class would add nothing
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import orjson

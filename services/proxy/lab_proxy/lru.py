@@ -1,7 +1,5 @@
 """The most recently used values, within a limit of bytes. Knows weights; not what the values are."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any, Generic, TypeVar
 

@@ -3,8 +3,6 @@
 Knows paths and faults of files; their readers know the content. A faulty file changes nothing: the old content stays.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import signal

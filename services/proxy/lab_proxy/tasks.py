@@ -1,7 +1,5 @@
 """The end of background tasks."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

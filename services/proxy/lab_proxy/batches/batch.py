@@ -1,7 +1,5 @@
 """One batch on disk: its state, its files, and how it is created. Knows files of an owner; not requests or HTTP."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@ Each owner has a folder, named by a hash, so that other owners' files cannot be 
 description does, which is written last. Knows nothing of the content.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """The input file of a batch: its lines, and their validation. Knows JSON; not what answers a line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

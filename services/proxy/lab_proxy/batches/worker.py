@@ -6,8 +6,6 @@ journal and goes on with the remaining lines. Lines go through the executor like
 permissions, limits and cache.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

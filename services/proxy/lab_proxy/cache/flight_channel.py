@@ -5,8 +5,6 @@ part on. Parts exist only in the leader's memory: a follower that missed some as
 lost or repeated. Knows flights by token; not which requests share one, nor what starts or ends them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import time

@@ -1,7 +1,5 @@
 """Cache keys: what of a request counts, its canonical form, and the HMAC of that form. Knows no redis and no models."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hmac

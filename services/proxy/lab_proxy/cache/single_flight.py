@@ -5,8 +5,6 @@ extra round trip. A process that finds the lease taken follows its holder (fligh
 leads for itself. Knows names and flights; which requests share a name is decided by the planner.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable

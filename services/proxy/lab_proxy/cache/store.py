@@ -4,8 +4,6 @@ Redis may be absent, down, slow or full: requests then go on without it, delayed
 every second detects its return. Knows entries under keys; not what is in them or what may be stored.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

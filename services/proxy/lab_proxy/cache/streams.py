@@ -1,7 +1,5 @@
 """Both wire modes of an answer: a stream (SSE) accumulated into JSON, JSON replayed as a stream. Works on bytes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

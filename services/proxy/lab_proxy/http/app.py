@@ -3,8 +3,6 @@
 Raw ASGI, because this is the hot path. Knows HTTP; not how an answer is made.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

@@ -1,7 +1,5 @@
 """Guards of incoming requests: host, origin, content type, body, deadline, query. Knows HTTP; not what is requested."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping

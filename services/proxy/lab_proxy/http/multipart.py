@@ -1,7 +1,5 @@
 """Multipart forms with one file, parsed as they arrive. Knows forms and their limits; not where the file ends up."""
 
-from __future__ import annotations
-
 from typing import BinaryIO
 
 from python_multipart.exceptions import FormParserError

@@ -1,7 +1,5 @@
 """Requests to pages and responses on their way out, over ASGI. Knows ASGI messages; not what is in a body."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping

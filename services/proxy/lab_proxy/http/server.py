@@ -5,8 +5,6 @@ go on for at most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. A client th
 connections and tasks, not what they carry.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

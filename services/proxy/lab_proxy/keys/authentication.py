@@ -4,8 +4,6 @@ Verified keys are cached while redis reports no change of keys (a version, polle
 minutes while redis is down. Knows headers; not what is requested.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

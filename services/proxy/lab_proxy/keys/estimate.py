@@ -1,7 +1,5 @@
 """Estimate of a request's tokens before it runs, for reservations. Knows request bodies; not limits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

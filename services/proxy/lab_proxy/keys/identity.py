@@ -1,7 +1,5 @@
 """Who calls, and with which limits. Data only."""
 
-from __future__ import annotations
-
 import fnmatch
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ at a key's first use. `create` and `rotate` return the secret once; it is stored
 the operator's pages. Knows nothing of requests.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import itertools

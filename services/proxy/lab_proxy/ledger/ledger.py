@@ -4,8 +4,6 @@ Charges are summed in memory and booked by one script, off the request path. A b
 again under its number, which redis books only once. Batches that redis does not accept go to the disk queue.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -3,8 +3,6 @@
 Integers add up exactly, in Python and in redis (64 bits hold 9.2 million USD).
 """
 
-from __future__ import annotations
-
 from decimal import Decimal
 
 PICO = 10**12

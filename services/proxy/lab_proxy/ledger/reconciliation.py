@@ -3,8 +3,6 @@
 Complete answers report their own usage and need none of this. Knows call ids and token counts; not what they are for.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Reading the ledger: rows by day, key, owner and model, their total, and CSV. Knows redis and money; no requests."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """PROXY_REDIS_URL: host, user, database and TLS, and how a connection is opened. Knows nothing of other commands."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ssl

@@ -3,8 +3,6 @@
 Decides when a charge is recorded and when it is corrected. Knows no prices.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

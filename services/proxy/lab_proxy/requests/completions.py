@@ -3,8 +3,6 @@
 Writes the answer into a flight; does not know the flight's subscribers.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 Knows plans and wire modes. Knows HTTP only as a ResponseWriter.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol

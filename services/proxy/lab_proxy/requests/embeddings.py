@@ -1,7 +1,5 @@
 """Embeddings: one cache entry for each input. Cached vectors are reused, the missing ones are fetched."""
 
-from __future__ import annotations
-
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Owns the order of these steps. Knows HTTP only as a ResponseWriter.
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import time

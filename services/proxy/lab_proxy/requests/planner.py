@@ -3,8 +3,6 @@
 Knows routes, defaults and earlier plans. Calls nobody, except to refresh the model list for an unknown name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Knows the API's events as far as their end and their usage. Upstreams need `responses: true` in the routes file.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The log on stderr: JSON lines, or text on a terminal. Knows records of the logging module; not what is logged."""
 
-from __future__ import annotations
-
 import atexit
 import logging
 import queue

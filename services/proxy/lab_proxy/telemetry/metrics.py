@@ -3,8 +3,6 @@
 Names of models and upstreams, reasons, counts and times; never a prompt, an answer or a key.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

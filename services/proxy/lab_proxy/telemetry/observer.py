@@ -4,8 +4,6 @@ The log's lines are written in batches, because waking the log thread costs more
 into text in a thread of its own.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

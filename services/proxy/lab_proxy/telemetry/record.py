@@ -1,7 +1,5 @@
 """The record of one request: the numbers that log line, metrics, traces and billing read. No prompt, answer or key."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

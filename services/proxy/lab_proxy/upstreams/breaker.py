@@ -3,8 +3,6 @@
 Counts calls and failures. Knows nothing of HTTP, nor of what counts as a failure.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

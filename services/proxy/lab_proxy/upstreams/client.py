@@ -3,8 +3,6 @@
 Maps all faults of network and upstream to the errors of this package. Knows nothing of the cache or callers.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """The pool of upstreams, and failover: a request goes to its target, then to the fallbacks. Knows no retries."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The model list: ids, kinds and revisions of the model service, polled, and updated by every answer."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

@@ -1,7 +1,5 @@
 """The answer of an upstream call: its headers for the caller, its body whole or in chunks. Knows no retries."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

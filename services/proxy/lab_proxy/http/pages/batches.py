@@ -1,7 +1,5 @@
 """Batch pages at /v1/batches: create, list, get, cancel. Knows HTTP and the wire object; the worker runs batches."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

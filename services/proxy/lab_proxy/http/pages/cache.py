@@ -4,8 +4,6 @@ They call no upstream and store nothing. A caller learns of its own tenant's ent
 like an unknown one.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """File pages at /v1/files: upload, list, download, delete. Knows HTTP and forms; batches.files stores the content."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping

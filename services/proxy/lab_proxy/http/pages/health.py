@@ -1,7 +1,5 @@
 """Pages about the proxy itself: /health, /ready, /status, /metrics; and its gauges. Knows states; changes none."""
 
-from __future__ import annotations
-
 import asyncio
 import platform
 import time

@@ -1,7 +1,5 @@
 """The operator's pages of virtual keys at /admin/keys. Knows HTTP; keys.store does the work."""
 
-from __future__ import annotations
-
 import logging
 import re
 

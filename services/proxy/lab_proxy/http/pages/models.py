@@ -1,7 +1,5 @@
 """The list of models at /v1/models, as each caller may use it. Knows the model list and aliases; calls no upstream."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import orjson

@@ -1,7 +1,5 @@
 """Usage pages: a caller's own usage at /usage, all usage at /admin/usage. Knows HTTP; the ledger has the numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
