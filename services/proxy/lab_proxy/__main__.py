@@ -161,45 +161,25 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         flights=flights,
         reconciliation=reconciliation,
     )
-    files = FileStore(
-        settings.files_folder, max_bytes=settings.files_max_bytes, max_total_bytes=settings.files_total_bytes
-    )
-    batches = BatchWorker(
-        files,
-        keys,
-        client,
-        executor=executor,
-        traffic=traffic,
-        observer=observer,
-        concurrency=settings.batch_concurrency,
-        max_line_bytes=settings.max_body_bytes,
-    )
+    files = FileStore(settings)
+    batches = BatchWorker(settings, files, keys, client, executor=executor, traffic=traffic, observer=observer)
     # 6. http
     health = HealthPages(cache, upstreams, models, metrics=metrics, traffic=traffic, files=reloader)
     metrics.watch(reloader.gauges)
     metrics.watch(health.gauges)
-    uploads = FilePages(files, idle_timeout=settings.body_timeout_seconds, total_timeout=settings.total_timeout_seconds)
     pages: dict[tuple[str, str], Page] = {
         **health.pages(),
         **ModelPages(routes, models).pages(),
         **KeyPages(KeyStore(client), ledger).pages(),
         **UsagePages(ledger).pages(),
         **CachePages(executor.planner, cache, keys).pages(),
-        **uploads.pages(),
+        **FilePages(files, settings).pages(),
         **BatchPages(files, batches.wake).pages(),
     }
     # Stopped in reverse order: the ledger after all that record charges.
-    connections: list[Part] = [upstreams, client, cache, models, keys]
-    counting: list[Part] = [ledger, limits, reloader]
-    app = App(
-        settings,
-        executor,
-        keys=keys,
-        traffic=traffic,
-        observer=observer,
-        pages=pages,
-        parts=[*connections, *counting, *([traces] if traces else []), reconciliation, flights, batches],
-    )
+    parts: list[Part] = [traces] if traces else []
+    parts += [upstreams, client, cache, models, keys, ledger, limits, reloader, reconciliation, flights, batches]
+    app = App(settings, executor, keys=keys, traffic=traffic, observer=observer, pages=pages, parts=parts)
     return app, traffic
 
 

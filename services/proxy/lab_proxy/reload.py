@@ -38,6 +38,18 @@ class Readable(Protocol):
         """Read all of them again. Raises ValueError and changes nothing if one is faulty."""
 
 
+class _Watched:
+    """What is read, and its state."""
+
+    def __init__(self, read: Readable) -> None:
+        self.read, self.signature = read, _signature(read)
+        self.generation, self.at, self.trouble = 1, time.time(), ""
+
+    def report(self) -> dict[str, Any]:
+        trouble = {"trouble": self.trouble} if self.trouble else {}
+        return {"generation": self.generation, "read": int(self.at), **trouble}
+
+
 class Reloader:
     """Reloads `read` when its files change. A part: start and stop it."""
 
@@ -49,17 +61,14 @@ class Reloader:
         on_reload: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
         """`after` runs after each successful reload; `on_reload(name, outcome)` after each attempt: read or refused."""
-        self._read = dict(read)
+        self._watched = {name: _Watched(each) for name, each in read.items()}
         self._after, self._on_reload = after, on_reload
-        self._signatures = {name: _signature(each) for name, each in self._read.items()}
-        self._trouble: dict[str, str] = {}
-        self._times: dict[str, tuple[int, float]] = {name: (1, time.time()) for name in self._read}
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         with suppress(NotImplementedError, RuntimeError, ValueError):  # no signals here, or not the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
-        if any(each.files() for each in self._read.values()):
+        if any(each.read.files() for each in self._watched.values()):
             self._task = asyncio.create_task(self._watch(), name="watch")
 
     async def stop(self) -> None:
@@ -67,17 +76,12 @@ class Reloader:
 
     def reload(self) -> None:
         """Read all files again, changed or not."""
-        for name, each in self._read.items():
+        for name, each in self._watched.items():
             self._reload_one(name, each)
 
     def report(self) -> dict[str, Any]:
         """For the status page: number of reads, time of the last one, and the fault of the current file, if any."""
-        found: dict[str, Any] = {
-            name: {"generation": turn, "read": int(at)} for name, (turn, at) in self._times.items()
-        }
-        for name, why in self._trouble.items():
-            found[name]["trouble"] = why
-        return found
+        return {name: each.report() for name, each in self._watched.items()}
 
     async def _watch(self) -> None:
         pause = FIRST_PAUSE
@@ -97,34 +101,33 @@ class Reloader:
 
     def _folders(self) -> set[Path]:
         """Folders of the files, and of those that they link to: in a ConfigMap a link beside the files changes."""
-        paths = {path for each in self._read.values() for path in each.files()}
+        paths = {path for each in self._watched.values() for path in each.read.files()}
         return {folder for path in paths for folder in (path.parent, path.resolve().parent) if folder.is_dir()}
 
     def _check(self) -> None:
-        for name, each in self._read.items():
-            if _signature(each) != self._signatures[name]:
+        for name, each in self._watched.items():
+            if _signature(each.read) != each.signature:
                 self._reload_one(name, each)
 
-    def _reload_one(self, name: str, each: Readable) -> None:
-        self._signatures[name] = _signature(each)
+    def _reload_one(self, name: str, each: _Watched) -> None:
+        each.signature = _signature(each.read)
         try:
-            each.reload()
+            each.read.reload()
         except ValueError as error:
-            self._trouble[name] = str(error)
+            each.trouble = str(error)
             self._on_reload(name, "refused")
             log.error("%s: the file is faulty, its previous content stays in use: %s", name, error)  # noqa: TRY400
             return
-        self._signatures[name] = _signature(each)  # the new content may name other files
-        self._trouble.pop(name, None)
-        self._times[name] = (self._times[name][0] + 1, time.time())
+        each.signature = _signature(each.read)  # the new content may name other files
+        each.trouble, each.generation, each.at = "", each.generation + 1, time.time()
         self._on_reload(name, "read")
         log.info("%s: reloaded", name)
         self._after()
 
     def gauges(self) -> Mapping[str, Mapping[tuple[str, ...], float]]:
         return {
-            "reload_failing": {(name,): float(name in self._trouble) for name in self._read},
-            "generation": {(name,): float(turn) for name, (turn, _) in self._times.items()},
+            "reload_failing": {(name,): float(bool(each.trouble)) for name, each in self._watched.items()},
+            "generation": {(name,): float(each.generation) for name, each in self._watched.items()},
         }
 
 

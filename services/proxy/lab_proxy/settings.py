@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -46,12 +46,8 @@ def forward_proxy(url: str) -> str | None:
     return found
 
 
-class Settings(BaseSettings):
+class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="ignore", use_attribute_docstrings=True):
     """Field `name` is the variable `PROXY_NAME`. Lists are separated by commas, times are in seconds."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="PROXY_", env_ignore_empty=True, extra="ignore", use_attribute_docstrings=True
-    )
 
     host: str = "127.0.0.1"
     """Address the proxy listens on."""

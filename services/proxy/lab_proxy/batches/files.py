@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ..errors import InvalidRequest, StorageFull, UploadNotFound
+from ..settings import Settings
 
 log = logging.getLogger("lab_proxy.files")
 
@@ -33,11 +34,9 @@ _ID = re.compile(r"file-[0-9a-f]{32}")
 class FileStore:
     """The folder of all files. Its methods block on the disk: call the slow ones in a thread."""
 
-    def __init__(self, folder: Path, *, max_bytes: int, max_total_bytes: int) -> None:
-        """`max_bytes`: of one upload; `max_total_bytes`: of all files of one owner."""
-        self.root = folder
-        self.max_bytes = max_bytes
-        self.max_total_bytes = max_total_bytes
+    def __init__(self, settings: Settings) -> None:
+        self.root = settings.files_folder
+        self.max_bytes, self.max_total_bytes = settings.files_max_bytes, settings.files_total_bytes
 
     def home(self, owner: str) -> Path:
         """The owner's folder; it may not exist yet."""

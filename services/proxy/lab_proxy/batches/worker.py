@@ -25,6 +25,7 @@ from ..redis.client import Client, Script
 from ..redis.connection import RedisError
 from ..requests.context import RequestContext, Traffic
 from ..requests.executor import Executor
+from ..settings import Settings
 from ..tasks import end
 from ..telemetry.observer import Observer
 from ..telemetry.record import RequestRecord
@@ -79,6 +80,7 @@ class BatchWorker:
 
     def __init__(
         self,
+        settings: Settings,
         files: FileStore,
         keys: Authenticator,
         client: Client,
@@ -86,13 +88,9 @@ class BatchWorker:
         executor: Executor,
         traffic: Traffic,
         observer: Observer,
-        concurrency: int,
-        max_line_bytes: int,
     ) -> None:
-        """`concurrency`: lines of a batch that run at the same time; 0: no batches. `max_line_bytes`: of one line."""
-        self._files, self._keys, self._redis = files, keys, client
+        self._settings, self._files, self._keys, self._redis = settings, files, keys, client
         self._executor, self._traffic, self._observer = executor, traffic, observer
-        self._concurrency, self._max_line_bytes = concurrency, max_line_bytes
         self._worker_id = secrets.token_hex(8)
         self._owned: dict[str, asyncio.Task[None]] = {}
         self._paused_until: dict[str, float] = {}
@@ -104,7 +102,7 @@ class BatchWorker:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        if self._concurrency:
+        if self._settings.batch_concurrency:
             self._task = asyncio.create_task(self._poll_forever(), name="batches")
 
     async def stop(self) -> None:
@@ -213,7 +211,7 @@ class BatchWorker:
         batch = job.batch
         # 1. Validate all lines before the first one costs anything.
         if batch["status"] == "validating":
-            what = (job.folder.input, batch["endpoint"], self._max_line_bytes)
+            what = (job.folder.input, batch["endpoint"], self._settings.max_body_bytes)
             errors, total, models = await asyncio.to_thread(validate, *what)
             batch["request_counts"]["total"] = total
             now = int(time.time())
@@ -230,7 +228,7 @@ class BatchWorker:
             with job.folder.input.open("rb") as file:
                 lines = job.lines(file)
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(self._concurrency):
+                    for _ in range(self._settings.batch_concurrency):
                         group.create_task(self._run_lines(job, lines))
             job.close()
         # 3. Write the output files.

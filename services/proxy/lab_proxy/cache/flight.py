@@ -96,7 +96,7 @@ class Lease:
 OnFlight = Callable[["Flight"], None]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Flight:
     """One answer on its way. Its task writes it; each subscriber reads it at its own pace."""
 

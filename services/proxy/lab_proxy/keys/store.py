@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from ..errors import InvalidRequest, KeyNotFound
 from ..ledger import money
@@ -102,10 +102,8 @@ Usd = Annotated[Decimal, BeforeValidator(_usd), Field(ge=0, le=1_000_000)]
 Count = Annotated[int, BeforeValidator(_count), Field(ge=1, le=1_000_000_000)]
 
 
-class KeySpec(BaseModel):
+class KeySpec(BaseModel, extra="forbid", frozen=True):
     """Owner, models and limits of a key. None: no limit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     owner: Name
     name: Name | None = None
@@ -127,10 +125,8 @@ class Secret(BaseModel):
     until: float | None = None  # unix seconds: end of the grace period after a rotation
 
 
-class Key(KeySpec):
+class Key(KeySpec, extra="ignore"):
     """One key as stored in redis."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     id: str
     created: float

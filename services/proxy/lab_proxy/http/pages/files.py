@@ -9,6 +9,7 @@ import orjson
 
 from ...batches.files import FileStore, lifetime, on_disk
 from ...errors import BodyTimeout, InvalidRequest, UploadNotFound
+from ...settings import Settings
 from ..guards import read_query, receive_body
 from ..multipart import FORM_BYTES, UploadForm
 from ..response import Message, PageRequest, Pages, Response, list_page
@@ -19,10 +20,9 @@ CHUNK_BYTES = 262_144
 
 
 class FilePages:
-    def __init__(self, files: FileStore, *, idle_timeout: float, total_timeout: float) -> None:
-        """Seconds that an upload may pause, and that it may take in all."""
+    def __init__(self, files: FileStore, settings: Settings) -> None:
         self._files = files
-        self._idle, self._total = idle_timeout, total_timeout
+        self._idle, self._total = settings.body_timeout_seconds, settings.total_timeout_seconds
 
     def pages(self) -> Pages:
         return {

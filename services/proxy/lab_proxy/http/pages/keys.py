@@ -70,10 +70,9 @@ class KeyPages:
 
 
 def _key_id(request: PageRequest, suffix: str = "") -> str:
-    rest = request.path.removeprefix(PATH + "/")
-    if suffix and not rest.endswith(suffix):
+    if not request.path.endswith(suffix):
         raise MethodNotAllowed(f"POST goes to {PATH} or {PATH}/<id>/rotate.", headers={"allow": "GET, PATCH, DELETE"})
-    key_id = rest.removesuffix(suffix) if suffix else rest
+    key_id = request.path.removeprefix(PATH + "/").removesuffix(suffix)
     if not re.fullmatch(r"key_[0-9a-f]{1,32}", key_id):
         raise PathNotFound(f"Keys lie at {PATH}/key_….")
     return key_id
