@@ -32,10 +32,8 @@ def is_http(url: str) -> bool:
 
 
 def forward_proxy(url: str) -> str | None:
-    """The forward proxy for requests to this URL: HTTPS_PROXY or HTTP_PROXY, unless NO_PROXY names the host.
-
-    Raises ValueError for a proxy that is no HTTP proxy.
-    """
+    """The forward proxy for requests to this URL: HTTPS_PROXY or HTTP_PROXY, unless NO_PROXY names the host. Raises
+    ValueError for a proxy that is no HTTP proxy."""
     parts = urlsplit(url)
     found = getproxies().get(parts.scheme)
     if not found or proxy_bypass(parts.hostname or "") or proxy_bypass(parts.netloc.rpartition("@")[2]):

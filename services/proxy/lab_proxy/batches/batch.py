@@ -95,7 +95,3 @@ def list_batches(home: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ProxyError):
             found.append(BatchFolder(home, path.stem).public())
     return sorted(found, key=lambda each: (each["created_at"], each["id"]), reverse=True)
-
-
-def count_open(home: Path) -> int:
-    return sum(1 for _ in home.glob("batch_*.input"))

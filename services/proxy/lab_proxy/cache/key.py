@@ -76,10 +76,8 @@ def sample_key(key: str, slot: int) -> str:
 
 
 def load_secret(path: Path) -> bytes:
-    """The secret of the cache keys. Created once: of several starting processes one creates it, and all read it.
-
-    Raises ValueError that names the variable if the file cannot be read or created, or is too short.
-    """
+    """The secret of the cache keys. Created once: of several starting processes one creates it, and all read it. Raises
+    ValueError that names the variable if the file cannot be read or created, or is too short."""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

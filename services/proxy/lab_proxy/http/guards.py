@@ -45,10 +45,8 @@ class BodyReader:
         self._max_bytes, self._timeout = settings.max_body_bytes, settings.body_timeout_seconds
 
     async def read(self, headers: Mapping[str, str], receive: Receive, deadline: float | None = None) -> bytes:
-        """The whole body. `deadline`: time.perf_counter() of the caller's own deadline.
-
-        Raises BodyTooLarge, BodyTimeout, DeadlineExceeded or ClientDisconnected.
-        """
+        """The whole body. `deadline`: time.perf_counter() of the caller's own deadline. Raises BodyTooLarge,
+        BodyTimeout, DeadlineExceeded or ClientDisconnected."""
         why = f"The body is larger than {self._max_bytes} bytes (PROXY_MAX_BODY_BYTES)."
         parts: list[bytes] = []
         left = self._timeout if deadline is None else deadline - time.perf_counter()
@@ -114,10 +112,8 @@ def read_deadline(value: str, started_at: float) -> float:
 
 
 def check_operator(headers: Mapping[str, str], keys: Authenticator) -> None:
-    """The operator's pages need the admin key, and no web page may call them, whatever its origin.
-
-    Raises OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey.
-    """
+    """The operator's pages need the admin key, and no web page may call them, whatever its origin. Raises
+    OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey."""
     if "origin" in headers:
         raise errors.OriginNotAllowed("Web pages may not call the operator's pages.")
     if not keys.has_admin:

@@ -107,10 +107,8 @@ class Authenticator:
         return await asyncio.shield(lookup)
 
     async def identity_of(self, key_id: str) -> Identity:
-        """The identity of a key by its id, as currently stored: for work that runs without its caller.
-
-        Raises InvalidKey for a revoked or expired key, KeysUnavailable while redis is down.
-        """
+        """The identity of a key by its id, as currently stored: for work that runs without its caller. Raises
+        InvalidKey for a revoked or expired key, KeysUnavailable while redis is down."""
         if not self.required:
             raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
         return _identity_of(await self._execute("HGET", RECORDS, key_id))[0]
@@ -181,10 +179,8 @@ def _bearer(headers: Mapping[str, str]) -> str | None:
 
 
 def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identity, float]:
-    """The identity of a stored key, and its end (unix seconds). Without a `digest` any of its secrets counts.
-
-    Raises InvalidKey.
-    """
+    """The identity of a stored key, and its end (unix seconds). Without a `digest` any of its secrets counts. Raises
+    InvalidKey."""
     try:
         key = Key.model_validate_json(raw) if raw else None
     except ValidationError:

@@ -98,13 +98,10 @@ if changed then
   redis.call('PEXPIREAT', state, string.format('%.0f', last / 1000 + 60000))
 end
 
-local answer = {verdict, now, math.ceil(wait), -1, 0, -1, 0}
-if rpm then
-  answer[4] = math.max(0, math.floor((MINUTE - math.max(0, r - now)) * rpm / MINUTE + 0.001))
-  answer[5] = math.ceil(math.max(0, r - now))
+local function left(limit, at)
+  if not limit then return -1, 0 end
+  local until_full = math.max(0, at - now)
+  return math.max(0, math.floor((MINUTE - until_full) * limit / MINUTE + 0.001)), math.ceil(until_full)
 end
-if tpm then
-  answer[6] = math.max(0, math.floor((MINUTE - math.max(0, t - now)) * tpm / MINUTE + 0.001))
-  answer[7] = math.ceil(math.max(0, t - now))
-end
-return answer
+local requests, requests_full = left(rpm, r)
+return {verdict, now, math.ceil(wait), requests, requests_full, left(tpm, t)}

@@ -169,10 +169,8 @@ class PipelinedCommand(Protocol):
 
 
 def deliver(commands: Sequence[PipelinedCommand], replies: Sequence[Any], on_error: Callable[[], None]) -> None:
-    """Give each command its reply.
-
-    Raises the first ProxyError, but only after all commands got their reply: each may hold something by then.
-    """
+    """Give each command its reply. Raises the first ProxyError, but only after all commands got their reply: each may
+    hold something by then."""
     first: ProxyError | None = None
     for command, reply in zip(commands, replies, strict=False):
         try:

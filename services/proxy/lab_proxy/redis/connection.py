@@ -65,10 +65,8 @@ class Connection(asyncio.Protocol):
         return self._transport is None
 
     def execute(self, commands: Sequence[Command], timeout: float) -> asyncio.Future[Pipeline]:
-        """Send commands; the pipeline holds one reply for each, CommandErrors among them.
-
-        Raises RedisError (from the future) if not all replies come within `timeout` or the connection ends.
-        """
+        """Send commands; the pipeline holds one reply for each, CommandErrors among them. Raises RedisError (from the
+        future) if not all replies come within `timeout` or the connection ends."""
         done: asyncio.Future[Pipeline] = self._loop.create_future()
         if self._transport is None or self._count >= MAX_WAITING:
             done.set_exception(RedisError("too many commands wait" if self._transport else "no connection"))

@@ -49,10 +49,8 @@ class EmbeddingFetch:
         self._billing, self._completions = billing, completions
 
     def inputs(self, plan: Plan) -> Inputs | None:
-        """The distinct inputs, in order of first appearance; None: the request is passed on unchanged.
-
-        Raises InvalidRequest for too many inputs.
-        """
+        """The distinct inputs, in order of first appearance; None: the request is passed on unchanged. Raises
+        InvalidRequest for too many inputs."""
         units = entry.inputs(plan.request.body.get("input"))
         most = ENDPOINTS[plan.request.endpoint].max_inputs
         if units and most is not None and len(units) > most:

@@ -249,7 +249,7 @@ class Executor:
         with closing(await self._upstreams.send(plan.targets, call)) as response:
             record.model_known = record.upstream_called = True
             headers = response.headers | plan.miss_headers()
-            await responses.relay(response, writer, record, headers, plan.request.started)
+            await responses.relay(response, plan.request, writer, headers)
 
     # ---- stale entries
 

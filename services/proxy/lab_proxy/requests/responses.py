@@ -13,22 +13,17 @@ from ..cache.streams import SseParser, event_data
 from ..errors import UpstreamBroken
 from ..telemetry.record import RequestRecord
 from ..upstreams.reply import UpstreamResponse
+from .context import RequestContext
 from .delivery import ResponseWriter
 
 _LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed", "error"})
 
 
 async def relay(
-    response: UpstreamResponse,
-    writer: ResponseWriter,
-    record: RequestRecord,
-    headers: Mapping[str, str],
-    started: float,
+    response: UpstreamResponse, request: RequestContext, writer: ResponseWriter, headers: Mapping[str, str]
 ) -> None:
-    """Pass the answer on as it arrives. `started`: the request's time.perf_counter().
-
-    Raises UpstreamBroken for an incomplete stream.
-    """
+    """Pass the answer on as it arrives. Raises UpstreamBroken for an incomplete stream."""
+    record = request.record
     name = response.target.upstream
     if not response.is_stream:
         raw, answer = await response.json()
@@ -45,7 +40,7 @@ async def relay(
                 fields = orjson.loads(payload) if payload not in {None, b"[DONE]"} else {}
                 kind = fields.get("type", "")
                 if kind.endswith(".delta") and record.ttft is None:
-                    record.ttft = time.perf_counter() - started
+                    record.ttft = time.perf_counter() - request.started
                 _count(record, fields.get("response") or {})
                 last = last or kind in _LAST_EVENTS
                 events.append(response.redact(event))

@@ -103,10 +103,8 @@ class UpstreamClient:
         await self._session.close()
 
     async def send(self, request: UpstreamRequest, target: Target) -> UpstreamResponse:
-        """The answer's head, after retries where they may help. The caller closes it.
-
-        Raises UpstreamFault. `request.on_call` gets every call at its end.
-        """
+        """The answer's head, after retries where they may help. The caller closes it. Raises UpstreamFault.
+        `request.on_call` gets every call at its end."""
         breaker = self._breaker(target.model)
         body = request.body(target)
         last: UpstreamFault | None = None
@@ -151,10 +149,8 @@ class UpstreamClient:
         self._finish_call(request, call)
 
     async def get_json(self, path: str, limit: float) -> tuple[int, Any]:
-        """Status and parsed body of a GET at the upstream's root, within `limit` seconds.
-
-        Raises UpstreamDown, UpstreamTimeout or UpstreamBroken.
-        """
+        """Status and parsed body of a GET at the upstream's root, within `limit` seconds. Raises UpstreamDown,
+        UpstreamTimeout or UpstreamBroken."""
         try:
             async with asyncio.timeout(limit):
                 answer = await self._ask("GET", path, {"accept": "application/json"})

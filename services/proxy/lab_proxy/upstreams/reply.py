@@ -20,7 +20,6 @@ UNSENT = (
     aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL,
 )  # fmt: skip
 FAILURES = (aiohttp.ClientError, TimeoutError)
-_FORWARDED_PREFIX = "x-ratelimit-"
 _FORWARDED = {"retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version"}
 
 
@@ -52,10 +51,8 @@ class Answer:
             raise UnreadableError(fault)
 
     async def read(self, limit: float | None = None) -> bytes:
-        """The next bytes of the body as they come, none at its end.
-
-        Raises TimeoutError after `limit` seconds without any, aiohttp.ClientError if the rest cannot be read.
-        """
+        """The next bytes of the body as they come, none at its end. Raises TimeoutError after `limit` seconds without
+        any, aiohttp.ClientError if the rest cannot be read."""
         piece = self._content.read_nowait()
         if not piece and not self._content.at_eof():
             # asyncio.timeout takes four times as long, and a stream waits here for each event.
@@ -161,7 +158,7 @@ def forwarded_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
     Names are in lower case.
     """
-    named = {name: value for name, value in headers.items() if name in _FORWARDED or name.startswith(_FORWARDED_PREFIX)}
+    named = {name: value for name, value in headers.items() if name in _FORWARDED or name.startswith("x-ratelimit-")}
     kept = {name: value for name, value in named.items() if value.isprintable()}
     if "x-request-id" in headers:
         kept["x-upstream-request-id"] = headers["x-request-id"]

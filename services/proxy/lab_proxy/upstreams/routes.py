@@ -207,9 +207,7 @@ class Routes:
 
     def resolve(self, asked: str, local: Listed, body: Mapping[str, Any] | None = None) -> Target:
         """The target of the requested name. `local`: the model list, empty while unknown. `body`: read for `auto`.
-
-        Raises ModelNotFound, or UpstreamDown if the name may belong to a model of the unknown list.
-        """
+        Raises ModelNotFound, or UpstreamDown if the name may belong to a model of the unknown list."""
         if self._local is not local or len(self._targets) > MAX_CACHED_NAMES:
             self._targets, self._local = {}, local
         target = self._targets.get(asked)

@@ -51,7 +51,7 @@ class BatchPages:
         home = self._files.home(who.owner)
         file_id = file_id if isinstance(file_id, str) else ""
         self._files.find(home, file_id)
-        if await asyncio.to_thread(batch.count_open, home) >= MAX_OPEN:
+        if len(await asyncio.to_thread(lambda: list(home.glob("batch_*.input")))) >= MAX_OPEN:
             raise LimitReached(f"At most {MAX_OPEN} batches that are not over.", "requests", {"retry-after": "60"})
         # 3. The batch.
         given = {"endpoint": fields["endpoint"], "file_id": file_id, "metadata": metadata, "kept": kept}
