@@ -130,6 +130,10 @@ def error_codes() -> dict[str, set[tuple[str, int]]]:
 
 
 def _assigned(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    """Constants of a class: in its body, or in its keywords (`class NotFound(Error, status=404)`)."""
+    for word in node.keywords:
+        if word.arg and isinstance(word.value, ast.Constant):
+            yield word.arg, word.value.value
     for line in node.body:
         targets = (
             line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
