@@ -88,8 +88,15 @@ class Reloader:
         while True:
             try:
                 folders = self._folders()
-                times: dict[str, Any] = {"step": STEP_MS, "rust_timeout": LOOK_MS, "yield_on_timeout": True}
-                async with aclosing(awatch(*folders, watch_filter=None, recursive=False, **times)) as changes:
+                changes = awatch(
+                    *folders,
+                    watch_filter=None,
+                    step=STEP_MS,
+                    rust_timeout=LOOK_MS,
+                    yield_on_timeout=True,
+                    recursive=False,
+                )
+                async with aclosing(changes):
                     while folders == self._folders():
                         await anext(changes)
                         self._check()

@@ -8,17 +8,17 @@ lost or repeated. Knows flights by token; not which requests share one, nor what
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import orjson
 
 from ..errors import SlowReader
-from ..redis.client import Client, Script
+from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, CommandError, RedisError
 from ..tasks import end
-from .flight import LEASE, LEASE_SECONDS, Flight, FlightResult, RemoteSubscriber
+from .flight import LEASE, LEASE_SECONDS, Flight, FlightResult, OnFlight, RemoteSubscriber
 
 CHANNEL = "lab:flight:to:"
 BEAT_SECONDS = 0.4  # between signs of life, of leaders (lease, ping) and of followers (join)
@@ -42,13 +42,7 @@ class FlightChannel:
     """The channel of this process. Without a URL there are no other processes."""
 
     def __init__(
-        self,
-        url: str | None,
-        *,
-        limit: int,
-        on_error: Callable[[str], None],
-        on_end: Callable[[Flight], None],
-        on_deserted: Callable[[Flight], None],
+        self, url: str | None, *, limit: int, on_error: OnError, on_end: OnFlight, on_deserted: OnFlight
     ) -> None:
         """`limit`: largest part in bytes. `on_end` is called when a leader reports the result of a followed flight,
         `on_deserted` when a flight of this process may have lost its last subscriber."""

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from ..redis.client import OnError
 from ..tasks import end
 from .flight import Flight, Lease, Subscriber
 from .flight_channel import FlightChannel
@@ -21,15 +22,14 @@ Fetch = Callable[[Flight], Awaitable[None]]
 class SingleFlight:
     """The flights of this process. A part: start and stop it."""
 
-    def __init__(
-        self, url: str | None, *, limit: int, drain: float = 0, on_error: Callable[[str], None] = lambda _: None
-    ) -> None:
+    def __init__(self, url: str | None, *, limit: int, drain: float = 0, on_error: OnError = lambda _: None) -> None:
         """`url`: of redis; None: flights within this process only. `limit`: bytes that a flight keeps; nobody joins a
         longer one. `drain`: seconds in which `stop` lets other processes get the rest of what they follow. Raises
         ValueError for a URL with unsupported options."""
         self._limit, self._drain = limit, drain
-        reports = {"on_end": self._on_end, "on_deserted": self._abandon}
-        self.channel = FlightChannel(url, limit=limit, on_error=on_error, **reports)
+        self.channel = FlightChannel(
+            url, limit=limit, on_error=on_error, on_end=self._on_end, on_deserted=self._abandon
+        )
         self._number = 0
         self._joinable: dict[str, Flight] = {}  # by name
         self._tasks: set[asyncio.Task[None]] = set()

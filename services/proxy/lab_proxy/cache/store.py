@@ -15,7 +15,7 @@ import orjson
 
 from ..errors import CacheUnavailable
 from ..lru import LRU
-from ..redis.client import Client, PipelinedCommand, deliver
+from ..redis.client import Client, OnError, PipelinedCommand, deliver
 from ..redis.connection import Command, CommandError, Pipeline, RedisError
 from ..tasks import end
 from .entry import Entry
@@ -50,7 +50,7 @@ class Cache:
         timeout: float,
         max_entry_bytes: int,
         near_bytes: int = 0,
-        on_error: Callable[[str], None] = lambda _: None,
+        on_error: OnError = lambda _: None,
         on_time: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
         """`enabled`: otherwise it never connects, and holds nothing. `timeout`: of one read or write, in seconds.
@@ -62,8 +62,9 @@ class Cache:
         self._on_time = on_time
         tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
         greeting = tracking, ("HSETNX", EPOCHS, "", secrets.token_hex(8)), ("HGETALL", EPOCHS)
-        calls: dict[str, Any] = {"on_push": self._on_push, "on_up": self._on_up, "on_down": self._on_down}
-        self._redis = Client(url, timeout=timeout, greeting=greeting, **calls)
+        self._redis = Client(
+            url, timeout=timeout, greeting=greeting, on_push=self._on_push, on_up=self._on_up, on_down=self._on_down
+        )
         self._detail = "" if enabled else "the cache is switched off (PROXY_CACHE_ENABLED)"
         self._poller: asyncio.Task[None] | None = None
         self._local: LRU[Entry] = LRU(near_bytes)

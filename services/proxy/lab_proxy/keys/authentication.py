@@ -10,14 +10,14 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..errors import InvalidKey, KeysUnavailable
 from ..ledger import money
-from ..redis.client import Client, Script
+from ..redis.client import Client, OnError, Script
 from ..redis.connection import RedisError
 from ..tasks import end
 from .identity import LOCAL, Identity
@@ -47,7 +47,7 @@ class Authenticator:
         required: bool = True,
         timeout: float,
         admin_key: str | None = None,
-        on_error: Callable[[str], None] = lambda _: None,
+        on_error: OnError = lambda _: None,
     ) -> None:
         """`required`: every caller needs a virtual key; otherwise all are LOCAL. `timeout`: seconds to look up a key
         that is not cached. `on_error` is called for each failure of redis."""

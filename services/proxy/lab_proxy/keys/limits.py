@@ -23,7 +23,7 @@ from ..errors import BudgetExceeded, LimitReached, LimitsUnavailable, ProxyError
 from ..ledger import money
 from ..ledger.ledger import SUMS, Ledger
 from ..ledger.prices import Prices
-from ..redis.client import Client, Script
+from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, RedisError
 from ..tasks import end
 from .estimate import MAX_TOKENS, estimate
@@ -139,7 +139,7 @@ class Limits:
         when_down: Literal["open", "closed"],
         timeout: float = CHECK_SECONDS,
         on_refusal: Callable[[str], None] = lambda _: None,
-        on_error: Callable[[str], None] = lambda _: None,
+        on_error: OnError = lambda _: None,
     ) -> None:
         """`timeout`: of a check that is not sent with a cache read. `on_refusal` gets the name of the limit."""
         self._redis = client

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import orjson
 
-from ..redis.client import Client, Script
+from ..redis.client import Client, OnError, Script
 from ..redis.connection import RedisError
 from ..tasks import end
 from .disk_queue import DiskQueue, DiskQueueFull, LedgerBatch
@@ -79,13 +78,7 @@ class Ledger:
     """Counts charges and books them in redis. A part. `record` never waits and never fails."""
 
     def __init__(
-        self,
-        client: Client,
-        prices: Prices,
-        *,
-        folder: Path,
-        max_bytes: int,
-        on_error: Callable[[str], None] = lambda _: None,
+        self, client: Client, prices: Prices, *, folder: Path, max_bytes: int, on_error: OnError = lambda _: None
     ) -> None:
         """`folder`: of the disk queue, which holds at most `max_bytes`."""
         self._redis = client

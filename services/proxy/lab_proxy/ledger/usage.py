@@ -28,15 +28,9 @@ METRICS = (
 
 
 async def usage(
-    client: Client,
-    first: date,
-    last: date,
-    *,
-    key_id: str | None = None,
-    owner: str | None = None,
-    model: str | None = None,
+    client: Client, first: date, last: date, *, key_id: str | None = None, **equal: str | None
 ) -> list[dict[str, Any]]:
-    """Rows from `first` to `last`, both included, sorted. Raises RedisError."""
+    """Rows from `first` to `last`, both included, sorted. `equal`: owner and model; None: any. Raises RedisError."""
     days = [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
     keys: list[tuple[str, str]] = [(day, key_id) for day in days] if key_id is not None else []
     if key_id is None:
@@ -48,9 +42,7 @@ async def usage(
         found = await client.execute_all([("HGETALL", f"{ROWS}{day}:{key}") for day, key in part])
         for (day, key), fields in zip(part, found, strict=True):
             rows += _rows(day, key, fields)
-    return [
-        row for row in rows if (owner is None or row["owner"] == owner) and (model is None or row["model"] == model)
-    ]
+    return [row for row in rows if all(value in {None, row[name]} for name, value in equal.items())]
 
 
 def _rows(day: str, key: str, fields: Mapping[bytes, bytes]) -> list[dict[str, Any]]:

@@ -23,6 +23,9 @@ PROBE_SECONDS = (0.2, 0.5, 1.0)  # between attempts to connect; the last one rep
 PROBE_TIMEOUT = 1.0
 
 
+OnError = Callable[[str], None]  # it gets the name of the operation that redis failed
+
+
 class Script(str):
     """A Lua script: its SHA-1, by which it is called, and its text."""
 
