@@ -187,6 +187,11 @@ class ModelTokenizer:
             return bytes([int(found.group(1), 16)])
         return piece.replace("▁", " ").encode()
 
+    @property
+    def separator(self) -> str | None:
+        """The special token between two texts of one input, for tokenizers that have one."""
+        return self._names.get("sep_token")
+
     def stop_ids(self, configured: int | Sequence[int] | None = None) -> frozenset[int]:
         """Tokens that end an answer: the tokenizer's end of sequence and those of the model's configuration."""
         found = [configured] if isinstance(configured, int) else list(configured or ())
