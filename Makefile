@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
+.PHONY: help lab start stop status logs doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,12 @@ bench-engine: ## the engine's speed beside transformers' own (parts of it: make 
 
 bench-proxy: ## the proxy's speed beside its targets (parts of it: make bench-proxy ARGS="--only hits,misses"); needs wrk
 	@sh lab/run.sh install && .venv/bin/python -m bench.proxy $(ARGS)
+
+bench-tasks: ## how often the embedded models are right on held-out sentences and questions
+	@sh lab/run.sh install && .venv/bin/python -m bench.tasks
+
+train-probe: ## fit the sentiment probe over the embedding model's vectors; writes services/model/lab_model/encoders/sentiment.json
+	@sh lab/run.sh install && .venv/bin/python -m bench.tasks.train_probe
 
 k8s-render: ## print the manifests of k8s/base
 	@command -v kubectl >/dev/null || { echo "lab: kubectl is not here; it renders k8s/base: https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }

@@ -24,9 +24,10 @@ from ..text.windows import PairWindows, Window
 from .completions import check_capacity
 from .embeddings import EncoderClient, encode
 from .generator import EngineClient, EngineWork, OutputCollector, OutputSink
+from .http.deadline import deadline_of
 from .http.record import Record
 from .http.service import Json, until_disconnect
-from .inputs import check_model, deadline_of, tokenize_all
+from .inputs import check_model, tokenize_all
 from .inspect import RawOutput
 from .wire.requests import parse
 from .wire.tasks import (
@@ -48,8 +49,8 @@ LONGEST_ANSWER = 24  # tokens
 # Cosines of short texts and their labels differ by hundredths: so much of a difference makes a label e times as likely.
 COSINE_UNIT = 0.05
 COSINE_HALF = 0.25  # with multi_label the cosine of a label that is as likely as not
-# Of twelve prompts and thresholds over bench/tasks/questions-train.jsonl the best: the two examples teach a small model to
-# answer in a few words, and an answer less likely than this is more often wrong than right.
+# The best of five prompts for bench/tasks/questions-train.jsonl: the examples teach a small model to answer in a few
+# words. An answer less likely than ABSTAIN_SCORE was more often wrong than right there.
 EXAMPLES = (
     "Text: The cat of our neighbour Tom is called Molly. She is three years old.\n"
     "Question: What is the cat called?\nAnswer: Molly\n\n"
@@ -208,7 +209,7 @@ async def _ask(
         for ids, grammar in zip(prompts, grammars, strict=True)
     ]
     outputs = [RawOutput() for _ in requests]
-    await generated(model, http, requests, outputs)
+    _, counts = await generated(model, http, requests, outputs)
     # 3. Their places.
     results = []
     for given, output in zip(questions, outputs, strict=True):
@@ -218,9 +219,8 @@ async def _ask(
         abstains = score < ABSTAIN_SCORE and parameters.handle_impossible_answer is not False
         start = 0 if abstains else max(given.context.find(answer), 0)
         results.append(answer_of("" if abstains else answer, score, start, ABSTAIN_SCORE))
-    record: Record = http.scope["record"]
     method = "generation confined to the words of the context"
-    return Json(task_answer(model.name, method, results, [len(ids) for ids in prompts], record.completion_tokens))
+    return Json(task_answer(model.name, method, results, [len(ids) for ids in prompts], counts))
 
 
 def answer_of(answer: str, score: float, start: int, none: float) -> Object:
@@ -247,14 +247,13 @@ async def text_generation(model: EngineClient, http: HttpRequest, body: Any) -> 
         check_room(model, len(ids), limit, f"inputs[{index}]", "parameters.max_new_tokens")
     requests = [Request(ids, limit, model.stop_ids, sampling, deadline=deadline) for ids in prompts]
     choices = [Choice(index, model.text, parameters.stop or ()) for index in range(len(requests))]
-    texts = await generated(model, http, requests, choices)
+    texts, counts = await generated(model, http, requests, choices)
     full = parameters.return_full_text is not False
     results = [
         {"generated_text": given + text if full else text} for given, text in zip(request.texts, texts, strict=True)
     ]
-    record: Record = http.scope["record"]
-    counts = [len(ids) for ids in prompts]
-    return Json(task_answer(model.name, "continuation of the text", results, counts, record.completion_tokens))
+    method = "continuation of the text"
+    return Json(task_answer(model.name, method, results, [len(ids) for ids in prompts], counts))
 
 
 def check_room(model: EngineClient, count: int, limit: int, param: str, limit_name: str) -> None:
@@ -270,8 +269,8 @@ def check_room(model: EngineClient, count: int, limit: int, param: str, limit_na
 
 async def generated(
     model: EngineClient, http: HttpRequest, requests: Sequence[Request], choices: Sequence[OutputSink]
-) -> list[str]:
-    """The whole text of each request. Raises ApiError; a disconnect cancels all of them."""
+) -> tuple[list[str], list[int]]:
+    """The whole text of each request, and how many tokens were generated for it. Raises ApiError; a disconnect cancels all of them."""
     record: Record = http.scope["record"]
     record.prompt_tokens = sum(len(request.prompt) for request in requests)
     record.work = work = EngineWork(requests, 1)
@@ -286,4 +285,4 @@ async def generated(
 
     await until_disconnect(http.receive, collect())
     record.cached_tokens = sum(request.prefix_hit_tokens for request in requests)
-    return texts
+    return texts, [work.counted[index] for index in range(len(requests))]

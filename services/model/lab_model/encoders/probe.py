@@ -1,4 +1,4 @@
-"""Sentiment by a linear probe: a logistic regression over one embedding model's sentence vectors (Alain and Bengio 2016).
+"""Sentiment by a linear probe: logistic regression over one embedding model's sentence vectors (Alain and Bengio 2016).
 
 `make train-probe` writes sentiment.json. Knows vectors. Knows nothing of HTTP or text.
 """

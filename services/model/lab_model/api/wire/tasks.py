@@ -129,10 +129,11 @@ class GenerationRequest(TaskRequest):
 
 
 def task_answer(
-    model: str, method: str, results: Sequence[Any], counts: Sequence[int], completion: int = 0
+    model: str, method: str, results: Sequence[Any], prompts: Sequence[int], completions: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The answer of every task: one result an input, in their order. counts: each input's tokens, which a cache of
-    single inputs needs."""
-    total = sum(counts)
-    usage = {"prompt_tokens": total, "completion_tokens": completion, "total_tokens": total + completion}
-    return {"model": model, "method": method, "results": list(results), "usage": usage | {"per_input_tokens": counts}}
+    """The answer of every task: one result an input, in their order. prompts, completions: each input's tokens, which a
+    cache of single inputs needs."""
+    made = [0] * len(prompts) if completions is None else list(completions)
+    usage = {"prompt_tokens": sum(prompts), "completion_tokens": sum(made), "total_tokens": sum(prompts) + sum(made)}
+    usage_by_input = {"per_input_tokens": list(prompts), "per_input_completion_tokens": made}
+    return {"model": model, "method": method, "results": list(results), "usage": usage | usage_by_input}

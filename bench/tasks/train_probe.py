@@ -19,7 +19,7 @@ from lab_model.models.sources import resolve_source
 from lab_model.models.tokenizers import read_tokenizer
 from transformers import AutoModel
 
-FOLDER = Path(__file__).parent / "tasks"
+FOLDER = Path(__file__).parent
 PENALTY = 3e-4  # the best of 1e-4 to 3e-3 in six-fold cross-validation
 FOLDS = 6
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog."
@@ -53,7 +53,7 @@ def fit(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
     return weights.detach(), bias.detach()
 
 
