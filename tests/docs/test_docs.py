@@ -302,11 +302,13 @@ def test_the_scripts_run_against_proxy_and_model(service: str, request: pytest.F
     found = [script for name in ("README.md", "docs/api.md", "docs/class.md") for script in blocks(name, "python")]
     scripts = [script.replace("http://127.0.0.1:8080", url) for script in found]
     output = run([sys.executable, "-"], f"for script in {scripts!r}:\n    exec(script, {{}})\n    print('---')\n")
-    first, second, third, fourth, _ = output.split("---\n")
+    first, second, third, fourth, fifth, _ = output.split("---\n")
     assert "Paris" in first
     assert second.strip()
     assert "3 vectors of 384" in third
-    assert "smollm2-135m-instruct" in fourth
+    assert "POSITIVE" in fourth
+    assert "neural networks" in fourth
+    assert "smollm2-135m-instruct" in fifth
 
 
 def test_the_curl_lines_answer_and_then_hit(proxy_url: str) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -640,24 +640,25 @@ async def test_two_hundred_abandoned_streams_leave_no_trace(app: InProcess) -> N
 
 
 class SlowEmbedder:
-    """Takes until it is told that nobody waits any more."""
+    """A forward ends when the test lets it."""
 
     context, dimensions = 16, 2
 
     def __init__(self) -> None:
         self.running = threading.Event()
-        self.told = threading.Event()
+        self.go = threading.Event()
+        self.forwards = 0
 
-    def embed(self, inputs: list[list[int]], left: threading.Event) -> list[list[float]]:
+    def forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        self.forwards += 1
         self.running.set()
-        if left.wait(120):
-            self.told.set()
-        return [[1.0, 0.0] for _ in inputs]
+        assert self.go.wait(120)
+        return [[1.0, 0.0] for _ in rows]
 
 
 async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> None:
     model = SlowEmbedder()
-    queue = EncoderQueue(model, 1)  # type: ignore[arg-type]
+    queue = EncoderQueue(model, 1)
     encoder = EncoderClient("e", "r", ModelTokenizer.of(tiny.tokenizer()), queue)
     app = create_app(encoder, KINDS["embedding"].paths, max_body_bytes=10_000)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
@@ -672,8 +673,11 @@ async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> 
         assert len(waiting) == 2, "one runs and one is in the queue"
         for task in waiting:
             task.cancel()
-        assert await asyncio.to_thread(model.told.wait, 60), "it goes on for nobody"
         await asyncio.gather(*waiting, return_exceptions=True)
+        model.go.set()
+        answer = await client.post("/v1/embeddings", json={"model": "e", "input": "cat"})
+        assert answer.status_code == 200
+        assert model.forwards == 2, "a forward for nobody"
 
 
 def test_a_kept_folder_takes_a_second_start(tmp_path: Path) -> None:

@@ -270,7 +270,10 @@ def check_room(model: EngineClient, count: int, limit: int, param: str, limit_na
 async def generated(
     model: EngineClient, http: HttpRequest, requests: Sequence[Request], choices: Sequence[OutputSink]
 ) -> tuple[list[str], list[int]]:
-    """The whole text of each request, and how many tokens were generated for it. Raises ApiError; a disconnect cancels all of them."""
+    """The whole text of each request, and how many tokens were generated for it.
+
+    Raises ApiError; a disconnect cancels all of them.
+    """
     record: Record = http.scope["record"]
     record.prompt_tokens = sum(len(request.prompt) for request in requests)
     record.work = work = EngineWork(requests, 1)

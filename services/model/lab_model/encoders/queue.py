@@ -79,6 +79,7 @@ class EncoderQueue:
         self.encoder = encoder
         self._max_queued = max_queued
         self._jobs: deque[EncoderJob] = deque()
+        self._begun: list[EncoderJob] = []  # with inputs left after the last forward
         self._changed = threading.Condition()
         # One forward at a time: torch already uses every core for it.
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
@@ -109,7 +110,7 @@ class EncoderQueue:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs)
+                self._changed.wait_for(lambda: self._jobs or self._begun)
                 batch = self._take()
             if not batch:
                 continue
@@ -118,8 +119,7 @@ class EncoderQueue:
                 found = self.encoder.forward([job.rows[place] for job, place in batch])
             except Exception as error:
                 log.exception("an encoder's forward failed; its requests end with an error")
-                with self._changed:
-                    self._jobs = deque(job for job in self._jobs if job not in jobs)
+                self._begun = []  # of this forward, too
                 for job in jobs:
                     job.end(error)
                 continue
@@ -130,10 +130,12 @@ class EncoderQueue:
                     job.end()
 
     def _take(self) -> list[tuple[EncoderJob, int]]:
-        """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes last next
-        time, so that a long list does not keep single texts waiting."""
+        """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind those
+        that have arrived meanwhile, so that a long list does not keep single texts waiting."""
         batch: list[tuple[EncoderJob, int]] = []
-        width, unfinished = 0, []
+        width = 0
+        self._jobs.extend(self._begun)
+        self._begun = []
         while self._jobs:
             job = self._jobs.popleft()
             if job.cancelled:
@@ -146,7 +148,6 @@ class EncoderQueue:
                 width = wider
                 batch.append((job, job.left.pop()))
             if job.left:
-                unfinished.append(job)
+                self._begun.append(job)
                 break
-        self._jobs.extend(unfinished)
         return batch

@@ -45,9 +45,9 @@ from .completions import CompletionFetch
 from .context import RequestContext
 from .delivery import JSON, SSE, ResponseWriter, deliver, deliver_hit
 from .embeddings import EmbeddingFetch
-from .tasks import TaskFetch
 from .plan_cache import CachedPlan
 from .planner import Plan, Planner, check_permission
+from .tasks import TaskFetch
 
 STALLED_CLIENT_SECONDS = 5.0  # for a client to read the last event of a stream that has timed out
 REFRESH = CacheControl(no_cache=True)

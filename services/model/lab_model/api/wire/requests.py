@@ -217,9 +217,11 @@ def _refusal(error: ValidationError, body: Any) -> BadRequestError:
     faults = error.errors(include_url=False, include_context=False)
     fault = max(faults, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
     name, value = "", body
-    for part in fault["loc"]:
+    for place, part in enumerate(fault["loc"], 1):
         # pydantic puts the names of a union's members between the parts of the path.
-        if isinstance(value, dict) and isinstance(part, str) and (part in value or fault["type"] == "missing"):
+        if isinstance(value, dict) and isinstance(part, str) and (
+            part in value or (fault["type"] == "missing" and place == len(fault["loc"]))
+        ):
             name, value = f"{name}.{part}" if name else part, value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
             name, value = f"{name}[{part}]", value[part]
