@@ -1,78 +1,84 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy k8s-render k8s-check
+.PHONY: help lab start stop status logs doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-lab: ## install what is missing, start everything, Ctrl-C stops it (other port: PROXY_PORT=8081 make lab)
+lab: ## install what is missing and start the lab; Ctrl-C stops it (another port: PROXY_PORT=8081 make lab)
 	@sh lab/run.sh lab
 
-start: ## the same in the background; returns when all services are ready
+start: ## start the lab in the background; returns when all services are ready
 	@sh lab/run.sh start
 
-stop: ## stop what runs, however it was started
+stop: ## stop the lab, however it was started
 	@sh lab/run.sh stop
 
-status: ## what runs: state, process, memory, uptime, address
+status: ## show each service: state, process id, memory, uptime, address
 	@sh lab/run.sh status
 
-logs: ## follow the logs; of one service: make logs SERVICE=model
+logs: ## follow the logs (of one service: make logs SERVICE=model)
 	@sh lab/run.sh logs
 
-doctor: ## what keeps the lab from starting or running, and what to do (exit codes: .venv/bin/python -m lab doctor --help)
+doctor: ## find what keeps the lab from starting or running, and say what to do
 	@sh lab/run.sh doctor
 
-keys: ## virtual keys: make keys ARGS="create --owner kim" (list, change, rotate, revoke, import FILE.csv)
+keys: ## make, list, change and revoke virtual keys (make keys ARGS="create --owner kim")
 	@sh lab/run.sh keys
 
-usage: ## tokens and cost by day, owner and model (make usage ARGS="--csv")
+usage: ## show tokens and cost by day, owner and model (make usage ARGS="--csv")
 	@sh lab/run.sh usage
 
-test: ## install what the tests need and run all that need no container (some of them: make test ARGS="-k cache")
+test: ## run all tests that need no container (some of them: make test ARGS="-k cache")
 	@sh lab/run.sh test
 
-test-all: ## the same with all generated cases: more than half an hour
+test-all: ## run the same tests with all generated cases: more than half an hour
 	@sh lab/run.sh test --lane all
 
-check: ## lint, format, types
+check: ## check lint, format, types and terms
 	@sh lab/run.sh check
 
 constraints: ## write the exact versions in .venv to constraints.txt
 	@sh lab/run.sh constraints
 
-clean: ## stop what runs and remove .venv, .state and caches; runs/ stays
+clean: ## stop the lab and remove .venv, .state and caches; runs/ stays
 	@sh lab/run.sh clean
 
-up: ## the same in containers, healthy when it returns (on the GPU: GPU=1 make up)
+up: ## start the lab in containers; returns when all are healthy (with a GPU: GPU=1 make up)
 	@$(COMPOSE) up --build --wait --wait-timeout 900 || { $(COMPOSE) logs --tail=20; exit 1; }
 	@echo "lab: ui http://127.0.0.1:$${UI_PORT:-8501}, proxy http://127.0.0.1:$${PROXY_PORT:-8080}; make down ends it"
 
-down: ## stop and remove the containers; with what they stored: make down ARGS=-v
+down: ## stop and remove the containers (with their stored data: make down ARGS=-v)
 	@docker compose --profile '*' down --remove-orphans $(ARGS)
 
-test-stack: ## the tests against containers of their own; needs a Docker engine
+test-stack: ## run the tests against containers; needs a Docker engine
 	@sh lab/run.sh test --lane stack
 
-load: ## load on the running lab, new questions all the time (LOAD_USERS=4 LOAD_SECONDS=60 make load); leaves a folder in runs/
+load: ## measure throughput: put load on the running lab, every question new (LOAD_USERS=4 LOAD_SECONDS=60 make load)
 	@sh lab/run.sh load throughput
 
-load-cache: ## the same with questions that come again, as people ask them: what the cache makes of it
+load-cache: ## measure the cache: the same with questions that repeat
 	@sh lab/run.sh load caching
 
-load-ui: ## Locust's web page for both, on port 8089
+load-ui: ## open Locust's web page for both, on port 8089
 	@sh lab/run.sh load web
 
-bench-engine: ## the engine's speed beside transformers' own (parts of it: make bench-engine ARGS="--only decode1,ttft")
+bench-engine: ## measure the engine beside transformers' own (parts: make bench-engine ARGS="--only decode1,ttft")
 	@sh lab/run.sh install && GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-ACTIVE} .venv/bin/python -m bench.engine $(ARGS)
 
-bench-proxy: ## the proxy's speed beside its targets (parts of it: make bench-proxy ARGS="--only hits,misses"); needs wrk
+bench-proxy: ## measure the proxy beside its targets; needs wrk (parts: make bench-proxy ARGS="--only hits,misses")
 	@sh lab/run.sh install && .venv/bin/python -m bench.proxy $(ARGS)
+
+bench-tasks: ## how often the embedded models are right on held-out sentences and questions
+	@sh lab/run.sh install && .venv/bin/python -m bench.tasks
+
+train-probe: ## fit the sentiment probe over the embedding model's vectors; writes services/model/lab_model/encoders/sentiment.json
+	@sh lab/run.sh install && .venv/bin/python -m bench.tasks.train_probe
 
 k8s-render: ## print the manifests of k8s/base
 	@command -v kubectl >/dev/null || { echo "lab: kubectl is not here; it renders k8s/base: https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }
 	@kubectl kustomize k8s/base
 
-k8s-check: ## the manifests against Kubernetes' schema, compose.yaml and the settings
+k8s-check: ## check the manifests against Kubernetes' schema, compose.yaml and the settings
 	@sh lab/run.sh test tests/k8s/test_k8s.py
 
 # Without GPU=1 the model's image is built for the CPU, which spares gigabytes. Keys in secrets/ are taken.

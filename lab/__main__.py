@@ -24,7 +24,7 @@ try:
     from lab.services import Service, environment, probe, services, start_timeout
     from lab.supervise import GIVEN_UP, Lab, NotRunningError
 except ImportError as error:
-    complain(f"lab: .venv is broken ({error}); make it anew: make clean, then the same command")
+    complain(f"lab: .venv is broken ({error}); remove it with make clean, then repeat the command")
     sys.exit(Exit.ENVIRONMENT)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,17 +38,17 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
     end_on_signals()
     lab = Lab(root)
     commands: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
-        "lab": ("start in the foreground; Ctrl-C stops all", lambda _: foreground(lab, choose)),
-        "start": ("start in the background; returns when all are ready", lambda _: background(lab, choose)),
+        "lab": ("start in the foreground; Ctrl-C stops all services", lambda _: foreground(lab, choose)),
+        "start": ("start in the background; returns when all services are ready", lambda _: background(lab, choose)),
         "stop": ("stop all", lambda _: stop(lab)),
-        "status": ("what runs, where, with how much memory", lambda _: status(lab)),
+        "status": ("state, address and memory of each service", lambda _: status(lab)),
         "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
         "keys": ("virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
         "usage": ("tokens and cost by day, owner, model", lambda options: operate(lab, "usage", options.arguments)),
         "doctor": ("what keeps the lab from running", lambda options: examine(lab, choose, as_json=options.json)),
         "load": ("load on the running lab, or on LOAD_HOST", lambda options: load(lab, options.scenario)),
         "test": ("run the tests", lambda options: checks.test(root, options.lane, options.arguments)),
-        "check": ("lint, format, types", lambda _: checks.check(root)),
+        "check": ("check lint, format, types and terms", lambda _: checks.check(root)),
         "constraints": ("write constraints.txt from .venv", lambda _: checks.constraints(root)),
     }
     parser = argparse.ArgumentParser(
@@ -90,7 +90,7 @@ def foreground(lab: Lab, choose: Choose) -> int:
         with _nothing_left(lab):
             if not _start(lab, choose):
                 return Exit.FINE
-            say("lab: ready; Ctrl-C stops all. What the services log from here on:")
+            say("lab: ready; Ctrl-C stops all services. Their logs follow:")
             _follow(lab)
     except KeyboardInterrupt:
         return Exit.FINE if lab.was_ready else Exit.INTERRUPTED
@@ -101,7 +101,7 @@ def background(lab: Lab, choose: Choose) -> int:
     """Start and return when all are ready. What fails to start leaves nothing running."""
     with _nothing_left(lab):
         if _start(lab, choose):
-            say("lab: ready, in the background; make status, make logs, make stop")
+            say("lab: ready in the background; next: make status, make logs, make stop")
     return Exit.FINE
 
 
@@ -110,7 +110,7 @@ def _start(lab: Lab, choose: Choose) -> bool:
     LabError."""
     with one_at_a_time(lab.root):
         if lab.running():
-            say("lab: already running; new settings are taken by make stop, make start")
+            say("lab: already running; changed settings take effect after make stop and make start")
             _repair(lab)
             _print_urls(lab.started())
             return False
@@ -122,7 +122,7 @@ def _start(lab: Lab, choose: Choose) -> bool:
             if finding.stops:
                 complain(finding.line())
         if any(finding.stops for finding in findings) and os.environ.get("LAB_FORCE") != "1":
-            raise LabError(findings[0].exit, "not started; each line above says why and what to do")
+            raise LabError(findings[0].exit, "not started; each line above names a problem and what to do")
         say(f"lab: starting {', '.join(service.name for service in chosen)}")
         given = environment(os.environ, chosen, lab.root / "secrets")
         lab.start(chosen, given)
@@ -186,10 +186,14 @@ def _follow(lab: Lab) -> None:
             now = {state.name: state.pid for state in states.values()}
             for name, pid in now.items():
                 if pid != pids.get(name, pid):
-                    say(f"lab: {name} is back (pid {pid})" if pid else f"lab: {name} died and is started again")
+                    say(
+                        f"lab: {name} was started again (pid {pid})"
+                        if pid
+                        else f"lab: {name} died and is being started again"
+                    )
             given_up = {state.name for state in states.values() if state.state in GIVEN_UP}
             for name in sorted(given_up - dead):
-                say(f"lab: {name} keeps dying and is not started again; make start in another terminal tries once more")
+                say(f"lab: {name} died too often and is not started again; make start in another terminal tries again")
             pids, dead = now, given_up
 
 
@@ -230,7 +234,7 @@ def logs(lab: Lab, service: str | None) -> int:
                 if line:
                     say(line)
                 elif not lab.running():
-                    say("lab: not running; these were its last lines")
+                    say("lab: not running; the lines above are its last ones")
                     break
     except KeyboardInterrupt:
         pass

@@ -108,8 +108,8 @@ def need_chromium() -> None:
     if not chromium():
         subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
     if not chromium():
-        raise LabError(Exit.BROWSER, "the browser test needs chromium which could not be installed; install it by hand "
-                      "(apt-get install chromium), then the same command")  # fmt: skip
+        raise LabError(Exit.BROWSER, "the browser test needs chromium, which could not be installed; install it "
+                      "(apt-get install chromium), then repeat the command")  # fmt: skip
 
 
 def chromium() -> str | None:

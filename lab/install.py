@@ -59,12 +59,12 @@ def main(argv: Sequence[str], root: Path = ROOT) -> int:
         complain(f"lab: {trouble}")
         return trouble.code
     except KeyboardInterrupt:
-        complain("\nlab: interrupted while installing; the same command goes on with it")
+        complain("\nlab: interrupted while installing; repeat the command to continue")
         return Exit.INTERRUPTED
     if command == "install":
         return Exit.FINE
     if not os.access(python_of(root), os.X_OK):
-        say("lab: nothing is installed here yet, so nothing is running; `make lab` installs and starts")
+        say("lab: not installed and not running; `make lab` installs and starts it")
         return Exit.FINE if command in {"stop", "status"} else Exit.ENVIRONMENT
     return os.execv(python_of(root), [str(python_of(root)), "-m", "lab", *argv])  # noqa: S606 - it takes our place
 
@@ -95,7 +95,7 @@ def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
         free = shutil.disk_usage(root).free
         if not have and build and free < need:
             raise LabError(Exit.DISK, f"{free / 2**30:.1f} GiB of disk are free and installing takes "
-                          f"{need / 2**30:.0f}; free some, or clone to a larger disk")  # fmt: skip
+                          f"{need / 2**30:.0f} GiB; free some, or clone to a larger disk")  # fmt: skip
         stamp.unlink(missing_ok=True)
         if build:
             say(f"lab: {build.notice}")
@@ -225,7 +225,7 @@ def one_at_a_time(root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            say(f"lab: another command (pid {lock.read().strip() or '?'}) is setting up in this folder; waiting for it")
+            say(f"lab: another command (pid {lock.read().strip() or '?'}) is working in this folder; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         lock.truncate()
@@ -245,7 +245,7 @@ def clean(root: Path) -> int:
         made += [*folder.glob("*.egg-info"), *folder.glob("**/__pycache__" if folder != root else "__pycache__")]
     for path in made:
         shutil.rmtree(path, ignore_errors=True)
-    say("lab: clean; `make lab` installs again")
+    say("lab: removed .venv, .state and caches; `make lab` installs again")
     return Exit.FINE
 
 
@@ -340,15 +340,15 @@ def _why(received: Sequence[str], log: Path) -> str:
     errors = [line for line in received if line.startswith("ERROR: ")] or ["ERROR: pip failed"]
     reply = errors[0].removeprefix("ERROR: ")
     if "No space left" in text:
-        return f"the disk is full: {reply}; free some, then run the same command again"
+        return f"the disk is full: {reply}; free some, then repeat the command"
     offline = ("NewConnectionError", "NameResolutionError", "Temporary failure in name resolution", "ConnectTimeout",
                "Could not find a version", "ResolutionImpossible", "Network is unreachable", "Max retries")  # fmt: skip
     if any(sign in text for sign in offline):
         return (
             f"pip could not fetch a package: {reply}; connect to the internet once, or name a mirror "
-            f"(PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX_URL), then run the same command again; all it said: {log}"
+            f"(PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX_URL), then repeat the command; full output: {log}"
         )
-    return f"pip failed: {reply}; all it said: {log}"
+    return f"pip failed: {reply}; full output: {log}"
 
 
 if __name__ == "__main__":

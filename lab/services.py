@@ -51,14 +51,14 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         variable = f"{name}_PORT"
         text = environ.get(variable) or str(default)
         if not text.isdecimal() or not 0 < int(text) < 65536:
-            raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is no port: give a number from 1 to 65535")
+            raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is not a port: give a number from 1 to 65535")
         host = environ.get(f"{name}_HOST") or "127.0.0.1"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - where it is reached from here
         if ":" in host:
             try:
                 host = f"[{ipaddress.IPv6Address(host)}]"
             except ValueError:
-                wrong = f"{name}_HOST={host} is no address: give it without a port and without brackets"
+                wrong = f"{name}_HOST={host} is not an address: give it without port and brackets"
                 raise LabError(Exit.WRONG_SETTING, wrong) from None
         return f"http://{host}:{text}"
 
@@ -90,7 +90,7 @@ def _seconds(environ: Mapping[str, str], variable: str, default: float) -> float
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is no time: give seconds, as 30 or 90.5")
+        raise LabError(Exit.WRONG_SETTING, f"{variable}={text} is not a time: give seconds, such as 30 or 90.5")
     return seconds
 
 

@@ -267,7 +267,7 @@ class Lab:
         folder = Path(tempfile.gettempdir()) / f"llm-lab-{os.getuid()}-{key}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-            raise LabError(Exit.ENVIRONMENT, f"{folder} belongs to somebody else; set TMPDIR to a folder of your own")
+            raise LabError(Exit.ENVIRONMENT, f"{folder} belongs to another user; set TMPDIR to a folder of your own")
         return folder / "supervisord.sock"
 
     def _config(self, services: Sequence[Service]) -> str:

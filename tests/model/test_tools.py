@@ -267,6 +267,17 @@ async def test_who_must_call_calls(app: InProcess, choice: Any, seed: int) -> No
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("mode", ["required", "auto"])
+async def test_only_allowed_tools_are_called(app: InProcess, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "news"}}]}
+    asked = {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}
+    if mode == "auto":
+        says(monkeypatch, app, f"{CALL}\n{CALL.replace('weather', 'news')}")
+    found = await app.choice(**asked, temperature=1, seed=1, max_tokens=900)
+    assert {call["function"]["name"] for call in found["message"]["tool_calls"]} == {"news"}
+    assert found["finish_reason"] == "tool_calls"
+
+
 async def test_required_with_one_call_at_most(app: InProcess) -> None:
     asked = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "temperature": 1}
     for seed in range(4):
@@ -428,6 +439,16 @@ async def test_long_arguments_do_not_hold_up_others(size: int) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "x"}}]},
+                },
+            },
+            "tool_choice",
+        ),
         ({"tools": [tool("a b")]}, "tools[0].function.name"),
         ({"tools": [tool("a"), tool("a")]}, "tools[1].function.name"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),

@@ -132,6 +132,10 @@ class Mock:
         key = headers.get("authorization", "").removeprefix("Bearer ")
         if await refuse(mode, key, send, extra):
             return None
+        if kind.startswith(("tasks/", "inspect/")):
+            made = tasked(body, kind) if kind.startswith("tasks/") else {"model": body["model"], "usage": usage(7, 0)}
+            await whole(send, made, extra)
+            return self.count(made["usage"])
         if kind not in {"chat/completions", "completions", "embeddings", "responses"}:
             return await whole(send, failure("nothing here", "invalid_request_error"), extra, status=404)
         try:
@@ -436,6 +440,22 @@ async def respond(send: Send, body: dict[str, Any], mode: str, extra: dict[str, 
         said = f"event: {event['type']}\ndata: ".encode() + orjson.dumps(event | {"sequence_number": number}) + b"\n\n"
         await send({"type": "http.response.body", "body": said, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
+
+
+def usage(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def tasked(body: dict[str, Any], kind: str) -> dict[str, Any]:
+    """One result for each input, which repeats it."""
+    given = body["inputs"] if isinstance(body["inputs"], list) else [body["inputs"]]
+    counts = [len(str(each)) for each in given]
+    made = [1 if kind == "tasks/text-generation" else 0 for _ in given]
+    by_input = {"per_input_tokens": counts, "per_input_completion_tokens": made}
+    results = [{"seen": each, "parameters": body.get("parameters")} for each in given]
+    return {
+        "model": body["model"], "method": "mock", "results": results, "usage": usage(sum(counts), sum(made)) | by_input,
+    }  # fmt: skip
 
 
 def vectors(body: dict[str, Any], local: str | None, revision: str) -> dict[str, Any]:

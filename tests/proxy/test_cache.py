@@ -23,7 +23,7 @@ import httpx2
 import openai
 import pytest
 import redis
-from fixtures_proxy import CHAT_MODEL, Bench, bench_on, events, eventually, key_of, new, second, state
+from fixtures_proxy import CHAT_MODEL, EMBEDDING_MODEL, Bench, bench_on, events, eventually, key_of, new, second, state
 from lab_proxy.cache import entry
 from lab_proxy.cache.key import CONTRACT
 from lab_proxy.cache.store import BATCH, Cache
@@ -751,3 +751,33 @@ def test_cache_switched_off(bench: Bench, tmp_path: Path) -> None:
         assert state(other.chat()) == "bypass disabled"
         assert other.http.get("/status").json()["cache"]["enabled"] is False
         assert not (tmp_path / "cache-secret").exists()
+
+
+def test_cache_s1_tasks_per_input(bench: Bench) -> None:
+    """As with embeddings: only results that are not cached are fetched; parameters and task are part of the key."""
+    a, b, c = (new() for _ in range(3))
+    assert state(bench.post("tasks/sentiment-analysis", {"inputs": [a, b]})) == "miss stored"
+    mixed = bench.post("tasks/sentiment-analysis", {"inputs": [c, a, b, a]})
+    assert state(mixed) == "partial stored"
+    assert bench.calls(bench.model)["last"]["body"] == {"inputs": [c], "model": EMBEDDING_MODEL}
+    assert [each["seen"] for each in mixed.json()["results"]] == [c, a, b, a]
+    assert (mixed.json()["model"], mixed.json()["method"]) == (EMBEDDING_MODEL, "mock")
+    hit = bench.post("tasks/sentiment-analysis", {"inputs": [c, a, b, a], "model": EMBEDDING_MODEL})
+    assert state(hit) == "hit"
+    assert hit.json() == mixed.json()
+    assert hit.json()["usage"]["per_input_tokens"] == [len(each) for each in (c, a, b, a)]
+    assert state(bench.post("tasks/sentiment-analysis", {"inputs": a})) == "hit"
+    labels = {"candidate_labels": ["x"]}
+    assert state(bench.post("tasks/zero-shot-classification", {"inputs": a, "parameters": labels})) == "miss stored"
+    asked = {"question": new(), "context": a}
+    assert state(bench.post("tasks/question-answering", {"inputs": asked})) == "miss stored"
+    assert state(bench.post("tasks/question-answering", {"inputs": [dict(reversed(asked.items()))]})) == "hit"
+    hot = {"inputs": a, "parameters": {"temperature": 1}}
+    assert state(bench.post("tasks/text-generation", hot)) == "bypass sampled"
+    seeded = {"inputs": a, "parameters": {"temperature": 1, "seed": 1}}
+    assert state(bench.post("tasks/text-generation", seeded)) == "miss stored"
+    many = bench.post("tasks/sentiment-analysis", {"inputs": ["a"] * 10_000})
+    assert (many.status_code, many.json()["error"]["param"]) == (400, "inputs")
+    shown = bench.post("inspect/score", {"text": a})
+    assert state(shown) == "bypass endpoint"
+    assert shown.json()["model"] == CHAT_MODEL

@@ -189,7 +189,15 @@ def test_embeddings_in_every_form(client: openai.OpenAI) -> None:
     assert [item.index for item in again.data] == [0, 1, 2]
     assert again.data[0].embedding == again.data[2].embedding == pytest.approx(vectors[2], abs=1e-5)
     assert plain.usage.prompt_tokens == plain.usage.total_tokens > 10
-    ids = client.embeddings.create(model=EMBEDDING, input=[101, 4937, 102], encoding_format="float")
+    own = {"input_vocabulary": "model"}
+    ids = client.embeddings.create(model=EMBEDDING, input=[101, 4937, 102], encoding_format="float", extra_body=own)
+    assert ids.data[0].embedding == pytest.approx(
+        client.embeddings.create(model=EMBEDDING, input="cat", encoding_format="float").data[0].embedding, abs=1e-6
+    )
+    bare = client.embeddings.create(model=EMBEDDING, input=[[4937]], encoding_format="float", extra_body=own)
+    assert bare.data[0].embedding == pytest.approx(ids.data[0].embedding, abs=1e-6)
+    with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
+        client.embeddings.create(model=EMBEDDING, input=[15339, 1917])
     assert ids.usage.prompt_tokens == 3
 
 

@@ -9,7 +9,7 @@ import random
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -476,6 +476,9 @@ async def test_cache_a1_choices_that_ended_count_as_their_callers_saw_them() -> 
     assert work.used() == (4, 3, 1)
 
 
+LONG = [5] * 600  # two of them do not fit into one forward
+
+
 async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -485,22 +488,25 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
     monkeypatch.setattr(http_record, "USAGE", ring)
 
     class Half:
-        context, dimensions = 16, 2
+        """Its first forward ends when all clients have left."""
 
-        def embed(self, inputs: list[list[int]], left: threading.Event) -> list[list[float]]:
+        context, dimensions = 1024, 2
+
+        def forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
             begun.set()
-            left.wait(60)
-            return [[1.0, 0.0], *([] for _ in inputs[1:])]
+            assert go.wait(60)
+            return [[1.0, 0.0] for _ in rows]
 
+    go = threading.Event()
     begun = threading.Event()
     text = ModelTokenizer.of(tiny.tokenizer())
-    queue = EncoderQueue(Half(), 4)  # type: ignore[arg-type]
+    queue = EncoderQueue(Half(), 4)
     encoder = EncoderClient("e", "r", text, queue)
     app = create_app(encoder, KINDS["embedding"].paths, max_body_bytes=10_000)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         asked = [
             asyncio.create_task(
-                client.post("/v1/embeddings", json={"model": "e", "input": ["cat", "dog"]}, headers={"x-call-id": name})
+                client.post("/v1/embeddings", json={"model": "e", "input": [LONG, LONG]}, headers={"x-call-id": name})
             )
             for name in ("runs", "waits")
         ]
@@ -508,7 +514,8 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
         for task in reversed(asked):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-    assert await told(tmp_path, "runs") == (len(text.encode("cat")), 0, 0)
+        go.set()
+    assert await told(tmp_path, "runs") == (len(LONG), 0, 0)
     assert await told(tmp_path, "waits") == (0, 0, 0)
 
 

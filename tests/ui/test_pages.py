@@ -22,9 +22,7 @@ STATES: dict[str, str | None] = {
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("state", STATES)
-def test_every_page_in_every_state(
-    app: Callable[..., AppTest], proxy: StandIn, state: str, language: str
-) -> None:
+def test_every_page_in_every_state(app: Callable[..., AppTest], proxy: StandIn, state: str, language: str) -> None:
     """No exception, its title, and the cause in the reader's language; one session walks over all pages."""
     words = texts.load(language)
     gone = state == "proxy-down"
@@ -45,8 +43,10 @@ def test_every_page_in_every_state(
 
 
 NONSENSE = {
-    "lang": "xx", "view": "'; drop", "q": "x" * 5000, "times": "NaN", "at_once": "1e9", "change": "", "temperature": "-1",
-    "top_p": "two", "top_k": "3.5", "model": "<script>", "columns": "99", "price": "inf", "max_tokens": "0", "ko": "\x00",
+    "lang": "xx", "view": "'; drop", "q": "x" * 5000, "times": "NaN", "at_once": "1e9", "change": "",
+    "temperature": "-1", "top_p": "two", "top_k": "3.5", "model": "<script>", "columns": "99", "price": "inf",
+    "max_tokens": "0",
+    "ko": "\x00",
 }  # fmt: skip
 
 

@@ -488,7 +488,7 @@ def test_status_shows_every_service(app: Callable[..., AppTest], language: str) 
         "2.13.0",
     ):
         assert fact in text, fact
-    assert [metric.value for metric in page.metric][:3] == ["5", "3", "62%"]
+    assert all(f"<b>{figure}</b>" in strips(page) for figure in ("5", "3", "62%"))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -88,4 +88,6 @@ class UnavailableError(ServerError):
 
 
 def deadline_exceeded() -> DeadlineExceededError:
-    return DeadlineExceededError("The time that x-request-timeout-ms gave is over.")
+    error = DeadlineExceededError("The time that x-request-timeout-ms gave is over.")
+    error.headers = {"x-should-retry": "false"}  # OpenAI's clients would try again
+    return error

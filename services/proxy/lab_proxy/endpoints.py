@@ -19,7 +19,7 @@ class Endpoint:
 
     path: str
     operation: str  # `gen_ai.operation.name` of the trace
-    handler: Literal["completions", "embeddings", "responses"]  # name of the executor's handler
+    handler: Literal["completions", "embeddings", "tasks", "responses"]  # name of the executor's handler
     kinds: frozenset[str]  # kinds of models of the model service that it takes
     cacheable: bool = True
     batchable: bool = True  # a batch may name it
@@ -28,6 +28,7 @@ class Endpoint:
     billing: Literal["call", "answer"] = "call"  # a charge for each upstream call, or one for each answer
     per_input: bool = False  # the cache keeps one entry for each input, so an answer may mix cached and fetched ones
     max_inputs: int | None = None  # inputs of one request
+    input_field: str = "input"  # the field that holds them
     default_kinds: tuple[str, ...] = ()  # kinds of the model that answers where `model` is left out; (): it is needed
     defaults: Mapping[str, Fields] = field(default_factory=dict)  # table -> fields; `openai` or `lab`
 
@@ -48,7 +49,23 @@ def _inspect(name: str, *kinds: str, generates: bool = False) -> Endpoint:
         kinds=frozenset(kinds),
         generates=generates,
         fallback="same_model",
-        billing="call",
+        default_kinds=kinds,
+    )
+
+
+def _task(name: str, *kinds: str, generates: bool = False) -> Endpoint:
+    """A task of the lecture: its results are cached by input."""
+    return Endpoint(
+        f"/v1/tasks/{name}",
+        operation=name,
+        handler="tasks",
+        batchable=False,
+        kinds=frozenset(kinds),
+        generates=generates,
+        fallback="same_model",
+        per_input=True,
+        max_inputs=2048,
+        input_field="inputs",
         default_kinds=kinds,
     )
 
@@ -105,8 +122,12 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             fallback="responses",
             billing="answer",  # its usage comes with its last event
         ),
-        _inspect("tokenize", "chat", "base", "embedding"),
-        _inspect("detokenize", "chat", "base", "embedding"),
+        _task("text-generation", "base", "chat", generates=True),
+        _task("sentiment-analysis", "classifier", "embedding"),
+        _task("zero-shot-classification", "embedding"),
+        _task("question-answering", "reader", "chat", "base"),
+        _inspect("tokenize", "chat", "base", "embedding", "classifier", "reader"),
+        _inspect("detokenize", "chat", "base", "embedding", "classifier", "reader"),
         _inspect("next-token", "chat", "base"),
         _inspect("score", "chat", "base"),
         _inspect("generate-steps", "chat", "base", generates=True),

@@ -46,8 +46,8 @@ class Guard:
 def options(settings: Settings) -> dict[str, Any]:
     """Streamlit's options. They override its files and environment variables."""
     hosts = {*LOOPBACK, "ui", settings.host, *settings.allowed_hosts}
-    # Bundled, because Streamlit's own has no Hangul and nothing is fetched from elsewhere. It has the 2,780 syllables in
-    # use; the reader's own fonts draw the others.
+    # Bundled: Streamlit's own has no Hangul, and nothing is fetched from elsewhere. It has the 2,780 syllables in use;
+    # the reader's own fonts draw the others.
     fonts = "Pretendard, 'Noto Sans KR', 'Noto Sans CJK KR', 'Apple SD Gothic Neo', 'Malgun Gothic', sans-serif"
     return {
         "server.address": settings.host,

@@ -23,15 +23,20 @@ class Chart:
     numbers: Sequence[int] = (1,)
 
 
+def _data(values: list[dict[str, Any]]) -> Any:
+    import altair as alt  # noqa: PLC0415 - see above
+
+    return alt.Data(values=values)  # type: ignore[no-untyped-call] # altair's own
+
+
 def bars(
     rows: Sequence[tuple[str, float, str]], *, words: str, label: str, value: str, domain: float | None = None,
     colours: Sequence[str] = (), format: str = ".1%",  # noqa: A002 - Vega's name
 ) -> Chart:  # fmt: skip
     """Horizontal bars in the given order: (label, value, value as text)."""
-    import altair as alt
+    import altair as alt  # noqa: PLC0415
 
-    data = alt.Data(
-        values=[
+    data = _data([
             {"label": name, "value": amount, "text": text, "place": place,
              "colour": colours[place] if colours else PRIMARY}
             for place, (name, amount, text) in enumerate(rows)
@@ -55,11 +60,11 @@ def pairs(
     format: str = ".1%",  # noqa: A002 - Vega's name
 ) -> Chart:  # fmt: skip
     """Horizontal bars of two series under each other: (label, series, value, value as text)."""
-    import altair as alt
+    import altair as alt  # noqa: PLC0415
 
     names = list(dict.fromkeys(name for _, name, _, _ in rows))
-    data = alt.Data(
-        values=[
+    data = _data(
+        [
             {"label": name, "series": which, "value": amount, "text": text, "place": place}
             for place, (name, which, amount, text) in enumerate(rows)
         ]
@@ -84,10 +89,10 @@ def pairs(
 
 def spans(rows: Sequence[tuple[str, float, float, str]], *, words: str, label: str, value: str) -> Chart:
     """A waterfall: (label, begin, end, length as text), in milliseconds from the request's begin."""
-    import altair as alt
+    import altair as alt  # noqa: PLC0415
 
-    data = alt.Data(
-        values=[
+    data = _data(
+        [
             {"label": name, "begin": begin, "end": end, "text": text, "place": place}
             for place, (name, begin, end, text) in enumerate(rows)
         ]
@@ -106,16 +111,17 @@ def dots(
     rows: Sequence[tuple[int, float, str, str]], *, words: str, x: str, y: str, series: str, logarithmic: bool = False
 ) -> Chart:
     """A point for each call: (number, value, series, value as text)."""
-    import altair as alt
+    import altair as alt  # noqa: PLC0415
 
-    data = alt.Data(values=[{"x": n, "y": v, "series": s, "text": t} for n, v, s, t in rows])
+    data = _data([{"x": n, "y": v, "series": s, "text": t} for n, v, s, t in rows])
     names = list(dict.fromkeys(s for _, _, s, _ in rows))
     picture = (
         alt.Chart(data)
         .mark_circle(size=55, opacity=0.85)
         .encode(
             x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1, grid=False)),
-            y=alt.Y("y:Q", title=y, scale=alt.Scale(type="log" if logarithmic else "linear"), axis=alt.Axis(tickCount=4)),
+            y=alt.Y("y:Q", title=y, axis=alt.Axis(tickCount=4),
+                    scale=alt.Scale(type="log" if logarithmic else "linear")),
             color=alt.Color("series:N", sort=names, title=series, scale=alt.Scale(range=[SECOND, PRIMARY, MUTED]),
                              legend=alt.Legend(orient="top")),
             tooltip=[alt.Tooltip("x:Q", title=x), alt.Tooltip("text:N", title=y),
@@ -129,10 +135,10 @@ def dots(
 def tries(
     rows: Sequence[tuple[int, float, float, str]], *, words: str, call: str, seconds: str, outcome: str, good: str
 ) -> Chart:
-    """A line for each call, on it its requests: (call, begin, end, outcome), in seconds. `good`: the outcome in green."""
-    import altair as alt
+    """A line for each call with its requests: (call, begin, end, outcome), in seconds. `good`: the green outcome."""
+    import altair as alt  # noqa: PLC0415
 
-    data = alt.Data(values=[{"call": n, "begin": b, "end": e, "outcome": o} for n, b, e, o in rows])
+    data = _data([{"call": n, "begin": b, "end": e, "outcome": o} for n, b, e, o in rows])
     names = [good, *dict.fromkeys(o for _, _, _, o in rows if o != good)]
     colours = [PRIMARY, SECOND, MUTED, "#be185d"]
     picture = (

@@ -31,7 +31,7 @@ HANGUL = re.compile("[\uac00-\ud7a3\u3131-\u318e]")
 
 @dataclass
 class Turn:
-    """A question and its answers: for each column the siblings (asked again, continued elsewhere), and which is shown."""
+    """A question and its answers: for each column its siblings (asked again, continued), and which is shown."""
 
     question: str
     answers: list[list[Answer]]

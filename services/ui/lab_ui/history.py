@@ -61,8 +61,9 @@ def load(data: Any, find: Callable[[str], Answer | None]) -> tuple[str, list[Tur
                     turn.shown[column] = place
         turns.append(turn)
     columns_shown = data.get("columns")
-    known = isinstance(columns_shown, int) and 1 <= columns_shown <= len(COLUMN_NAMES)
-    return (data["id"][:64], turns, int(columns_shown) if known else 1) if turns else None
+    if not isinstance(columns_shown, int) or not 1 <= columns_shown <= len(COLUMN_NAMES):
+        columns_shown = 1
+    return (data["id"][:64], turns, columns_shown) if turns else None
 
 
 def _dump_answer(answer: Answer) -> dict[str, Any]:

@@ -20,16 +20,24 @@ MAX_TRIES = 4
 LONGEST_WAIT = 30.0  # seconds between two tries; a longer Retry-After ends the call
 # What people ask, as they ask it: the same again and again, easy and hard ones. (question, whether it is easy)
 QUESTIONS: tuple[tuple[str, bool], ...] = (
-    ("What is the capital of France?", True), ("What is photosynthesis?", False), ("What is the capital of France?", True),
-    ("Name three primary colors.", True), ("Explain what a transformer is in two sentences.", False),
-    ("What is the capital of France?", True), ("What is photosynthesis?", False), ("Name three primary colors.", True),
-    ("Who wrote Hamlet?", True), ("What is the capital of France?", True), ("Write a short poem about the sea.", False),
+    ("What is the capital of France?", True),
+    ("What is photosynthesis?", False),
+    ("What is the capital of France?", True),
+    ("Name three primary colors.", True),
+    ("Explain what a transformer is in two sentences.", False),
+    ("What is the capital of France?", True),
+    ("What is photosynthesis?", False),
+    ("Name three primary colors.", True),
     ("Who wrote Hamlet?", True),
-)  # fmt: skip
+    ("What is the capital of France?", True),
+    ("Write a short poem about the sea.", False),
+    ("Who wrote Hamlet?", True),
+)
 LONG_PROMPT = (
-    "You are a very helpful, very polite and very knowledgeable assistant. Always read the question carefully, think about "
-    "what the user wants to know, and then answer in clear, simple and friendly English. Do not use more than two sentences. "
-    "Do not add greetings, do not repeat the question, and do not talk about yourself. If you do not know the answer, say so."
+    "You are a very helpful, very polite and very knowledgeable assistant. Always read the question carefully, think "
+    "about what the user wants to know, and then answer in clear, simple and friendly English. Do not use more than "
+    "two sentences. Do not add greetings, do not repeat the question, and do not talk about yourself. If you do not "
+    "know the answer, say so."
 )
 SHORT_PROMPT = "Answer in at most two sentences."
 MAX_TOKENS = 40
@@ -127,7 +135,7 @@ def seconds(header: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class Asked:
-    """What one question of the set took: tokens, whether it came from the cache, tokens of its prompt with either prompt."""
+    """What one question of the set took, in tokens; `shorter_prompt`: with the short system prompt."""
 
     easy: bool
     hit: bool

@@ -64,7 +64,7 @@ def candidates(body: Mapping[str, Any]) -> list[Candidate]:
 
 
 def rank_of(guess: str, found: Sequence[Candidate]) -> int | None:
-    """1 for the most likely. A token that is the beginning of the guessed word counts: words may have several tokens."""
+    """1 for the most likely. The beginning of the guessed word counts, since words may have several tokens."""
     word = _plain(guess)
     for rank, each in enumerate(found, 1):
         text = _plain(each.piece.text or "")

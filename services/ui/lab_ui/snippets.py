@@ -18,7 +18,7 @@ def python(request: Mapping[str, Any], proxy_url: str) -> str:
     lines += [f"stream = client.{call}.create("]
     for name, value in request.items():
         if isinstance(value, list) and name == "messages":
-            lines += [f"    {name}=[", *(f"        {_json(element)}," for element in value), "    ],"]
+            lines += [f"    {name}=[", *(f"        {_python(element)}," for element in value), "    ],"]
         else:
             lines += [f"    {name}={_python(value)},"]
     lines += ["    stream=True,", ")", "for chunk in stream:", "    if chunk.choices:"]
@@ -41,11 +41,12 @@ def curl(request: Mapping[str, Any], proxy_url: str) -> str:
 def javascript(request: Mapping[str, Any], proxy_url: str) -> str:
     """An ES module for Node with the `openai` package. JSON is JavaScript."""
     call = "completions" if "prompt" in request else "chat.completions"
+    body = json.dumps({**request, "stream": True}, ensure_ascii=False, indent=2)
     piece = "chunk.choices[0]?.text" if "prompt" in request else "chunk.choices[0]?.delta?.content"
     return (
         'import OpenAI from "openai";\n\n'
         f'const client = new OpenAI({{ baseURL: {_json(proxy_url + "/v1")}, apiKey: "local" }});\n'
-        f"const stream = await client.{call}.create({json.dumps({**request, 'stream': True}, ensure_ascii=False, indent=2)});\n"
+        f"const stream = await client.{call}.create({body});\n"
         f'for await (const chunk of stream) process.stdout.write({piece} ?? "");\n'
         'process.stdout.write("\\n");\n'
     )
@@ -59,10 +60,11 @@ def langchain(request: Mapping[str, Any], proxy_url: str) -> str:
     lines += [f"    model={_json(request.get('model'))},", f"    base_url={_json(proxy_url + '/v1')},"]
     lines += ['    api_key="local",', *(f"    {name}={_python(value)}," for name, value in options.items()), ")"]
     lines += ["messages = ["]
-    lines += [
-        f"    ({_json(roles.get(message['role'], message['role']))}, {_json(message['content'])}),"
-        for message in request.get("messages", [])
-    ]
+    for message in request.get("messages", []):
+        if message.get("tool_calls") or message["role"] not in roles:  # LangChain takes OpenAI's messages as well
+            lines.append(f"    {_python(message)},")
+        else:
+            lines.append(f"    ({_json(roles[message['role']])}, {_json(message['content'])}),")
     lines += ["]", "for chunk in model.stream(messages):", '    print(chunk.content, end="", flush=True)', "print()"]
     return "\n".join(lines) + "\n"
 
@@ -73,4 +75,8 @@ def _json(value: Any) -> str:
 
 def _python(value: Any) -> str:
     """JSON as Python: only true, false and null differ."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_json(name)}: {_python(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_python, value)) + "]"
     return repr(value) if isinstance(value, bool) or value is None else _json(value)

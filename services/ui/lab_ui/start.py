@@ -17,10 +17,11 @@ def services(report: Report, texts: Texts) -> list[tuple[str, str, str, str]]:
 
 def findings(report: Report, texts: Texts) -> list[str]:
     """What is not well and what to do, in Markdown, the most important first."""
-    found = []
-    for each in report.services:
-        if each.state in {"down", "loading"}:
-            found.append(f"**{each.name}**: {' '.join(each.advice(texts))}")
+    found = [
+        f"**{each.name}**: {' '.join(each.advice(texts))}"
+        for each in report.services
+        if each.state in {"down", "loading"}
+    ]
     found += [
         f"**{model.name}**: {texts(f'status.{model.state}')} {model.detail}".rstrip()
         for model in report.models

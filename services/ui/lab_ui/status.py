@@ -14,12 +14,16 @@ from typing import Any, Literal
 
 from . import __version__
 from .answer import Fault
-from .formats import number, percent
+from .formats import number, percent, size
 from .settings import Settings
 from .texts import Texts
 from .untrusted import plain, span
 
-State = Literal["up", "down", "loading", "unknown"]
+State = Literal["up", "down", "loading", "unknown", "unloaded", "absent"]
+# Of a model, as the service names them.
+MODEL_STATES: Mapping[str, State] = {
+    "ready": "up", "loading": "loading", "unloaded": "unloaded", "absent": "absent", "failed": "down",
+}  # fmt: skip
 MAX_DETAIL = 300  # characters
 
 
@@ -47,12 +51,23 @@ class Service:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the model service; `line`: kind, context and revision."""
+    """A model of the model service; `line`: kind, context and revision; `facts`: what is known of its size and licence.
 
-    name: str
+    `step`: what its loading does now; `share`: how far it is, from 0 to 1.
+    """
+
+    id: str
     state: State
     line: str
     detail: str = ""
+    facts: str = ""
+    step: str = ""
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The id as Markdown."""
+        return span(self.id)
 
 
 class Report:
@@ -85,6 +100,12 @@ class Report:
     def models(self) -> list[Model]:
         entries = self._part("model").get("models") or []
         return [_model(entry, self._texts) for entry in entries if isinstance(entry, Mapping)]
+
+    @property
+    def adding(self) -> Model | None:
+        """The model that is being fetched and added, or whose adding failed."""
+        adding = self._part("model", "adding")
+        return _model({"id": adding.get("name"), **adding}, self._texts) if adding else None
 
     @property
     def cache(self) -> dict[str, str] | None:
@@ -159,15 +180,38 @@ def _redis_facts(redis: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _model(entry: Mapping[str, Any], texts: Texts) -> Model:
-    kind, state, context = str(entry.get("kind", "")), entry.get("state"), entry.get("context")
+    kind, context = str(entry.get("kind", "")), entry.get("context")
     line = texts(
         "status.model_line",
         kind=texts(f"status.kinds.{kind}") if f"status.kinds.{kind}" in texts else span(kind),
         context=number(context) if isinstance(context, int) else "?",
         revision=span(str(entry.get("revision") or "?")[:12]),
     )
-    shown: State = "up" if state == "ready" else "loading" if state == "loading" else "down"
-    return Model(span(entry.get("id")), shown, line, _detail(entry))
+    shown = MODEL_STATES.get(str(entry.get("state")), "down")
+    step, share = "", None
+    progress = entry.get("progress")
+    if shown == "loading" and isinstance(progress, Mapping):
+        step = str(progress.get("what") or "")[:MAX_DETAIL]
+        percent_ = progress.get("percent")
+        share = max(0.0, min(1.0, percent_ / 100)) if isinstance(percent_, int | float) else None
+    return Model(str(entry.get("id")), shown, line, _detail(entry), _facts(entry, texts), step, share)
+
+
+def _facts(entry: Mapping[str, Any], texts: Texts) -> str:
+    """Parameters, bytes on disk and in memory, languages and licence, as far as the card has them. Markdown."""
+    found = []
+    if isinstance(count := entry.get("parameters"), int | float):
+        found.append(texts("status.card.parameters", count=number(count / 1e6)))
+    found += [
+        texts(f"status.card.{name}", size=size(value))
+        for name in ("disk_bytes", "memory_bytes")
+        if isinstance(value := entry.get(name), int | float)
+    ]
+    if isinstance(languages := entry.get("languages"), list):
+        found.append(", ".join(span(each) for each in languages[:8]))
+    if isinstance(licence := entry.get("licence"), str):
+        found.append(span(licence[:60]))
+    return " · ".join(found)
 
 
 def _detail(part: Mapping[str, Any]) -> str:

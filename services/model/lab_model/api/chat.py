@@ -17,7 +17,7 @@ from ..text.tool_calls import CallParser, ForcedToolCallParser, ToolCallParser, 
 from .completions import generate
 from .generator import EngineClient
 from .inputs import LONG_TEXT, check_model, tokenize
-from .wire.chat import ChatRequest, ChosenFunction
+from .wire.chat import ChatRequest
 from .wire.requests import parse
 
 
@@ -29,13 +29,12 @@ async def chat_completions(model: EngineClient, http: HttpRequest, body: Any) ->
     request = parse(ChatRequest, body)
     check_model(http, request.model, model.name)
     messages = [message.plain() for message in request.messages]
-    choice = request.tool_choice or "auto"
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or () if choice != "none"]
+    tools = [tool.model_dump(exclude_none=True) for tool in request.callable_tools]
     size, template_tools = 0, list[dict[str, Any]]()
     if model.text.takes_tools:
         template_tools = tools
         # What the template writes besides the contents.
-        size += sum(len(call.function.arguments) for message in request.messages for call in message.tool_calls or ())
+        size += sum(len(call.function.arguments) for message in request.messages for call in message.calls)
         size += len(tools) * (LONG_TEXT + 1)
     else:
         messages = render_tools(messages, tools)
@@ -51,7 +50,7 @@ async def chat_completions(model: EngineClient, http: HttpRequest, body: Any) ->
     def calls() -> CallParser | None:
         if not tools:
             return None
-        if choice != "auto":
+        if request.must_call:
             return ForcedToolCallParser()
         most = 1 if request.parallel_tool_calls is False else None
         return ToolCallParser([tool["function"]["name"] for tool in tools], most)
@@ -62,27 +61,23 @@ async def chat_completions(model: EngineClient, http: HttpRequest, body: Any) ->
 async def grammar_of(model: EngineClient, request: ChatRequest) -> TokenGrammar | None:
     """The grammar that the answer follows; None: any text. Raises BadRequestError that names the faulty schema."""
     schema = request.response_format.schema_ if request.response_format else None
-    choice = request.tool_choice or "auto"
-    named = choice.function.name if isinstance(choice, ChosenFunction) else None
-    must_call = choice != "auto"
-    tools = [] if choice == "none" else request.tools or []
-    if choice == "none" or not (must_call or schema or any(tool.function.strict for tool in tools)):
+    tools = request.callable_tools
+    if not (request.must_call or schema or any(tool.function.strict for tool in tools)):
         tools = []
     functions = {
-        tool.function.name: tool.function.schema_ if must_call or tool.function.strict else ANY_OBJECT
+        tool.function.name: tool.function.schema_ if request.must_call or tool.function.strict else ANY_OBJECT
         for tool in tools
-        if named in (None, tool.function.name)
     }
     if schema is None and not functions:
         return None
 
     def build(grammars: Grammars) -> TokenGrammar:
         try:
-            several = named is None and request.parallel_tool_calls is not False
-            source = answer_source(schema, functions, must_call=must_call and bool(functions), several=several)
+            must_call = request.must_call and bool(functions)
+            source = answer_source(schema, functions, must_call=must_call, several=request.several_calls)
             return grammars.make(source)
         except GrammarError as error:
-            for index, tool in enumerate(tools):
+            for index, tool in enumerate(request.tools or ()):
                 if tool.function.name in functions:
                     check_schema(grammars, functions[tool.function.name], f"tools[{index}].function.parameters")
             if schema is not None:

@@ -27,6 +27,7 @@ from .wire.answers import Answer, usage
 from .wire.requests import CompletionRequest, Generation, parse
 
 T = TypeVar("T")
+COMPLETION_TOKENS = 16  # OpenAI's default at /v1/completions
 
 
 async def completions(model: EngineClient, http: HttpRequest, body: Any) -> Response:
@@ -63,7 +64,7 @@ async def generate(
     deadline = deadline_of(http)
     requests = []
     for ids in prompts:
-        limit = params.limit or min(model.default_max_tokens, context - len(ids))
+        limit = params.limit or min(model.default_max_tokens if chat else COMPLETION_TOKENS, context - len(ids))
         if limit < 1 or len(ids) + limit > context:
             wanted = f" + {params.limit} for {params.limit_name}" if params.limit else ""
             raise BadRequestError(

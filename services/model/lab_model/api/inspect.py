@@ -23,9 +23,10 @@ from ..text.openai_tokenizers import openai_tokenizer
 from ..text.pieces import TokenPiece, Vocabulary, cut, join, name_of, show
 from ..text.tokenizer import ModelTokenizer, TemplateError
 from .generator import EngineClient, EngineWork, OutputCollector
+from .http.deadline import deadline_of
 from .http.record import Record
 from .http.service import Json, until_disconnect
-from .inputs import check_model, deadline_of, tokenize, tokenize_all
+from .inputs import check_model, tokenize, tokenize_all
 from .wire.answers import LEAST_LOGPROB, usage
 from .wire.inspect import (
     DEFAULT_CANDIDATES,

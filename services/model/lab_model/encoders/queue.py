@@ -1,20 +1,34 @@
-"""The queue before an encoder: one forward at a time, a bounded number of waiting requests.
+"""The queue before an encoder: inputs of all waiting requests in common forwards, a bounded number of requests.
 
-Knows threads and how long a request takes. Knows nothing of HTTP or text.
+Knows threads, token ids and how long a request takes. Knows nothing of HTTP or text, nor of what an encoder computes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
-from .embedder import Embedder
+log = logging.getLogger(__name__)
 
-Vectors = list[list[float]]
+# Tokens of one forward, padding included: bounds the memory of activations, and the time until a cancelled request ends
+# (about 200 ms on 2 cores).
+BATCH_TOKENS = 1024
+
+
+class Encoder(Protocol):
+    """context: tokens of one input. name: what it makes, for the thread's name."""
+
+    context: int
+
+    def forward(self, rows: Sequence[Sequence[int]]) -> Sequence[Any]:
+        """One output for each row of token ids. Called in one thread at a time."""
+        ...
 
 
 class EncoderBusyError(Exception):
@@ -26,46 +40,114 @@ class EncoderBusyError(Exception):
 
 
 class EncoderJob:
-    """The embedder's work for one request. `ended` is set when the embedder no longer works on it."""
+    """The encoder's work for one request. `ended` is set when the encoder no longer works on it."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], future: Future[Vectors]) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+        self._loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
-        self.vectors: asyncio.Future[Vectors] = asyncio.wrap_future(future)
-        self._rows, self._tokens = rows, 0
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self._end, done))
+        self.outputs: asyncio.Future[list[Any]] = self._loop.create_future()
+        self.cancelled = False
+        self.rows = rows
+        # The next rows are at the end: the longest first, so that rows of similar length share a forward.
+        self.left = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+        self.found: list[Any] = [None] * len(rows)
 
     def used(self) -> tuple[int, int, int]:
-        """Tokens computed: (prompt, completion, cached). Only inputs whose vector was computed count."""
-        return self._tokens, 0, 0
+        """Tokens computed: (prompt, completion, cached). Only inputs whose output was computed count."""
+        return sum(len(row) for row, each in zip(self.rows, self.found, strict=True) if each is not None), 0, 0
 
-    def _end(self, future: Future[Vectors]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self._tokens = sum(len(row) for row, vector in zip(self._rows, future.result(), strict=True) if vector)
+    def end(self, error: Exception | None = None) -> None:
+        """Called in the encoder's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._end, error)
+
+    def _end(self, error: Exception | None) -> None:
         self.ended.set()
+        if self.outputs.done():
+            return
+        if error is None:
+            self.outputs.set_result(self.found)
+        else:
+            self.outputs.set_exception(error)
+            self.outputs.exception()  # retrieved: otherwise asyncio logs it when nothing awaits it
 
 
 class EncoderQueue:
-    """Requests for one embedder. Its methods are called on the event loop."""
+    """Requests for one encoder. Its methods are called on the event loop."""
 
-    def __init__(self, embedder: Embedder, max_queued: int) -> None:
-        self.embedder = embedder
+    def __init__(self, encoder: Encoder, max_queued: int) -> None:
+        self.encoder = encoder
         self._max_queued = max_queued
+        self._jobs: deque[EncoderJob] = deque()
+        self._begun: list[EncoderJob] = []  # with inputs left after the last forward
+        self._changed = threading.Condition()
         # One forward at a time: torch already uses every core for it.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="embedding")
+        self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._requests = 0  # running and waiting
         self._seconds = 0.1  # moving average from submission to result
 
     @contextlib.contextmanager
     def submit(self, rows: Sequence[Sequence[int]]) -> Iterator[EncoderJob]:
-        """The job of these token ids; leaving the context before its result cancels it. Raises EncoderBusyError."""
+        """The job of these token ids, 1 to `encoder.context` each; leaving the context before its outputs cancels it.
+        Raises EncoderBusyError."""
         if self._requests > self._max_queued:
             raise EncoderBusyError(self._seconds)
         self._requests += 1
-        cancelled, started = threading.Event(), time.monotonic()
+        job, started = EncoderJob(rows), time.monotonic()
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+            if self._thread.ident is None:
+                self._thread.start()
         try:
-            yield EncoderJob(rows, self._worker.submit(self.embedder.embed, rows, cancelled))
+            yield job
         finally:
-            cancelled.set()
+            job.cancelled = True
+            job.outputs.cancel()
             self._requests -= 1
         self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._begun)
+                batch = self._take()
+            if not batch:
+                continue
+            jobs = dict.fromkeys(job for job, _ in batch)
+            try:
+                found = self.encoder.forward([job.rows[place] for job, place in batch])
+            except Exception as error:
+                log.exception("an encoder's forward failed; its requests end with an error")
+                self._begun = []  # of this forward, too
+                for job in jobs:
+                    job.end(error)
+                continue
+            for (job, place), output in zip(batch, found, strict=True):
+                job.found[place] = output
+            for job in jobs:
+                if not job.left and all(each is not None for each in job.found):
+                    job.end()
+
+    def _take(self) -> list[tuple[EncoderJob, int]]:
+        """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind those
+        that have arrived meanwhile, so that a long list does not keep single texts waiting."""
+        batch: list[tuple[EncoderJob, int]] = []
+        width = 0
+        self._jobs.extend(self._begun)
+        self._begun = []
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.cancelled:
+                job.end()
+                continue
+            while job.left:
+                wider = max(width, len(job.rows[job.left[-1]]))
+                if batch and wider * (len(batch) + 1) > BATCH_TOKENS:
+                    break
+                width = wider
+                batch.append((job, job.left.pop()))
+            if job.left:
+                self._begun.append(job)
+                break
+        return batch

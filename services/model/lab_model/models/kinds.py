@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from starlette.types import ASGIApp
 
-Kind = Literal["chat", "base", "embedding"]
+Kind = Literal["chat", "base", "embedding", "classifier", "reader"]
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,31 @@ class KindSpec:
 GENERATION = ("/v1/chat/completions", "/v1/completions")
 TOKENS = ("/v1/inspect/tokenize", "/v1/inspect/detokenize")
 SCORES = ("/v1/inspect/next-token", "/v1/inspect/score", "/v1/inspect/generate-steps")
-CAUSAL = (*GENERATION, *TOKENS, *SCORES)
+CONTINUATION, SENTIMENT = "/v1/tasks/text-generation", "/v1/tasks/sentiment-analysis"
+ZERO_SHOT, QUESTIONS = "/v1/tasks/zero-shot-classification", "/v1/tasks/question-answering"
+CAUSAL = (*GENERATION, *TOKENS, *SCORES, CONTINUATION)
 KINDS: Mapping[Kind, KindSpec] = {
-    "chat": KindSpec(CAUSAL, "causal"),
-    "base": KindSpec(CAUSAL, "causal"),
-    "embedding": KindSpec(("/v1/embeddings", *TOKENS), "encoder", context=512),
+    "chat": KindSpec((*CAUSAL, QUESTIONS), "causal"),
+    "base": KindSpec((*CAUSAL, QUESTIONS), "causal"),
+    "embedding": KindSpec(("/v1/embeddings", *TOKENS, SENTIMENT, ZERO_SHOT), "encoder", context=512),
+    "classifier": KindSpec((*TOKENS, SENTIMENT), "classifier", context=512),
+    "reader": KindSpec((*TOKENS, QUESTIONS), "classifier", context=512),
 }
 PATHS = tuple(dict.fromkeys(path for spec in KINDS.values() for path in spec.paths))
 # Paths whose requests may leave `model` out, and the kinds that then answer, in this order.
-DEFAULT_KINDS: Mapping[str, tuple[Kind, ...]] = dict.fromkeys((*TOKENS, *SCORES), ("chat", "base", "embedding"))
+DEFAULT_KINDS: Mapping[str, tuple[Kind, ...]] = {
+    **dict.fromkeys((*TOKENS, *SCORES), ("chat", "base")),
+    CONTINUATION: ("base", "chat"),
+    SENTIMENT: ("classifier", "embedding"),
+    ZERO_SHOT: ("embedding",),
+    QUESTIONS: ("reader", "chat", "base"),
+}
 
 
 def default_model(path: str, kinds: Mapping[str, Kind]) -> str | None:
     """The model that answers a request without `model`; None: the path needs one. kinds: of each model by its id, in
     the catalogue's order."""
-    wanted = [kind for kind in DEFAULT_KINDS.get(path, ()) if path in KINDS[kind].paths]
-    return next((id_ for kind in wanted for id_, each in kinds.items() if each == kind), None)
+    return next((id_ for kind in DEFAULT_KINDS.get(path, ()) for id_, each in kinds.items() if each == kind), None)
 
 
 class Loaded(NamedTuple):

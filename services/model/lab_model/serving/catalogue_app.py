@@ -51,7 +51,7 @@ UNLISTED = {"pid", "progress", "max_running", "max_queued", "weights_bytes", "kv
 LONGEST_NAME = 300  # characters
 MOST_IDS = 256  # in one request for usage
 # Headers of a model's answer that are forwarded. The request id is there already.
-FORWARDED = ("content-type", "retry-after", "x-model-revision", "cache-control", "x-accel-buffering")
+FORWARDED = ("content-type", "retry-after", "x-should-retry", "x-model-revision", "cache-control", "x-accel-buffering")
 
 
 class CatalogueArgs(BaseModel):
@@ -207,7 +207,9 @@ class CatalogueApp(AsgiDeployment):
     async def forward(self, http: HttpRequest) -> Response:
         """Forward the request to the model that its body names, and stream the answer back."""
         body = await read_json(http, self._limit)
-        if isinstance(body, dict) and body.get("model") is None:
+        if not isinstance(body, dict):
+            raise BadRequestError("The body must be a JSON object.", code="invalid_json")
+        if body.get("model") is None:
             kinds = {id_: model.entry.kind for id_, model in self._lifecycle.models.items()}
             body["model"] = default_model(http.url.path, kinds)
         name = _string(body, "model")

@@ -24,6 +24,7 @@ import orjson
 SPARE = 1
 START_SECONDS = 10
 BODY_SECONDS = 30  # as in a replica
+LONGEST_HEAD = 64 * 1024  # bytes: request line and headers, as in the proxy
 FLUSH_SECONDS = 2  # for bytes still on their way to slow readers when the replicas have ended
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -34,6 +35,9 @@ global
     fd-hard-limit 16384
     # Otherwise a second service that starts at the same moment would listen here too and get part of the requests.
     noreuseport
+    # A head may have {head} bytes; the buffer holds more, so that a larger one can be named.
+    tune.bufsize {buffer}
+    tune.http.maxhdr 256
     stats socket unix@front.sock mode 600 level admin expose-fd listeners
 defaults
     mode http
@@ -45,6 +49,11 @@ defaults
     # Minutes for a request that waits behind a full queue of long answers, but bounded.
     timeout client 900s
     timeout server 900s
+    # To what is not HTTP at all HAProxy's only answers are a page of HTML or, so, the end of the connection. Characters
+    # that no path or name may have are accepted here, to be refused below as the API does.
+    errorfile 400 /dev/null
+    errorfile 422 /dev/null
+    option accept-invalid-http-request
     # Send each token at once; end a request whose client has disconnected.
     option http-no-delay
     option abortonclose
@@ -56,9 +65,18 @@ defaults
 {errors}
 frontend front
     bind {host}:{port}
+    # No application here reads cookies, and a browser sends those of every service on this host.
+    http-request del-header cookie
+    http-request return status 431 content-type application/json file front-431.json if {{ req.hdrs,length gt {head} }}
+    acl malformed url -m reg '[^!-~]|#'
+    acl malformed req.hdr_names -m reg '{no_name}'
+    http-request return status 400 content-type application/json file front-400.json if malformed
+    http-request return status 200 if METH_OPTIONS {{ url -m str * }}
+    # A handshake becomes a plain request; its path decides.
+    http-request del-header upgrade
     # Ray decodes the id as UTF-8 and answers 500 where it is not UTF-8.
     http-request del-header x-request-id if {{ req.fhdr(x-request-id) -m reg [^[:print:]] }}
-    # A request that names its model in the body goes straight to it, unless the body exceeds the buffer of 16 kB.
+    # A request that names its model in the body goes straight to it, unless the body exceeds the buffer.
     http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
     http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}
 {rules}
@@ -70,14 +88,19 @@ backend {name}
     # Without a replica: Serve's own HTTP process, which waits for one and knows the applications that load.
     server serve 127.0.0.1:{serve_port} backup
 """
-# Errors that HAProxy answers itself, as the API writes them. Requests that are not HTTP it answers on its own.
+# Errors that HAProxy answers itself, as the API writes them: status -> reason, code, message.
 ERRORS = {
-    408: ("Request Timeout", f"The body did not come within {BODY_SECONDS} s."),
-    500: ("Internal Server Error", "The model service failed on this request."),
-    502: ("Bad Gateway", "The model broke off; it starts again by itself."),
-    503: ("Service Unavailable", "The model service is starting."),
-    504: ("Gateway Timeout", "The model was silent for too long."),
+    400: ("Bad Request", None, "The path or a header's name has a character that HTTP does not allow there."),
+    408: ("Request Timeout", "request_timeout", f"The body did not come within {BODY_SECONDS} s."),
+    431: ("Request Header Fields Too Large", "request_too_large", f"The head has over {LONGEST_HEAD} bytes."),
+    500: ("Internal Server Error", "model_fault", "The model service failed on this request."),
+    502: ("Bad Gateway", "model_unavailable", "The model broke off; it starts again by itself."),
+    503: ("Service Unavailable", "model_unavailable", "The model service is starting."),
+    504: ("Gateway Timeout", "model_unavailable", "The model was silent for too long."),
 }
+
+
+BY_RULE = (400, 431)  # answered by rules of the configuration
 
 
 class FrontError(Exception):
@@ -132,8 +155,9 @@ class HaproxyFront:
         self._backends = {name: f"b{number}" for number, name in enumerate(routes)}
         self._slots = {name: [None] * (route.replicas + SPARE) for name, route in routes.items()}
         (self._folder / "front.cfg").write_text(self._configuration())
-        for status, (reason, message) in ERRORS.items():
-            (self._folder / f"front-{status}.http").write_bytes(_answer(status, reason, message))
+        for status in ERRORS:
+            (self._folder / f"front-{status}.http").write_bytes(_answer(status))
+            (self._folder / f"front-{status}.json").write_bytes(_body(status))
         self._start()
 
     def _configuration(self) -> str:
@@ -155,7 +179,12 @@ class HaproxyFront:
             uses.append(f"    use_backend {backend} if {{ path_beg {route.prefix}/ }}")
         text = CONFIGURATION.format(
             body=self._body_seconds,
-            errors="\n".join(f"    errorfile {status} front-{status}.http" for status in ERRORS),
+            head=LONGEST_HEAD,
+            no_name="[^-!#$%&*+.^_`|~0-9A-Za-z,]",  # no token of RFC 9110; names come separated by commas
+            buffer=2 * LONGEST_HEAD,
+            errors="\n".join(
+                f"    errorfile {status} front-{status}.http" for status in ERRORS if status not in BY_RULE
+            ),
             host=self._host,
             port=self._port,
             rules="\n".join(ups + rewrites + uses),
@@ -260,9 +289,13 @@ class HaproxyFront:
         return answer.decode(errors="replace")
 
 
-def _answer(status: int, reason: str, message: str) -> bytes:
+def _body(status: int) -> bytes:
+    _, code, message = ERRORS[status]
     type_ = "invalid_request_error" if status < 500 else "server_error"
-    code = {408: "request_timeout", 500: "model_fault"}.get(status, "model_unavailable")
-    body = orjson.dumps({"error": {"message": message, "type": type_, "param": None, "code": code}})
-    head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return orjson.dumps({"error": {"message": message, "type": type_, "param": None, "code": code}})
+
+
+def _answer(status: int) -> bytes:
+    body = _body(status)
+    head = f"HTTP/1.1 {status} {ERRORS[status][0]}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + body

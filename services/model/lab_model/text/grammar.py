@@ -6,6 +6,7 @@ event loop. Masks are computed when they are needed. Knows tokens and schemas. K
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -33,6 +34,7 @@ LIMITS = LLParserLimits(
 MOST_SCHEMA_BYTES = 64 * 1024
 MOST_CALLS = 8  # in an answer that must call: a small model would never stop calling
 MOST_CACHED = 64
+HANGUL = re.compile("[\uac00-\ud7a3]")
 
 
 class GrammarError(Exception):
@@ -138,6 +140,16 @@ def answer_source(
     if len(source) > MOST_SCHEMA_BYTES:
         raise GrammarError(f"it is larger than {MOST_SCHEMA_BYTES} bytes")
     return source
+
+
+def span_source(text: str) -> str:
+    """The grammar of a line that is a part of `text` after a space, whole words of it, as llguidance's Lark.
+
+    Of Korean text parts of words count too: particles are written together with the word before them.
+    """
+    unit = "substring_chars" if HANGUL.search(text) else "substring_words"
+    part = orjson.dumps({unit: text}).decode()
+    return f'%llguidance {{}}\nstart: SPAN END\nSPAN: / / PART\nPART: %regex {part}\nEND: "\\n"'
 
 
 def beginning(name: str) -> str:

@@ -118,6 +118,19 @@ class ModelTokenizer:
         """The name of a special token; None for all others."""
         return self._special.get(token)
 
+    def complete(self, ids: list[int]) -> list[int]:
+        """Token ids of a text with the special tokens that `encode` adds, if they are not there."""
+        first, last = self._ends
+        whole = tuple(ids[: len(first)]) == first and (not last or tuple(ids[-len(last) :]) == last)
+        return ids if whole else [*first, *ids, *last]
+
+    @cached_property
+    def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that `encode` adds before and after a text."""
+        plain, whole = self.encode("a", special=False), self.encode("a")
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return tuple(whole[:at]), tuple(whole[at + len(plain) :])
+
     def _stand_in(self, name: str) -> str:
         return f"<{self._mark}:{list(self._special.values()).index(name)}>"
 
@@ -186,6 +199,11 @@ class ModelTokenizer:
         if found := BYTE.fullmatch(piece):
             return bytes([int(found.group(1), 16)])
         return piece.replace("▁", " ").encode()
+
+    @property
+    def separator(self) -> str | None:
+        """The special token between two texts of one input, for tokenizers that have one."""
+        return self._names.get("sep_token")
 
     def stop_ids(self, configured: int | Sequence[int] | None = None) -> frozenset[int]:
         """Tokens that end an answer: the tokenizer's end of sequence and those of the model's configuration."""

@@ -94,15 +94,17 @@ def with_identity(body: bytes, identity: str, created: int) -> bytes:
 
 
 def inputs(value: Any) -> list[Any] | None:
-    """The inputs of an embeddings request, each a text or a list of token ids; None for an unknown shape."""
-    if isinstance(value, str):
+    """The inputs of an embeddings or a task request, each a text, a list of token ids or an object; None for an unknown
+    shape."""
+    if isinstance(value, (str, dict)):
         return [value]
     if not isinstance(value, list) or not value:
         return None
     if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return [value]
-    if all(isinstance(item, str) for item in value) or all(isinstance(item, list) and item for item in value):
-        return value
+    for kind in (str, list, dict):
+        if all(isinstance(item, kind) and (item or kind is str) for item in value):
+            return value
     return None
 
 

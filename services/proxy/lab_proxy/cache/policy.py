@@ -55,8 +55,14 @@ def bypass_reason(endpoint: str, body: Mapping[str, Any], default_temperature: A
     options = body.get("stream_options")
     if options and not (set(options) == {"include_usage"} and isinstance(options["include_usage"], bool)):
         return "stream-options"  # the upstream may refuse them, which an entry would hide
-    if ENDPOINTS[endpoint].per_input:
-        return None if inputs(body.get("input")) else "input"
+    row = ENDPOINTS[endpoint]
+    if row.per_input:
+        if not inputs(body.get(row.input_field)):
+            return "input"
+        given = body.get("parameters")
+        parameters = given if row.generates and isinstance(given, dict) else {}
+        hot = parameters.get("temperature") and parameters.get("seed") is None
+        return "sampled" if hot and not store_sampled else None
     temperature = body.get("temperature")
     temperature = default_temperature if temperature is None else temperature
     greedy = isinstance(temperature, (int, float)) and not isinstance(temperature, bool) and temperature <= 0

@@ -51,10 +51,11 @@ class EmbeddingFetch:
     def inputs(self, plan: Plan) -> Inputs | None:
         """The distinct inputs, in order of first appearance; None: the request is passed on unchanged. Raises
         InvalidRequest for too many inputs."""
-        units = entry.inputs(plan.request.body.get("input"))
-        most = ENDPOINTS[plan.request.endpoint].max_inputs
+        endpoint = ENDPOINTS[plan.request.endpoint]
+        field, most = endpoint.input_field, endpoint.max_inputs
+        units = entry.inputs(plan.request.body.get(field))
         if units and most is not None and len(units) > most:
-            raise InvalidRequest(f"`input` holds {len(units)} inputs: at most {most} at once.", param="input")
+            raise InvalidRequest(f"`{field}` holds {len(units)} inputs: at most {most} at once.", param=field)
         if plan.bypass or units is None:
             return None
         encoded = [canonical.encode(unit) for unit in units]
@@ -70,7 +71,7 @@ class EmbeddingFetch:
         record.cache, record.model_known = "hit", True
         oldest = min(found, key=lambda each: each.ttl - each.age(now))
         headers = plan.hit_headers(oldest.ttl, oldest.age(now), inputs.keys[0] if len(inputs.keys) == 1 else None)
-        body, usage = entry.to_vectors(found, inputs.order)
+        body, usage = self.join(found, inputs.order)
         record.set_usage(usage)
         return await writer.send(body, headers)
 
@@ -94,20 +95,15 @@ class EmbeddingFetch:
                 response.headers |= fallback
                 if response.revision != revision:
                     raise UpstreamBroken("The model changed twice while it answered: ask again.")
-        try:
-            units = [unique[place] for place in missing]
-            fresh = entry.of_vectors(answer, units, plan.target.ttl, time.time(), plan.epoch)
-        except ValueError:
-            name = plan.target.upstream
-            raise UpstreamBroken(f"The upstream `{name}` did not answer one vector per input.") from None
-        rest = self._planner.canonical_form(plan, revision, without="input")
+        fresh = self.entries(plan, answer, [unique[place] for place in missing])
+        rest = self._planner.canonical_form(plan, revision, without=ENDPOINTS[plan.request.endpoint].input_field)
         for place, made in zip(missing, fresh, strict=True):
             made.attach_request(with_input(rest, texts[place]), 0)
             found[place] = made
         # 2. Store them under the revision of the answer.
         written = dict(zip(self._planner.input_keys(plan, revision, [texts[p] for p in missing]), fresh, strict=True))
         outcome = (None if plan.bypass else await self._cache.write(written) or "stored") if known else "revision"
-        body, usage = entry.to_vectors([e for e in found if e], inputs.order)
+        body, usage = self.join([e for e in found if e], inputs.order)
         record.set_usage(usage)
         flight.begin({"streams": False, "headers": response.headers, "usage": usage})
         await flight.append(raw if asked is None else body)
@@ -118,7 +114,7 @@ class EmbeddingFetch:
         request, body = plan.request, self._completions.renamed_body(plan)
         answer: Any = None
         if units is not None:
-            asked = request.body | {"input": units}
+            asked = request.body | {ENDPOINTS[request.endpoint].input_field: units}
             body = lambda target: canonical.dump(asked | {"model": target.model})  # noqa: E731 - like the one above
 
         def on_call(call: UpstreamCall) -> None:
@@ -129,3 +125,15 @@ class EmbeddingFetch:
             request.record.model_known = request.record.upstream_called = True
             raw, answer = await response.json()
             return raw, answer, response
+
+    def entries(self, plan: Plan, answer: Any, units: list[Any]) -> list[Entry]:
+        """One entry for each of `units`. Raises UpstreamBroken for an answer of another shape."""
+        try:
+            return entry.of_vectors(answer, units, plan.target.ttl, time.time(), plan.epoch)
+        except ValueError:
+            name = plan.target.upstream
+            raise UpstreamBroken(f"The upstream `{name}` did not answer one vector per input.") from None
+
+    def join(self, kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
+        """One answer from single entries, and its usage. `order`: index of the entry of each input."""
+        return entry.to_vectors(kept, order)

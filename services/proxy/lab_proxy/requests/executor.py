@@ -37,6 +37,7 @@ from .context import Plan, RequestContext
 from .delivery import JSON, SSE, ResponseWriter, deliver, deliver_hit
 from .embeddings import EmbeddingFetch
 from .planner import Planner, check_permission
+from .tasks import TaskFetch
 
 STALLED_CLIENT_SECONDS = 5.0  # for a client to read the last event of a stream that has timed out
 REFRESH = CacheControl(no_cache=True)
@@ -69,7 +70,13 @@ class Executor:
         self._completions = CompletionFetch(cache, upstreams, models, *shared, total_seconds=self._total)
         self._embeddings = EmbeddingFetch(cache, upstreams, *shared, self._completions)
         self._refreshes: set[asyncio.Task[None]] = set()
-        self._handlers = {"completions": self._generate, "embeddings": self._embed, "responses": self._relay}
+        self._tasks = TaskFetch(cache, upstreams, self.planner, self._billing, self._completions)
+        self._handlers: dict[str, Callable[[Plan, ResponseWriter], Awaitable[None]]] = {
+            "completions": self._generate,
+            "embeddings": partial(self._by_input, self._embeddings),
+            "tasks": partial(self._by_input, self._tasks),
+            "responses": self._relay,
+        }
 
     async def serve_local_hit(self, request: RequestContext, writer: ResponseWriter) -> bool:
         """Answer from this process's own copies, if possible: the path of most hits. It waits for nothing but limits.
@@ -225,11 +232,11 @@ class Executor:
                 raise
             await deliver_hit(plan, stale, writer, failed=error.status)
 
-    async def _embed(self, plan: Plan, writer: ResponseWriter) -> None:
-        inputs = self._embeddings.inputs(plan)
+    async def _by_input(self, fetch: EmbeddingFetch, plan: Plan, writer: ResponseWriter) -> None:
+        inputs = fetch.inputs(plan)
         if inputs is None:
             await self._lookup(plan, [""], writer)
-            raw, answer, response = await self._embeddings.fetch(plan, None)
+            raw, answer, response = await fetch.fetch(plan, None)
             if isinstance(answer, dict):
                 plan.request.record.set_usage(answer.get("usage"))
             return await writer.send(raw, response.headers | plan.miss_headers())
@@ -238,8 +245,8 @@ class Executor:
             writer,
             inputs.keys,
             self.planner.flight_name(plan, inputs.key),
-            serve=lambda found: self._embeddings.serve(plan, inputs, found, writer),
-            fetch=lambda found, flight: self._embeddings.fetch_missing(plan, inputs, [*found], flight),
+            serve=lambda found: fetch.serve(plan, inputs, found, writer),
+            fetch=lambda found, flight: fetch.fetch_missing(plan, inputs, [*found], flight),
         )
 
     async def _relay(self, plan: Plan, writer: ResponseWriter) -> None:

@@ -97,13 +97,13 @@ class Planner:
         plan = await self.plan(request)
         check_permission(request, plan.target)
         endpoint, revision = ENDPOINTS[request.endpoint], plan.target.revision
-        units = entry.inputs(request.body.get("input")) if endpoint.per_input else None
+        units = entry.inputs(request.body.get(endpoint.input_field)) if endpoint.per_input else None
         if units is None:
             form = self.canonical_form(plan, revision)
             keys = plan.keys if plan.key else [key_of(self._cache.secret, form)]
             return Preview(form, keys, plan.epoch, plan.bypass)
         texts = list(dict.fromkeys(canonical.encode(unit) for unit in units[: endpoint.max_inputs]))
-        form = with_input(self.canonical_form(plan, revision, without="input"), b",".join(texts))
+        form = with_input(self.canonical_form(plan, revision, without=endpoint.input_field), b",".join(texts))
         return Preview(form, self.input_keys(plan, revision, texts), plan.epoch, plan.bypass)
 
     def _make(self, request: RequestContext) -> Plan:
@@ -168,7 +168,9 @@ class Planner:
         )
 
     def input_keys(self, plan: Plan, revision: str | None, inputs: Iterable[bytes]) -> list[str]:
-        rest = key_of(self._cache.secret, self.canonical_form(plan, revision, without="input"))
+        """One key for each canonical input."""
+        field = ENDPOINTS[plan.request.endpoint].input_field
+        rest = key_of(self._cache.secret, self.canonical_form(plan, revision, without=field))
         return input_keys(self._cache.secret, rest, inputs)
 
     def flight_name(self, plan: Plan, key: str) -> str:

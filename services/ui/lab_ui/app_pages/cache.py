@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from lab_ui import cache, chat, links
-from lab_ui.answer import Fault
+from lab_ui.answer import Answer, Fault
 from lab_ui.charts import dots, spans
 from lab_ui.drawing.charts import draw_chart
 from lab_ui.drawing.faults import draw_fault
@@ -45,11 +45,13 @@ def main() -> None:
         return
     model = next(iter(models))
     view = st.segmented_control(
-        texts("cache.views"), VIEWS, format_func=lambda code: texts(f"cache.view.{code}"), key=link.key("view"), required=True,
-        label_visibility="collapsed",
+        texts("cache.views"), VIEWS, format_func=lambda code: texts(f"cache.view.{code}"), key=link.key("view"),
+        required=True, label_visibility="collapsed",
     )  # fmt: skip
     question = st.text_input(texts("cache.question"), key=link.key("q"), max_chars=links.MAX_TEXT) or cache.QUESTION
-    {"xray": draw_xray, "why": draw_why, "repeat": draw_repeat, "stampede": draw_stampede}[view](model, question)
+    {"xray": draw_xray, "why": draw_why, "repeat": draw_repeat, "stampede": draw_stampede}[view or VIEWS[0]](
+        model, question
+    )
     link.write(st.query_params, st.session_state)
 
 
@@ -76,17 +78,17 @@ def draw_xray(model: str, question: str) -> None:
     body = cache.chat_body(model, question)
     if send:
         headers = {} if mode == "normal" else {"cache-control": mode}
-        answer = proxy.ask(body, session.key, headers)
+        asked = proxy.ask(body, session.key, headers)
         with st.spinner(texts("cache.waiting")):
-            while not answer.wait(0.1):
+            while not asked.wait(0.1):
                 pass
-        st.session_state.xray = answer
+        st.session_state.xray = asked
         st.session_state.xray_timing = proxy.call(
-            "GET", f"/v1/requests/{answer.request_id}/timing", session.key, seconds=settings.status_timeout_seconds
+            "GET", f"/v1/requests/{asked.request_id}/timing", session.key, seconds=settings.status_timeout_seconds
         )
-    answer = st.session_state.get("xray")
-    if answer is None:
+    if "xray" not in st.session_state:
         return
+    answer: Answer = st.session_state.xray
     if answer.fault:
         draw_fault(session, answer.fault, "xray")
         return
@@ -143,11 +145,11 @@ def draw_why(model: str, question: str) -> None:
     names = {} if isinstance(listing, Fault) else chat.chat_models(listing)
     alias = next((name for name, each in names.items() if each["alias_of"] == model), None)
     change = st.pills(
-        texts("cache.change"), [*cache.CHANGES], format_func=lambda code: texts(f"cache.changes.{code}"), key=link.key("change"),
-        required=True,
+        texts("cache.change"), [*cache.CHANGES], format_func=lambda code: texts(f"cache.changes.{code}"),
+        key=link.key("change"), required=True,
     )  # fmt: skip
     one = cache.chat_body(model, question)
-    other = cache.changed(one, change, alias)
+    other = cache.changed(one, change or "order", alias)
     left, right = st.columns(2)
     first = left.text_area(texts("cache.first"), cache.pretty(one), height=270, max_chars=cache.MAX_BODY,
                            key=f"first-{hash((model, question))}")  # fmt: skip

@@ -36,8 +36,11 @@ def _column(column: int) -> dict[str, links.Parameter]:
 
 link = links.Link(
     "chat",
-    {"q": links.Text(""), "columns": links.Number(1, 1, chat.MAX_COLUMNS)}
-    | {name: each for column in range(chat.MAX_COLUMNS) for name, each in _column(column).items()},
+    {
+        "q": links.Text(""),
+        "columns": links.Number(1, 1, chat.MAX_COLUMNS),
+        **{name: each for column in range(chat.MAX_COLUMNS) for name, each in _column(column).items()},
+    },
 )
 
 
@@ -313,14 +316,14 @@ def draw_surprise(place: int, column: int, turn: chat.Turn, answer: Answer) -> N
         st.caption(texts("surprise.about", bits=number(bits, 2), perplexity=number(perplexity, 2)))
     picked = draw_tokens(surprise.view(answer.tokens), texts, f"tokens-{place}-{column}-{answer.id}", continues=True)
     if picked is not None:
-        fault = continue_from(place, column, turn, answer, *picked)
+        fault = continue_from(turn, column, answer, *picked)
         if fault is None:
             st.rerun()
         draw_fault(session, fault, f"continue-{place}-{column}")
 
 
 def draw_growing(growing: list[tuple[Answer, Any, Any]]) -> None:
-    """Draw the answers until their end. In each drawing Streamlit may end this run for a rerun, after Stop for example."""
+    """Draw the answers until their end. Streamlit may end this run in each drawing, for the rerun after a Stop."""
     drawn = [0] * len(growing)
     while running := [answer for answer, _, _ in growing if answer.running]:
         running[0].wait(max(PACE, sum(drawn) / 100_000))
@@ -380,7 +383,7 @@ def regenerate(place: int, column: int) -> None:
         turn.add(column, proxy.ask(request, session.key, {"cache-control": "no-cache"}))
 
 
-def continue_from(place: int, column: int, turn: chat.Turn, answer: Answer, at: int, rank: int) -> Fault | None:
+def continue_from(turn: chat.Turn, column: int, answer: Answer, at: int, rank: int) -> Fault | None:
     """Go on behind the alternative of a token; the new answer is a sibling. The Fault that prevents it."""
     first = turn.answers[column][0].request
     begun = [*answer.tokens[:at], surprise.chosen(answer.tokens[at], rank)]
@@ -393,7 +396,6 @@ def continue_from(place: int, column: int, turn: chat.Turn, answer: Answer, at: 
         ids.append([int(each) for each in cut.body.get("ids", [])])
     body = chat.continuation(first, *ids)
     turn.add(column, proxy.ask(body, session.key, begun=begun))
-    state[f"view-{place}-{column}"] = "text"
     return None
 
 

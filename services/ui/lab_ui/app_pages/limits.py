@@ -40,7 +40,7 @@ def main() -> None:
     if view == "prices":
         draw_prices()
     elif model := draw_model():
-        {"left": draw_left, "burst": draw_burst, "savings": draw_savings}[view](model)
+        {"left": draw_left, "burst": draw_burst, "savings": draw_savings}[view or VIEWS[0]](model)
     link.write(st.query_params, state)
 
 
@@ -79,7 +79,8 @@ def draw_left(model: str) -> None:
         limited = isinstance(allowed, dict) and any(value is not None for value in allowed.values())
         st.info(texts("limits.press" if limited else "limits.none"), icon=":material/info:")
     st.subheader(texts("limits.used"), anchor=False)
-    total = usage.body.get("total") if isinstance(usage.body.get("total"), dict) else {}
+    found_total = usage.body.get("total")
+    total = found_total if isinstance(found_total, dict) else {}
     names = ("requests", "upstream_calls", "prompt_tokens", "completion_tokens", "hits", "cost_usd")
     figures = {texts(f"limits.total.{name}"): number(value) if name != "cost_usd" else f"${dollars(value)}"
                for name in names if isinstance(value := total.get(name), int | float)}  # fmt: skip

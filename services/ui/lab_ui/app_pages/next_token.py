@@ -82,10 +82,12 @@ def draw_guess(model: str, text: str) -> None:
     st.markdown(f"> {plain(shown)[-600:]} **▁**")
     score: next_token.Score = state.setdefault("next_score", next_token.Score())
     if not state.get("next_open"):
-        with st.form("guess", clear_on_submit=True, border=False):
-            with st.container(horizontal=True, vertical_alignment="bottom"):
-                guess = st.text_input(texts("next_token.your_guess"), max_chars=40, placeholder="…")
-                sent = st.form_submit_button(texts("next_token.look"), type="primary", icon=":material/visibility:")
+        with (
+            st.form("guess", clear_on_submit=True, border=False),
+            st.container(horizontal=True, vertical_alignment="bottom"),
+        ):
+            guess = st.text_input(texts("next_token.your_guess"), max_chars=40, placeholder="…")
+            sent = st.form_submit_button(texts("next_token.look"), type="primary", icon=":material/visibility:")
         if not sent:
             draw_score(score)
             return

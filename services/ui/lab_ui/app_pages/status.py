@@ -1,4 +1,4 @@
-"""The status page: one card a service and a model, the cache's figures, versions; drawn anew every few seconds."""
+"""The status page: services in the order of a request, models with their load state, the cache's figures, versions."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from typing import Literal
 
 import streamlit as st
 
-from lab_ui.formats import short
+from lab_ui.answer import Fault
+from lab_ui.drawing.faults import draw_fault
+from lab_ui.drawing.html import draw_strip
+from lab_ui.formats import percent, short
 from lab_ui.session import Session
-from lab_ui.status import Report, State
-from lab_ui.untrusted import span
+from lab_ui.status import Model, Report, State
+from lab_ui.untrusted import plain, span
 
 COLOURS: dict[State, Literal["green", "red", "orange", "gray"]] = {
-    "up": "green",
-    "down": "red",
-    "loading": "orange",
-    "unknown": "gray",
-}
-ICONS = {"up": "check_circle", "down": "error", "loading": "hourglass_top", "unknown": "help"}
+    "up": "green", "down": "red", "loading": "orange", "unknown": "gray", "unloaded": "gray", "absent": "gray",
+}  # fmt: skip
+ICONS = {
+    "up": "check_circle", "down": "error", "loading": "hourglass_top", "unknown": "help", "unloaded": "bedtime",
+    "absent": "cloud_off",
+}  # fmt: skip
 session: Session = st.session_state.session
 settings, texts = session.settings, session.texts
 
@@ -30,13 +33,16 @@ def main() -> None:
 
 def draw() -> None:
     report = Report(session.proxy.status(session.key), settings, texts)
-    services, models, cache, versions = report.services, report.models, report.cache, report.versions
+    if report.fault and report.fault.kind in {"key_needed", "key_invalid", "refused"}:
+        draw_fault(session, report.fault, "status")
+        return
+    services, models, cache = report.services, report.models, report.cache
     if all(service.state == "up" for service in services):
         st.success(texts("status.all_up"), icon=":material/check_circle:")
     else:
         st.warning(texts("status.some_down"), icon=":material/error:")
-    for service in services:
-        with st.container(border=True, gap="xsmall"):
+    for service, column in zip(services, [*st.columns(2), *st.columns(2)], strict=True):
+        with column, st.container(border=True, gap="xsmall", height="stretch"):
             draw_name(f"**{service.name}**", service.state)
             st.caption(texts(f"status.{service.name}"))
             if service.facts and service.state != "unknown":
@@ -48,21 +54,59 @@ def draw() -> None:
     if models:
         st.subheader(texts("status.models"), anchor=False)
     for model in models:
-        with st.container(border=True, gap="xsmall"):
-            draw_name(model.name, model.state)
-            st.caption(model.line)
-            draw_detail(model.detail, model.state)
+        draw_model(model)
+    draw_add(report)
     if cache is not None:
         st.subheader(texts("status.cache"), anchor=False)
         if not cache:
             st.caption(texts("status.cache_off"))
         else:
-            with st.container(horizontal=True):
-                for name, figure in cache.items():
-                    st.metric(texts(f"status.{name}"), figure)
-    if versions:
+            draw_strip({texts(f"status.{name}"): figure for name, figure in cache.items()})
+    if report.versions:
         st.subheader(texts("status.versions"), anchor=False)
-        st.caption(versions)
+        st.caption(report.versions)
+
+
+def draw_model(model: Model) -> None:
+    with st.container(border=True, gap="xsmall"):
+        draw_name(model.name, model.state)
+        st.caption(model.line)
+        if model.facts:
+            st.caption(model.facts)
+        draw_progress(model)
+        draw_detail(model.detail, model.state)
+
+
+def draw_progress(model: Model) -> None:
+    if model.step:
+        words = plain(model.step) + (f" · {percent(model.share)}" if model.share is not None else "")
+        st.progress(model.share or 0.0, words)
+
+
+def draw_add(report: Report) -> None:
+    """Fetch a model and add it to the catalogue."""
+    if report.fault or not report.models:
+        return
+    adding = report.adding
+    if adding is not None and adding.state in {"loading", "down"}:
+        with st.container(border=True, gap="xsmall"):
+            draw_name(adding.name, adding.state)
+            draw_progress(adding)
+            draw_detail(adding.detail, adding.state)
+    with st.form("add", border=False, clear_on_submit=True):
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            name = st.text_input(texts("status.add.label"), max_chars=200, placeholder="korean")
+            sent = st.form_submit_button(texts("status.add.button"), icon=":material/add:")
+        st.caption(texts("status.add.about"))
+    if sent and name.strip():
+        reply = session.proxy.call(
+            "POST", "/admin/models/add", session.key, body={"model": name.strip()},
+            seconds=settings.status_timeout_seconds,
+        )  # fmt: skip
+        if isinstance(reply, Fault):
+            draw_fault(session, reply, "add")
+        else:
+            st.toast(texts("status.add.begun", name=span(name.strip())), icon=":material/download:")
 
 
 def draw_name(name: str, state: State) -> None:

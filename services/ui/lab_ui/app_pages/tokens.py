@@ -88,7 +88,8 @@ def draw_comparison(cuts: dict[str, tuple[tokens.Cut, tokens.Cut]]) -> None:
     ]
     words = "; ".join(f"{name}: {one.count} / {other.count}" for name, (one, other) in cuts.items())
     chart = pairs(rows, words=texts("tokens.alt", counts=words), label=texts("tokens.tokenizer"),
-                  series=texts("tokens.language"), value=texts("tokens.count"), format=",d", colours=(SECOND, PRIMARY))  # fmt: skip
+                  series=texts("tokens.language"), value=texts("tokens.count"), format=",d",
+                  colours=(SECOND, PRIMARY))  # fmt: skip
     draw_chart(chart, texts, "tokens-chart")
     price = st.number_input(texts("tokens.price"), 0.0, 1000.0, step=0.5, key=link.key("price"), width=320)
     head = ("tokenizer", "korean", "english", "ratio", "per_token", "cost_korean", "cost_english")

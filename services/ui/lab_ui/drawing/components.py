@@ -65,7 +65,6 @@ def draw_history(save: Mapping[str, Any], current: str, texts: Texts, *, fresh: 
 
 def announce(text: str) -> None:
     """One sentence for screen readers, once."""
-    html = (
-        '<div aria-live="polite" style="position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"></div>'
-    )
+    hidden = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
+    html = f'<div aria-live="polite" style="{hidden}"></div>'
     _component("announce", html)(key="announce", data={"text": text}, height=1)

@@ -1,4 +1,4 @@
-"""A fault in the reader's language: cause, what to do, the proxy's own words, the request's id; and a field for a key."""
+"""A fault in the reader's language: cause, what to do, the proxy's message, the request's id; and the key's field."""
 
 from __future__ import annotations
 

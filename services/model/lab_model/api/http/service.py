@@ -21,11 +21,13 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from ... import errors
+from .body import decode_content, parse_json
 from .record import Record, Work, finish_request
 
 log = logging.getLogger(__name__)
 
 BODY_SECONDS = 30
+LONG_BODY = 64 * 1024  # bytes; reading a longer one leaves the event loop
 SETTLE_SECONDS = 60  # for the engine to end a cancelled request, which usually takes one step
 OWN_HOSTS = frozenset({"localhost", "model"})
 
@@ -65,6 +67,9 @@ class HttpService:
                 await receive()
                 await send({"type": f"lifespan.{stage}.complete"})
             return
+        if scope["type"] == "websocket":
+            await refuse_websocket(scope, receive, send)
+            return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         # Ray Serve gives a request without an id one, and puts the id on the answer.
         headers = dict(scope["headers"])
@@ -81,6 +86,8 @@ class HttpService:
                 message["headers"] = [*message["headers"], *self._revision]
             elif not message.get("more_body"):
                 complete = True
+            if scope["method"] == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -133,9 +140,15 @@ class HttpService:
         try:
             if path not in ("/health", "/ready"):
                 self._check_host(http.headers.get("host", ""))
-            if endpoint := self._endpoints.get((http.method, path)):
+            method = "GET" if http.method == "HEAD" else http.method
+            if endpoint := self._endpoints.get((method, path)):
                 return await endpoint(http)
             methods = {method for method, known in self._endpoints if known == path}
+            if path.startswith("/v1/models/") and method == "GET":
+                name = path.removeprefix("/v1/models/")
+                raise errors.NotFoundError(
+                    f"The model '{name[:200]}' does not exist here.", param="model", code="model_not_found"
+                )
             if methods:
                 raise errors.MethodNotAllowedError(f"{path} takes {', '.join(sorted(methods))}, not {http.method}.")
             raise errors.NotFoundError(f"There is no {path} here.", code="not_found")
@@ -198,6 +211,13 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("http_version") == "1.0":  # without chunks: whole, with its length
+            whole = b"".join([part async for part in self._parts(scope["record"])])
+            self.headers["content-length"] = str(len(whole))
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": whole})
+            return
+
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             # Closed explicitly: until garbage collection an abandoned answer would keep its place in the engine.
@@ -228,8 +248,20 @@ def sse(event: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(event) + b"\n\n"
 
 
+async def refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a handshake as any unknown path; servers without that extension answer 403."""
+    await receive()
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        return await send({"type": "websocket.close"})
+    error = errors.NotFoundError(f"There is no WebSocket at {scope['path']}: send HTTP requests.", code="not_found")
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
+    return await send({"type": "websocket.http.response.body", "body": orjson.dumps(error.body())})
+
+
 async def read_json(http: HttpRequest, limit: int) -> Any:
-    """The body as JSON, of at most `limit` bytes. Raises an ApiError for a wrong type, size or syntax."""
+    """The body as JSON, of at most `limit` bytes, also when decoded. Raises an ApiError for a wrong type, size, coding
+    or syntax."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise errors.MediaTypeError("Send the request as application/json.")
@@ -243,10 +275,12 @@ async def read_json(http: HttpRequest, limit: int) -> Any:
                     raise errors.BodyTooLargeError(f"The body is larger than {limit} bytes.")
     except TimeoutError:
         raise errors.BodyTooSlowError(f"The body did not come within {BODY_SECONDS} s.") from None
-    try:
-        return orjson.loads(b"".join(parts))
-    except orjson.JSONDecodeError as error:
-        raise errors.BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    coding = http.headers.get("content-encoding", "")
+
+    def read() -> Any:
+        return parse_json(decode_content(b"".join(parts), coding, limit))
+
+    return await asyncio.to_thread(read) if size > LONG_BODY else read()
 
 
 def new_id(prefix: str) -> str:

@@ -14,6 +14,7 @@ from ...errors import BadRequestError
 from .requests import MOST_INPUTS, MOST_LOGPROBS, Generation, Object, Text, Whole
 
 MOST_TOOLS = 128  # OpenAI's limit
+OLDER = "call_0"  # id of the call of a `function_call`, which has none
 
 
 class TextPart(BaseModel):
@@ -21,6 +22,13 @@ class TextPart(BaseModel):
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class CalledFunction(BaseModel):
@@ -36,6 +44,7 @@ class ToolCall(BaseModel):
     id: Text
     type: Literal["function"]
     function: CalledFunction
+    index: Whole | None = None  # of a stream's delta that was kept as it came; without effect
 
     def plain(self) -> dict[str, Any]:
         """For a chat template, which writes arguments as JSON itself; truncated arguments stay text."""
@@ -49,23 +58,66 @@ class ToolCall(BaseModel):
         return {"id": self.id, "type": self.type, "function": function}
 
 
+Part = TextPart | RefusalPart
+
+
 class Message(BaseModel):
+    """A message. Without effect, because chat templates have no place for them: `name` and `annotations`."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MOST_INPUTS)] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=MOST_INPUTS)] | None = None
+    name: Text | None = None
+    refusal: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
+    function_call: CalledFunction | None = None
     tool_call_id: Text | None = None
+    annotations: list[Any] | None = None
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls of an assistant; `function_call` is OpenAI's older form of one."""
+        older = self.function_call
+        return [*(self.tool_calls or ()), *([ToolCall(id=OLDER, type="function", function=older)] if older else ())]
 
     def plain(self) -> dict[str, Any]:
-        """For a chat template. `developer` is OpenAI's newer name for `system`."""
-        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
-        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        if self.tool_calls:
-            plain["tool_calls"] = [call.plain() for call in self.tool_calls]
-        if self.tool_call_id:
-            plain["tool_call_id"] = self.tool_call_id
+        """For a chat template. `developer` is OpenAI's newer name for `system`, `function` its older one for `tool`."""
+        content = self.content or self.refusal or ""
+        if isinstance(content, list):
+            content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        plain: dict[str, Any] = {"role": role, "content": content}
+        if self.calls:
+            plain["tool_calls"] = [call.plain() for call in self.calls]
+        if self.tool_call_id or self.role == "function":
+            plain["tool_call_id"] = self.tool_call_id or OLDER
         return plain
+
+    def check(self, place: str) -> None:
+        """Check fields against the role. place: `messages[0]`. Raises BadRequestError."""
+        if self.content is None and self.refusal is None and not self.calls:
+            raise _missing(f"{place}.content")
+        if self.role == "function" and self.name is None:
+            raise _missing(f"{place}.name")
+        for name in ("tool_calls", "function_call", "refusal"):
+            if getattr(self, name) and self.role != "assistant":
+                raise BadRequestError(
+                    f"Unrecognized request argument: '{place}.{name}': only an assistant's message has it.",
+                    param=f"{place}.{name}",
+                    code="unknown_parameter",
+                )
+        for index, part in enumerate(self.content if isinstance(self.content, list) else ()):
+            if isinstance(part, RefusalPart) and self.role != "assistant":
+                raise BadRequestError(
+                    f"Invalid value for '{place}.content[{index}].type': only an assistant refuses.",
+                    param=f"{place}.content[{index}].type",
+                    code="invalid_value",
+                )
+
+
+def _missing(name: str) -> BadRequestError:
+    return BadRequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
 
 
 class Function(BaseModel):
@@ -104,6 +156,20 @@ class ChosenFunction(BaseModel):
     function: ChosenName
 
 
+class AllowedNames(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenFunction], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)]
+
+
+class AllowedTools(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+
 class JsonSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -132,8 +198,37 @@ class ChatRequest(Generation):
     top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer consists of calls alone."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return choice.allowed_tools.mode == "required"
+        return choice == "required" or isinstance(choice, ChosenFunction)
+
+    @property
+    def several_calls(self) -> bool:
+        """Whether the answer may call more than once."""
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, ChosenFunction)
+
+    @property
+    def chosen(self) -> list[str] | None:
+        """Names of the functions that may be called; None: all."""
+        choice = self.tool_choice
+        if isinstance(choice, ChosenFunction):
+            return [choice.function.name]
+        if isinstance(choice, AllowedTools):
+            return [tool.function.name for tool in choice.allowed_tools.tools]
+        return [] if choice == "none" else None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        chosen = self.chosen
+        return [tool for tool in self.tools or () if chosen is None or tool.function.name in chosen]
 
     @property
     def top_count(self) -> int | None:
@@ -162,18 +257,7 @@ class ChatRequest(Generation):
         known: set[str] = set()
         for index, message in enumerate(self.messages):
             place = f"messages[{index}]"
-            if message.content is None and not message.tool_calls:
-                raise BadRequestError(
-                    f"Missing required parameter: '{place}.content'.",
-                    param=f"{place}.content",
-                    code="missing_required_parameter",
-                )
-            if message.tool_calls and message.role != "assistant":
-                raise BadRequestError(
-                    f"Unrecognized request argument: '{place}.tool_calls': only an assistant calls tools.",
-                    param=f"{place}.tool_calls",
-                    code="unknown_parameter",
-                )
+            message.check(place)
             known |= {call.id for call in message.tool_calls or ()}
             if (message.role == "tool") != (message.tool_call_id is not None) or (
                 message.tool_call_id and message.tool_call_id not in known
@@ -201,9 +285,9 @@ class ChatRequest(Generation):
                 param=f"tools[{twice}].function.name",
                 code="invalid_value",
             )
-        if isinstance(self.tool_choice, ChosenFunction) and self.tool_choice.function.name not in names:
+        if set(self.chosen or ()) - set(names):
             raise BadRequestError(
                 "'tool_choice' names a function that is not among 'tools'.", param="tool_choice", code="invalid_value"
             )
-        if self.tool_choice == "required" and not names:
+        if self.must_call and not names:
             raise BadRequestError("'tool_choice' needs 'tools'.", param="tool_choice", code="invalid_value")

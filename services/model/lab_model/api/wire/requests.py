@@ -6,6 +6,7 @@ Knows JSON. Knows nothing of HTTP servers, tokenizers or models.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -167,6 +168,8 @@ class EmbeddingRequest(BaseModel):
         | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     )
+    # Whose token ids the input holds: OpenAI's clients send ids of OpenAI's vocabularies, whatever the model's name.
+    input_vocabulary: Literal["model"] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Whole | None = None
 
@@ -183,7 +186,7 @@ def _several(value: Any) -> list[str | list[int]]:
 def parse(shape: type[R], body: Any) -> R:
     """The request, or a BadRequestError that names the parameter. Raises nothing else."""
     if not isinstance(body, dict):
-        raise BadRequestError("The body must be a JSON object.")
+        raise BadRequestError("The body must be a JSON object.", code="invalid_json")
     # `null` is the same as leaving a field out.
     given = {name: value for name, value in body.items() if value is not None and name not in WITHOUT_EFFECT}
     for name in [name for name in given if name in NOT_SUPPORTED and name not in shape.model_fields]:
@@ -213,13 +216,18 @@ def parse(shape: type[R], body: Any) -> R:
 
 
 def _refusal(error: ValidationError, body: Any) -> BadRequestError:
-    # A union reports a fault for each member; the deepest belongs to the member that the caller most likely meant.
-    faults = error.errors(include_url=False, include_context=False)
-    fault = max(faults, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith("_type")))
+    # A union reports a fault for each member. The caller most likely meant the member whose entries are right but too
+    # many, or else the one whose fault is deepest, and farthest in its list.
+    def likely(fault: Mapping[str, Any]) -> tuple[bool, int, list[int], bool]:
+        places = [part for part in fault["loc"] if isinstance(part, int)]
+        return fault["type"] == "too_long", len(fault["loc"]), places, not fault["type"].endswith("_type")
+
+    fault = max(error.errors(include_url=False, include_context=False), key=likely)
     name, value = "", body
-    for part in fault["loc"]:
+    for depth, part in enumerate(fault["loc"], 1):
         # pydantic puts the names of a union's members between the parts of the path.
-        if isinstance(value, dict) and isinstance(part, str) and (part in value or fault["type"] == "missing"):
+        missing = fault["type"] == "missing" and depth == len(fault["loc"])
+        if isinstance(value, dict) and isinstance(part, str) and (part in value or missing):
             name, value = f"{name}.{part}" if name else part, value.get(part)
         elif isinstance(value, list) and isinstance(part, int):
             name, value = f"{name}[{part}]", value[part]
