@@ -57,10 +57,8 @@ class BatchFolder:
 def create(
     files: FileStore, owner: str, key_id: str | None, *, endpoint: str, file_id: str, metadata: Any, kept: int
 ) -> dict[str, Any]:
-    """Write a new batch to disk, and return its wire object. `kept`: seconds that its output files are kept.
-
-    It links its input, whose file may be deleted. The `open` mark comes last.
-    """
+    """Write a new batch to disk, and return its wire object. `kept`: seconds that its output files are kept. It links
+    its input, whose file may be deleted. The `open` mark comes last."""
     now, home = int(time.time()), files.home(owner)
     folder = BatchFolder(home, f"batch_{secrets.token_hex(16)}")
     batch = {

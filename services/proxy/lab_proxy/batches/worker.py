@@ -95,6 +95,7 @@ class BatchWorker:
         self._owned: dict[str, asyncio.Task[None]] = {}
         self._paused_until: dict[str, float] = {}
         self._woken = asyncio.Event()
+        self.wake = self._woken.set  # to be called when a batch is created or cancelled
         self._order = asyncio.Lock()
         self._seen = 0  # value of traffic.started at the last poll
         self._busy_elsewhere = False
@@ -108,10 +109,6 @@ class BatchWorker:
     async def stop(self) -> None:
         """Running lines are cancelled: the batch's next owner runs them again."""
         await end(self._task, *self._owned.values())
-
-    def wake(self) -> None:
-        """A batch was created or cancelled."""
-        self._woken.set()
 
     # ---- ownership
 
@@ -242,10 +239,8 @@ class BatchWorker:
             await self._run_line(job, line)
 
     async def _yield_to_traffic(self) -> None:
-        """Wait while interactive requests are in flight, here or in another worker, for at most YIELD_SECONDS.
-
-        So a batch behind constant traffic still ends. While the proxy drains it waits without a bound.
-        """
+        """Wait while interactive requests are in flight, here or in another worker, for at most YIELD_SECONDS. So a
+        batch behind constant traffic still ends. While the proxy drains it waits without a bound."""
         async with self._order:
             traffic, deadline = self._traffic, time.monotonic() + YIELD_SECONDS
             while traffic.draining or (  # noqa: ASYNC110 - an event would cost every interactive request

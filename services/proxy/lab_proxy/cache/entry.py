@@ -121,10 +121,8 @@ def shares(total: int, weights: list[int]) -> list[int]:
 
 
 def of_vectors(answer: Any, units: list[Any], ttl: int, now: float, stamp: str) -> list[Entry]:
-    """One entry for each of `units`. Raises ValueError if the answer does not hold one vector for each.
-
-    An input's tokens are its `usage.per_input_tokens`, or else its share of the total by length.
-    """
+    """One entry for each of `units`. Raises ValueError if the answer does not hold one vector for each. An input's
+    tokens are its `usage.per_input_tokens`, or else its share of the total by length."""
     try:
         rows = sorted(answer["data"], key=lambda row: row["index"])
         vectors = [row["embedding"] for row in rows]

@@ -255,9 +255,7 @@ class Subscriber:
 
     def lease(self, entry_names: Sequence[str], *, anyway: bool = False) -> Lease | None:
         """The leader election, to be sent with the read of `entry_names`; None if no other process can be reached.
-
-        `anyway`: lead even if all entries exist, because they may not satisfy this request.
-        """
+        `anyway`: lead even if all entries exist, because they may not satisfy this request."""
         self.flight.lookup_names = entry_names
         if not self.flight.name or not self.can_lease:
             return None

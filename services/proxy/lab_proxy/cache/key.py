@@ -24,9 +24,7 @@ UNKEYED = frozenset({
 
 def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes]) -> dict[str, Any]:
     """The fields of a request body that are part of the key: not UNKEYED, not null, not equal to their default.
-
-    `defaults` maps a field to the canonical bytes of its documented default.
-    """
+    `defaults` maps a field to the canonical bytes of its documented default."""
     kept = {}
     for field, value in body.items():
         if value is None or field in UNKEYED:

@@ -114,10 +114,8 @@ class Cache:
     async def read(
         self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
     ) -> list[Entry | None] | None:
-        """An entry or None for each key; None if redis is unavailable. What is no valid entry counts as none.
-
-        One round trip for the keys without a local copy and for the `piggyback` commands, which may raise ProxyErrors.
-        """
+        """An entry or None for each key; None if redis is unavailable. What is no valid entry counts as none. One round
+        trip for the keys without a local copy and for the `piggyback` commands, which may raise ProxyErrors."""
         now = time.time()
         found = [self.get_local(key, epoch, now) for key in keys]
         missing = [place for place, entry in enumerate(found) if entry is None]
@@ -198,10 +196,8 @@ class Cache:
     # ---- deletion
 
     async def flush(self, tenant: str | None = None, model: str | None = None) -> None:
-        """Begin a new epoch for one tenant, one model, one tenant's entries of one model, or all.
-
-        Entries of older epochs are never served again and expire by their TTL. Raises CacheUnavailable if redis fails.
-        """
+        """Begin a new epoch for one tenant, one model, one tenant's entries of one model, or all. Entries of older
+        epochs are never served again and expire by their TTL. Raises CacheUnavailable if redis fails."""
         if not self.enabled:
             return
         where, token = scope(tenant, model), secrets.token_hex(8)

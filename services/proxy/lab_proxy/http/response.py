@@ -86,10 +86,8 @@ Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path that en
 
 
 class DisconnectWatch:
-    """Cancels its `with` block when the client disconnects before the end of `response`.
-
-    It starts late, because a task of its own is a noticeable part of a short answer.
-    """
+    """Cancels its `with` block when the client disconnects before the end of `response`. It starts late, because a task
+    of its own is a noticeable part of a short answer."""
 
     def __init__(self, receive: Receive, response: Response) -> None:
         self._receive, self._response = receive, response

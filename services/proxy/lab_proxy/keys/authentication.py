@@ -55,6 +55,7 @@ class Authenticator:
         self._redis = client
         self._timeout = timeout
         self._admin = hashlib.sha256(admin_key.encode()).digest() if admin_key else None
+        self.has_admin = self._admin is not None
         self._on_error = on_error
         self._up = True
         self._version: bytes | None = None
@@ -71,11 +72,6 @@ class Authenticator:
 
     async def stop(self) -> None:
         await end(self._poller)
-
-    @property
-    def has_admin(self) -> bool:
-        """There is an admin key."""
-        return self._admin is not None
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
         """The request carries the admin key. Compared in constant time."""

@@ -12,10 +12,8 @@ MAX_TOKENS = 10**9
 
 
 def estimate(endpoint: str, body: Mapping[str, Any], size_bytes: int, tpm: int | None) -> tuple[int, int]:
-    """Estimated tokens of the prompt (a quarter of its bytes) and of the answer.
-
-    The default for an answer without a length limit never exceeds what `tpm` leaves after the prompt.
-    """
+    """Estimated tokens of the prompt (a quarter of its bytes) and of the answer. The default for an answer without a
+    length limit never exceeds what `tpm` leaves after the prompt."""
     prompt = max(1, (size_bytes if size_bytes <= SCAN_BYTES else _text_bytes(body)) // 4)
     if not ENDPOINTS[endpoint].generates:
         return prompt, 0

@@ -158,10 +158,8 @@ class Client:
 
 
 class PipelinedCommand(Protocol):
-    """A command that is sent together with a cache read, so that it costs no round trip of its own.
-
-    `on_reply` and `on_failure` may raise ProxyErrors; the read's result is used only after one of them has returned.
-    """
+    """A command that is sent together with a cache read, so that it costs no round trip of its own. `on_reply` and
+    `on_failure` may raise ProxyErrors; the read's result is used only after one of them has returned."""
 
     def command(self) -> Command: ...
 

@@ -80,9 +80,7 @@ class Executor:
 
     async def serve_local_hit(self, request: RequestContext, writer: ResponseWriter) -> bool:
         """Answer from this process's own copies, if possible: the path of most hits. It waits for nothing but limits.
-
-        False: nothing was done. Raises the ProxyErrors of permission and limits.
-        """
+        False: nothing was done. Raises the ProxyErrors of permission and limits."""
         cached = request.cached_plan
         if cached is None or not cached.key or cached.samples > 1:
             return False

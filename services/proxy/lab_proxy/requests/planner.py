@@ -174,10 +174,8 @@ class Planner:
         return input_keys(self._cache.secret, rest, inputs)
 
     def flight_name(self, plan: Plan, key: str) -> str:
-        """The name of the flight that this request may share; empty: none.
-
-        Requests with the same name need the same upstream call, and accept the same entry of the cache.
-        """
+        """The name of the flight that this request may share; empty: none. Requests with the same name need the same
+        upstream call, and accept the same entry of the cache."""
         directives = plan.request.cache_control
         if plan.bypass or not key or directives.no_cache or directives.only_if_cached:
             return ""

@@ -155,9 +155,7 @@ def _ignore(_: UpstreamResponse) -> None:
 
 def forwarded_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers that are forwarded to the caller: no cookies, no hop-by-hop headers, nothing about the key's owner.
-
-    Names are in lower case.
-    """
+    Names are in lower case."""
     named = {name: value for name, value in headers.items() if name in _FORWARDED or name.startswith("x-ratelimit-")}
     kept = {name: value for name, value in named.items() if value.isprintable()}
     if "x-request-id" in headers:
