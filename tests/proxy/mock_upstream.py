@@ -133,7 +133,7 @@ class Mock:
         if await refuse(mode, key, send, extra):
             return None
         if kind.startswith(("tasks/", "inspect/")):
-            made = tasked(body, kind) if kind.startswith("tasks/") else {"model": body["model"], "usage": usage(7, 0)}
+            made = tasked(body, kind) if kind.startswith("tasks/") else {"model": body["model"], "usage": tokens(7, 0)}
             await whole(send, made, extra)
             return self.count(made["usage"])
         if kind not in {"chat/completions", "completions", "embeddings", "responses"}:
@@ -442,7 +442,7 @@ async def respond(send: Send, body: dict[str, Any], mode: str, extra: dict[str, 
     await send({"type": "http.response.body", "body": b""})
 
 
-def usage(prompt: int, completion: int) -> dict[str, Any]:
+def tokens(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -454,7 +454,7 @@ def tasked(body: dict[str, Any], kind: str) -> dict[str, Any]:
     by_input = {"per_input_tokens": counts, "per_input_completion_tokens": made}
     results = [{"seen": each, "parameters": body.get("parameters")} for each in given]
     return {
-        "model": body["model"], "method": "mock", "results": results, "usage": usage(sum(counts), sum(made)) | by_input,
+        "model": body["model"], "method": "mock", "results": results, "usage": tokens(sum(counts), sum(made)) | by_input,
     }  # fmt: skip
 
 

@@ -483,3 +483,39 @@ def test_the_inside_of_a_model_is_shown(target: str) -> None:
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "bogus")
     kind = post(target, "/v1/inspect/score", {"model": EMBEDDING, "text": "a b"})
     assert (kind.status_code, kind.json()["error"]["param"]) == (400, "model")
+
+
+def test_the_layers_of_a_model_are_shown(target: str) -> None:
+    """By a copy of the model that is loaded for it; what its last layer answers is what the engine answers."""
+    text = "the cat sat on the"
+    lens = post(target, "/v1/inspect/logit-lens", {"model": TINY, "text": text, "top": 2})
+    assert lens.status_code == 200, lens.text
+    layers, tokens = lens.json()["layers"], lens.json()["tokens"]
+    assert [len(layer) for layer in layers] == [len(tokens)] * 3, "the embedding and two layers"
+    following = post(target, "/v1/inspect/next-token", {"model": TINY, "text": text, "top": 2}).json()["tokens"]
+    last = layers[-1][-1]
+    assert [each["id"] for each in last] == [each["id"] for each in following]
+    assert [each["probability"] for each in last] == pytest.approx(
+        [each["probability"] for each in following], abs=1e-3
+    )
+    attention = post(target, "/v1/inspect/attention", {"model": TINY, "text": text, "layer": 1}).json()
+    assert (len(attention["heads"]), attention["layers"]) == (4, 2)
+    for head in attention["heads"]:
+        assert [sum(row) for row in head] == pytest.approx([1] * len(tokens), abs=0.01)
+        assert all(not any(row[place + 1 :]) for place, row in enumerate(head)), "a token attends to later ones"
+    for path, body, param in (
+        ("attention", {"layer": 2}, "layer"), ("logit-lens", {"text": "a " * 60}, "text"), ("device", {"x": 1}, "x"),
+    ):  # fmt: skip
+        sent = {"model": TINY, "text": text} | body if path != "device" else {"model": TINY} | body
+        wrong = post(target, f"/v1/inspect/{path}", sent)
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, param)
+    memory = post(target, "/v1/inspect/memory", {"model": TINY, "tokens": 100}).json()
+    assert memory["kv_cache"]["predicted_bytes"] == 100 * memory["kv_cache"]["bytes_per_token"]
+    assert (
+        memory["kv_cache"]["measured_bytes"]
+        >= memory["kv_cache"]["bytes_per_token"] * memory["kv_cache"]["measured_tokens"]
+    )
+    device = post(target, "/v1/inspect/device", {"model": TINY}).json()
+    assert device["cuda_available"] or device["reason"]
+    assert device["gb_per_second"] > 0
+    assert device["gflop_per_second"] > 0

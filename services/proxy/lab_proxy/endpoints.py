@@ -131,6 +131,7 @@ ENDPOINTS: Mapping[str, Endpoint] = {
         _inspect("next-token", "chat", "base"),
         _inspect("score", "chat", "base"),
         _inspect("generate-steps", "chat", "base", generates=True),
+        *(_inspect(name, "chat", "base") for name in ("logit-lens", "attention", "memory", "device")),
     )
 }
 

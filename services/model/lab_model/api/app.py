@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from . import inspect, tasks
+from . import inside, inspect, tasks
 from .chat import chat_completions
 from .completions import completions
 from .embeddings import EncoderClient, embeddings
@@ -31,6 +31,10 @@ HANDLERS: Mapping[str, Handler] = {
     "/v1/inspect/next-token": inspect.next_tokens,
     "/v1/inspect/score": inspect.score_text,
     "/v1/inspect/generate-steps": inspect.generate_steps,
+    "/v1/inspect/logit-lens": inside.logit_lens,
+    "/v1/inspect/attention": inside.attention,
+    "/v1/inspect/memory": inside.memory,
+    "/v1/inspect/device": inside.device,
     "/v1/tasks/text-generation": tasks.text_generation,
     "/v1/tasks/sentiment-analysis": tasks.sentiment_analysis,
     "/v1/tasks/zero-shot-classification": tasks.zero_shot_classification,

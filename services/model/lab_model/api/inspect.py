@@ -314,14 +314,14 @@ def token_of(piece: TokenPiece) -> Object:
     return shown | {"special": piece.special}
 
 
-def _named(tokenizer: ModelTokenizer, token: int) -> Object:
+def named(tokenizer: ModelTokenizer, token: int) -> Object:
     text, found, special = name_of(tokenizer, token)
     return {"id": token, "text": text, "bytes": list(found), "special": special}
 
 
 def _alternative(tokenizer: ModelTokenizer, token: int, logprob: float) -> Object:
     logprob = max(logprob, LEAST_LOGPROB)
-    return _named(tokenizer, token) | {"logprob": logprob, "probability": math.exp(logprob)}
+    return named(tokenizer, token) | {"logprob": logprob, "probability": math.exp(logprob)}
 
 
 def score_of(tokenizer: ModelTokenizer, found: TokenScore | None) -> Object:
@@ -341,7 +341,7 @@ def score_of(tokenizer: ModelTokenizer, found: TokenScore | None) -> Object:
 
 
 def candidate_of(tokenizer: ModelTokenizer, found: Candidate) -> Object:
-    return _named(tokenizer, found.token) | {
+    return named(tokenizer, found.token) | {
         "logit": found.logit,
         "logprob": max(found.logprob, LEAST_LOGPROB),
         "probability": math.exp(found.logprob),

@@ -130,8 +130,8 @@ class EncoderQueue:
                     job.end()
 
     def _take(self) -> list[tuple[EncoderJob, int]]:
-        """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind those
-        that have arrived meanwhile, so that a long list does not keep single texts waiting."""
+        """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind
+        those that have arrived meanwhile, so that a long list does not keep single texts waiting."""
         batch: list[tuple[EncoderJob, int]] = []
         width = 0
         self._jobs.extend(self._begun)

@@ -120,3 +120,16 @@ class Stats:
     preempted: int
     faults: int
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes: of the weights, of one token's keys and values, of the pool for `kv_tokens` tokens. step_tokens: of the
+    longest step; vocab: logits of one token."""
+
+    weights: int
+    token: int
+    kv_tokens: int
+    pool: int
+    step_tokens: int
+    vocab: int

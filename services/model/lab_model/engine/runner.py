@@ -32,6 +32,21 @@ class Runner(Protocol):
     context: int
     vocab: int  # token ids below it have an embedding
 
+    @property
+    def bytes(self) -> int:
+        """Size of the weights."""
+        ...
+
+    @property
+    def token_bytes(self) -> int:
+        """Size of the keys and values of one token."""
+        ...
+
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool of pages."""
+        ...
+
     def allocate(self, pages: int) -> None:
         """Make the pool. Page 0 belongs to nobody and fills the rows that have fewer pages than others."""
         ...

@@ -23,6 +23,7 @@ from .request import (
     EngineClosedError,
     EngineError,
     EngineFaultError,
+    Memory,
     QueueFullError,
     Request,
     RequestTooLongError,
@@ -107,6 +108,11 @@ class Scheduler:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
+
+    def memory(self) -> Memory:
+        """What the model takes."""
+        runner, tokens = self._runner, self._pages.total * PAGE_TOKENS
+        return Memory(runner.bytes, runner.token_bytes, tokens, runner.pool_bytes, PREFILL_TOKENS, runner.vocab)
 
     @property
     def capacity(self) -> int:

@@ -45,7 +45,7 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
             raise CatalogueError(f"{entry.id}: its tokenizer names no separator between question and text")
         encoder = Reader(model, context, separator)
     encoder.forward([[0]])  # a model that cannot run fails here
-    stamp = revision(entry, source, str(dtype), tokenizer.template or "")
+    stamp = revision(entry, source, str(dtype), tokenizer.template or "", folder=args.folder)
     client = EncoderClient(entry.id, stamp, tokenizer, EncoderQueue(encoder, args.max_queued), kind=entry.kind)
     app = create_app(client, spec.paths, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
     size = sum(parameter.nbytes for parameter in model.parameters())

@@ -27,7 +27,10 @@ class KindSpec:
 
 GENERATION = ("/v1/chat/completions", "/v1/completions")
 TOKENS = ("/v1/inspect/tokenize", "/v1/inspect/detokenize")
-SCORES = ("/v1/inspect/next-token", "/v1/inspect/score", "/v1/inspect/generate-steps")
+SCORES = tuple(
+    f"/v1/inspect/{name}"
+    for name in ("next-token", "score", "generate-steps", "logit-lens", "attention", "memory", "device")
+)
 CONTINUATION, SENTIMENT = "/v1/tasks/text-generation", "/v1/tasks/sentiment-analysis"
 ZERO_SHOT, QUESTIONS = "/v1/tasks/zero-shot-classification", "/v1/tasks/question-answering"
 CAUSAL = (*GENERATION, *TOKENS, *SCORES, CONTINUATION)

@@ -174,6 +174,11 @@ class CpuRunner:
         self._pool = torch.zeros(m.layers, pages, m.kv_heads * 2 * PAGE_TOKENS * m.head_dim, dtype=torch.float16)
         m.pool, m.pages = self._pool.data_ptr(), pages
 
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool of pages."""
+        return self._pool.nbytes
+
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
         positions = [place for span in spans for place in range(span.start, span.stop)]
         owners = [owner for owner, span in enumerate(spans) for _ in range(span.start, span.stop)]

@@ -70,6 +70,11 @@ class LlamaRunner:
 
     # ---- the engine's calls
 
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool of pages."""
+        return self._pool.nbytes
+
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
         """Compute the spans' tokens, whose `ids` follow each other. The logits of each span's last token."""
         ends = torch.tensor([span.stop - span.start for span in spans]).cumsum(0) - 1

@@ -87,6 +87,11 @@ class TransformersRunner:
     def allocate(self, pages: int) -> None:
         self._cache = PagedCache(self._model.config, pages, self._model.device, self._model.dtype)
 
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool of pages."""
+        return self._cache.keys.nbytes + self._cache.values.nbytes
+
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
         rows, at = [], 0
         for span in spans:

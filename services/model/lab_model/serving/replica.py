@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from ray import serve
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..models.catalogue import AppArgs
+from ..models.kinds import KINDS
+from .inspector import bind_inspector
 from .ray_internals import AsgiDeployment, replica_environment
 
 
@@ -28,7 +30,7 @@ def build_app(args: AppArgs) -> serve.Application:
         graceful_shutdown_timeout_s=args.drain_timeout_seconds,
         # No CPUs reserved: a laptop with one core must hold every actor.
         ray_actor_options={"num_cpus": 0, "num_gpus": args.gpus, "runtime_env": replica_environment(args.metrics_dir)},
-    ).bind(args)
+    ).bind(args, bind_inspector(args) if KINDS[args.entry.kind].loader == "causal" else None)
     return app
 
 
@@ -37,7 +39,8 @@ def build_app(args: AppArgs) -> serve.Application:
 class ModelReplica(AsgiDeployment):
     """One replica of one model."""
 
-    def __init__(self, args: AppArgs) -> None:
+    def __init__(self, args: AppArgs, inspector: Any = None) -> None:
+        """inspector: a handle to the model's second copy, see `inspector`."""
         # Serve pickles this class by value, with copies of the globals that it uses: USAGE has to be this process's
         # own. And the processes that only route import this module and must not import torch.
         from ..api.http.record import USAGE  # noqa: PLC0415
@@ -46,7 +49,15 @@ class ModelReplica(AsgiDeployment):
 
         USAGE.open(args.metrics_dir)
         app, self._info, self._is_alive = load(args)
-        self._app = ObservedApp(app, args.metrics_dir, args.entry.id)
+        observed = ObservedApp(app, args.metrics_dir, args.entry.id)
+
+        async def inside(method: str, **arguments: Any) -> Any:
+            return await inspector.call.remote(method, arguments)
+
+        async def with_inspector(scope: Scope, receive: Receive, send: Send) -> None:
+            await observed({**scope, "inside": inside} if inspector is not None else scope, receive, send)
+
+        self._app = with_inspector
 
     def asgi_app(self) -> ASGIApp:
         return self._app

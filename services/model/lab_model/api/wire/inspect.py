@@ -122,3 +122,28 @@ def check_one(request: BaseModel, names: Sequence[str]) -> None:
             param=given[1],
             code="invalid_value",
         )
+
+
+MOST_INSIDE_TOKENS = 48  # of a text whose layers are shown
+
+
+class LensRequest(SourceRequest):
+    """top: tokens for each layer and place."""
+
+    top: Annotated[Whole, Field(ge=1, le=10)] | None = None
+
+
+class AttentionRequest(SourceRequest):
+    """layer: from 0; left out: the first."""
+
+    layer: Annotated[Whole, Field(ge=0)] | None = None
+
+
+class MemoryRequest(InspectRequest):
+    """tokens: of a text whose share of the KV cache is computed."""
+
+    tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+
+
+class DeviceRequest(InspectRequest):
+    pass
