@@ -453,9 +453,8 @@ def tasked(body: dict[str, Any], kind: str) -> dict[str, Any]:
     made = [1 if kind == "tasks/text-generation" else 0 for _ in given]
     by_input = {"per_input_tokens": counts, "per_input_completion_tokens": made}
     results = [{"seen": each, "parameters": body.get("parameters")} for each in given]
-    return {
-        "model": body["model"], "method": "mock", "results": results, "usage": tokens(sum(counts), sum(made)) | by_input,
-    }  # fmt: skip
+    whole = tokens(sum(counts), sum(made)) | by_input
+    return {"model": body["model"], "method": "mock", "results": results, "usage": whole}
 
 
 def vectors(body: dict[str, Any], local: str | None, revision: str) -> dict[str, Any]:
