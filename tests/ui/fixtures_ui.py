@@ -141,6 +141,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.cache.add(json.dumps(body, sort_keys=True))
             status = "llm-lab; hit; ttl=41" if hit else "llm-lab; fwd=miss; stored"
             return 200, {"choices": [{"message": {"content": PARIS}}]}, {"cache-status": status}
+        if self.path.startswith("/v1/tasks/"):
+            return 200, {"model": CHAT["id"], "method": "probe", "results": TASKS[self.path.rpartition("/")[2]]}, {}
         if self.path.startswith("/v1/inspect/"):
             return 200, INSPECTED, {}
         return None
@@ -228,6 +230,11 @@ INSPECTED = {
     "tokens": PARTS, "steps": [{**PARTS[0], "alternatives": PARTS}], "token_ids": [7042], "ids": [7042, 236],
     "kept": 1, "entropy_bits": 2.13, "vocabulary": 49152,
 }  # fmt: skip
+TASKS: dict[str, list[Any]] = {
+    "sentiment-analysis": [[{"label": "POSITIVE", "score": 0.9}, {"label": "NEGATIVE", "score": 0.1}]] * 12,
+    "question-answering": [{"answer": "Busan", "score": 0.7, "start": 28, "end": 33}],
+    "text-generation": [{"generated_text": "Large language models are models."}],
+}
 NO_KEY = {"message": "no key", "type": "invalid_request_error", "code": "invalid_api_key"}
 CHUNK = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": CHAT["id"]}
 FAULTS: dict[str, tuple[int, dict[str, Any], dict[str, str]]] = {

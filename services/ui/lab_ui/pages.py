@@ -29,6 +29,7 @@ PAGES = (
     Page("chat", "chat", "start"),
     Page("tokens", "grid_view", "inside"),
     Page("next_token", "bar_chart", "inside"),
+    Page("tasks", "checklist", "inside"),
     Page("tools", "build", "inside"),
     Page("cache", "bolt", "measure"),
     Page("limits", "speed", "measure"),

@@ -1,0 +1,380 @@
+"""What the pages compute: links, stored conversations, exports, surprise, guesses, bursts, savings, calls of tools."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+from lab_ui import (
+    cache,
+    chat,
+    exports,
+    history,
+    limits,
+    links,
+    next_token,
+    pages,
+    surprise,
+    tasks,
+    texts,
+    tokens,
+    tools,
+)
+from lab_ui import wire as wire_module
+from lab_ui.answer import Alternative, Answer, Fault, Token
+from lab_ui.proxy import Reply, kind
+from lab_ui.session import valid_key
+
+EN = texts.load("en")
+
+
+def answer(text: str, **fields: Any) -> Answer:
+    """An answer after its end."""
+    made = Answer(
+        {"model": "m", "messages": [{"role": "user", "content": "q"}]}, None, text=text, state="done", **fields
+    )
+    made.end()
+    return made
+
+
+def turn(*columns: list[str], question: str = "q") -> chat.Turn:
+    return chat.Turn(question, [[answer(text) for text in siblings] for siblings in columns])
+
+
+# ---- links
+
+LINK = links.Link("p", {"n": links.Number(1.0, 0.0, 2.0), "k": links.Number(3, 1, 9), "c": links.Choice(("a", "b")),
+                        "t": links.Text("x", 5)})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("query", "state"),
+    [
+        ({}, {"p.n": 1.0, "p.k": 3, "p.c": "a", "p.t": "x"}),
+        ({"n": "0.5", "k": "9", "c": "b", "t": "한글"}, {"p.n": 0.5, "p.k": 9, "p.c": "b", "p.t": "한글"}),
+        ({"n": "2.5", "k": "1.5", "c": "z", "t": "longer"}, {"p.n": 1.0, "p.k": 3, "p.c": "a", "p.t": "x"}),
+        ({"n": "nan", "k": "", "c": "", "t": ""}, {"p.n": 1.0, "p.k": 3, "p.c": "a", "p.t": ""}),
+    ],
+)
+def test_a_link_is_read_or_its_defaults_stand(query: dict[str, str], state: dict[str, Any]) -> None:
+    found: dict[str, Any] = {}
+    LINK.read(query, found)
+    assert found == state
+
+
+def test_a_link_holds_what_differs_from_the_defaults() -> None:
+    query = {"n": "0.1", "lang": "ko"}
+    LINK.write(query, {"p.n": 1.0, "p.k": 4, "p.c": "b", "p.t": "too long"})
+    assert query == {"lang": "ko", "k": "4", "c": "b"}
+    state: dict[str, Any] = {"p.k": 5}
+    LINK.read(query, state)
+    assert state["p.k"] == 5  # what the reader has set stays
+
+
+# ---- conversations
+
+
+def test_siblings_are_kept_and_the_last_is_shown() -> None:
+    one = turn(["a"], ["b"])
+    one.add(0, answer("c"))
+    assert [one.answer(0).text, one.answer(1).text] == ["c", "b"]  # type: ignore[union-attr]
+    one.move(0, -1)
+    one.move(0, -1)
+    assert one.answer(0).text == "a"  # type: ignore[union-attr]
+    assert one.answer(2) is None
+
+
+def test_each_column_sends_its_own_answers() -> None:
+    sampling = {"model": "m", "system": "", "temperature": 0.0, "top_p": 1.0, "max_tokens": 8}
+    for column, text in enumerate(("a", "b", "a")):  # a column that came later goes on from the first
+        sent = chat.request([turn(["a"], ["b"])], "next", sampling, column)["messages"]
+        assert [each["content"] for each in sent] == ["q", text, "next"]
+
+
+def test_a_stored_conversation_comes_back() -> None:
+    turns = [turn(["a", "b"], ["c"]), turn(["d"])]
+    turns[0].move(0, -1)
+    loaded = history.load(json.loads(json.dumps(history.dump("id", turns, 2))), lambda _: None)
+    assert loaded is not None
+    id_, found, columns = loaded
+    assert (id_, columns) == ("id", 2)
+    assert [[[a.text for a in s] for s in t.answers] for t in found] == [[["a", "b"], ["c"]], [["d"]]]
+    assert found[0].shown == [0, 0]
+    assert all(not a.running for t in found for a in t.every)
+    # An answer that still runs in this ui is found again, and goes on.
+    live = answer("more")
+    again = history.load(history.dump("id", turns, 1), lambda id_: live if id_ == turns[1].answers[0][0].id else None)
+    assert again is not None
+    assert again[1][1].answers[0][0] is live
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [None, 1, [], {}, {"id": 1, "turns": []}, {"id": "a", "turns": "x"}, {"id": "a", "turns": [1, {"question": 2}]},
+     {"id": "a", "turns": [{"question": "q", "answers": [[1]], "shown": ["x"]}]}],
+)  # fmt: skip
+def test_what_is_no_conversation_is_left_out(stored: Any) -> None:
+    assert history.load(stored, lambda _: None) is None
+
+
+def test_a_stored_answer_may_have_any_shape() -> None:
+    odd = {"text": 1, "state": "streaming", "started": "x", "request": [], "fault": 7, "id": None}
+    loaded = history.load({"id": "a", "columns": 9, "turns": [{"question": "q", "answers": [[odd]], "shown": [5]}]},
+                          lambda _: None)  # fmt: skip
+    assert loaded is not None
+    assert (loaded[2], loaded[1][0].answers[0][0].state) == (1, "stopped")
+
+
+def test_exports_hold_the_answers_shown() -> None:
+    turns = [turn(["a", "b"], ["c"])]
+    lines = [json.loads(line) for line in exports.jsonl(turns).splitlines()]
+    assert [line["messages"][-1] for line in lines] == [
+        {"role": "assistant", "content": "b"}, {"role": "assistant", "content": "c"}
+    ]  # fmt: skip
+    assert "> q" in exports.markdown(turns, "t")
+    notebook = json.loads(exports.notebook(turns, "t", "http://h"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["outputs"][0]["text"] for cell in cells] == [["b\n"], ["c\n"]]
+    for cell in cells:
+        compile("".join(cell["source"]), "cell", "exec")
+
+
+# ---- tokens
+
+HANGUL = "한".encode()
+SPLIT = [Token("\ufffd", -1.0, HANGUL[:2]), Token("\ufffd", -1.0, HANGUL[2:])]
+
+
+def test_a_syllable_that_is_cut_over_tokens_is_shown_as_bytes() -> None:
+    shown = surprise.view(SPLIT)
+    assert [each["text"] for each in shown] == ["ed 95", "9c"]
+    assert all(each["raw"] for each in shown)
+    assert surprise.text_of(SPLIT) == "한"
+    assert surprise.mean_bits(SPLIT) == pytest.approx(1.4427, abs=1e-4)
+
+
+def test_an_alternative_takes_the_tokens_place() -> None:
+    token = Token(" Paris", -0.1, b" Paris", (Alternative(" Paris", -0.1, b" Paris"), Alternative(" Rome", -3.0, b"")))
+    other = surprise.chosen(token, 1)
+    assert (other.text, other.logprob, other.top) == (" Rome", -3.0, token.top)
+    body = chat.continuation({"model": "m", "temperature": 0, "max_tokens": 8}, [1, 2], [3])
+    assert (body["prompt"], body["max_tokens"]) == ([1, 2, 3], 7)
+
+
+def test_what_a_tokenizer_gives_is_read_as_data() -> None:
+    body = {
+        "tokens": [
+            {"id": 1, "text": None, "bytes": [237, 149]},
+            {"id": "x"},
+            7,
+            {"id": 2, "text": " a", "bytes": [300]},
+        ]
+    }
+    found = tokens.cut("m", "한 a", body)
+    assert [piece.label for piece in found.pieces] == ["ed 95", "␣a"]
+    assert (found.split, found.bytes, found.characters) == (1, 5, 3)
+    assert wire_module.pieces({"tokens": "no list"}) == []
+    assert tokens.ratio(found, tokens.cut("m", "", {})) is None
+
+
+@pytest.mark.parametrize(
+    ("guess", "rank"),
+    [("Paris", 1), ("paris!", 1), ("the", 2), ("Lond", None), ("London", 3), ("", None), ("Berlin", None)],
+)
+def test_a_guess_is_found_among_the_candidates(guess: str, rank: int | None) -> None:
+    found = next_token.candidates(
+        {"tokens": [{"id": n, "text": text, "bytes": []} for n, text in enumerate((" Paris", " the", " Londo", " B"))]}
+    )
+    assert next_token.rank_of(guess, found) == rank
+
+
+# ---- cache
+
+
+def test_changes_of_a_request_say_whether_they_change_the_key() -> None:
+    """Each one changes the request, and none by accident more than it says."""
+    body = cache.chat_body("m", "Hi")
+    for change in cache.CHANGES:
+        other = cache.changed(body, change, "alias")
+        assert json.dumps(other) != json.dumps(body)
+        assert body == cache.chat_body("m", "Hi")
+
+
+def test_each_part_of_cache_status_is_explained() -> None:
+    parts = cache.header_parts('llm-lab; hit; ttl=41; key="a;b"', EN)
+    assert [name for name, _ in parts] == ["llm-lab", "hit", "ttl=41", 'key="a;b"']
+    assert all(meaning for _, meaning in parts)
+    assert "41" in parts[2][1]
+    assert cache.header_parts("llm-lab; fwd=bypass; detail=sampled", EN)[1][1] == EN("cache.part.fwd_bypass")
+
+
+def test_values_are_found_at_paths() -> None:
+    body = {"messages": [{"content": "é"}], "n": 1}
+    assert [cache.at(body, path) for path in ("messages[0].content", "n", "messages[3].x", "none")] == [
+        '"é"',
+        "1",
+        "–",
+        "–",
+    ]
+
+
+def test_phases_of_another_shape_are_left_out() -> None:
+    phases = cache.reported_phases({"phases": [{"name": "redis", "start_ms": 1, "ms": 2.5}, {"name": 1}, "x"]})
+    assert [(each.name, each.begin, each.end) for each in phases] == [("redis", 1.0, 3.5)]
+
+
+def test_many_calls_are_summed_by_the_caches_state() -> None:
+    def reply(status: str, seconds: float) -> Reply:
+        return Reply({}, {"cache-status": status}, seconds)
+
+    calls = cache.Calls(
+        [reply("llm-lab; fwd=miss; stored", 1.0), reply("llm-lab; hit; ttl=1", 0.01), Fault("busy", 429)]
+    )
+    assert dict(calls.states) == {"miss": 1, "hit": 1, "busy": 1}
+    assert calls.figures(EN)[EN("cache.faster")] == "100×"
+    assert [state for _, _, state, _ in calls.dots(EN)] == ["cache miss", "cache hit"]
+
+
+# ---- limits
+
+
+def test_a_client_waits_as_long_as_it_is_told_and_gives_up() -> None:
+    waits: list[float] = []
+    refused = Fault("limited", 429, retry_after="3")
+    answers = iter([refused, refused, Reply({}, {}, 0.1)])
+    tries = limits.burst(1, lambda: next(answers), waits.append)
+    assert [each.outcome for each in tries] == ["limited", "limited", "ok"]
+    assert waits == [3.0, 3.0]
+    waits.clear()
+    assert len(limits.burst(1, lambda: Fault("limited", 429), waits.append)) == limits.MAX_TRIES
+    assert waits == [1.0, 2.0, 4.0]
+    assert len(limits.burst(1, lambda: Fault("limited", 429, retry_after="3600"), waits.append)) == 1
+    assert len(limits.burst(1, lambda: Fault("model_down", 503, retry_after="1"), waits.append)) == 1
+
+
+def test_gauges_come_from_the_headers_and_the_budget() -> None:
+    headers = {"x-ratelimit-limit-requests": "6", "x-ratelimit-remaining-requests": "2",
+               "x-ratelimit-limit-tokens": "many", "x-ratelimit-remaining-tokens": "1"}  # fmt: skip
+    assert [(each.name, each.share) for each in limits.gauges(headers)] == [("requests", 2 / 6)]
+    usage = {"budget_usd": {"per_day": {"limit": 2.0, "left": 0.5}, "total": {"limit": None}, "x": 1}}
+    assert [(each.name, each.share) for each in limits.budgets(usage)] == [("per_day", 0.25)]
+
+
+def test_each_measure_saves_what_it_says() -> None:
+    asked = [limits.Asked(easy=True, hit=False, prompt=100, completion=10, shorter_prompt=40),
+             limits.Asked(easy=True, hit=True, prompt=100, completion=10, shorter_prompt=40)]  # fmt: skip
+    found = dict(limits.savings(asked, limits.Price(1.0, 2.0), limits.Price(0.5, 1.0)))
+    assert found == pytest.approx(
+        {"nothing": 0.24, "shorter": 0.12, "batch": 0.12, "routing": 0.12, "cache": 0.12, "all": 0.015}
+    )
+
+
+# ---- tools and tasks
+
+
+@pytest.mark.parametrize(("text", "value"), [("17 * 23", 391), ("-(2+3)/2", -2.5), ("1e3", 1000)])
+def test_the_calculator_computes(text: str, value: float) -> None:
+    assert tools.calculate(text) == value
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "9**9**9", "a", "1/0", "", "(" * 300, "1 if 1 else 2"])
+def test_the_calculator_does_nothing_else(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        tools.calculate(text)
+
+
+def test_a_call_and_its_result_become_the_second_request() -> None:
+    first = tools.request("m", "q", tools.EXAMPLES["weather"].schema, "required")
+    message = {
+        "content": None,
+        "tool_calls": [{"id": "c", "function": {"name": "get_weather", "arguments": '{"city": "Seoul"}'}}],
+    }
+    call = tools.call_of(message)
+    assert call == tools.Call("c", "get_weather", '{"city": "Seoul"}', {"city": "Seoul"})
+    second = tools.with_result(first, message, call, "rain")
+    assert [each["role"] for each in second["messages"]] == ["user", "assistant", "tool"]
+    assert (second["tool_choice"], first["messages"][-1]["role"]) == ("none", "user")
+    assert tools.EXAMPLES["weather"].run(call.arguments or {}) == "12 °C, light rain"
+    cut = {"tool_calls": [{"id": "c", "function": {"name": "f", "arguments": '{"city": '}}]}
+    assert tools.call_of(cut) == tools.Call("c", "f", '{"city": ', None)
+    for odd in ({}, {"tool_calls": None}, {"tool_calls": [{}]}):
+        assert tools.call_of(odd) is None
+
+
+def test_accuracy_counts_right_labels() -> None:
+    body = {"results": [[{"label": "POSITIVE", "score": 0.9}], [{"label": "positive", "score": 0.9}], [], "x"]}
+    assert tasks.accuracy(tasks.labels(body), [True, False, True, True]) == (1, 2)
+    assert tasks.answer({"results": [{"answer": "Busan", "score": 0.5}]}) == ("Busan", 0.5)
+    assert tasks.answer({}) == ("", 0.0)
+    assert [len(each) for each in tasks.SENTENCES.values()] == [12, 12]
+
+
+def test_the_exceptions_shown_are_those_of_todays_packages() -> None:
+    with pytest.raises(Exception, match=r".") as removed:
+        openai.ChatCompletion.create(model="gpt-3.5-turbo", messages=[])  # type: ignore[attr-defined]
+    shown = tasks.LESSONS["chat"].error
+    assert shown.removeprefix("APIRemovedInV1: ") in " ".join(str(removed.value).split())
+    from transformers import pipeline
+
+    with pytest.raises(KeyError) as gone:
+        pipeline("question-answering")
+    assert tasks.LESSONS["question"].error.removeprefix("KeyError: ") in gone.value.args[0]
+    for lesson in tasks.LESSONS.values():
+        compile(lesson.code, "then", "exec")
+        compile(lesson.now, "now", "exec")
+
+
+# ---- faults and keys
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "key", "wanted"),
+    [(401, "invalid_api_key", None, "key_needed"), (401, "invalid_api_key", "sk-x", "key_invalid"),
+     (403, "model_not_allowed", "sk-x", "model_not_allowed"), (403, "other", "sk-x", "refused"),
+     (421, "host_not_allowed", None, "wrong_host"), (429, "rate_limit_exceeded", "sk-x", "limited"),
+     (429, "insufficient_quota", "sk-x", "budget"), (429, "queue_full", None, "busy"),
+     (503, "draining", None, "draining"), (503, "keys_unavailable", "sk-x", "keys_unavailable"),
+     (503, "upstream_unavailable", None, "model_down"), (504, "upstream_timeout", None, "timeout"),
+     (400, "context_length_exceeded", None, "too_long"), (400, None, None, "rejected"), (500, None, None, "upstream_error")],
+)  # fmt: skip
+def test_each_refusal_has_its_cause(status: int, code: str | None, key: str | None, wanted: str) -> None:
+    assert kind(status, code, key) == wanted
+    for language in texts.LANGUAGES:
+        words = texts.load(language)
+        assert f"faults.{wanted}.what" in words
+        assert f"faults.{wanted}.do" in words
+
+
+@pytest.mark.parametrize(
+    ("key", "valid"),
+    [("sk-lab-1", True), ("", False), ("a b", False), ("a\nb", False), ("키", False), ("x" * 513, False)],
+)
+def test_a_key_is_a_token(key: str, valid: bool) -> None:
+    assert valid_key(key) == valid
+
+
+def test_every_page_has_its_texts() -> None:
+    for language in texts.LANGUAGES:
+        words = texts.load(language)
+        for page in pages.PAGES:
+            assert f"nav.{page.name}" in words
+            assert f"{page.name}.title" in words
+            assert page.name == "start" or f"start.page.{page.name}" in words
+
+
+def test_korean_is_offered_where_a_model_has_none() -> None:
+    assert chat.speaks_korean({"languages": None})
+    assert chat.speaks_korean({"languages": ["en", "ko"]})
+    assert not chat.speaks_korean({"languages": ["en"]})
+
+
+def test_completions_tokens_are_read_as_well() -> None:
+    from lab_ui.proxy import _tokens
+
+    old = SimpleNamespace(tokens=[" a"], token_logprobs=[-0.5], top_logprobs=[{" a": -0.5, " b": -1.5}])
+    (token,) = _tokens(old)
+    assert (token.text, token.logprob, [each.text for each in token.top]) == (" a", -0.5, [" a", " b"])
+    assert _tokens(None) == []
