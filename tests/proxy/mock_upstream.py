@@ -154,8 +154,8 @@ class Mock:
             shown = orjson.dumps(made, option=orjson.OPT_INDENT_2) if mode == "pretty" else made
             await whole(send, shown, extra)
             return self.count(made["usage"])
-        usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        await stream(send, made, mode, usage=usage, key=key, extra=extra, after=self.after)
+        wanted = bool((body.get("stream_options") or {}).get("include_usage"))
+        await stream(send, made, mode, usage=wanted, key=key, extra=extra, after=self.after)
         return self.count(made["usage"])
 
     def count(self, usage: dict[str, Any]) -> None:
