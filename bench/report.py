@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
 
 
 def page(title: str, reported: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The table for who reads it in a terminal, and for the README."""
+    """The table for who reads it in a terminal, and for docs/benchmarks.md."""
     head = ", ".join(f"{name}: {value}" for name, value in reported.items())
     lines = [f"{title}: {head}", "", f"{'':52} {'figure':>10} {'':6} {'target':21}      beside it"]
     section = ""
