@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import json
 import math
@@ -264,9 +265,58 @@ def second_key(secret: str, unkeyed: list[str], vector: dict[str, Any]) -> tuple
     defaults = json.loads(json.dumps(vector["defaults"]), parse_float=Decimal, parse_int=Decimal)
     body = {name: value for name, value in body.items() if name not in unkeyed and value is not None}
     body = {name: value for name, value in body.items() if second_form(value) != second_form(defaults.get(name))}
-    parts = [Decimal(3), *(vector[name] for name in ("tenant", "upstream", "model", "revision", "endpoint"))]
+    if isinstance(body.get("stop"), list) and len(body["stop"]) == 1:
+        (body["stop"],) = body["stop"]
+    if body.get("tools") and body.get("tool_choice") == "auto":
+        body.pop("tool_choice")
+    if vector.get("local") and body.get("max_tokens") is None and "max_completion_tokens" in body:
+        body["max_tokens"] = body.pop("max_completion_tokens")
+    for message in body["messages"] if isinstance(body.get("messages"), list) else ():
+        match message:
+            case {"content": [{"type": "text", "text": str(text), **rest}]} if not rest:
+                message["content"] = text
+    parts = [Decimal(4), *(vector[name] for name in ("tenant", "upstream", "model", "revision", "endpoint"))]
     form = second_form([*parts, body | {"model": vector["model"]}])
     return form, hmac.new(secret.encode(), form.encode(), "sha256").hexdigest()
+
+
+# Of the vectors of each version of the contract.
+DIGESTS = {4: "ee06c28f1abde081cbbc4a0cab7148c132bb73a6936002917c3a9c25fbf73b29"}
+
+
+def test_cache_k6_other_keys_are_another_version() -> None:
+    """Vectors change with `cache.key.CONTRACT` alone: an old entry under a new meaning would be a wrong answer."""
+    digest = hashlib.sha256(json.dumps(VECTORS, sort_keys=True).encode()).hexdigest()
+    assert DIGESTS[cache_key.CONTRACT] == digest, "the vectors have changed: raise CONTRACT, and add the digest here"
+
+
+SAME = {
+    "stop": ({"stop": "x"}, {"stop": ["x"]}, {"stop": ["x", "y"]}),
+    "tool_choice": ({"tools": [1]}, {"tools": [1], "tool_choice": "auto"}, {"tools": [1], "tool_choice": "none"}),
+    "tool_choice without tools": ({"a": 1, "tool_choice": "auto"}, {"tool_choice": "auto", "a": 1}, {"a": 1}),
+    "content": (
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": ""}]}]},
+    ),
+    "content with more": (
+        {"messages": [{"content": [{"type": "text", "text": "x", "cache": 1}]}]},
+        {"messages": [{"content": [{"cache": 1, "type": "text", "text": "x"}]}]},
+        {"messages": [{"content": "x"}]},
+    ),
+    "max_tokens": ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 6}),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_cache_two_spellings_of_a_request_have_one_key(case: str) -> None:
+    one, same, other = (cache_key.comparable(body, "m", {}, local=True) for body in SAME[case])
+    assert canonical.encode(one) == canonical.encode(same) != canonical.encode(other)
+
+
+def test_cache_an_upstream_may_tell_the_limits_apart() -> None:
+    one, other = ({name: 5} for name in ("max_tokens", "max_completion_tokens"))
+    assert cache_key.comparable(one, "m", {}) != cache_key.comparable(other, "m", {})
 
 
 @pytest.mark.parametrize("vector", VECTORS["vectors"], ids=lambda vector: vector["title"])
@@ -276,7 +326,8 @@ def test_cache_k6_vectors(vector: dict[str, Any]) -> None:
     assert VECTORS["unkeyed"] == sorted(cache_key.UNKEYED)
     parts = {name: vector[name] for name in ("tenant", "upstream", "model", "revision", "endpoint")}
     defaults = {name: canonical.encode(value) for name, value in vector["defaults"].items()}
-    body = cache_key.comparable(canonical.parse(vector["request"].encode()), vector["model"], defaults)
+    local = vector.get("local", False)
+    body = cache_key.comparable(canonical.parse(vector["request"].encode()), vector["model"], defaults, local=local)
     form = cache_key.canonical_form(**parts, body=body)
     assert (form.decode(), cache_key.key_of(VECTORS["secret"].encode(), form)) == (vector["canonical"], vector["key"])
     assert second_key(VECTORS["secret"], VECTORS["unkeyed"], vector) == (vector["canonical"], vector["key"])

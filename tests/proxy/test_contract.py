@@ -235,7 +235,7 @@ def test_base64_is_little_endian_float32(target: str) -> None:
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
-        ({"messages": [{"role": "user", "content": "hi", "name": "bob"}]}, "messages[0].name", "unknown_parameter"),
+        ({"messages": [{"role": "user", "content": "hi", "nick": "bob"}]}, "messages[0].nick", "unknown_parameter"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type",

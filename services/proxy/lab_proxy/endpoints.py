@@ -99,7 +99,7 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             operation="text_completion",
             handler="completions",
             kinds=GENERATORS,
-            defaults={"openai": {**_COMPLETIONS, "max_tokens": 16}, "lab": {**_COMPLETIONS, **_LAB}},
+            defaults={"openai": {**_COMPLETIONS, "max_tokens": 16}, "lab": {**_COMPLETIONS, "max_tokens": 16, **_LAB}},
         ),
         Endpoint(
             EMBEDDINGS,

@@ -49,6 +49,10 @@ class BodyTooLarge(InvalidRequest, status=413, code="request_too_large"):
     """A request body or an uploaded file."""
 
 
+class HeadTooLarge(InvalidRequest, status=431, code="request_too_large"):
+    """Request line and headers."""
+
+
 class ClientDisconnected(InvalidRequest, status=499, type="client_gone"):
     """The client closed the connection. Only the log shows this error."""
 
@@ -109,7 +113,8 @@ class DeadlineExceeded(ProxyError, status=504, code="deadline_exceeded"):
     """The caller's own deadline has passed."""
 
     def __init__(self) -> None:
-        super().__init__("The time that x-request-timeout-ms gave is over.")
+        # OpenAI's clients would try again.
+        super().__init__("The time that x-request-timeout-ms gave is over.", headers={"x-should-retry": "false"})
 
 
 class InvalidKey(InvalidRequest, status=401, code="invalid_api_key"):

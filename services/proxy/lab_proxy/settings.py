@@ -107,6 +107,7 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     """Concurrent batch lines per process; 0: this process runs no batches."""
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     """Largest request body; larger ones get a 413."""
+    head_timeout_seconds: float = Field(30, gt=0, description="Time limit for reading a request's head.")
     body_timeout_seconds: float = Field(30, gt=0)
     """Time limit for reading a request's body."""
     connect_timeout_seconds: float = Field(5, gt=0)

@@ -12,7 +12,7 @@ from typing import Any
 from .. import canonical
 from ..canonical import encode
 
-CONTRACT = 3
+CONTRACT = 4
 """Version of key and entry. A change of either makes every older entry a miss."""
 
 UNKEYED = frozenset({
@@ -22,9 +22,15 @@ UNKEYED = frozenset({
 """Fields that cannot change an answer. All other fields are part of the key, unknown ones too."""
 
 
-def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes]) -> dict[str, Any]:
-    """The fields of a request body that are part of the key: not UNKEYED, not null, not equal to their default.
-    `defaults` maps a field to the canonical bytes of its documented default."""
+def comparable(
+    body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes], *, local: bool = False
+) -> dict[str, Any]:
+    """The fields of a request body that are part of the key: not UNKEYED, not null, not equal to their default; of two
+    spellings of the same request one.
+
+    `defaults` maps a field to the canonical bytes of its documented default. `local`: a model of the model service
+    answers, to which `max_completion_tokens` and `max_tokens` are the same.
+    """
     kept = {}
     for field, value in body.items():
         if value is None or field in UNKEYED:
@@ -33,7 +39,27 @@ def comparable(body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes
         if default is None or encode(value) != default:
             kept[field] = value
     kept["model"] = model
+    stop = kept.get("stop")
+    if isinstance(stop, list) and len(stop) == 1:
+        kept["stop"] = stop[0]
+    if kept.get("tool_choice") == "auto" and kept.get("tools"):
+        del kept["tool_choice"]
+    if local and "max_completion_tokens" in kept and "max_tokens" not in kept:
+        kept["max_tokens"] = kept.pop("max_completion_tokens")
+    if isinstance(messages := kept.get("messages"), list):
+        kept["messages"] = [_with_plain_text(message) for message in messages]
     return kept
+
+
+def _with_plain_text(message: Any) -> Any:
+    """The message with its text in place of a list of exactly one text part."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0], dict):
+        return message
+    part = content[0]
+    text = part.get("text")
+    is_text = part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(text, str)
+    return message | {"content": text} if is_text else message
 
 
 def canonical_form(*, tenant: str, upstream: str, model: str, revision: str | None, endpoint: str, body: Any) -> bytes:

@@ -53,7 +53,10 @@ def bypass_reason(endpoint: str, body: Mapping[str, Any], default_temperature: A
     if body.get("previous_response_id") is not None:
         return "previous-response"
     options = body.get("stream_options")
-    if options and not (set(options) == {"include_usage"} and isinstance(options["include_usage"], bool)):
+    known = {"include_usage": (True, False, None), "include_obfuscation": (False, None)}
+    if options and not all(
+        name in known and isinstance(value, bool | None) and value in known[name] for name, value in options.items()
+    ):
         return "stream-options"  # the upstream may refuse them, which an entry would hide
     row = ENDPOINTS[endpoint]
     if row.per_input:
@@ -80,7 +83,9 @@ def unstorable_reason(endpoint: str, body: Mapping[str, Any], answer: Any) -> st
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     if not isinstance(choices, list) or len(choices) != (body.get("n") or 1) * prompts:
         return "choices"
-    limited = any(body.get(limit) is not None for limit in ("max_tokens", "max_completion_tokens"))
+    # Text completions have a default of 16 tokens.
+    limits = ("max_tokens", "max_completion_tokens")
+    limited = endpoint == COMPLETIONS or any(body.get(limit) is not None for limit in limits)
     allowed = {"stop", "tool_calls", "length"} if limited else {"stop", "tool_calls"}
     for choice in choices:
         if not isinstance(choice, dict) or choice.get("finish_reason") not in allowed:

@@ -25,7 +25,7 @@ from ..requests.context import RequestContext, Traffic
 from ..requests.executor import STALLED_CLIENT_SECONDS, Executor
 from ..settings import Settings
 from ..telemetry.observer import Observer
-from .guards import DEADLINE, BodyReader, CallerGuard, check_json, check_operator, read_deadline
+from .guards import DEADLINE, BodyReader, CallerGuard, check_json, check_operator, check_transfer, read_deadline
 from .response import DisconnectWatch, Message, Page, PageRequest, Pages, Receive, Response, Send
 
 log = logging.getLogger("lab_proxy.request")
@@ -97,7 +97,7 @@ class App:
         if draining:
             always["connection"] = "close"
         # 2. The response, or an error.
-        response = Response(send, always)
+        response = Response(send, always, chunks=scope["http_version"] != "1.0")
         record = response.record
         path: str = scope["path"]
         status = 0
@@ -129,6 +129,7 @@ class App:
 
     async def _dispatch(self, scope: Message, headers: Mapping[str, str], receive: Receive, response: Response) -> None:
         method, path = scope["method"], scope["path"]
+        check_transfer(headers)
         # 1. Host and origin.
         if path not in UNCHECKED:
             self._guard.check(headers)

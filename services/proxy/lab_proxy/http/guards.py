@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import parse_qs
@@ -15,6 +16,8 @@ from ..settings import LOOPBACK, Settings
 from .response import PageRequest, Receive
 
 DEADLINE = "x-request-timeout-ms"
+CODINGS = "gzip, deflate"
+LONG_BODY = 64 * 1024  # bytes; decoding a longer one leaves the event loop
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
 
@@ -57,7 +60,52 @@ class BodyReader:
             if left < self._timeout:
                 raise errors.DeadlineExceeded from None
             raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
-        return b"".join(parts)
+        raw, codings = b"".join(parts), headers.get("content-encoding", "")
+        if not codings:
+            return raw
+        if len(raw) > LONG_BODY:
+            return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)
+        return decode_content(raw, codings, self._max_bytes)
+
+
+def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
+    """The content that `raw` stands for. codings: of the header Content-Encoding (RFC 9110, section 8.4).
+
+    Raises UnsupportedMediaType for an unknown coding, BodyTooLarge for content of over `limit` bytes, InvalidRequest
+    where the body is not what the header says.
+    """
+    for name in reversed([part.strip().lower() for part in codings.split(",")]):
+        if name in {"", "identity"}:
+            continue
+        if name not in {"gzip", "x-gzip", "deflate"}:
+            why = f"The content coding `{name[:50]}` is not supported: use {CODINGS} or none."
+            raise UnsupportedMediaType(why, headers={"accept-encoding": CODINGS})
+        # Some senders of deflate leave out zlib's head, against the RFC.
+        kinds = (zlib.MAX_WBITS, -zlib.MAX_WBITS) if name == "deflate" else (zlib.MAX_WBITS + 16,)
+        found = next((out for kind in kinds if (out := _inflate(raw, kind, limit)) is not None), None)
+        if found is None:
+            why = f"The body is not {name}, which its header Content-Encoding names."
+            raise InvalidRequest(why, param="content-encoding", code="invalid_value")
+        raw = found
+    return raw
+
+
+def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
+    """None if `raw` is not whole or not of this kind. Raises BodyTooLarge."""
+    out = b""
+    while True:
+        decoder = zlib.decompressobj(kind)
+        try:
+            out += decoder.decompress(raw, limit + 1 - len(out))
+        except zlib.error:
+            return None
+        if len(out) > limit:
+            raise errors.BodyTooLarge(f"The body is larger than {limit} bytes when it is decoded.")
+        if not decoder.eof:
+            return None
+        raw = decoder.unused_data  # gzip may have several members
+        if not raw:
+            return out
 
 
 async def receive_body(
@@ -77,6 +125,13 @@ async def receive_body(
         if size > limit:
             raise errors.BodyTooLarge(why)
         put(data)
+
+
+def check_transfer(headers: Mapping[str, str]) -> None:
+    """Raises InvalidRequest (501) for a transfer coding other than chunked: RFC 9112, section 6.1."""
+    if headers.get("transfer-encoding", "chunked").strip().lower() != "chunked":
+        why = "The only transfer coding here is chunked."
+        raise InvalidRequest(why, status=501, headers={"connection": "close"})
 
 
 def check_json(headers: Mapping[str, str]) -> None:

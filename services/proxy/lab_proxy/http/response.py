@@ -24,9 +24,12 @@ PRIVATE = {"cache-control": "no-store"}
 class Response:
     """One HTTP response; a ResponseWriter."""
 
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
-        """`headers`: sent with every answer to this request, `x-request-id` among them."""
+    def __init__(self, send: Send, headers: dict[str, str], *, chunks: bool = True) -> None:
+        """`headers`: sent with every answer to this request, `x-request-id` among them. `chunks`: the client knows
+        them; a client of HTTP/1.0 gets a stream as a whole."""
         self._send = send
+        self._whole: list[bytes] | None = None if chunks else []
+        self._stream_headers: Mapping[str, str] = {}
         self.headers = headers
         self.record = RequestRecord()
         self.started_at = time.perf_counter()
@@ -48,14 +51,22 @@ class Response:
 
     async def start_stream(self, headers: Mapping[str, str]) -> None:
         # x-accel-buffering: a reverse proxy in front must not buffer events.
-        await self._start(200, {"content-type": SSE, "cache-control": "no-store", "x-accel-buffering": "no", **headers})
+        headers = {"content-type": SSE, "cache-control": "no-store", "x-accel-buffering": "no", **headers}
+        if self._whole is None:
+            return await self._start(200, headers)
+        self.started, self.status, self._stream_headers = True, 200, headers
+        return None
 
     async def write(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if self._stream_headers and self._whole is not None:
+            return self._whole.append(data)
+        return await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
+        if self._stream_headers and self._whole is not None:
+            return await self.send(b"".join(self._whole), self._stream_headers, SSE)
         self.ended = True
-        await self._send({"type": "http.response.body", "body": b""})
+        return await self._send({"type": "http.response.body", "body": b""})
 
     async def send_chunks(self, headers: Mapping[str, str], content_type: str, chunks: AsyncIterator[bytes]) -> None:
         """A body that is not held in memory; `headers` contain its length."""

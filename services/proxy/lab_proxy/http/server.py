@@ -7,17 +7,20 @@ connections and tasks, not what they carry.
 
 import asyncio
 import gc
+import http
 import logging
 import signal
 import socket
 import sys
 import time
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ..errors import BodyTimeout, HeadTooLarge, InvalidRequest
 from ..requests.context import Traffic
 from ..settings import Settings
 from .app import App
@@ -28,6 +31,7 @@ WRITE_BYTES = 65_536  # buffered until the end of the loop's turn; above it uvic
 POLL_SECONDS = 0.02
 STALL_TICKS = 5  # ticks of uvicorn, 0.1 s each, between two checks for stalled clients
 IDLE_SECONDS = 75  # above the 5 s after which httpx (so the openai SDK) closes idle connections itself
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers; the model service has the same limit
 CANCEL_SECONDS = 2  # for cancelled requests to close their upstream calls
 
 
@@ -68,8 +72,70 @@ class Gathering:
 
 
 class Connection(HttpToolsProtocol):
+    """uvicorn's, with bounds on the size and time of a request's head, and errors in OpenAI's envelope."""
+
+    def __init__(self, *args: Any, head_seconds: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._head_seconds = head_seconds
+        self._timer: asyncio.TimerHandle | None = None  # while a head is not complete
+        self._received = 0  # bytes since its beginning
+        self._refused = False
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", Gathering(cast("asyncio.Transport", transport))))
+        self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._received += len(data)
+        super().data_received(data)
+        if self._timer is not None and self._received > MAX_HEAD_BYTES:
+            self._refuse(HeadTooLarge(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._timer is None:  # not the connection's first request
+            self._received = 0
+            self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES:
+            self._refuse(HeadTooLarge(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."))
+            return
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(InvalidRequest("This is not a request of HTTP/1.1."))
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self._received:
+            self._refuse(BodyTimeout("The head of the request did not come in time (PROXY_HEAD_TIMEOUT_SECONDS)."))
+        else:
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, error: InvalidRequest) -> None:
+        """Answer without the app, and close."""
+        if self._refused:
+            return
+        self._refused = True
+        self._stop_timer()
+        body = error.body()
+        head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+        end = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write((head + end).encode() + body)
+        self.transport.close()
 
 
 class DrainingServer(uvicorn.Server):
@@ -133,7 +199,7 @@ def serve(app: App, traffic: Traffic, settings: Settings, listener: socket.socke
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=Connection,
+        http=cast("Any", partial(Connection, head_seconds=settings.head_timeout_seconds)),
         ws="none",
         lifespan="on",
         log_config=None,

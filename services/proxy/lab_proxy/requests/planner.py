@@ -12,12 +12,13 @@ from ..cache import entry
 from ..cache.key import canonical_form, comparable, input_keys, key_of, with_input
 from ..cache.policy import bypass_reason
 from ..cache.store import Cache
-from ..endpoints import ENDPOINTS, Endpoint
+from ..endpoints import EMBEDDINGS, ENDPOINTS, Endpoint
 from ..errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from ..lru import LRU
 from ..upstreams.model_list import ModelList
 from ..upstreams.routes import Routes, Target
 from .context import Plan, RequestContext
+from .openai_tokens import VOCABULARIES, decode_inputs
 
 MAX_BODY_BYTES = 65_536  # of a request whose plan is kept: parsing a longer body costs little compared with its answer
 PLAN_BYTES = 32 * 1024 * 1024  # of all kept plans, with the requests, their parsed bodies and canonical forms
@@ -122,9 +123,17 @@ class Planner:
         n = body.get("n")
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise InvalidRequest("`n` must be a whole number from 1.", param="n")
+        if not isinstance(body.get("store"), bool | None):
+            raise InvalidRequest("`store` must be true or false.", param="store")
         # 2. The target.
         target = self._routes.resolve(model, self._models.entries, body)
         _record_target(request, target)
+        if target.versioned and endpoint.path == EMBEDDINGS and (name := VOCABULARIES.get(target.alias or "")):
+            # Clients send ids of the vocabulary of the model that they name: a local model gets their text.
+            units = body.get(endpoint.input_field)
+            if isinstance(units, list) and units and not isinstance(units[0], str):
+                body = request.body = body | {endpoint.input_field: decode_inputs(units, name)}
+                request.raw = canonical.dump(body)
         kind = self._models.entries.get(target.model, {}).get("kind") if target.versioned else None
         if kind and kind not in endpoint.kinds:
             raise InvalidRequest(f"`{model}` is of kind {kind}, which {endpoint.path} does not take.", param="model")
@@ -164,7 +173,9 @@ class Planner:
             model=target.model,
             revision=revision,
             endpoint=request.endpoint,
-            body=comparable(body, target.model, target.defaults.get(request.endpoint, {})),
+            body=comparable(
+                body, target.model, target.defaults.get(request.endpoint, {}), local=target.config.kind == "model"
+            ),
         )
 
     def input_keys(self, plan: Plan, revision: str | None, inputs: Iterable[bytes]) -> list[str]:

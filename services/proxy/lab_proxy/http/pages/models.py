@@ -26,6 +26,9 @@ class ModelPages:
 
     async def _get(self, request: PageRequest, response: Response) -> None:
         name = request.path.removeprefix(PREFIX)
+        if not name:
+            await self._list(request, response)
+            return
         entry = self._allowed(request.identity).get(name)
         if entry is None and not request.identity.allows(name):
             raise ModelNotAllowed(f"This key is not for the model `{name[:200]}`.", param="model")

@@ -65,7 +65,10 @@ def _range(filters: Mapping[str, str]) -> tuple[date, date]:
         except ValueError:
             raise InvalidRequest(f"`{name}` is a day, as 2026-11-23.", param=name) from None
     last = days["to"] or datetime.now(UTC).date()
-    first = days["from"] or last - timedelta(days=DEFAULT_DAYS - 1)
+    try:
+        first = days["from"] or last - timedelta(days=DEFAULT_DAYS - 1)
+    except OverflowError:
+        raise InvalidRequest(f"`to` is too early: there are {DEFAULT_DAYS} days before it.", param="to") from None
     if not timedelta(0) <= last - first < timedelta(days=MAX_DAYS):
         raise InvalidRequest(f"`from` to `to` are 1 to {MAX_DAYS} days.", param="from")
     return first, last

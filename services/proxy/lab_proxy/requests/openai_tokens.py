@@ -1,0 +1,35 @@
+"""Token ids of OpenAI's embedding models as texts. Knows OpenAI's vocabularies; not which model answers."""
+
+import functools
+from typing import Any
+
+from ..errors import InvalidRequest
+
+VOCABULARIES = {
+    "text-embedding-3-small": "cl100k_base",
+    "text-embedding-3-large": "cl100k_base",
+    "text-embedding-ada-002": "cl100k_base",
+}
+
+
+@functools.cache
+def _encoding(name: str) -> Any:
+    import bpe_openai  # type: ignore[import-untyped]  # noqa: PLC0415 - its vocabularies take memory that few need
+
+    return bpe_openai.get_encoding(name)
+
+
+def decode_inputs(units: list[Any], vocabulary: str) -> list[str]:
+    """The texts of `input`: a list of token ids, or a list of such lists. Raises InvalidRequest."""
+    one = not isinstance(units[0], list)
+    texts = []
+    for place, ids in enumerate([units] if one else units):
+        at = "input" if one else f"input[{place}]"
+        if not isinstance(ids, list) or not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+            raise InvalidRequest(f"`{at}` must be a list of token ids.", param=at, code="invalid_value")
+        try:
+            texts.append(_encoding(vocabulary).decode(ids))
+        except (KeyError, OverflowError, ValueError):
+            why = f"`{at}` holds ids that {vocabulary}, the vocabulary of the named model, does not have."
+            raise InvalidRequest(why, param=at, code="invalid_value") from None
+    return texts
