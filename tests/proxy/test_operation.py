@@ -348,6 +348,20 @@ def test_metrics_tell_of_times_and_states(bench: Bench) -> None:
     assert 'lab_proxy_generation{file="routes"} 1.0' in page
 
 
+def test_metrics_tell_of_cost(bench: Bench) -> None:
+    """What upstream calls cost, by model; a hit costs nothing."""
+    labels = '{model="gpt-4o-mini",upstream="openai"}'
+
+    def cost() -> float:
+        return number(bench.http.get("/metrics").text, f"lab_proxy_cost_usd_total{labels}")
+
+    before, text = cost(), new()
+    used = bench.chat(text, model="gpt-4o-mini").json()["usage"]
+    assert bench.chat(text, model="gpt-4o-mini").headers["cache-status"].startswith("llm-lab; hit")
+    paid = (0.15 * used["prompt_tokens"] + 0.6 * used["completion_tokens"]) / 1e6
+    assert cost() - before == pytest.approx(paid)
+
+
 def test_exemplars_carry_request_ids(bench: Bench) -> None:
     """For who accepts OpenMetrics: each bucket names the request that fell into it last."""
     answer = bench.chat(headers={"x-request-id": "exemplary-1"})

@@ -432,6 +432,8 @@ def test_headers_are_clean_both_ways(bench: Bench) -> None:
         ({"host": "localhost:1"}, 200),
         ({"host": "[::1]:8080"}, 200),
         ({"host": "proxy:8080"}, 200),
+        ({"host": "10.0.3.7:8080"}, 200),  # how Prometheus names a pod
+        ({"host": "[fd00::7]:8080"}, 200),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://localhost:3000"}, 403),

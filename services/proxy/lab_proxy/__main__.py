@@ -16,17 +16,18 @@ from .cache.store import Cache
 from .http.app import App, Part
 from .http.pages.batches import BatchPages
 from .http.pages.cache import CachePages
-from .http.pages.files import FilePages
+from .http.pages.files import FilePages, files_disabled
 from .http.pages.health import HealthPages
 from .http.pages.keys import KeyPages
 from .http.pages.models import ModelPages
 from .http.pages.usage import UsagePages
-from .http.response import Page
+from .http.response import Page, Pages
 from .http.server import listen, serve
 from .keys.authentication import Authenticator
 from .keys.limits import Limits
 from .keys.store import KeyStore
 from .ledger.ledger import Ledger
+from .ledger.money import PICO
 from .ledger.prices import Prices
 from .ledger.reconciliation import Reconciliation
 from .redis.address import Address
@@ -103,6 +104,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         folder=settings.disk_queue_folder,
         max_bytes=settings.ledger_spool_bytes,
         on_error=on_redis_error,
+        on_cost=lambda upstream, model, pico: metrics.count("cost_usd", upstream, model, by=pico / PICO),
     )
     # 2. cache
     cache = Cache(
@@ -167,14 +169,14 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
     health = HealthPages(cache, upstreams, models, metrics=metrics, traffic=traffic, files=reloader)
     metrics.watch(reloader.gauges)
     metrics.watch(health.gauges)
+    stored: Pages = {**FilePages(files, settings).pages(), **BatchPages(files, batches.wake).pages()}
     pages: dict[tuple[str, str], Page] = {
         **health.pages(),
         **ModelPages(routes, models).pages(),
         **KeyPages(KeyStore(client), ledger).pages(),
         **UsagePages(ledger).pages(),
         **CachePages(executor.planner, cache, keys).pages(),
-        **FilePages(files, settings).pages(),
-        **BatchPages(files, batches.wake).pages(),
+        **(stored if settings.files_enabled else dict.fromkeys(stored, files_disabled)),
     }
     # Stopped in reverse order: the ledger after all that record charges.
     parts: list[Part] = [traces] if traces else []

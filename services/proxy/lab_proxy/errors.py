@@ -97,6 +97,10 @@ class UploadNotFound(InvalidRequest, status=404, code="file_not_found"):
     """This owner has no such file."""
 
 
+class FilesDisabled(InvalidRequest, status=501, code="files_disabled"):
+    """PROXY_FILES_ENABLED is false."""
+
+
 class BatchNotFound(InvalidRequest, status=404, code="batch_not_found"):
     """This owner has no such batch."""
 

@@ -68,7 +68,7 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     ledger_spool_bytes: int = Field(64 * 1024 * 1024, ge=0)
     """Size of the disk queue of one process; further charges wait in memory."""
     allowed_hosts: Names = ()
-    """Allowed Host names besides loopback and `proxy`; `*` for any. Prevents DNS rebinding."""
+    """Allowed Host names besides loopback, `proxy` and IP addresses; `*` for any. Prevents DNS rebinding."""
     allowed_origins: Names = ()
     """Origins of web pages that may call the proxy (`https://lab.example`); others get a 403."""
     model_url: str = "http://127.0.0.1:8000"
@@ -97,6 +97,8 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     """Memory of local copies of cache entries; 0 turns local copies off."""
     cache_secret_file: Path = Path(".state/cache-secret")
     """File with the secret of the cache keys; created at the first start."""
+    files_enabled: bool = True
+    """Offer /v1/files and /v1/batches. Off where replicas share no folder; then both answer 501."""
     files_dir: Path | None = None
     """Folder of uploaded files and batches, shared by replicas. Default: `files` beside the secret."""
     files_max_bytes: int = Field(64 * 1024 * 1024, ge=1024)

@@ -103,7 +103,7 @@ class BatchWorker:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        if self._settings.batch_concurrency:
+        if self._settings.batch_concurrency and self._settings.files_enabled:
             self._task = asyncio.create_task(self._poll_forever(), name="batches")
 
     async def stop(self) -> None:

@@ -1,6 +1,7 @@
 """Guards of incoming requests: host, origin, content type, body, deadline, query. Knows HTTP; not what is requested."""
 
 import asyncio
+import ipaddress
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping
@@ -32,13 +33,22 @@ class CallerGuard:
         """Raises HostNotAllowed and OriginNotAllowed."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
-        if name not in self._hosts and "*" not in self._hosts:
+        if name not in self._hosts and "*" not in self._hosts and not _is_address(name):
             raise errors.HostNotAllowed("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
         if origin is None or {origin.lower(), "*"} & self._origins:
             return
         if origin.lower().partition("://")[2] != host:
             why = "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
             raise errors.OriginNotAllowed(why)
+
+
+def _is_address(name: str) -> bool:
+    """An IP address: how Prometheus names a pod. No DNS, so no rebinding."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class BodyReader:

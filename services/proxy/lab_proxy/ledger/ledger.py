@@ -9,6 +9,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -78,13 +79,20 @@ class Ledger:
     """Counts charges and books them in redis. A part. `record` never waits and never fails."""
 
     def __init__(
-        self, client: Client, prices: Prices, *, folder: Path, max_bytes: int, on_error: OnError = lambda _: None
+        self,
+        client: Client,
+        prices: Prices,
+        *,
+        folder: Path,
+        max_bytes: int,
+        on_error: OnError = lambda _: None,
+        on_cost: Callable[[str, str, int], None] = lambda _, __, ___: None,
     ) -> None:
-        """`folder`: of the disk queue, which holds at most `max_bytes`."""
+        """`folder`: of the disk queue, which holds at most `max_bytes`. `on_cost`: upstream, model, pico-dollars."""
         self._redis = client
         self._prices = prices
         self._folder, self._max_bytes = folder, max_bytes
-        self._on_error = on_error
+        self._on_error, self._on_cost = on_error, on_cost
         self._writer = secrets.token_hex(8)
         self._number = 0
         self._rows: dict[tuple[str, str, str, str, str], list[int]] = {}
@@ -125,6 +133,8 @@ class Ledger:
         charge.day = charge.day or self.today()
         charge.cost = self._cost(charge) if charge.source == "upstream" else None
         self._count(charge, 1)
+        if charge.cost:
+            self._on_cost(charge.upstream, charge.model, charge.cost)
 
     def correct(self, charge: Charge, prompt: int, completion: int, cached: int) -> None:
         """Replace an estimated charge by the real numbers, in the row of its day."""

@@ -24,6 +24,7 @@ _BY = ("route", "model", "cache")
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests answered.", (*_BY, "status")),
     "tokens": ("Tokens of answers, by where they came from.", ("model", "source", "kind")),
+    "cost_usd": ("Cost of upstream calls in USD, by the prices of the moment.", ("upstream", "model")),
     "redis_errors": ("Operations that redis failed.", ("operation",)),
     "upstream_calls": ("Calls that upstreams really got, retries among them.", ("upstream", "outcome")),
     "upstream_retries": ("Calls that repeated a failed one.", ("upstream",)),

@@ -117,7 +117,7 @@ class UpstreamClient:
             if last:
                 self._metrics.count("upstream_retries", self.config.name)
             call, began = UpstreamCall(self.config.name, target.model, time.time()), breaker.began()
-            if self.config.kind == "model":
+            if self.config.native:
                 call.id = f"{self._call_prefix}.{next(self._numbers)}"
             try:
                 reply = await self._send_once(request, target, body, call)
@@ -188,7 +188,7 @@ class UpstreamClient:
             "accept": "text/event-stream" if request.stream else "application/json",
             "x-request-id": request.request_id,
         }
-        if config.kind == "model":
+        if config.native:
             own = left if request.caller_deadline is None else min(left, request.caller_deadline - since)
             headers["x-request-timeout-ms"] = str(max(1, int(own * 1000)))
             headers["x-call-id"] = call.id
@@ -222,7 +222,9 @@ class UpstreamClient:
         return reply
 
     def _path(self, endpoint: str, model: str) -> str:
-        return f"/m/{quote(model, safe='')}{endpoint}" if self.config.kind == "model" else endpoint[3:]
+        if self.config.native:
+            return f"/m/{quote(model, safe='')}{endpoint}"
+        return endpoint if self.config.kind == "model" else endpoint[3:]
 
     def _refuse(self, answer: Answer, raw: bytes) -> NoReturn:
         name, status = self.config.name, answer.status

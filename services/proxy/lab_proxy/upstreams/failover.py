@@ -29,10 +29,14 @@ class UpstreamPool:
         for upstream in self._clients.values():
             await upstream.stop()
 
+    @property
+    def model_config(self) -> UpstreamConfig:
+        """Of the model service."""
+        return next(config for config in self._routes.upstreams.values() if config.kind == "model")
+
     async def ask_model(self, path: str, limit: float) -> tuple[int, Any]:
         """A GET at the model service, see UpstreamClient.get_json."""
-        config = next(config for config in self._routes.upstreams.values() if config.kind == "model")
-        return await self._client(config).get_json(path, limit)
+        return await self._client(self.model_config).get_json(path, limit)
 
     async def send(self, targets: Sequence[Target], request: UpstreamRequest) -> UpstreamResponse:
         """The answer of the first of `targets` that succeeds: see its `target` and `x-model-fallback`.

@@ -38,6 +38,10 @@ class ModelList:
     async def ready(self) -> dict[str, Any]:
         """`state` (up, loading, down) with the service's own report, or with advice."""
         try:
+            if not self._upstreams.model_config.native:  # it has no /ready: its list of models tells as much
+                status, _ = await self._upstreams.ask_model("/v1/models", 2.0)
+                models = [{"id": model, "state": "ready"} for model in self.entries]
+                return {"state": "up" if status == 200 else "down", "models": models}
             status, answer = await self._upstreams.ask_model("/ready", 2.0)
         except ProxyError as error:
             return {"state": "down", "detail": error.message}

@@ -32,6 +32,7 @@ class UpstreamRow(BaseModel, extra="forbid"):
     base_url: str | None = None
     api_key_file: Path | None = None
     keyless: bool = False
+    native: bool = True
     defaults: str | None = None
     stream_usage: bool = True
     responses: bool = False
@@ -114,6 +115,9 @@ class Table(BaseModel, extra="forbid"):
     def _names(self) -> Table:
         if sum(row.kind == "model" for row in self.upstreams.values()) != 1:
             raise ValueError("exactly one upstream is of the kind `model`")
+        for name, upstream in self.upstreams.items():
+            if not upstream.native and upstream.kind != "model":
+                raise ValueError(f"upstream {name!r}: `native: false` is for the kind `model`")
         for row in self.routes:
             for named in (row.upstream, *(fallback.upstream for fallback in row.fallbacks)):
                 if named not in self.upstreams:
@@ -128,7 +132,10 @@ class Table(BaseModel, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamConfig:
-    """Address and features of one upstream. `base_url` ends before the endpoint's path; `key`: None if keyless."""
+    """Address and features of one upstream. `base_url` ends before the endpoint's path; `key`: None if keyless.
+
+    `native`: the lab's model service, which has a path for each model, revisions and usage by call.
+    """
 
     name: str
     kind: str
@@ -138,6 +145,7 @@ class UpstreamConfig:
     stream_usage: bool
     responses: bool = False
     forward_proxy: str | None = field(default=None, repr=False)  # it may hold a password
+    native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,15 +254,15 @@ class Routes:
     def _target(self, route: RouteRow, upstream: str, model: str, local: Listed, asked: str) -> Target | None:
         """A model at an upstream, with the route's rules; None if it is not there, or the upstream is off."""
         now, config = self._now, self._now.configs[upstream]
-        versioned = config.kind == "model"
-        if model not in local if versioned else not config.configured:
+        is_local = config.kind == "model"
+        if model not in local if is_local else not config.configured:
             return None
-        listed = local[model] if versioned else {}
+        listed = local[model] if config.native else {}
         return Target(
             upstream=upstream,
             model=model,
             revision=listed.get("revision"),
-            versioned=versioned,
+            versioned=config.native,
             alias=asked if model != asked else None,
             ttl=route.ttl_seconds or self._settings.cache_ttl_seconds,
             store_sampled=route.store_sampled,
@@ -292,7 +300,7 @@ def _read(settings: Settings) -> _Read:
 def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
     if row.kind == "model":
         url = row.base_url or settings.model_url
-        return UpstreamConfig(name, row.kind, url, None, True, row.stream_usage, row.responses)
+        return UpstreamConfig(name, row.kind, url, None, True, row.stream_usage, row.responses, native=row.native)
     key, url = None, (row.base_url or settings.openai_base_url).rstrip("/")
     if row.base_url is None:
         key = settings.openai_key()

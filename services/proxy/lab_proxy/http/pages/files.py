@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ...batches.files import FileStore, lifetime, on_disk
-from ...errors import BodyTimeout, InvalidRequest, UploadNotFound
+from ...errors import BodyTimeout, FilesDisabled, InvalidRequest, UploadNotFound
 from ...settings import Settings
 from ..guards import read_query, receive_body
 from ..multipart import FORM_BYTES, UploadForm
@@ -100,6 +100,11 @@ class FilePages:
 async def _chunks(content: BinaryIO) -> AsyncIterator[bytes]:
     while chunk := await asyncio.to_thread(content.read, CHUNK_BYTES):
         yield chunk
+
+
+async def files_disabled(_: PageRequest, __: Response) -> None:
+    """In place of the pages of files and batches. Raises FilesDisabled."""
+    raise FilesDisabled("Files and batches are off here (PROXY_FILES_ENABLED).")
 
 
 def _nested(fields: Mapping[str, str], name: str) -> dict[str, Any] | None:
