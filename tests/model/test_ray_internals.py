@@ -18,7 +18,8 @@ Check against the new version, then set CHECKED_RAY:
 4. Ray still reads each RAY_ variable of prepare_environment, under this name.
 5. ray.init still takes _temp_dir.
 6. Serve adds 5 s to RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S (tests/model/test_front.py measures the drain).
-7. An idle service takes no more of a core than with {CHECKED_RAY}."""
+7. `ray drain-node` still calls GcsClient.drain_node with node id, reason, message and deadline.
+8. An idle service takes no more of a core than with {CHECKED_RAY}."""
 
 
 def ray_source(path: str) -> str:
@@ -43,6 +44,8 @@ def test_the_private_names_exist() -> None:
         ("serve/context.py", "def _get_global_client("),
         ("serve/_private/controller.py", "def get_target_groups("),
         ("serve/api.py", "__serve_build_asgi_app__"),
+        ("scripts/scripts.py", "gcs_client = ray._raylet.GcsClient(address=address)"),
+        ("scripts/scripts.py", "gcs_client.drain_node("),
     ):
         assert name in ray_source(path), f"{name} is not in ray/{path} any more"
     ours = (Path(lab_model.__file__).parent / "serving/ray_internals.py").read_text(encoding="utf-8")

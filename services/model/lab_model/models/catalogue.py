@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import CatalogueError
 from .kinds import Kind
@@ -19,6 +28,22 @@ from .kinds import Kind
 SCHEMES = ("wheel", "file", "hub")
 ADDED = "models.yaml"  # in MODEL_FOLDER: the models that were added to the catalogue
 Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class Replicas(BaseModel):
+    """Ray Serve keeps between min and max replicas, so many that each has about `target` requests in flight."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: Annotated[int, Field(ge=1, le=64)] = 1
+    max: Annotated[int, Field(ge=1, le=64)]
+    target: Annotated[float, Field(gt=0)] = 16
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min}, more than max, {self.max}")
+        return self
 
 
 class Entry(BaseModel):
@@ -31,7 +56,7 @@ class Entry(BaseModel):
     source: str
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     context: Annotated[int, Field(ge=16)] | None = None
-    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    replicas: Annotated[int, Field(ge=1, le=64)] | Replicas = 1
     device: Device | None = None
     load: Literal["start", "demand"] = "start"
     idle_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -48,13 +73,21 @@ class Entry(BaseModel):
             raise ValueError(f"a source begins with {', '.join(f'{each}:' for each in SCHEMES)}")
         return value
 
+    @property
+    def most_replicas(self) -> int:
+        """So many may run at once, apart from those that replace others."""
+        return self.replicas.max if isinstance(self.replicas, Replicas) else self.replicas
+
 
 class AppArgs(BaseModel):
     """What one model's application is built from: its catalogue entry and the service's settings.
 
-    progress_file: where its load is reported."""
+    progress_file: where its load is reported. cpus: reserved for each replica. log_pipe, metrics_dir: of the one machine
+    that all replicas share. None in a cluster: there the log goes to stderr, and `cluster_app` asks each replica for its
+    metrics and usage."""
 
     entry: Entry
+    cpus: float = 0
     device: Device = "auto"
     gpus: float = 0
     threads: int = 0
@@ -67,8 +100,8 @@ class AppArgs(BaseModel):
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30
     log_format: Literal["json", "text"] = "json"
-    log_pipe: Path
-    metrics_dir: Path
+    log_pipe: Path | None = None
+    metrics_dir: Path | None = None
     folder: Path | None = None
     progress_file: Path | None = None
 

@@ -34,7 +34,7 @@ def bind_inspector(args: AppArgs) -> Any:
             "upscale_delay_s": 0,
             "downscale_delay_s": IDLE_SECONDS,
         },
-        ray_actor_options={"num_cpus": 0, "runtime_env": replica_environment(args.metrics_dir)},
+        ray_actor_options={"num_cpus": args.cpus, "runtime_env": replica_environment(args.metrics_dir)},
     ).bind(args)
 
 

@@ -106,7 +106,7 @@ def routes(settings: Settings) -> dict[str, Route]:
     """How requests reach each model. Raises CatalogueError."""
     entries = load_catalogue(settings.catalogue_file, settings.folder)
     return {CATALOGUE: Route("/")} | {
-        entry.id: Route(f"/m/{entry.id}", entry.replicas, KINDS[entry.kind].paths) for entry in entries
+        entry.id: Route(f"/m/{entry.id}", entry.most_replicas, KINDS[entry.kind].paths) for entry in entries
     }
 
 

@@ -341,7 +341,7 @@ class Lifecycle:
         arguments = AppArgs(
             entry=entry,
             gpus=self._gpu_share() if on_gpu else 0,
-            kv_tokens=self._kv_tokens(model.size, None if on_gpu else granted // entry.replicas),
+            kv_tokens=self._kv_tokens(model.size, None if on_gpu else granted // entry.most_replicas),
             progress_file=self._progress_file(entry.id),
             folder=args.folder,
             **{name: value for name, value in args.shared.items() if name != "kv_tokens"},
@@ -351,7 +351,7 @@ class Lifecycle:
 
     async def _room_for(self, model: Model, size: Size) -> int | None:
         """Bytes that the model may take; None: not now, or never."""
-        replicas = model.entry.replicas
+        replicas = model.entry.most_replicas
         least, most = size.least * replicas, size.memory(self._kv_tokens(size)) * replicas
         if self._on_gpu(model.entry):
             least = most = PROCESS_BYTES * replicas
@@ -560,7 +560,7 @@ class Lifecycle:
         return bool(self._args.gpus) and (entry.device or self._args.shared.get("device")) not in ("cpu", "mps")
 
     def _gpu_share(self) -> float:
-        replicas = sum(model.entry.replicas for model in self.models.values() if self._on_gpu(model.entry))
+        replicas = sum(model.entry.most_replicas for model in self.models.values() if self._on_gpu(model.entry))
         return gpu_share(self._args.gpus, replicas)
 
     # ---- inside

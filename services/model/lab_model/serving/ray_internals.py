@@ -10,8 +10,9 @@ import logging
 import os
 import random
 import secrets
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from starlette.types import ASGIApp
 
@@ -137,6 +138,27 @@ def begin_delete(application: str) -> None:
     serve.delete(application, _blocking=False)
 
 
-def replica_environment(metrics_dir: Path) -> dict[str, dict[str, str]]:
+def replica_environment(metrics_dir: Path | None) -> dict[str, dict[str, str]]:
     """Ray's runtime environment of replicas: prometheus_client shares values between processes through a folder."""
-    return {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}}
+    return {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}} if metrics_dir else {}
+
+
+def drain_node(node_address: str, seconds: float) -> str:
+    """Have Ray place nothing more on the node at this IP address, and Serve move its replicas away: what
+    `ray drain-node` does, for the cluster at RAY_ADDRESS. The node's id. Raises RuntimeError."""
+    import ray._raylet  # noqa: PLC0415
+    from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
+
+    raylet, messages = cast("Any", ray._raylet), cast("Any", autoscaler_pb2)
+    gcs = os.environ.get("RAY_ADDRESS", "")
+    client = raylet.GcsClient(address=gcs)
+    nodes = client.get_all_node_info(timeout=CONTROLLER_SECONDS)
+    ids = [id_.hex() for id_, node in nodes.items() if node.node_manager_address == node_address and node.state == 0]
+    if not ids:
+        raise RuntimeError(f"{node_address} is no node of the cluster at {gcs}")
+    reason = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    until = int((time.time() + seconds) * 1000)
+    accepted, why = client.drain_node(ids[0], reason, "the pod is being ended", until)
+    if not accepted:
+        raise RuntimeError(f"Ray does not drain {ids[0]}: {why}")
+    return str(ids[0])

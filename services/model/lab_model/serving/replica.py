@@ -6,30 +6,46 @@
 
 from __future__ import annotations
 
+import tempfile
+import uuid
+from pathlib import Path
 from typing import Any
 
+import prometheus_client
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..models.catalogue import AppArgs
+from ..api.http import usage
+from ..api.http.usage import TokenUsage
+from ..models.catalogue import AppArgs, Replicas
 from ..models.kinds import KINDS
 from .inspector import bind_inspector
 from .ray_internals import AsgiDeployment, replica_environment
 
 
-def build_app(args: AppArgs) -> serve.Application:
-    """The Serve application of one catalogue entry."""
+def build_app(args: AppArgs | dict[str, Any]) -> serve.Application:
+    """The Serve application of one catalogue entry. args: AppArgs, or their fields from a Serve config file."""
+    args = AppArgs.model_validate(args)
+    replicas = args.entry.replicas
+    count: dict[str, Any] = {"num_replicas": replicas}
+    if isinstance(replicas, Replicas):
+        bounds = {"min_replicas": replicas.min, "max_replicas": replicas.max}
+        count = {"autoscaling_config": bounds | {"target_ongoing_requests": replicas.target}}
     app: serve.Application = ModelReplica.options(  # type: ignore[attr-defined]
         name=args.entry.id,
-        num_replicas=args.entry.replicas,
+        **count,
         # Serve's own limit (5 by default, then a 503) lies above the engine's, whose queue and 429 decide.
         max_ongoing_requests=2 * (args.max_running + args.max_queued) + 64,
         # Weights that cannot be loaded now cannot be loaded in two seconds either.
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=args.drain_timeout_seconds,
-        # No CPUs reserved: a laptop with one core must hold every actor.
-        ray_actor_options={"num_cpus": 0, "num_gpus": args.gpus, "runtime_env": replica_environment(args.metrics_dir)},
+        # On one machine no CPUs are reserved: a laptop with one core must hold every actor.
+        ray_actor_options={
+            "num_cpus": args.cpus,
+            "num_gpus": args.gpus,
+            "runtime_env": replica_environment(args.metrics_dir),
+        },
     ).bind(args, bind_inspector(args) if KINDS[args.entry.kind].loader == "causal" else None)
     return app
 
@@ -47,9 +63,11 @@ class ModelReplica(AsgiDeployment):
         from ..models.loading import load  # noqa: PLC0415
         from .activity import ObservedApp  # noqa: PLC0415
 
-        USAGE.open(args.metrics_dir)
+        self._id = uuid.uuid4().hex
+        self._folder = args.metrics_dir or Path(tempfile.mkdtemp(prefix="lab-replica-"))
+        USAGE.open(self._folder)
         app, self._info, self._is_alive = load(args)
-        observed = ObservedApp(app, args.metrics_dir, args.entry.id)
+        observed = ObservedApp(app, self._folder, args.entry.id)
 
         async def inside(method: str, **arguments: Any) -> Any:
             return await inspector.call.remote(method, arguments)
@@ -65,6 +83,14 @@ class ModelReplica(AsgiDeployment):
     def info(self) -> dict[str, Any]:
         """id, kind, revision, context, device and sizes of the loaded model."""
         return self._info
+
+    def metrics(self) -> tuple[str, str]:
+        """The replica's id, and its own metrics as Prometheus text: for `cluster_app`."""
+        return self._id, prometheus_client.generate_latest().decode()
+
+    def usage_of(self, ids: list[str]) -> dict[str, TokenUsage]:
+        """Tokens used by those of `ids` that ended here within the last minutes."""
+        return usage.find(self._folder, ids)
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""

@@ -36,16 +36,17 @@ class TextFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def start_logging(form: Literal["json", "text"], pipe: Path) -> None:
-    """Send this package's log to the main process's pipe, or to stderr on a machine without it (another Ray node).
+def start_logging(form: Literal["json", "text"], pipe: Path | None) -> None:
+    """Send this package's log to the main process's pipe, or to stderr without one (in a cluster).
 
     Ray's own way from a replica's stderr to the driver adds prefixes and a process. Call it once in each process.
     """
     try:
         # Never block on the reader: losing a log line is better than delaying a request.
-        output: TextIO = os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "w", buffering=1, encoding="utf-8")
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK) if pipe else None
     except OSError:
-        output = sys.stderr
+        descriptor = None
+    output: TextIO = sys.stderr if descriptor is None else os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
     logging.raiseExceptions = False
     handler = logging.StreamHandler(output)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
