@@ -74,11 +74,11 @@ bench-tasks: ## how often the embedded models are right on held-out sentences an
 train-probe: ## fit the sentiment probe over the embedding model's vectors; writes services/model/lab_model/encoders/sentiment.json
 	@sh lab/run.sh install && .venv/bin/python -m bench.tasks.train_probe
 
-k8s-render: ## print the manifests of k8s/base
-	@command -v kubectl >/dev/null || { echo "lab: kubectl is not here; it renders k8s/base: https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }
-	@kubectl kustomize k8s/base
+k8s-render: ## print the manifests of an overlay of k8s/ (OVERLAY=kind, cpu or gpu)
+	@command -v kubectl >/dev/null || { echo "lab: kubectl is not here; it renders k8s/: https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }
+	@kubectl kustomize k8s/overlays/$(or $(OVERLAY),kind)
 
-k8s-check: ## check the manifests against Kubernetes' schema, compose.yaml and the settings
+k8s-check: ## check every overlay and combination of k8s/: schemas, KubeRay's rules, compose.yaml, settings
 	@sh lab/run.sh test tests/k8s/test_k8s.py
 
 # Without GPU=1 the model's image is built for the CPU, which spares gigabytes. Keys in secrets/ are taken.

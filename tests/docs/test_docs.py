@@ -45,7 +45,8 @@ TREE = {
     "services": "one folder a service, in the order a request meets them",
     "load": "Locust: throughput and caching",
     "bench": "measurements beside their targets: `make bench-proxy`",
-    "k8s": "the same lab on Kubernetes",
+    "k8s": "the same lab on Kubernetes: base, models, components, overlays",
+    "obs": "Prometheus and Grafana: alerts, dashboards",
     "tests": "one suite for all; `make test`",
 }
 
