@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,10 @@ def http(own_ray: Process) -> Iterator[httpx2.Client]:
     limits = httpx2.Limits(max_keepalive_connections=0)
     with httpx2.Client(base_url=own_ray.url, timeout=60, limits=limits, event_hooks=SHOWN_ON_FAILURE) as client:
         yield client
+
+
+def raylet(own_ray: Process) -> psutil.Process:
+    return next(each for each in psutil.Process(own_ray.popen.pid).children(recursive=True) if each.name() == "raylet")
 
 
 def replicas(own_ray: Process) -> list[psutil.Process]:
@@ -113,3 +118,17 @@ def test_the_sum_does_not_fall_when_a_replica_ends(own_ray: Process, http: httpx
     ready = lambda: http.get("/ready").json()["models"][0].get("replicas") == 2  # noqa: E731
     eventually(ready, within=START_SECONDS, what="another replica is there")
     assert generated(http) >= before
+
+
+def test_a_drained_node_ends_by_itself(own_ray: Process) -> None:
+    """What a worker's preStop runs. Here the node is the only one, so that this test comes last."""
+    ending = raylet(own_ray)
+    gcs = next(each.partition("=")[2] for each in ending.cmdline() if each.startswith("--gcs-address="))
+    environ = os.environ | {"RAY_ADDRESS": gcs, "MY_POD_IP": "10.9.9.9"}
+    argv = [sys.executable, "-m", "lab_model.serving.drain_node"]
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, "10.9.9.9 is no node" in done.stderr) == (1, True), done.stderr
+    environ["MY_POD_IP"] = gcs.partition(":")[0]
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
+    assert "draining the Ray node" in done.stderr
+    eventually(lambda: not ending.is_running(), what="the node has ended")

@@ -1,7 +1,7 @@
 """Before a pod of Ray ends: `python -m lab_model.serving.drain_node`, the preStop of k8s/model/rayservice.
 
 Serve starts other replicas in place of this node's and lets their answers end; then the Ray node ends by itself, and
-the container with it. Exit code 1 where Ray cannot be reached: then nothing is left to wait for.
+the container with it. Exit code 1 where Ray cannot be asked: then nothing is left to wait for.
 """
 
 from __future__ import annotations
@@ -10,25 +10,32 @@ import os
 import sys
 import time
 
-import psutil
-
-from .ray_internals import drain_node
+from .ray_internals import drain_node, living_nodes
 
 DRAIN_SECONDS = 640  # less than terminationGracePeriodSeconds, more than the longest answer
+LOOK_SECONDS = 1.0
 
 
 def main() -> int:
     """MY_POD_IP is the pod's own address. The exit code."""
+    address = os.environ["MY_POD_IP"]
     try:
-        node = drain_node(os.environ["MY_POD_IP"], DRAIN_SECONDS)
+        node = next((id_ for id_, at in living_nodes().items() if at == address), None)
+        if node is None:
+            return _say(f"{address} is no node of the cluster", 1)
+        drain_node(node, DRAIN_SECONDS)
+        _say(f"draining the Ray node {node}", 0)
+        until = time.monotonic() + DRAIN_SECONDS
+        while node in living_nodes() and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
     except Exception as error:
-        print(f"model: the node is not drained: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    print(f"model: draining the Ray node {node}", file=sys.stderr, flush=True)  # noqa: T201
-    until = time.monotonic() + DRAIN_SECONDS
-    while time.monotonic() < until and any(each.name() == "raylet" for each in psutil.process_iter()):
-        time.sleep(1)
+        return _say(f"the node is not drained: {error}", 1)
     return 0
+
+
+def _say(line: str, code: int) -> int:
+    print(f"model: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    return code
 
 
 if __name__ == "__main__":

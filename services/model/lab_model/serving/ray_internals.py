@@ -143,22 +143,25 @@ def replica_environment(metrics_dir: Path | None) -> dict[str, dict[str, str]]:
     return {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics_dir)}} if metrics_dir else {}
 
 
-def drain_node(node_address: str, seconds: float) -> str:
-    """Have Ray place nothing more on the node at this IP address, and Serve move its replicas away: what
-    `ray drain-node` does, for the cluster at RAY_ADDRESS. The node's id. Raises RuntimeError."""
-    import ray._raylet  # noqa: PLC0415
+def living_nodes() -> dict[str, str]:
+    """Id -> IP address of each living node of the cluster at RAY_ADDRESS. Raises an exception of Ray's."""
+    nodes = _gcs().get_all_node_info(timeout=CONTROLLER_SECONDS)
+    return {id_.hex(): node.node_manager_address for id_, node in nodes.items() if node.state == 0}
+
+
+def drain_node(node: str, seconds: float) -> None:
+    """Have Ray place nothing more on the node of this id, and Serve move its replicas away, within `seconds`: what
+    `ray drain-node` does. The node ends when it is empty. Raises RuntimeError when Ray refuses."""
     from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
 
-    raylet, messages = cast("Any", ray._raylet), cast("Any", autoscaler_pb2)
-    gcs = os.environ.get("RAY_ADDRESS", "")
-    client = raylet.GcsClient(address=gcs)
-    nodes = client.get_all_node_info(timeout=CONTROLLER_SECONDS)
-    ids = [id_.hex() for id_, node in nodes.items() if node.node_manager_address == node_address and node.state == 0]
-    if not ids:
-        raise RuntimeError(f"{node_address} is no node of the cluster at {gcs}")
-    reason = messages.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    reason = cast("Any", autoscaler_pb2).DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     until = int((time.time() + seconds) * 1000)
-    accepted, why = client.drain_node(ids[0], reason, "the pod is being ended", until)
+    accepted, why = _gcs().drain_node(node, reason, "the pod is being ended", until)
     if not accepted:
-        raise RuntimeError(f"Ray does not drain {ids[0]}: {why}")
-    return str(ids[0])
+        raise RuntimeError(f"Ray does not drain {node}: {why}")
+
+
+def _gcs() -> Any:
+    import ray._raylet  # noqa: PLC0415
+
+    return cast("Any", ray._raylet).GcsClient(address=os.environ.get("RAY_ADDRESS", ""))
