@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe k8s-render k8s-check
+.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ status: ## show each service: state, process id, memory, uptime, address
 
 logs: ## follow the logs (of one service: make logs SERVICE=model)
 	@sh lab/run.sh logs
+
+models: ## list the models, or add one (make models ADD=lecture: a set, a short name, owner/name of a hub, or a path)
+	@sh lab/run.sh models
 
 doctor: ## find what keeps the lab from starting or running, and say what to do
 	@sh lab/run.sh doctor

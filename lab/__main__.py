@@ -21,7 +21,7 @@ try:
     from lab import checks, doctor
     from lab.install import one_at_a_time
     from lab.logs import follow
-    from lab.services import Service, environment, probe, services, start_timeout
+    from lab.services import Service, environment, models_folder, probe, services, start_timeout
     from lab.supervise import GIVEN_UP, Lab, NotRunningError
 except ImportError as error:
     complain(f"lab: .venv is broken ({error}); remove it with make clean, then repeat the command")
@@ -43,6 +43,7 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         "stop": ("stop all", lambda _: stop(lab)),
         "status": ("state, address and memory of each service", lambda _: status(lab)),
         "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
+        "models": ("list the models, or add one (ADD=<name>)", lambda options: models(lab, options.add)),
         "keys": ("virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
         "usage": ("tokens and cost by day, owner, model", lambda options: operate(lab, "usage", options.arguments)),
         "doctor": ("what keeps the lab from running", lambda options: examine(lab, choose, as_json=options.json)),
@@ -64,6 +65,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         )
         if name == "logs":
             sub.add_argument("service", nargs="?", default=os.environ.get("SERVICE") or None)
+        if name == "models":
+            sub.add_argument("add", nargs="?", default=os.environ.get("ADD") or None)
         if name == "doctor":
             sub.add_argument("--json", action="store_true", help="findings as a JSON list")
         if name in {"keys", "usage"}:
@@ -124,7 +127,7 @@ def _start(lab: Lab, choose: Choose) -> bool:
         if any(finding.stops for finding in findings) and os.environ.get("LAB_FORCE") != "1":
             raise LabError(findings[0].exit, "not started; each line above names a problem and what to do")
         say(f"lab: starting {', '.join(service.name for service in chosen)}")
-        given = environment(os.environ, chosen, lab.root / "secrets")
+        given = environment(os.environ, chosen, lab.root / "secrets") | models_folder(os.environ, lab.state)
         lab.start(chosen, given)
         lab.wait(chosen, timeout)
     _print_urls(chosen)
@@ -251,6 +254,13 @@ def operate(lab: Lab, command: str, arguments: Sequence[str]) -> int:
     given = environment(os.environ, lab.started(), lab.root / "secrets")
     argv = [sys.executable, "-m", "lab_proxy", command, *arguments]
     return subprocess.run(argv, cwd=lab.root, env=given, check=False).returncode
+
+
+def models(lab: Lab, added: str | None) -> int:
+    """List the model service's models, or add one; a running lab notices it by itself. The service's exit code."""
+    argv = [sys.executable, "-m", "lab_model.cli", *(["add", added] if added else ["list"])]
+    given = dict(os.environ) | models_folder(os.environ, lab.state)
+    return subprocess.run(argv, env=given, check=False).returncode
 
 
 def load(lab: Lab, scenario: str) -> int:

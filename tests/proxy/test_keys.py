@@ -213,7 +213,8 @@ def test_the_operators_pages_want_the_admin_key_and_no_web_page(school: School) 
     student = school.key()
     paths = [("GET", "/admin/keys"), ("POST", "/admin/keys"), ("GET", "/admin/usage"),
              ("DELETE", f"/admin/keys/{student.id}"), ("POST", f"/admin/keys/{student.id}/rotate"),
-             ("PATCH", f"/admin/keys/{student.id}"), ("GET", f"/admin/keys/{student.id}")]  # fmt: skip
+             ("PATCH", f"/admin/keys/{student.id}"), ("GET", f"/admin/keys/{student.id}"),
+             ("POST", "/admin/models/load"), ("POST", "/admin/models/add")]  # fmt: skip
     for method, path in paths:
         for headers in ({}, student.headers, {"authorization": f"Bearer {ADMIN_KEY}x"}):
             assert code(school.one.http.request(method, path, headers=headers)) == (401, "invalid_api_key")

@@ -160,6 +160,40 @@ def test_aliases_stand_in_while_there_is_no_key(bench: Bench, tmp_path: Path) ->
         assert "PROXY_OPENAI_API_KEY" in error(refused)["message"]
 
 
+def test_a_model_that_cannot_be_loaded_keeps_nobody_from_the_others(bench: Bench, tmp_path: Path) -> None:
+    """It is listed with its state; its requests are a 503 with the reason. One that is loaded on demand is asked."""
+    port = free_port()
+    broken = {"state": "failed", "detail": "model.safetensors is cut short"}
+    sleeper = {"state": "unloaded", "revision": None, "parameters": 135_000_000}
+    with mock(tmp_path, port) as model, second(bench, tmp_path, model=f"http://127.0.0.1:{port}") as other:
+        other.control(model, others={"broken": broken, "sleeper": sleeper})
+        listed = lambda: {entry["id"]: entry for entry in other.http.get("/v1/models").json()["data"]}  # noqa: E731
+        eventually(lambda: "broken" in listed(), what="the list is read")
+        assert listed()["broken"]["state"] == "failed"
+        assert listed()["sleeper"]["parameters"] == 135_000_000
+        refused = other.chat(model="broken")
+        assert refused.status_code == 503
+        assert "is failed (model.safetensors is cut short)" in error(refused)["message"]
+        assert other.http.get("/ready").status_code == 200
+        assert other.chat(model=CHAT_MODEL).status_code == 200
+        assert other.chat(model="sleeper").status_code == 200
+
+
+def test_the_operator_loads_and_adds_models(bench: Bench, tmp_path: Path) -> None:
+    """On loopback without keys; no web page may. The model service's answer is passed on."""
+    port = free_port()
+    with mock(tmp_path, port) as model, second(bench, tmp_path, model=f"http://127.0.0.1:{port}") as other:
+        done = other.http.post("/admin/models/load", json={"model": CHAT_MODEL})
+        assert (done.status_code, done.json()) == (202, {"id": CHAT_MODEL, "state": "loading"})
+        assert other.http.post("/admin/models/add", json={"model": "gpt2"}).status_code == 202
+        page = other.http.post("/admin/models/load", json={"model": CHAT_MODEL}, headers={"origin": "http://127.0.0.1"})
+        assert page.status_code == 403
+        assert other.http.post("/admin/models/load", json={"id": CHAT_MODEL}).status_code == 400
+        assert other.http.post("/admin/models/load", json={"model": 5}).status_code == 400
+        calls = httpx2.get(f"{model.url}/calls").json()
+        assert calls["operated"] == [["/models/load", {"model": CHAT_MODEL}], ["/models/add", {"model": "gpt2"}]]
+
+
 def test_model_service_down_loading_up_and_gone(bench: Bench, tmp_path: Path) -> None:
     """Before its ids are known: 503 with the way out, never 404, and other upstreams go on. While a model loads: 503
     with a time. Up: served at once, and when /ready says so the list holds it. Gone: 503, but hits are served."""

@@ -152,6 +152,7 @@ def default_tables() -> dict[str, dict[str, Fields]]:
 
 FLUSH = "/cache/flush"
 KEYED = ("/v1/", "/usage", "/cache/")  # prefixes of the paths that need a virtual key, where keys are required
+OPERATE_MODELS = "/admin/models/"  # open without a key where no keys are required and only this machine calls
 OPERATOR = "/admin/"  # prefix of the operator's pages: no web page may call them, whatever its origin
 UNCHECKED = frozenset({"/health", "/ready"})  # probes call them by IP address; they reveal nothing
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # called every few seconds: logged only when they fail

@@ -315,7 +315,7 @@ def _download(name: HubName, commit: str, file: HubFile, folder: Path, on_size: 
                 if answer.status_code not in (200, 206):
                     raise CatalogueError(f"{file.name} of {name.repository}: the hub answers {answer.status_code}")
                 with part.open("ab" if answer.status_code == 206 else "wb") as output:
-                    _copy(answer.iter_bytes(CHUNK), output, on_size, have if answer.status_code == 206 else 0)
+                    _copy(answer.iter_raw(), output, on_size, have if answer.status_code == 206 else 0)
         except (CatalogueError, OSError):
             raise
         except Exception as error:  # of the HTTP client: the connection broke

@@ -231,9 +231,12 @@ class CatalogueApp(AsgiDeployment):
         # 1. The model, in memory.
         caller = deadline_of(http) or math.inf
         ready = self._lifecycle.ensure_ready(name, min(time.monotonic() + self._wait_seconds, caller))
-        await until_disconnect(http.receive, ready)
-        if time.monotonic() >= caller:
-            raise deadline_exceeded()
+        try:
+            await until_disconnect(http.receive, ready)
+        except UnavailableError:
+            if time.monotonic() >= caller:
+                raise deadline_exceeded() from None
+            raise
         # 2. The request, again while the front does not know the model's replica.
         record = http.scope["record"]
         if self._session is None:

@@ -78,7 +78,7 @@ class Model:
     settled: bool = False
     granted: int = 0  # bytes of memory
     info: dict[str, Any] = field(default_factory=dict)
-    heard: float = 0.0
+    answered_at: float = 0.0
     real: int | None = None
     seconds: float = 0.0
 
@@ -292,7 +292,7 @@ class Lifecycle:
         elif model.state == "ready":
             if status.status != "RUNNING":  # its replica has died; Serve starts another one
                 model.enter("loading", status.reason or "its process has ended and starts again")
-            elif time.monotonic() - model.heard > IDLE_SECONDS:
+            elif time.monotonic() - model.answered_at > IDLE_SECONDS:
                 await self._ask_info(model)
 
     async def _became_ready(self, model: Model) -> None:
@@ -305,9 +305,9 @@ class Lifecycle:
         """The replica's own report; it may be busy, and is not answering only after several timeouts."""
         try:
             model.info = await self._applications.info(model.entry.id)
-            model.heard = time.monotonic()
+            model.answered_at = time.monotonic()
         except Exception as error:
-            if model.state == "ready" and time.monotonic() - model.heard > SILENT_SECONDS:
+            if model.state == "ready" and time.monotonic() - model.answered_at > SILENT_SECONDS:
                 model.enter("loading", f"not answering: {type(error).__name__}")
             return False
         return True
@@ -425,7 +425,7 @@ class Lifecycle:
         lines = err.decode(errors="replace").strip().splitlines()
         why = lines[-1].removeprefix("model: ") if process.returncode and lines else ""
         if model is None and self.fetching is not None:
-            self.fetching = {"name": name, "state": "failed" if process.returncode else "done", "detail": why}
+            self.fetching = {"name": name, "state": "failed" if process.returncode else "ready", "detail": why}
             log.info("%s %s", name, f"cannot be added: {why}" if why else "is added")
         elif model is not None and why:
             model.enter("absent", why.removeprefix(f"{model.entry.id}: "))

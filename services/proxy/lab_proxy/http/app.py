@@ -16,14 +16,14 @@ from typing import Protocol
 
 from .. import canonical, errors
 from ..cache.policy import CacheControl
-from ..endpoints import ALWAYS_SERVED, ENDPOINTS, FLUSH, KEYED, OPERATOR, UNCHECKED
+from ..endpoints import ALWAYS_SERVED, ENDPOINTS, FLUSH, KEYED, OPERATE_MODELS, OPERATOR, UNCHECKED
 from ..errors import ProxyError
 from ..keys.authentication import Authenticator
 from ..keys.identity import LOCAL
 from ..redis.connection import RedisError
 from ..requests.context import RequestContext, Traffic
 from ..requests.executor import STALLED_CLIENT_SECONDS, Executor
-from ..settings import Settings
+from ..settings import LOOPBACK, Settings
 from ..telemetry.observer import Observer
 from .guards import DEADLINE, BodyReader, CallerGuard, check_json, check_operator, check_transfer, read_deadline
 from .response import DisconnectWatch, Message, Page, PageRequest, Pages, Receive, Response, Send
@@ -143,7 +143,8 @@ class App:
         identity = await self._keys.authenticate(headers) if keyed else LOCAL
         if page is not None:
             if path.startswith(OPERATOR):
-                check_operator(headers, self._keys)
+                local = path.startswith(OPERATE_MODELS) and self._settings.host in LOOPBACK
+                check_operator(headers, self._keys, local=local)
             read = partial(self._bodies.read, headers, receive)
             request = PageRequest(method, path, scope["query_string"], headers, identity, read, receive)
             try:

@@ -176,11 +176,14 @@ def read_deadline(value: str, started_at: float) -> float:
     return started_at + int(value) / 1000
 
 
-def check_operator(headers: Mapping[str, str], keys: Authenticator) -> None:
+def check_operator(headers: Mapping[str, str], keys: Authenticator, *, local: bool = False) -> None:
     """The operator's pages need the admin key, and no web page may call them, whatever its origin. Raises
-    OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey."""
+    OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey. local: a page that needs no key where no
+    keys are required and only this machine reaches the proxy."""
     if "origin" in headers:
         raise errors.OriginNotAllowed("Web pages may not call the operator's pages.")
+    if local and not keys.required:
+        return
     if not keys.has_admin:
         raise errors.PathNotFound("The operator's pages are off: set PROXY_ADMIN_KEY_FILE.")
     if not keys.is_admin(headers):

@@ -16,7 +16,7 @@ from ..endpoints import EMBEDDINGS, ENDPOINTS, Endpoint
 from ..errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from ..lru import LRU
 from ..upstreams.model_list import ModelList
-from ..upstreams.routes import Routes, Target
+from ..upstreams.routes import Routes, Target, usable
 from .context import Plan, RequestContext
 from .openai_tokens import VOCABULARIES, decode_inputs
 
@@ -86,6 +86,10 @@ class Planner:
         except ModelNotFound as unknown:
             # Loaded since the last poll, or still loading: only the model service knows.
             await self._models.refresh(unknown.model)
+            generation, plan = self._generation, self._make(request)
+        target = plan.target
+        if target.versioned and not target.revision and not usable(self._models.entries.get(target.model, {})):
+            await self._models.refresh(target.model)  # it never was in memory, so there are no cached answers either
             generation, plan = self._generation, self._make(request)
         if plan.bypass is None and not ENDPOINTS[request.endpoint].per_input:
             plan.canonical_form = self.canonical_form(plan, plan.target.revision)

@@ -151,9 +151,17 @@ class UpstreamClient:
     async def get_json(self, path: str, limit: float) -> tuple[int, Any]:
         """Status and parsed body of a GET at the upstream's root, within `limit` seconds. Raises UpstreamDown,
         UpstreamTimeout or UpstreamBroken."""
+        return await self._exchange_json("GET", path, None, limit)
+
+    async def post_json(self, path: str, body: Any, limit: float) -> tuple[int, Any]:
+        """The same of a POST with a JSON body."""
+        return await self._exchange_json("POST", path, orjson.dumps(body), limit)
+
+    async def _exchange_json(self, method: str, path: str, body: bytes | None, limit: float) -> tuple[int, Any]:
+        headers = {"accept": "application/json"} | ({"content-type": "application/json"} if body is not None else {})
         try:
             async with asyncio.timeout(limit):
-                answer = await self._ask("GET", path, {"accept": "application/json"})
+                answer = await self._ask(method, path, headers, body)
                 try:
                     raw = await read_whole(answer)
                 finally:

@@ -34,9 +34,10 @@ class UpstreamPool:
         """Of the model service."""
         return next(config for config in self._routes.upstreams.values() if config.kind == "model")
 
-    async def ask_model(self, path: str, limit: float) -> tuple[int, Any]:
-        """A GET at the model service, see UpstreamClient.get_json."""
-        return await self._client(self.model_config).get_json(path, limit)
+    async def ask_model(self, path: str, limit: float, body: Any = None) -> tuple[int, Any]:
+        """A GET at the model service, with a `body` a POST: see UpstreamClient.get_json."""
+        client = self._client(self.model_config)
+        return await (client.get_json(path, limit) if body is None else client.post_json(path, body, limit))
 
     async def send(self, targets: Sequence[Target], request: UpstreamRequest) -> UpstreamResponse:
         """The answer of the first of `targets` that succeeds: see its `target` and `x-model-fallback`.

@@ -1,14 +1,19 @@
-"""The model list: ids, kinds and revisions of the model service, polled, and updated by every answer."""
+"""The model list: ids, kinds, states and revisions of the model service, polled, and updated by every answer."""
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ProxyError, UpstreamDown
 from ..tasks import end
 from .failover import UpstreamPool
+from .routes import usable
 
 log = logging.getLogger("lab_proxy.models")
+
+ROUTING = ("kind", "revision", "context", "state")  # what a plan depends on, of an entry
+OPERATE_SECONDS = 10.0  # for the model service's answer to an operator
 
 
 class ModelList:
@@ -48,19 +53,30 @@ class ModelList:
         if not isinstance(answer, dict):
             return {"state": "down", "detail": f"/ready answered {status} with something unknown"}
         state = "up" if status == 200 else "loading" if answer.get("status") == "loading" else "down"
-        if any(each["state"] == "ready" and each["id"] not in self.entries for each in answer.get("models", ())):
+        known = {name: entry.get("state", "ready") for name, entry in self.entries.items()}
+        if any(each["state"] == "ready" != known.get(each["id"]) for each in answer.get("models", ())):
             await self._read()  # a caller that sees it ready may send requests at once
         return {"state": state, **answer}
 
     async def refresh(self, model: str) -> None:
-        """Read the list now. Raises UpstreamDown if the service has `model` but does not serve it yet."""
+        """Read the list now. Raises UpstreamDown, with the reason, if the service has `model` but cannot serve it."""
         await self._read()
-        if model in self.entries:
+        if model in self.entries and usable(self.entries[model]):
             return
         for each in (await self.ready()).get("models", ()):
             if each.get("id") == model and each.get("state") != "ready":
-                why = f"`{model}` is {each.get('state')}: /status tells when it is up, `make logs` why it is not."
+                detail = f" ({each['detail']})" if each.get("detail") else ""
+                why = (
+                    f"`{model}` is {each.get('state')}{detail}: /status tells when it is up, `make logs` why not."
+                )
                 raise UpstreamDown(why, param="model", headers={"retry-after": "2"})
+
+    async def operate(self, action: str, model: str) -> tuple[int, Any]:
+        """Have the model service `load`, `unload` or `add` a model. Status and body of its answer. Raises UpstreamDown,
+        UpstreamTimeout or UpstreamBroken."""
+        answer = await self._upstreams.ask_model(f"/models/{action}", OPERATE_SECONDS, {"model": model})
+        await self._read()
+        return answer
 
     async def _poll(self) -> None:
         while True:
@@ -72,7 +88,12 @@ class ModelList:
             status, answer = await self._upstreams.ask_model("/v1/models", 1.0)
             entries = {entry["id"]: entry for entry in answer["data"]} if status == 200 else self.entries
             if entries != self.entries:
+                changed = _routing(entries) != _routing(self.entries)
                 self.entries = entries
-                self.generation += 1
+                self.generation += changed
         except (ProxyError, KeyError, TypeError) as error:
             log.debug("the model list cannot be read: %s", error)
+
+
+def _routing(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [entry.get(field) for field in ROUTING] for name, entry in entries.items()}

@@ -237,7 +237,8 @@ class Routes:
             if name in local if is_local else any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
                 first = self._target(route, route.upstream, name, local, asked)
                 if first is not None:
-                    fallbacks = [self._target(route, row.upstream, row.model, local, asked) for row in route.fallbacks]
+                    there = {name: entry for name, entry in local.items() if usable(entry)}
+                    fallbacks = [self._target(route, row.upstream, row.model, there, asked) for row in route.fallbacks]
                     others = tuple(each for each in fallbacks if each and each.place != first.place)
                     return replace(first, auto=auto, fallbacks=others)
         if not local:  # one upstream is the model service
@@ -282,6 +283,11 @@ class Routes:
                 until = "" if self._now.is_on(route.upstream) else " once it has a key (PROXY_OPENAI_API_KEY)"
                 text.append(f"Names like {', '.join(route.match)} go to {route.upstream}{until}.")
         return " ".join(text)
+
+
+def usable(entry: Mapping[str, Any]) -> bool:
+    """Whether a request may go to this model of the list: it is in memory, or will be when the request has come."""
+    return entry.get("state", "ready") in ("ready", "unloaded", "loading")
 
 
 def _read(settings: Settings) -> _Read:

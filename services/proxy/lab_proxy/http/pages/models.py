@@ -1,16 +1,21 @@
-"""The list of models at /v1/models, as each caller may use it. Knows the model list and aliases; calls no upstream."""
+"""The list of models at /v1/models, as each caller may use it; the operator's pages that load, unload and add models.
+
+Knows the model list and aliases."""
 
 from typing import Any
 
 import orjson
 
-from ...errors import ModelNotAllowed, ModelNotFound
+from ...endpoints import OPERATE_MODELS
+from ...errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from ...keys.identity import Identity
 from ...upstreams.model_list import ModelList
 from ...upstreams.routes import Routes
-from ..response import PageRequest, Pages, Response
+from ..guards import read_json
+from ..response import PRIVATE, PageRequest, Pages, Response
 
 PREFIX = "/v1/models/"
+ACTIONS = ("load", "unload", "add")
 
 
 class ModelPages:
@@ -18,7 +23,23 @@ class ModelPages:
         self._routes, self._models = routes, models
 
     def pages(self) -> Pages:
-        return {("GET", "/v1/models"): self._list, ("GET", PREFIX): self._get}
+        return {
+            ("GET", "/v1/models"): self._list,
+            ("GET", PREFIX): self._get,
+            **{("POST", f"{OPERATE_MODELS}{action}"): self._operate for action in ACTIONS},
+        }
+
+    async def _operate(self, request: PageRequest, response: Response) -> None:
+        """{"model"}: the model service's own answer."""
+        body = await read_json(request)
+        unknown = next((name for name in body if name != "model"), None)
+        if unknown is not None:
+            raise InvalidRequest(f"`{unknown[:60]}` is not known here: model.", param=unknown[:60])
+        model = body.get("model")
+        if not isinstance(model, str) or not model:
+            raise InvalidRequest("`model` must be the name of a model: see /v1/models.", param="model")
+        status, answer = await self._models.operate(request.path.removeprefix(OPERATE_MODELS), model)
+        await response.send(orjson.dumps(answer), PRIVATE, status=status)
 
     async def _list(self, request: PageRequest, response: Response) -> None:
         listed = list(self._allowed(request.identity).values())
