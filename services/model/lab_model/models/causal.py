@@ -23,7 +23,7 @@ from ..runners.cpu import CpuRunner
 from ..runners.llama import LlamaRunner
 from ..runners.transformers import TransformersRunner
 from ..text.tokenizer import ModelTokenizer
-from ..weights import gguf, llama
+from ..weights import gemma, gguf, llama
 from ..weights.headers import naming_file
 from .catalogue import AppArgs, Entry
 from .kinds import KINDS, Loaded
@@ -36,7 +36,7 @@ from .tokenizers import read_gguf_tokenizer, read_tokenizer
 def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
     """Raises OSError, GGUFError or CatalogueError."""
     entry, progress = args.entry, Progress(args.progress_file)
-    runner, tokenizer, config = load_causal(entry, source, device, progress)
+    runner, tokenizer, ends = load_causal(entry, source, device, progress, args.folder)
     if entry.kind == "chat" and tokenizer.template is None:
         raise CatalogueError(f"{entry.id} has no chat template: list it as kind: base")
     progress.report("digests")
@@ -55,7 +55,7 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
         context=entry.context,
         step_timeout=args.step_timeout_seconds,
     )
-    client.attach(engine, tokenizer.stop_ids(getattr(config, "eos_token_id", None)))
+    client.attach(engine, tokenizer.stop_ids(ends))
     progress.report("warm-up")
     warm_up(engine)
     app = create_app(client, KINDS[entry.kind].paths, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
@@ -81,9 +81,13 @@ def load_engine(entry: Entry, deliver: Callable[[list[StepOutput]], None], *, de
 
 
 def load_causal(
-    entry: Entry, source: Source, device: torch.device, progress: Progress | None = None
-) -> tuple[LlamaRunner | CpuRunner | TransformersRunner, ModelTokenizer, Any]:
-    """Runner, tokenizer and transformers' configuration (None for a GGUF file that is read here).
+    entry: Entry,
+    source: Source,
+    device: torch.device,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+) -> tuple[LlamaRunner | CpuRunner | TransformersRunner, ModelTokenizer, set[int]]:
+    """Runner, tokenizer and the tokens that end an answer. folder: MODEL_FOLDER, where conversions are kept.
 
     A GGUF file of a Llama stays quantized where the C kernels run, unless the entry names a dtype. Raises OSError for
     missing files, CatalogueError for architectures whose attention the engine's pages cannot hold.
@@ -95,15 +99,22 @@ def load_causal(
     def on_layer(share: float) -> None:
         progress.report("weights", share)
 
-    arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
+    arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype}
     if source.gguf_file:
         file = gguf.GGUFFile(Path(source.folder) / source.gguf_file)
         with naming_file(file.path):
-            tokenizer = read_gguf_tokenizer(file) or read_tokenizer(source)
+            tokenizer = read_gguf_tokenizer(file, folder) or read_tokenizer(source)
             if entry.dtype == "auto" and device.type == "cpu" and cpu.can_run(file):
-                return CpuRunner(file, torch.get_num_threads(), on_layer), tokenizer, None
+                return CpuRunner(file, torch.get_num_threads(), on_layer), tokenizer, gguf_ends(file)
             if llama.can_read(file):
-                return LlamaRunner(llama.from_file(file, dtype, device, on_layer), device, dtype), tokenizer, None
+                weights = llama.from_file(file, dtype, device, on_layer)
+                return LlamaRunner(weights, device, dtype), tokenizer, gguf_ends(file)
+            if gemma.can_read(file):
+                return (
+                    checked(gemma.load(file, dtype, on_layer).to(device).eval(), progress),
+                    tokenizer,
+                    gguf_ends(file),
+                )
         # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     else:
@@ -112,10 +123,38 @@ def load_causal(
     model = model.to(device).eval()
     unknown = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise CatalogueError(f"{source.folder}: layers of type {', '.join(sorted(unknown))} are not supported")
+        layers = ", ".join(sorted(unknown))
+        raise CatalogueError(f"{type(model).__name__} cannot be served: layers of type {layers} are not supported")
     if llama.supports(model):
-        return LlamaRunner(llama.from_model(model), device, dtype), tokenizer, model.config
-    return TransformersRunner(model), tokenizer, model.config
+        return LlamaRunner(llama.from_model(model), device, dtype), tokenizer, ends_of(model)
+    return checked(model, progress), tokenizer, ends_of(model)
+
+
+def checked(model: Any, progress: Progress) -> TransformersRunner:
+    """Raises CatalogueError for a model whose attention the engine's pages cannot hold."""
+    progress.report("check")
+    try:
+        runner = TransformersRunner(model)
+        runner.check()
+    except Exception as error:  # of a forward that expects other arguments
+        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CatalogueError(f"{type(model).__name__} cannot be served: {why}") from None
+    return runner
+
+
+def gguf_ends(file: gguf.GGUFFile) -> set[int]:
+    """The tokens of a GGUF file that end a text, a turn or a message."""
+    ids = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return {id_ for id_ in ids if isinstance(id_, int)}
+
+
+def ends_of(model: Any) -> set[int]:
+    """The end tokens of a transformers model: of its configuration and of generation_config.json, which may list more."""
+    ends: set[int] = set()
+    for config in (model.config.get_text_config(), model.generation_config):
+        configured = getattr(config, "eos_token_id", None)
+        ends |= {configured} if isinstance(configured, int) else set(configured or ())
+    return ends
 
 
 def warm_up(engine: Scheduler) -> None:

@@ -23,6 +23,7 @@ from .catalogue import Entry
 
 # What `from_pretrained` reads, without the same weights in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+POOLING = "1_Pooling/config.json"  # how an embedding model makes one vector of a text
 CODE = Path(__file__).parents[1]  # the whole package: every room can change an answer
 DIGESTS = "digests.json"  # in MODEL_FOLDER: path -> size, time of the last change, SHA-256
 
@@ -50,7 +51,9 @@ class HubName(NamedTuple):
 
     def wants(self, file: str) -> bool:
         """Whether this file of the repository is needed."""
-        return file == self.file if self.file else "/" not in file and any(fnmatch(file, each) for each in HUB_FILES)
+        if self.file:
+            return file == self.file
+        return file == POOLING or ("/" not in file and any(fnmatch(file, each) for each in HUB_FILES))
 
 
 def hub_name(source: str) -> HubName:

@@ -15,6 +15,9 @@ import torch
 from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.runner import Span
 
+CHECKED_TOKENS = 48
+MOST_ERROR = 0.1  # of the logits' size: bfloat16 rounds to some hundredths, a wrong position or mask gives about 1
+
 
 class PagedCache:
     """Keys and values of all running requests: one pool of pages a layer, and one page more for what padding writes.
@@ -62,10 +65,12 @@ class TransformersRunner:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        config = model.config
-        # A window narrower than the context would need its own masks; within the window it changes nothing.
-        limits = [getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)]
-        self.context: int = min(limit for limit in limits if limit)
+        self._config = config = model.config.get_text_config()
+        self.context: int = config.max_position_embeddings
+        # Layers of some models see the newest tokens alone: all of its layers, or those that `layer_types` names.
+        uses = getattr(config, "use_sliding_window", True)
+        self._window: int | None = getattr(config, "sliding_window", None) if uses else None
+        self._by_type = bool(getattr(config, "layer_types", None)) and self._window is not None
         self.vocab: int = len(model.get_input_embeddings().weight)
 
     @property
@@ -81,11 +86,31 @@ class TransformersRunner:
     @property
     def token_bytes(self) -> int:
         """Size of the keys and values of one token."""
-        heads, dim = heads_and_dim(self._model.config)
-        return int(2 * self._model.config.num_hidden_layers * heads * dim * self._model.dtype.itemsize)
+        heads, dim = heads_and_dim(self._config)
+        return int(2 * self._config.num_hidden_layers * heads * dim * self._model.dtype.itemsize)
 
     def allocate(self, pages: int) -> None:
-        self._cache = PagedCache(self._model.config, pages, self._model.device, self._model.dtype)
+        self._cache = PagedCache(self._config, pages, self._model.device, self._model.dtype)
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Compare the logits over pages with those of the model's own forward, for a short text.
+
+        Raises ValueError where they differ: the model computes something that pages, masks and positions do not give it."""
+        generator = torch.Generator().manual_seed(1)
+        length = min(CHECKED_TOKENS, self.context)
+        ids = torch.randint(0, self.vocab, (length,), generator=generator).tolist()
+        pages = list(range(1, 2 + length // PAGE_TOKENS))
+        self.allocate(len(pages) + 1)
+        given = torch.tensor([ids], device=self._model.device)
+        expected = self._model(input_ids=given, use_cache=False).logits[0].float()
+        first = length - 4
+        parts = [self.all_logits(ids[:first], pages)]
+        parts += [self.decode([ids[place]], [place], [pages]) for place in range(first, length)]
+        found = torch.cat(parts)
+        error = float((found - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
+        if not error < MOST_ERROR:
+            raise ValueError(f"its logits over the engine's pages differ from its own forward's by {error:.0%}")
 
     @property
     def pool_bytes(self) -> int:
@@ -133,7 +158,11 @@ class TransformersRunner:
             ),
             torch.tensor([([*row[:blocks]] + [0] * blocks)[:blocks] for row in pages], device=device),
         )
-        visible = torch.arange(blocks * PAGE_TOKENS, device=device) <= where[:, None, :, None]  # (rows, 1, width, keys)
+        keys, queries = torch.arange(blocks * PAGE_TOKENS, device=device), where[:, None, :, None]
+        visible: Any = keys <= queries  # (rows, 1, width, keys)
+        if self._window is not None:
+            within = visible & (keys > queries - self._window)
+            visible = {"full_attention": visible, "sliding_attention": within} if self._by_type else within
         output = self._model(
             input_ids=torch.tensor([pad + row for pad, row in zip(padding, ids, strict=True)], device=device),
             position_ids=where,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -205,11 +205,10 @@ class ModelTokenizer:
         """The special token between two texts of one input, for tokenizers that have one."""
         return self._names.get("sep_token")
 
-    def stop_ids(self, configured: int | Sequence[int] | None = None) -> frozenset[int]:
-        """Tokens that end an answer: the tokenizer's end of sequence and those of the model's configuration."""
-        found = [configured] if isinstance(configured, int) else list(configured or ())
+    def stop_ids(self, configured: Iterable[int] = ()) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's end of sequence and those that the model's files name."""
         own = self.tokenizer.token_to_id(self._names["eos_token"]) if "eos_token" in self._names else None
-        return frozenset(found if own is None else [*found, own])
+        return frozenset(configured if own is None else [*configured, own])
 
 
 def _byte_of() -> dict[str, int]:
