@@ -149,7 +149,7 @@ def gguf_ends(file: gguf.GGUFFile) -> set[int]:
 
 
 def ends_of(model: Any) -> set[int]:
-    """The end tokens of a transformers model: of its configuration and of generation_config.json, which may list more."""
+    """The end tokens of a transformers model: of its configuration and of generation_config.json."""
     ends: set[int] = set()
     for config in (model.config.get_text_config(), model.generation_config):
         configured = getattr(config, "eos_token_id", None)

@@ -96,7 +96,7 @@ class TransformersRunner:
     def check(self) -> None:
         """Compare the logits over pages with those of the model's own forward, for a short text.
 
-        Raises ValueError where they differ: the model computes something that pages, masks and positions do not give it."""
+        Raises ValueError where they differ: the forward needs something that pages, masks and positions lack."""
         generator = torch.Generator().manual_seed(1)
         length = min(CHECKED_TOKENS, self.context)
         ids = torch.randint(0, self.vocab, (length,), generator=generator).tolist()

@@ -66,9 +66,7 @@ class ModelList:
         for each in (await self.ready()).get("models", ()):
             if each.get("id") == model and each.get("state") != "ready":
                 detail = f" ({each['detail']})" if each.get("detail") else ""
-                why = (
-                    f"`{model}` is {each.get('state')}{detail}: /status tells when it is up, `make logs` why not."
-                )
+                why = f"`{model}` is {each.get('state')}{detail}: /status tells when it is up, `make logs` why not."
                 raise UpstreamDown(why, param="model", headers={"retry-after": "2"})
 
     async def operate(self, action: str, model: str) -> tuple[int, Any]:
