@@ -69,6 +69,7 @@ HOUSES = {
             "tools",
             "limits",
             "cache",
+            "layers",
             "next_token",
             "tokens",
             "charts",

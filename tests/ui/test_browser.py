@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import httpx2
 import pytest
 from fixtures_ui import StandIn, stand_in
 from lab_ui import texts
+from lab_ui.pages import PAGES
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 from processes import eventually, free_port, process, python
 
@@ -309,3 +312,139 @@ def test_a_very_long_answer_is_shown_whole_and_the_page_goes_on(
     assert re.findall(r"word\d+", shown) == proxy.words
     page.get_by_text("한국어").click()
     page.get_by_text(ko("chat.new")).wait_for()
+
+
+# ---- every page: console, accessibility, dark, phone ----------------------------------------------------------------
+
+# Streamlit asks below a deep link for its server first, and then at the root; the browser logs the first as an error.
+PROBES = ("/_stcore/health", "/_stcore/host-config")
+RULES = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
+# In Streamlit's own markup, which the lab does not write: its page heading order, its tooltips' and menus' roles.
+STREAMLITS_OWN = "[data-testid=stHeader], [data-testid=stSidebarNav], [data-testid=stMainMenu]"
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """axe-core's script, fetched by npm; it is no part of the lab."""
+    folder = tmp_path_factory.mktemp("axe")
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("the accessibility rules (axe-core) are fetched by npm, which is not installed")
+    fetched = subprocess.run(
+        [npm, "pack", "axe-core@4.10.3", "--silent"], cwd=folder, capture_output=True, timeout=120, check=False
+    )
+    if fetched.returncode:
+        pytest.skip("the accessibility rules (axe-core) cannot be fetched: no network")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        script = archive.extractfile("package/axe.min.js")
+        assert script is not None
+        return script.read().decode()
+
+
+def violations(page: Page, script: str) -> list[str]:
+    """Findings of axe that are serious or critical, outside Streamlit's own header and navigation."""
+    page.evaluate(script)
+    found = page.evaluate(
+        "([rules, own]) => axe.run({exclude: own.split(', ').map(each => [each])}, rules)", [RULES, STREAMLITS_OWN]
+    )
+    return [
+        f"{each['id']}: {each['help']}: {[node['html'][:200] for node in each['nodes'][:3]]}"
+        for each in found["violations"]
+        if each["impact"] in {"serious", "critical"}
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_accessible_and_its_console_is_quiet(
+    ui_url: str, visit: Callable[..., Page], axe: str, scheme: str
+) -> None:
+    """In Korean and English, light and dark; on a phone nothing is wider than the screen."""
+    language = "ko" if scheme == "dark" else "en"
+    page = visit("about:blank", color_scheme=scheme)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "console",
+        lambda message: (
+            None
+            if message.type != "error" or message.location.get("url", "").endswith(PROBES)
+            else errors.append(message.text)
+        ),
+    )
+    found = {}
+    for each in PAGES:
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.goto(f"{ui_url}/{each.url_path}?lang={language}")
+        page.get_by_role("heading", name=texts.load(language)(f"{each.name}.title"), exact=True).first.wait_for()
+        expect(page.locator("[data-stale=true]")).to_have_count(0)
+        if broken := violations(page, axe):
+            found[each.name] = broken
+        page.set_viewport_size({"width": 390, "height": 844})
+        assert page.evaluate("document.querySelector('.stMain').scrollWidth") <= 390, each.name
+    assert found == {}
+    assert errors == []
+
+
+# ---- the chat ------------------------------------------------------------------------------------------------------
+
+
+def test_a_syllable_in_composition_is_not_sent(ui_url: str, proxy: StandIn, visit: Callable[..., Page]) -> None:
+    """Enter that ends a composition sends nothing; the next Enter sends the whole question, once."""
+    page = visit(f"{ui_url}/chat")
+    field = page.get_by_test_id("stChatInputTextArea")
+    field.click()
+    session = page.context.new_cdp_session(page)
+    session.send("Input.imeSetComposition", {"text": "안녕", "selectionStart": 2, "selectionEnd": 2})
+    session.send("Input.dispatchKeyEvent", {"type": "rawKeyDown", "key": "Process", "code": "Enter",
+                                            "windowsVirtualKeyCode": 229})  # fmt: skip
+    session.send("Input.insertText", {"text": "안녕"})
+    assert proxy.requests == []
+    expect(field).to_have_value("안녕")
+    field.press("Enter")
+    page.get_by_text("TTFT").wait_for()
+    assert [body["messages"][-1]["content"] for body in proxy.requests] == ["안녕"]
+
+
+def test_a_reload_in_the_middle_of_an_answer_loses_nothing(
+    ui_url: str, proxy: StandIn, visit: Callable[..., Page]
+) -> None:
+    """The conversation is in the browser; the answer goes on in the ui and is found again."""
+    proxy.mode, proxy.words = "endless", ["word"]
+    page = visit(f"{ui_url}/chat")
+    ask(page, "first question")
+    page.get_by_text("word word").wait_for()
+    page.reload()
+    page.get_by_text("word word").wait_for()
+    expect(page.get_by_text("first question").first).to_be_visible()
+    button(page, en("chat.stop")).click()
+    expect(page.get_by_text(en("chat.stopped"))).to_be_visible()
+    # In another tab the conversation is in the list, and the page begins anew.
+    other = page.context.new_page()
+    other.goto(f"{ui_url}/chat")
+    other.get_by_role("button", name="first question").click()
+    expect(other.get_by_text("word word").first).to_be_visible()
+
+
+def test_two_columns_answer_side_by_side_from_a_link(ui_url: str, proxy: StandIn, visit: Callable[..., Page]) -> None:
+    """The link holds codes: settings and the question; nothing is asked before the reader agrees."""
+    page = visit(f"{ui_url}/chat?columns=2&temperature2=0.5&q=Who%3F")
+    button(page, "Who?").wait_for()
+    assert proxy.requests == []
+    button(page, "Who?").click()
+    expect(page.get_by_text("TTFT")).to_have_count(2)
+    assert sorted(body["temperature"] for body in proxy.requests) == [0, 0.5]
+    expect(page).to_have_url(re.compile(r"columns=2&temperature2=0\.5&q=Who"))
+
+
+def test_a_key_lets_a_reader_in(ui_url: str, proxy: StandIn, visit: Callable[..., Page]) -> None:
+    """It is asked for where it is missing, sent as a Bearer token, and neither in the link nor in the storage."""
+    proxy.mode = "refusing"
+    page = visit(f"{ui_url}/chat")
+    page.get_by_text(en("faults.key_needed.what")).wait_for()
+    proxy.mode = "up"
+    page.get_by_label(en("key.label")).last.fill("sk-of-a-reader")
+    page.get_by_label(en("key.label")).last.press("Enter")
+    button(page, QUESTION).click()
+    page.get_by_text("TTFT").wait_for()
+    assert ("/v1/chat/completions", "Bearer sk-of-a-reader") in proxy.keys
+    assert "sk-of" not in page.url + page.evaluate("JSON.stringify([localStorage, sessionStorage])")

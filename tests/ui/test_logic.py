@@ -338,7 +338,8 @@ def test_the_exceptions_shown_are_those_of_todays_packages() -> None:
      (429, "insufficient_quota", "sk-x", "budget"), (429, "queue_full", None, "busy"),
      (503, "draining", None, "draining"), (503, "keys_unavailable", "sk-x", "keys_unavailable"),
      (503, "upstream_unavailable", None, "model_down"), (504, "upstream_timeout", None, "timeout"),
-     (400, "context_length_exceeded", None, "too_long"), (400, None, None, "rejected"), (500, None, None, "upstream_error")],
+     (400, "context_length_exceeded", None, "too_long"), (400, None, None, "rejected"),
+     (500, None, None, "upstream_error")],
 )  # fmt: skip
 def test_each_refusal_has_its_cause(status: int, code: str | None, key: str | None, wanted: str) -> None:
     assert kind(status, code, key) == wanted

@@ -20,6 +20,7 @@ from .http.pages.files import FilePages, files_disabled
 from .http.pages.health import HealthPages
 from .http.pages.keys import KeyPages
 from .http.pages.models import ModelPages
+from .http.pages.timing import TimingPages
 from .http.pages.usage import UsagePages
 from .http.response import Page, Pages
 from .http.server import listen, serve
@@ -175,6 +176,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         **ModelPages(routes, models).pages(),
         **KeyPages(KeyStore(client), ledger).pages(),
         **UsagePages(ledger).pages(),
+        **TimingPages(observer.timings, prices).pages(),
         **CachePages(executor.planner, cache, keys).pages(),
         **(stored if settings.files_enabled else dict.fromkeys(stored, files_disabled)),
     }

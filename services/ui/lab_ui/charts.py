@@ -156,3 +156,28 @@ def tries(
     )  # fmt: skip
     table = [(str(n), f"{b:.2f}", f"{e:.2f}", o) for n, b, e, o in rows]
     return Chart(picture, words, (call, f"{seconds} ▸", f"▸ {seconds}", outcome), table, (0, 1, 2))
+
+
+def grid(rows: Sequence[tuple[str, str, float, str]], *, words: str, x: str, y: str, value: str, labels: bool) -> Chart:
+    """Cells in the order of `rows`: (column, row, share from 0 to 1, text). `labels`: the texts are drawn, too."""
+    import altair as alt  # noqa: PLC0415
+
+    data = _data([{"x": a, "y": b, "share": share, "text": text} for a, b, share, text in rows])
+    columns, lines = list(dict.fromkeys(a for a, *_ in rows)), list(dict.fromkeys(b for _, b, *_ in rows))
+    base = alt.Chart(data).encode(
+        x=alt.X("x:N", sort=columns, title=x, axis=alt.Axis(labelAngle=-40, orient="top", labelLimit=110)),
+        y=alt.Y("y:N", sort=lines, title=y, axis=alt.Axis(labelLimit=140)),
+    )
+    picture = base.mark_rect(cornerRadius=2).encode(
+        color=alt.Color("share:Q", scale=alt.Scale(scheme="teals", domain=[0, 1]), title=value,
+                        legend=alt.Legend(format=".0%")),
+        tooltip=[alt.Tooltip("x:N", title=x), alt.Tooltip("y:N", title=y), alt.Tooltip("text:N", title=value),
+                 alt.Tooltip("share:Q", title=value, format=".1%")],
+    )  # fmt: skip
+    if labels:
+        text = base.mark_text(fontSize=11, limit=80).encode(
+            text="text:N", color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("#1c2b2d"))
+        )
+        picture = picture + text
+    picture = picture.properties(height={"step": 20})
+    return Chart(picture, words, (x, y, value), [(a, b, f"{text} {share:.1%}") for a, b, share, text in rows], ())

@@ -160,6 +160,8 @@ class App:
         # 3. The request.
         deadline = read_deadline(headers[DEADLINE], response.started_at) if DEADLINE in headers else None
         raw = await self._bodies.read(headers, receive, deadline)
+        record = response.record
+        record.tenant, record.began_at, record.read_at = identity.tenant, response.started_at, time.perf_counter()
         plain = "cache-control" not in headers and "x-cache-sampled" not in headers
         cached = self._executor.planner.cached_plan(identity.tenant, path, raw) if plain else None
         asked = RequestContext(
@@ -171,7 +173,7 @@ class App:
             cache_control=CacheControl.read(headers.get("cache-control", "")),
             store_sampled=headers.get("x-cache-sampled", "").lower() == "true",
             started=response.started_at,
-            record=response.record,
+            record=record,
             cached_plan=cached,
             plan_cacheable=plain,
             caller_deadline=deadline,

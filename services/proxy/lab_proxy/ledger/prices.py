@@ -9,7 +9,7 @@ import re
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, model_validator
 
@@ -43,6 +43,11 @@ class Tariff(BaseModel, extra="forbid"):
         cheap = min(cached, prompt)
         again = self.input if self.cached is None else self.cached
         return (prompt - cheap) * self.input + cheap * again + completion * self.output
+
+    def in_usd(self) -> dict[str, float | None]:
+        """USD per million tokens."""
+        prices = {"input": self.input, "cached": self.cached, "output": self.output}
+        return {name: None if each is None else each / 1e6 for name, each in prices.items()}
 
 
 class ModelRow(Tariff):
@@ -82,6 +87,19 @@ class Prices:
     def reload(self) -> None:
         """Raises ValueError with one line that says what is wrong."""
         self._table = read_yaml(Table, self._path, "ledger/prices.yaml", "PROXY_PRICES_FILE")
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The table in USD per million tokens: each upstream with its source, day of the last check, and models."""
+        return [
+            {
+                "upstream": name,
+                "source": row.source,
+                "checked": row.checked.isoformat(),
+                "models": {model: each.in_usd() for model, each in row.models.items()}
+                | ({"*": row.every.in_usd()} if row.every else {}),
+            }
+            for name, row in self._table.upstreams.items()
+        ]
 
     def cost(
         self, upstream: str, model: str, prompt: int, completion: int, *, cached: int = 0, half: bool = False

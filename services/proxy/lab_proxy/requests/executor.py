@@ -142,6 +142,7 @@ class Executor:
             try:
                 async with asyncio.timeout(min(self._total, left)):
                     plan = await self.planner.plan(request)
+                    record.planned_at = time.perf_counter()
                     self._claim(request, plan.target)
                     await self._handlers[ENDPOINTS[request.endpoint].handler](plan, writer)
             except TimeoutError:
@@ -196,6 +197,7 @@ class Executor:
                 if limit is not None and any(each and each.age(now) > limit for each in found):
                     plan.forward = "request"
                     found = [each if each and each.age(now) <= limit else None for each in found]
+        request.record.looked_up_at = request.record.looked_up_at or time.perf_counter()
         if admission is not None:
             writer.headers.update(admission.headers)
         request.record.cache = "bypass" if plan.bypass else plan.forward

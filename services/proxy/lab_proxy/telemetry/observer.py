@@ -12,6 +12,7 @@ from typing import Any
 from ..endpoints import ENDPOINTS, OTHER_ROUTES, QUIET
 from .metrics import Metrics
 from .record import RequestRecord
+from .timing import Timings
 from .traces import Traces
 
 log = logging.getLogger("lab_proxy.request")
@@ -26,6 +27,7 @@ class Observer:
 
     def __init__(self, metrics: Metrics, traces: Traces | None = None) -> None:
         self._metrics, self._traces = metrics, traces
+        self.timings = Timings()
         self._lines: list[Line] = []
 
     def observe(self, path: str, request_id: str, record: RequestRecord, status: int, seconds: float) -> None:
@@ -33,6 +35,8 @@ class Observer:
         self._metrics.record(route, record, status, seconds, request_id)
         if self._traces is not None and path in ENDPOINTS:
             self._traces.record(route, record, status, seconds, request_id)
+        if path in ENDPOINTS:
+            self.timings.add(request_id, record, status, seconds)
         if route in QUIET and status < 400:
             return
         fields = {

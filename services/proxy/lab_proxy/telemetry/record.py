@@ -40,6 +40,12 @@ class RequestRecord:
     billed_tokens: int = 0  # tokens of its upstream calls that are in the ledger
     upstream_seconds: float = 0.0  # waited for upstreams
     calls: list[UpstreamCall] = field(default_factory=list)
+    tenant: str = ""
+    # Start and ends of the phases before the answer, as time.perf_counter(); 0: not reached.
+    began_at: float = 0.0
+    read_at: float = 0.0  # headers checked, key verified, body read
+    planned_at: float = 0.0  # model, upstream and cache key known
+    looked_up_at: float = 0.0  # limits and cache answered by redis
 
     def add_call(self, call: UpstreamCall) -> None:
         self.calls.append(call)

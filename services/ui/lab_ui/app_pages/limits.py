@@ -179,7 +179,7 @@ def measure(model: str) -> list[limits.Asked] | Fault:
 
 
 def draw_prices() -> None:
-    reply = proxy.call("GET", "/prices", session.key, seconds=settings.status_timeout_seconds)
+    reply = proxy.call("GET", "/v1/prices", session.key, seconds=settings.status_timeout_seconds)
     if isinstance(reply, Fault):
         draw_fault(session, reply, "prices", lambda: None)
         return

@@ -6,9 +6,9 @@ from typing import Any
 
 import streamlit as st
 
-from lab_ui import chat, links, next_token, surprise, wire
+from lab_ui import chat, layers, links, next_token, surprise, wire
 from lab_ui.answer import Fault
-from lab_ui.charts import pairs
+from lab_ui.charts import bars, grid, pairs
 from lab_ui.drawing.charts import draw_chart
 from lab_ui.drawing.components import draw_tokens
 from lab_ui.drawing.faults import draw_fault
@@ -20,7 +20,7 @@ from lab_ui.untrusted import plain, span
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
 state = st.session_state
-VIEWS = ("guess", "steps")
+VIEWS = ("guess", "steps", "lens", "attention")
 link = links.Link(
     "next",
     {
@@ -53,10 +53,9 @@ def main() -> None:
     text = state[link.key("q")]
     if not text:
         st.info(texts("next_token.empty"))
-    elif view == "guess":
-        draw_guess(model, text)
     else:
-        draw_steps(model, text)
+        draws = {"guess": draw_guess, "steps": draw_steps, "lens": draw_lens, "attention": draw_attention}
+        draws[view or "guess"](model or local[0], text)
     link.write(st.query_params, state)
 
 
@@ -195,13 +194,80 @@ def generate(model: str, text: str, begun: list[int]) -> None:
     state.steps_number = state.get("steps_number", 0) + 1
 
 
+# ---- layers
+
+
+def draw_lens(model: str, text: str) -> None:
+    """What each layer would answer; one token pinned over the layers."""
+    st.markdown(texts("next_token.lens_about", most=str(layers.MOST_TOKENS)))
+    if st.button(texts("next_token.look_inside"), type="primary", icon=":material/layers:", key="lens-go"):
+        state.lens = inspect("logit-lens", {"model": model, "text": text, "top": layers.TOP})
+    reply = state.get("lens")
+    if isinstance(reply, Fault):
+        draw_fault(session, reply, "lens")
+    if reply is None or isinstance(reply, Fault):
+        return
+    tokens, found = layers.lens(reply.body)
+    cells = layers.cells(tokens, found)
+    if not cells:
+        return
+    words = texts("next_token.lens_alt", layers=str(len(found)), tokens=str(len(tokens)))
+    chart = grid(cells, words=words, x=texts("tokens.token"), y=texts("next_token.layer"),
+                 value=texts("next_token.probability"), labels=len(tokens) <= 12)  # fmt: skip
+    draw_chart(chart, texts, "lens-chart")
+    st.subheader(texts("next_token.pin"), anchor=False)
+    place = st.selectbox(texts("next_token.place"), range(len(tokens)), index=len(tokens) - 1,
+                         format_func=lambda at: f"{at + 1} {tokens[at].label}", key="lens-place")  # fmt: skip
+    choices = [token for token, _ in found[-1][place]]
+    token = st.selectbox(texts("next_token.pinned"), choices, format_func=lambda each: each.label,
+                         key=f"lens-token-{place}")  # fmt: skip
+    if token is not None:
+        rows = layers.pinned(found, place, token)
+        words = texts("next_token.pin_alt", token=token.label, layers=", ".join(f"{n}: {t}" for n, _, t in rows[-6:]))
+        draw_chart(bars(rows, words=words, label=texts("next_token.layer"), value=texts("next_token.probability"),
+                        domain=1.0, format=".0%"), texts, "pin-chart")  # fmt: skip
+
+
+def draw_attention(model: str, text: str) -> None:
+    st.markdown(texts("next_token.attention_about", most=str(layers.MOST_TOKENS)))
+    count = int(state.get("attention_layers", 1))
+    layer = st.number_input(texts("next_token.layer"), 0, max(count - 1, 0), key="attention-layer", width=200)
+    if st.button(texts("next_token.look_inside"), type="primary", icon=":material/layers:", key="attention-go"):
+        state.attention_asked = True
+    if not state.get("attention_asked"):
+        return
+    reply = inspect("attention", {"model": model, "text": text, "layer": layer})
+    if isinstance(reply, Fault):
+        draw_fault(session, reply, "attention")
+        return
+    tokens, heads, all_layers = layers.attention(reply.body)
+    if all_layers != count:
+        state.attention_layers = all_layers
+        st.rerun()
+    if not heads:
+        return
+    head = st.selectbox(texts("next_token.head"), range(-1, len(heads)), key="attention-head",
+                        format_func=lambda at: texts("next_token.all_heads") if at < 0 else str(at))  # fmt: skip
+    rows = layers.mean(heads) if head is None or head < 0 else heads[head]
+    chart = grid(layers.attended(tokens, rows), words=texts("next_token.attention_alt", tokens=str(len(tokens))),
+                 x=texts("next_token.attended"), y=texts("next_token.attending"), value=texts("next_token.share"),
+                 labels=len(tokens) <= 12)  # fmt: skip
+    draw_chart(chart, texts, "attention-chart")
+
+
+def inspect(name: str, body: dict[str, Any]) -> Any:
+    with st.spinner(texts("next_token.loading")):
+        return proxy.call("POST", f"/v1/inspect/{name}", session.key, body=body)
+
+
 def take(prompt: str) -> None:
     state[link.key("q")] = prompt
     begin()
 
 
 def begin() -> None:
-    state.next_chosen, state.next_open, state.next_guess, state.steps = [], False, "", None
+    state.next_chosen, state.next_open, state.next_guess = [], False, ""
+    state.steps = state.lens = None
 
 
 def choose(token: wire.Piece) -> None:

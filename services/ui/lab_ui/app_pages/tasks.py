@@ -1,4 +1,4 @@
-"""The tasks page: the lecture's pipelines then, today, and run by the lab; a batch editor; accuracy in two languages."""
+"""The tasks page: the lecture's pipelines then and today, run by the lab; a batch editor; accuracy by language."""
 
 from __future__ import annotations
 
