@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from fixtures_ui import APP, StandIn, shown
@@ -12,6 +15,7 @@ from lab_ui.pages import PAGES
 from processes import free_port
 from streamlit.testing.v1 import AppTest
 
+DOCS = Path(__file__).parents[2] / "docs"
 LANGUAGES = list(texts.LANGUAGES)
 # What is down -> the text that every page with a model on it shows then; None: the page is as usual.
 STATES: dict[str, str | None] = {
@@ -60,3 +64,27 @@ def test_a_link_with_nonsense_opens_the_page_as_without(app: Callable[..., AppTe
     assert not opened.exception
     assert texts.load("en")("faults.unexpected.what") not in shown(opened)
     assert opened.title[0].value == texts.load("en")(f"{page.name}.title")
+
+
+LINKS = sorted(
+    {
+        link
+        for name in ("tour.md", "tour.ko.md")
+        for link in re.findall(r"\(http://127\.0\.0\.1:8501/([^)]+)\)", (DOCS / name).read_text(encoding="utf-8"))
+    }
+)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_of_the_tour_opens_its_page_in_the_promised_state(app: Callable[..., AppTest], link: str) -> None:
+    """Each parameter is read: none is dropped as nonsense or as the default, and the page is in its language."""
+    path, _, query = link.partition("?")
+    given = {name: values[0] for name, values in parse_qs(query, strict_parsing=bool(query)).items()}
+    app("en")
+    opened = AppTest.from_file(APP, default_timeout=60)
+    for name, value in given.items():
+        opened.query_params[name] = value
+    opened.switch_page(f"app_pages/{path}.py").run()
+    assert not opened.exception
+    assert opened.title[0].value == texts.load(given.get("lang", "en"))(f"{path}.title")
+    assert opened.query_params == given

@@ -75,7 +75,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "theme.baseRadius": "medium",
         "theme.headingFontSizes": ["1.9rem", "1.35rem", "1.1rem"],
         "theme.headingFontWeights": [600, 600, 600],
-        "theme.light.primaryColor": "#0f766e",
+        "theme.light.primaryColor": "#0c655d",
         "theme.light.backgroundColor": "#ffffff",
         "theme.light.secondaryBackgroundColor": "#f3f6f6",
         "theme.light.textColor": "#1c2b2d",

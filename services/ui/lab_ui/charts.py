@@ -170,7 +170,7 @@ def grid(rows: Sequence[tuple[str, str, float, str]], *, words: str, x: str, y: 
     )
     picture = base.mark_rect(cornerRadius=2).encode(
         color=alt.Color("share:Q", scale=alt.Scale(scheme="teals", domain=[0, 1]), title=value,
-                        legend=alt.Legend(format=".0%")),
+                        legend=None if labels else alt.Legend(format=".0%", orient="bottom")),
         tooltip=[alt.Tooltip("x:N", title=x), alt.Tooltip("y:N", title=y), alt.Tooltip("text:N", title=value),
                  alt.Tooltip("share:Q", title=value, format=".1%")],
     )  # fmt: skip

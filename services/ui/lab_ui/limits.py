@@ -193,5 +193,6 @@ def prices(body: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]
             if isinstance(each, Mapping):
                 shown = [f"{each[key]:g}" if isinstance(each.get(key), int | float) else "–"
                          for key in ("input", "cached", "output")]  # fmt: skip
-                rows.append((str(name), *shown, str(upstream.get("source") or ""), str(upstream.get("checked") or "")))
+                shown_name = f"{upstream.get('upstream', '')}: *" if name == "*" else str(name)
+                rows.append((shown_name, *shown, str(upstream.get("source") or ""), str(upstream.get("checked") or "")))
     return rows  # type: ignore[return-value] # six columns
