@@ -97,7 +97,7 @@ class App:
         if draining:
             always["connection"] = "close"
         # 2. The response, or an error.
-        response = Response(send, always, chunks=scope["http_version"] != "1.0")
+        response = Response(send, always, chunks=scope.get("http_version") != "1.0")
         record = response.record
         path: str = scope["path"]
         status = 0

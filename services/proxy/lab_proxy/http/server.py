@@ -100,7 +100,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self._timer is None:  # not the connection's first request
-            self._received = 0
+            self._received = 1  # some of it at least
             self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
 
     def on_headers_complete(self) -> None:
@@ -113,9 +113,16 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest("This is not a request of HTTP/1.1."))
 
+    @property
+    def _answering(self) -> bool:
+        """An answer is being written: nothing may come between."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _too_slow(self) -> None:
         self._timer = None
-        if self._received:
+        if self._answering:
+            self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
+        elif self._received:
             self._refuse(BodyTimeout("The head of the request did not come in time (PROXY_HEAD_TIMEOUT_SECONDS)."))
         else:
             self.transport.close()
@@ -131,6 +138,9 @@ class Connection(HttpToolsProtocol):
             return
         self._refused = True
         self._stop_timer()
+        if self._answering:
+            self.transport.close()
+            return
         body = error.body()
         head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
         end = f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
