@@ -60,6 +60,7 @@ def test_a_callers_own_deadline_ends_a_request_of_a_foreign_upstream(bench: Benc
         for answer in pool.map(ask, range(many)):
             error = answer.json()["error"]
             assert (answer.status_code, error["code"], error["type"]) == (504, "deadline_exceeded", "server_error")
+            assert answer.headers["x-should-retry"] == "false", "OpenAI's clients would try again"
             assert OWN in error["message"]
     eventually(lambda: bench.calls()["left"] == bench.calls()["total"], what="the upstream is let go of each call")
     assert OWN not in bench.calls()["last"]["headers"]
