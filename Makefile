@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe k8s-render k8s-check
+.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe sbom k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ down: ## stop and remove the containers (with their stored data: make down ARGS=
 
 test-stack: ## run the tests against containers; needs a Docker engine
 	@sh lab/run.sh test --lane stack
+
+sbom: ## write what the images hold (CycloneDX) and their digests to dist/ (of another tag: LAB_TAG=0.1.0 make sbom)
+	@sh lab/run.sh install && .venv/bin/python -m lab.sbom $${LAB_TAG:-dev}
 
 load: ## measure throughput: put load on the running lab, every question new (LOAD_USERS=4 LOAD_SECONDS=60 make load)
 	@sh lab/run.sh load throughput

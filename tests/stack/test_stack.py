@@ -307,6 +307,22 @@ def test_images_are_small_and_say_what_they_are(stack: Stack, tell: Tell) -> Non
             assert labels[f"org.opencontainers.image.{name}"]
 
 
+def test_what_the_images_hold_is_listed(stack: Stack) -> None:
+    """`make sbom`: each image's own packages, and the id of the image that they were read from."""
+    stack.run(sys.executable, "-m", "lab.sbom", stack.project, timeout=300)
+    released = json.loads((stack.root / "dist/images.json").read_text())
+    for service, package in {
+        "proxy": "pypi/uvicorn",
+        "model": "pypi/ray",
+        "ui": "pypi/streamlit",
+        "redis": "deb/",
+    }.items():
+        listed = json.loads((stack.root / f"dist/{service}.cdx.json").read_text())
+        assert any(each["purl"].startswith(f"pkg:{package}") for each in listed["components"]), service
+        image = stack.engine.images.get(f"llm-lab/{service}:{stack.project}")
+        assert released[f"llm-lab/{service}:{stack.project}"]["id"] == image.id
+
+
 @pytest.mark.parametrize("service", ["ui", "proxy", "model"])
 def test_images_hold_no_tools_to_build_with(stack: Stack, service: str) -> None:
     """Neither pip nor its cache, and nothing that the base's own packages do not hold."""
