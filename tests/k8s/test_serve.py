@@ -124,7 +124,8 @@ def test_a_drained_node_ends_by_itself(own_ray: Process) -> None:
     """What a worker's preStop runs. Here the node is the only one, so that this test comes last."""
     ending = raylet(own_ray)
     gcs = next(each.partition("=")[2] for each in ending.cmdline() if each.startswith("--gcs-address="))
-    environ = os.environ | {"RAY_ADDRESS": gcs, "MY_POD_IP": "10.9.9.9"}
+    # With the token that Ray made for this cluster: in a pod KubeRay sets it.
+    environ = ending.environ() | {"RAY_ADDRESS": gcs, "MY_POD_IP": "10.9.9.9"}
     argv = [sys.executable, "-m", "lab_model.serving.drain_node"]
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, "10.9.9.9 is no node" in done.stderr) == (1, True), done.stderr

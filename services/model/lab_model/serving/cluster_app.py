@@ -8,6 +8,7 @@ Knows Ray Serve and HTTP. Knows nothing of how a model is loaded or answers.
 from __future__ import annotations
 
 import asyncio
+import math
 import platform
 import time
 from importlib.metadata import version
@@ -31,7 +32,8 @@ from ..models.kinds import PATHS
 from .metrics_sum import MetricsSum
 from .ray_internals import AsgiDeployment
 
-ANSWER_SECONDS = 5.0  # for all replicas of a model; those that are busy longer are left out this time
+ANSWER_SECONDS = 5.0  # for all replicas of a model
+SILENT_SECONDS = 30.0  # busy replicas may be silent for so long before their model counts as not answering
 STATES = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "UNHEALTHY": "failed"}  # of Serve; all others are `loading`
 MOST_IDS = 256  # in one request for usage
 
@@ -64,6 +66,7 @@ class ClusterApp(AsgiDeployment):
         self._entries = {entry.id: entry for entry in args.entries}
         self._hosts = args.allowed_hosts
         self._started = int(time.time())
+        self._infos: dict[str, tuple[dict[str, Any], float]] = {}  # each model's last info, and when it came
         self._states: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._sum = MetricsSum()
@@ -95,9 +98,11 @@ class ClusterApp(AsgiDeployment):
             found[id_] = {"id": id_, "kind": entry.kind}
             found[id_]["state"] = STATES.get(str(status.status.value) if status else "", "loading")
             if found[id_]["state"] == "ready":
-                infos = await self._ask(id_, "info")
-                found[id_] |= infos[0] if infos else {"state": "loading", "detail": "not answering"}
-                found[id_]["replicas"] = len(infos)
+                if infos := await self._ask(id_, "info"):
+                    self._infos[id_] = infos[0] | {"replicas": len(infos)}, time.monotonic()
+                info, received = self._infos.get(id_, ({}, -math.inf))
+                silent = time.monotonic() - received > SILENT_SECONDS
+                found[id_] |= {"state": "loading", "detail": "not answering"} if silent else info
             elif status and status.message:
                 found[id_]["detail"] = status.message.strip().splitlines()[-1][:500]
         self._states = time.monotonic(), found
@@ -144,7 +149,7 @@ class ClusterApp(AsgiDeployment):
         )
 
     async def _ask(self, id_: str, method: str, *args: Any) -> list[Any]:
-        """The answers of a model's replicas, without those that fail or do not answer in time."""
+        """The answers of a model's replicas, without those that fail; none when one is too busy to answer in time."""
         try:
             handle = self._handles.get(id_)
             if handle is None:

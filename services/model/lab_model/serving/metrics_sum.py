@@ -22,15 +22,15 @@ class MetricsSum:
         self._families: dict[str, tuple[str, str]] = {}  # name -> documentation, type
         self._of_family: dict[Key, str] = {}
         self._replicas: dict[str, Values] = {}
-        self._ended: Values = {}
+        self._ended: dict[str, Values] = {}  # counters of each replica that answers no more, as it last gave them
 
     def update(self, pages: Mapping[str, str]) -> None:
         """pages: the text of each replica that answers now, by its id."""
         for id_ in set(self._replicas) - set(pages):
-            for key, value in self._replicas.pop(id_).items():
-                if self._families[self._of_family[key]][1] != "gauge":
-                    self._ended[key] = self._ended.get(key, 0.0) + value
+            values = self._replicas.pop(id_).items()
+            self._ended[id_] = {k: v for k, v in values if self._families[self._of_family[k]][1] != "gauge"}
         for id_, page in pages.items():
+            self._ended.pop(id_, None)  # it was busy
             self._replicas[id_] = dict(self._read(page))
 
     def text(self) -> bytes:
@@ -39,8 +39,8 @@ class MetricsSum:
 
     def collect(self) -> Iterator[Metric]:
         """For prometheus_client: a family for each metric."""
-        total = dict(self._ended)
-        for values in self._replicas.values():
+        total: Values = {}
+        for values in (*self._ended.values(), *self._replicas.values()):
             for key, value in values.items():
                 if self._of_family[key] in LARGEST:
                     total[key] = max(total.get(key, value), value)
