@@ -54,17 +54,17 @@ def javascript(request: Mapping[str, Any], proxy_url: str) -> str:
 
 def langchain(request: Mapping[str, Any], proxy_url: str) -> str:
     """A script with `langchain-openai`, which streams the same request."""
-    roles = {"system": "system", "user": "human", "assistant": "ai"}
+    names = {"system": "system", "user": "human", "assistant": "ai"}
     options = {name: value for name, value in request.items() if name not in {"messages", "prompt", "model"}}
     lines = ["from langchain_openai import ChatOpenAI", "", "model = ChatOpenAI("]
     lines += [f"    model={_json(request.get('model'))},", f"    base_url={_json(proxy_url + '/v1')},"]
     lines += ['    api_key="local",', *(f"    {name}={_python(value)}," for name, value in options.items()), ")"]
     lines += ["messages = ["]
     for message in request.get("messages", []):
-        if message.get("tool_calls") or message["role"] not in roles:  # LangChain takes OpenAI's messages as well
+        if message.get("tool_calls") or message["role"] not in names:  # LangChain takes OpenAI's messages as well
             lines.append(f"    {_python(message)},")
         else:
-            lines.append(f"    ({_json(roles[message['role']])}, {_json(message['content'])}),")
+            lines.append(f"    ({_json(names[message['role']])}, {_json(message['content'])}),")
     lines += ["]", "for chunk in model.stream(messages):", '    print(chunk.content, end="", flush=True)', "print()"]
     return "\n".join(lines) + "\n"
 

@@ -32,7 +32,7 @@ class Embedder:
 
     @torch.inference_mode()
     def forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """One vector of `dimensions` floats for each list of 1 to `context` ids; of length 1 if the model normalizes."""
+        """A vector of `dimensions` floats for each list of 1 to `context` ids, of length 1 if the model normalizes."""
         ids, mask = padded(rows, self._model.device)
         hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (rows, width, dim)
         pooled = self._pool(hidden, mask)
