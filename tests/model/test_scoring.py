@@ -101,20 +101,31 @@ def test_running_requests_wait_for_a_page_at_most(monkeypatch: pytest.MonkeyPatc
     assert pages.available == 40
 
 
-def test_running_requests_take_the_pages_of_a_text() -> None:
-    """A text that fills the pool gives way to an answer that needs it, and is computed again afterwards."""
-    ids = text(230)
+@pytest.mark.parametrize(("prompt", "tokens"), [(120, 60), (60, 150)])
+def test_running_requests_take_the_pages_of_a_text(monkeypatch: pytest.MonkeyPatch, prompt: int, tokens: int) -> None:
+    """A half computed text gives way to an answer whose prompt, or whose growth, needs its pages, and is computed
+    again."""
+    monkeypatch.setattr("lab_model.engine.scoring.SHARE", 1e-6)  # no piece beside the answer
+    ids = text(400)
     want = tiny.model()(torch.tensor([ids])).logits[0]
-    with Driven(runner("llama plain"), kv_tokens=256) as driven:
-        asked, answer = Logits(ids), Request(text(30, 2), 150)
-        with driven.paused():
-            driven.engine.submit(answer)
-            driven.engine.submit(asked.request)
+    with Driven(runner("llama plain"), kv_tokens=512) as driven:
+        asked, answer = Logits(ids), Request(text(prompt, 2), tokens)
+        receive = asked.request.receive
+
+        def first_piece(first: int, logits: torch.Tensor) -> None:
+            if not asked.pieces:
+                driven.engine.submit(answer)
+            receive(first, logits)
+
+        asked.request.receive = first_piece
+        driven.engine.submit(asked.request)
         driven.wait([answer, asked.request])
         driven.settled()
+        assert driven.engine.stats().preempted == 0
     assert driven.ended[answer].finish == "length"
+    assert list(driven.ended) == [answer, asked.request]
     assert torch.allclose(asked.all, want, atol=2e-3)
-    assert len(asked.pieces) > 0
+    assert sum(asked.pieces) > len(ids)
 
 
 def test_a_cancelled_text_frees_its_pages_and_a_fault_ends_one_text_alone() -> None:
