@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-tasks train-probe sbom k8s-render k8s-check
+.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-ui bench-tasks train-probe sbom k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,9 @@ bench-engine: ## measure the engine beside transformers' own (parts: make bench-
 
 bench-proxy: ## measure the proxy beside its targets; needs wrk (parts: make bench-proxy ARGS="--only hits,misses")
 	@sh lab/run.sh install && .venv/bin/python -m bench.proxy $(ARGS)
+
+bench-ui: ## measure a page switch and the memory of 20 sessions, before the running lab (another proxy: make bench-ui ARGS="--proxy URL")
+	@sh lab/run.sh install && .venv/bin/python -m bench.ui $(ARGS)
 
 bench-tasks: ## how often the embedded models are right on held-out sentences and questions
 	@sh lab/run.sh install && .venv/bin/python -m bench.tasks

@@ -381,7 +381,7 @@ def test_every_page_is_accessible_and_its_console_is_quiet(
             found[each.name] = broken
         page.set_viewport_size({"width": 390, "height": 844})
         page.wait_for_function("document.querySelector('.stMain').scrollWidth <= 390")  # charts follow a little later
-    assert found == {}
+    assert not found, "\n".join(f"{name}: {each}" for name, broken in found.items() for each in broken)
     assert errors == []
 
 
