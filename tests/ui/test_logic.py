@@ -27,6 +27,8 @@ from lab_ui import wire as wire_module
 from lab_ui.answer import Alternative, Answer, Fault, Token
 from lab_ui.proxy import Reply, kind
 from lab_ui.session import valid_key
+from lab_ui.settings import Settings
+from lab_ui.status import Report
 
 EN = texts.load("en")
 
@@ -325,6 +327,26 @@ def test_the_exceptions_shown_are_those_of_todays_packages() -> None:
     for lesson in tasks.LESSONS.values():
         compile(lesson.code, "then", "exec")
         compile(lesson.now, "now", "exec")
+
+
+# ---- models on the status page
+
+
+def test_each_state_of_a_model_has_its_word_and_its_button() -> None:
+    card = {"id": "m", "kind": "chat", "load": "demand", "licence": "MIT", "languages": ["en"], "disk_bytes": 2**20}
+    loading = card | {"state": "loading", "progress": {"what": "reads weights", "percent": 40}}
+    states = [loading, card | {"state": "ready"}, card | {"state": "unloaded"}, card | {"state": "failed", "detail": "x"},
+              card | {"state": "absent"}, {"id": "old", "state": "ready"}]  # fmt: skip
+    adding = {"name": "korean", "state": "loading", "progress": {"what": "downloads", "percent": None}}
+    report = Report({"model": {"models": states, "adding": adding}}, Settings(), EN)
+    assert [(each.state, each.action) for each in report.models] == [
+        ("loading", ""), ("up", "unload"), ("unloaded", "load"), ("down", "load"), ("absent", ""), ("up", "")
+    ]  # fmt: skip
+    assert (report.models[0].step, report.models[0].share) == ("reads weights", 0.4)
+    assert "1.0 MiB" in report.models[0].facts
+    assert report.adding is not None
+    assert (report.adding.id, report.adding.step, report.adding.share) == ("korean", "downloads", None)
+    assert Report({"model": {"adding": adding | {"state": "done"}}}, Settings(), EN).adding.state == "up"  # type: ignore[union-attr]
 
 
 # ---- faults and keys

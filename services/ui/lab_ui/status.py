@@ -23,6 +23,7 @@ State = Literal["up", "down", "loading", "unknown", "unloaded", "absent"]
 # Of a model, as the service names them.
 MODEL_STATES: Mapping[str, State] = {
     "ready": "up", "loading": "loading", "unloaded": "unloaded", "absent": "absent", "failed": "down",
+    "done": "up",
 }  # fmt: skip
 MAX_DETAIL = 300  # characters
 
@@ -53,7 +54,7 @@ class Service:
 class Model:
     """A model of the model service; `line`: kind, context and revision; `facts`: what is known of its size and licence.
 
-    `step`: what its loading does now; `share`: how far it is, from 0 to 1.
+    `step`: what its loading does now; `share`: how far it is, from 0 to 1. `action`: `load` or `unload`, if possible.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Model:
     facts: str = ""
     step: str = ""
     share: float | None = None
+    action: str = ""
 
     @property
     def name(self) -> str:
@@ -194,7 +196,8 @@ def _model(entry: Mapping[str, Any], texts: Texts) -> Model:
         step = str(progress.get("what") or "")[:MAX_DETAIL]
         percent_ = progress.get("percent")
         share = max(0.0, min(1.0, percent_ / 100)) if isinstance(percent_, int | float) else None
-    return Model(str(entry.get("id")), shown, line, _detail(entry), _facts(entry, texts), step, share)
+    action = {"up": "unload", "unloaded": "load", "down": "load"}.get(shown, "") if "load" in entry else ""
+    return Model(str(entry.get("id")), shown, line, _detail(entry), _facts(entry, texts), step, share, action)
 
 
 def _facts(entry: Mapping[str, Any], texts: Texts) -> str:

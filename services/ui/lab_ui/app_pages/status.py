@@ -29,6 +29,7 @@ def main() -> None:
     st.title(texts("status.title"), anchor=False)
     st.caption(texts("status.intro", seconds=short(settings.refresh_seconds)))
     st.fragment(draw, run_every=settings.refresh_seconds)()
+    draw_form()  # not in the fragment, whose refresh would come between the keys
 
 
 def draw() -> None:
@@ -55,7 +56,7 @@ def draw() -> None:
         st.subheader(texts("status.models"), anchor=False)
     for model in models:
         draw_model(model)
-    draw_add(report)
+    draw_adding(report)
     if cache is not None:
         st.subheader(texts("status.cache"), anchor=False)
         if not cache:
@@ -75,6 +76,19 @@ def draw_model(model: Model) -> None:
             st.caption(model.facts)
         draw_progress(model)
         draw_detail(model.detail, model.state)
+        if model.action and st.button(texts(f"status.action.{model.action}"), key=f"{model.action}-{model.id}"):
+            operate(model.action, model.id)
+
+
+def operate(action: str, name: str) -> None:
+    """Have the model service `load`, `unload` or `add` a model: with the admin key, or without keys on this machine."""
+    reply = session.proxy.call(
+        "POST", f"/admin/models/{action}", session.key, body={"model": name}, seconds=settings.status_timeout_seconds
+    )
+    if isinstance(reply, Fault):
+        draw_fault(session, reply, f"{action}-{name}")
+    else:
+        st.toast(texts(f"status.begun.{action}", name=span(name)), icon=":material/check:")
 
 
 def draw_progress(model: Model) -> None:
@@ -83,30 +97,25 @@ def draw_progress(model: Model) -> None:
         st.progress(model.share or 0.0, words)
 
 
-def draw_add(report: Report) -> None:
-    """Fetch a model and add it to the catalogue."""
-    if report.fault or not report.models:
-        return
+def draw_adding(report: Report) -> None:
+    """How far the model is that was last added."""
     adding = report.adding
-    if adding is not None and adding.state in {"loading", "down"}:
+    if adding is not None:
         with st.container(border=True, gap="xsmall"):
             draw_name(adding.name, adding.state)
             draw_progress(adding)
             draw_detail(adding.detail, adding.state)
+
+
+def draw_form() -> None:
+    """Fetch a model and add it to the catalogue."""
     with st.form("add", border=False, clear_on_submit=True):
         with st.container(horizontal=True, vertical_alignment="bottom"):
             name = st.text_input(texts("status.add.label"), max_chars=200, placeholder="korean")
             sent = st.form_submit_button(texts("status.add.button"), icon=":material/add:")
         st.caption(texts("status.add.about"))
     if sent and name.strip():
-        reply = session.proxy.call(
-            "POST", "/admin/models/add", session.key, body={"model": name.strip()},
-            seconds=settings.status_timeout_seconds,
-        )  # fmt: skip
-        if isinstance(reply, Fault):
-            draw_fault(session, reply, "add")
-        else:
-            st.toast(texts("status.add.begun", name=span(name.strip())), icon=":material/download:")
+        operate("add", name.strip())
 
 
 def draw_name(name: str, state: State) -> None:
