@@ -335,18 +335,25 @@ def test_the_exceptions_shown_are_those_of_todays_packages() -> None:
 def test_each_state_of_a_model_has_its_word_and_its_button() -> None:
     card = {"id": "m", "kind": "chat", "load": "demand", "licence": "MIT", "languages": ["en"], "disk_bytes": 2**20}
     loading = card | {"state": "loading", "progress": {"what": "reads weights", "percent": 40}}
-    states = [loading, card | {"state": "ready"}, card | {"state": "unloaded"}, card | {"state": "failed", "detail": "x"},
+    states = [loading, card | {"state": "ready"}, card | {"state": "unloaded"}, card | {"state": "failed"},
               card | {"state": "absent"}, {"id": "old", "state": "ready"}]  # fmt: skip
     adding = {"name": "korean", "state": "loading", "progress": {"what": "downloads", "percent": None}}
     report = Report({"model": {"models": states, "adding": adding}}, Settings(), EN)
     assert [(each.state, each.action) for each in report.models] == [
-        ("loading", ""), ("up", "unload"), ("unloaded", "load"), ("down", "load"), ("absent", ""), ("up", "")
-    ]  # fmt: skip
+        ("loading", ""),
+        ("up", "unload"),
+        ("unloaded", "load"),
+        ("down", "load"),
+        ("absent", ""),
+        ("up", ""),
+    ]
     assert (report.models[0].step, report.models[0].share) == ("reads weights", 0.4)
     assert "1.0 MiB" in report.models[0].facts
     assert report.adding is not None
     assert (report.adding.id, report.adding.step, report.adding.share) == ("korean", "downloads", None)
-    assert Report({"model": {"adding": adding | {"state": "done"}}}, Settings(), EN).adding.state == "up"  # type: ignore[union-attr]
+    done = Report({"model": {"adding": adding | {"state": "done"}}}, Settings(), EN).adding
+    assert done is not None
+    assert done.state == "up"
 
 
 # ---- faults and keys
