@@ -126,7 +126,8 @@ class Client:
     """An upstream client and one request at a time."""
 
     def __init__(self, url: str, key: str | None = "sk-x", kind: str = "openai", **settings: Any) -> None:
-        self.config = UpstreamConfig("paid", kind, url, key, configured=True, stream_usage=True)
+        native = kind == "model"
+        self.config = UpstreamConfig("paid", kind, url, key, configured=True, stream_usage=True, native=native)
         self.calls: list[Any] = []
         metrics = cast("Metrics", SimpleNamespace(count=lambda *_: None))
         self.client = UpstreamClient(self.config, Settings(**{"upstream_retries": 0} | settings), metrics)
