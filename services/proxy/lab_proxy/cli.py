@@ -51,7 +51,7 @@ def run(argv: Sequence[str], settings: Settings) -> int:
         return 2
     except (RedisError, TimeoutError) as error:
         why = str(error) or "no answer in time"
-        _note(f"redis does not do it ({why}): check PROXY_REDIS_URL; nothing was changed")
+        _note(f"redis failed ({why}): check PROXY_REDIS_URL; nothing was changed")
         return 1
     return 0
 
@@ -66,7 +66,7 @@ async def _bounded(args: argparse.Namespace, settings: Settings) -> None:
     finally:
         await client.stop()
     if args.warns and not settings.keys_required:
-        _note("this proxy asks nobody for a key yet: set PROXY_ADMIN_KEY_FILE, or PROXY_REQUIRE_KEYS=true")
+        _note("this proxy does not require keys yet: set PROXY_ADMIN_KEY_FILE, or PROXY_REQUIRE_KEYS=true")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -168,7 +168,7 @@ class Draining(ProxyError, status=503, code="draining"):
     """The proxy is shutting down and accepts no new requests."""
 
     def __init__(self) -> None:
-        super().__init__("The proxy is ending and takes no new work: ask again.", headers={"retry-after": "1"})
+        super().__init__("The proxy is shutting down and accepts no new requests: retry.", headers={"retry-after": "1"})
 
 
 class UpstreamDown(ProxyError, status=503, code="upstream_unavailable"):

@@ -1,7 +1,7 @@
 """The pages of the KV pool: which request holds which, and which already contain the beginning of a prompt.
 
 A page that a request has filled may be published under its tokens and those before it: the prefix cache. A request with
-the same beginning shares it, and nobody writes to it again. Pages without a holder keep their content until they are
+the same beginning shares it, and it is not written to again. Pages without a holder keep their content until they are
 taken, the least recently used first.
 Knows token ids and page numbers. Never touches the pages' memory, which is the runner's.
 """
@@ -20,7 +20,7 @@ ROOT = 0  # the node before the first page
 
 
 class KVPages:
-    """`total` pages, numbered from 1: page 0 belongs to nobody."""
+    """`total` pages, numbered from 1: page 0 is never assigned."""
 
     def __init__(self, total: int) -> None:
         self.total = total

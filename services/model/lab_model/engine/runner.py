@@ -48,7 +48,7 @@ class Runner(Protocol):
         ...
 
     def allocate(self, pages: int) -> None:
-        """Make the pool. Page 0 belongs to nobody and fills the rows that have fewer pages than others."""
+        """Make the pool. Page 0 is never assigned and fills the rows that have fewer pages than others."""
         ...
 
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:

@@ -219,7 +219,7 @@ class Scheduler:
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
                 self._step_began = None
                 if self._hangs:
-                    return  # the requests have been told
+                    return  # their callers have the error
                 self._emit(outputs)
         closed = EngineClosedError("the model is shutting down")
         with self._changed:
@@ -255,7 +255,7 @@ class Scheduler:
     def _step(self, outputs: list[StepOutput]) -> None:
         """Advance: a bounded piece of prefill for the oldest requests that need it, one token for all others.
 
-        `outputs` is extended as the step proceeds: requests that ended before a fault must be told.
+        `outputs` is extended as the step proceeds: the outputs of requests that ended before a fault must be delivered.
         """
         self._counts["steps"] += 1
         self._prepare_masks()

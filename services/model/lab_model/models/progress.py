@@ -1,4 +1,4 @@
-"""Progress of a load or a download, told to other processes of this machine through a small file.
+"""Progress of a load or a download, reported to other processes of this machine through a small file.
 
 Knows files. Knows nothing of what is loaded. Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""Requests of each model's replicas, told to the process that decides which models stay in memory.
+"""Requests of each model's replicas, reported to the process that decides which models stay in memory.
 
 Each replica writes to 16 bytes of shared memory, one file in a folder of this machine: a call to the replica would wait
 behind its work. Knows ASGI and files. Knows nothing of models.

@@ -128,7 +128,7 @@ class CatalogueApp(AsgiDeployment):
 
     async def ready(self, _: HttpRequest) -> Response:
         """200 when the models of the start have been loaded or have failed, and at least one answers or can be loaded:
-        a model that failed makes the service `degraded`, and keeps nobody from the others."""
+        a model that failed makes the service `degraded`, and the others go on."""
         lifecycle = self._lifecycle
         await lifecycle.refresh()
         models = list(lifecycle.report().values())

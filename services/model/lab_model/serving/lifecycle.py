@@ -38,7 +38,7 @@ State = Literal["absent", "loading", "ready", "failed", "unloaded"]
 BUSY_SECONDS, IDLE_SECONDS = 0.3, 5.0  # between looks at Serve, while something changes and otherwise
 # Share of the memory that is free at the start which all models together may take, unless MODEL_MEMORY_BYTES is set.
 FREE_SHARE = 0.9
-FRESH_SECONDS = 1.0  # a state that is told is at most this old
+FRESH_SECONDS = 1.0  # a reported state is at most this old
 # A busy model may leave a question for its info unanswered for so long before it counts as not answering.
 SILENT_SECONDS = 10.0
 

@@ -210,7 +210,7 @@ class Flight:
     def parts_after(self, taken: int) -> list[bytes]:
         """The parts after the first `taken`. Raises SlowReader if some of them were dropped."""
         if taken < self._dropped_parts:
-            raise SlowReader("The answer was read too slowly, and others did not wait: ask again.")
+            raise SlowReader("The client read the answer too slowly to share it with others: retry.")
         return self._parts[taken - self._dropped_parts :]
 
     async def wait_change(self) -> None:

@@ -84,7 +84,7 @@ class Authenticator:
             return LOCAL
         secret = _bearer(headers)
         if secret is None:
-            raise InvalidKey("This proxy wants a key: send `Authorization: Bearer sk-lab-…`.")
+            raise InvalidKey("This proxy requires a key: send `Authorization: Bearer sk-lab-…`.")
         if not secret.startswith(PREFIX) or len(secret) > 200:
             raise InvalidKey("Not a key of this proxy: they begin with `sk-lab-`.")
         digest = digest_of(secret)  # looked up by digest, so that timing reveals nothing of the secret

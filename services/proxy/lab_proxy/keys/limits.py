@@ -106,7 +106,7 @@ class Admission:
         self.headers["x-lab-limits"] = limits.when_down
         if limits.when_down == "closed":
             raise LimitsUnavailable(
-                "Redis is down, so nobody knows what this key has used: try again in a moment.",
+                "Redis is down, so this key's usage is unknown: retry in a moment.",
                 headers={"retry-after": "2", "x-lab-limits": "closed"},
             )
 

@@ -99,7 +99,7 @@ class CompletionFetch:
             if plan.stream and response.is_stream:
                 return await self._stream(kept, response, flight, accumulator)
             if response.is_stream:
-                raise UpstreamBroken(f"The upstream `{name}` streams where nobody asked it to.")
+                raise UpstreamBroken(f"The upstream `{name}` streams an answer that was not requested as a stream.")
             raw, answer = await response.json()
             if not isinstance(answer, dict):
                 raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is no object.")

@@ -94,7 +94,7 @@ class EmbeddingFetch:
                 raw, answer, response = await self.fetch(plan, unique)
                 response.headers |= fallback
                 if response.revision != revision:
-                    raise UpstreamBroken("The model changed twice while it answered: ask again.")
+                    raise UpstreamBroken("The model changed twice while it answered: retry.")
         fresh = self.entries(plan, answer, [unique[place] for place in missing])
         rest = self._planner.canonical_form(plan, revision, without=ENDPOINTS[plan.request.endpoint].input_field)
         for place, made in zip(missing, fresh, strict=True):

@@ -327,7 +327,7 @@ class Executor:
                 except FlightLost:
                     if writer.started:
                         raise UpstreamBroken("Who asked the upstream is gone: the answer is not whole.") from None
-        raise UpstreamDown("The proxy is ending: ask again.", headers={"retry-after": "1"})
+        raise UpstreamDown("The proxy is shutting down: retry.", headers={"retry-after": "1"})
 
     async def _fetch(self, plan: Plan, fetch: Callable[[Flight], Awaitable[None]], flight: Flight) -> None:
         """The fetch of a flight. It is repeated once if other requests wait for it too."""

@@ -1,6 +1,6 @@
 """Plan of a request: model, upstream, cache key, whether it may be cached, and which requests may share its answer.
 
-Knows routes, defaults and earlier plans. Calls nobody, except to refresh the model list for an unknown name.
+Knows routes, defaults and earlier plans. Makes no calls, except to refresh the model list for an unknown name.
 """
 
 from collections.abc import Iterable, Mapping

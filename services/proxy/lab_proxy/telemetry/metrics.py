@@ -30,7 +30,7 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "upstream_retries": ("Calls that repeated a failed one.", ("upstream",)),
     "fallbacks": ("Answers that another upstream gave than the one that was asked for.", ("upstream", "answered")),
     "breaker_opened": ("How often a breaker opened.", ("upstream",)),
-    "reconciled": ("Calls that broke off, by whether the model told what they used.", ("outcome",)),
+    "reconciled": ("Calls that broke off, by whether the model reported what they used.", ("outcome",)),
     "limits_refused": ("Requests that a limit refused.", ("reason",)),
     "reloads": ("Files read anew while the proxy ran.", ("file", "outcome")),
 }
@@ -43,7 +43,7 @@ _TIMES: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
 }
 _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "in_flight": ("Requests being answered.", ()),
-    "draining": ("1 while the proxy ends and takes no new work.", ()),
+    "draining": ("1 while the proxy shuts down and accepts no new requests.", ()),
     "redis_up": ("1 while redis answers.", ()),
     "breaker_open": ("1 while the breaker of an upstream is open.", ("upstream",)),
     "generation": ("How often a file was read.", ("file",)),
@@ -68,7 +68,7 @@ _UNCOUNTED = _Uncounted()
 
 class Metrics:
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each one, that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each one, that is never read
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Counter | Histogram] = {}
         for name, (text, labels) in _COUNTERS.items():

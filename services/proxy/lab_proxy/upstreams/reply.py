@@ -197,5 +197,5 @@ def network_error(name: str, error: Exception) -> ProxyError:
             why += f"NO_PROXY.{status}"
         return UpstreamDown(why, headers={"retry-after": "2"})
     if isinstance(error, UnreadableError):
-        return UpstreamBroken(f"The upstream `{name}` answers with {str(error)[:100]}, which nobody asked for.")
+        return UpstreamBroken(f"The upstream `{name}` answers with {str(error)[:100]}, which was not requested.")
     return UpstreamBroken(f"The upstream `{name}` broke its answer off: check {where}.")
