@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 OBS = ROOT / "obs"
 RULES = yaml.safe_load((OBS / "alerts.yml").read_text())["groups"][0]["rules"]
 RUNBOOK = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
-NAME = re.compile(r"\b((?:lab_proxy|lab_model|vllm:)[a-z_:]*\w|up)\b(?!=)")
+NAME = re.compile(r"\b((?:lab_proxy|lab_model|vllm:)[a-z0-9_:]*\w|up)\b(?!=)")
 OF_PROMETHEUS = {"job", "instance", "le"}  # labels that every series or every bucket has
 # Nothing of these happens in the test: their queries are checked by names and labels alone.
 QUIET = {"lab_proxy_redis_errors_total", "lab_proxy_fallbacks_total", "lab_proxy_limits_refused_total",
