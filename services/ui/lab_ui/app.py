@@ -33,7 +33,7 @@ def main() -> None:
     st.set_page_config(page_title="LLM Lab", page_icon=str(ICON), layout="wide")
     st.html(STYLE)
     if st.context.theme.type == "dark":  # its primary colour is light: Streamlit's white on it cannot be read
-        st.html('<style>[data-testid="stBaseButton-primary"] { color: #06201d; }</style>')
+        st.html('<style>[data-testid^="stBaseButton-primary"] { color: #06201d; }</style>')
     # 1. Language and key, in the sidebar of every page.
     with st.sidebar:
         texts = load(reader_language(settings.language))
