@@ -150,6 +150,41 @@ def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., 
     expect(page.get_by_text("smollm2-135m-instruct").first).to_be_visible()
 
 
+def test_every_page_measures_something_of_the_real_lab(lab: Lab, visit: Callable[..., Page]) -> None:
+    """Tokens, probabilities, steps, a task, a tool's call, a miss and a hit, one call for many, a cost."""
+    page = visit(f"{lab.ui_url}/tokens")
+    page.get_by_text("o200k_base").first.wait_for()
+    page.get_by_text(en("tokens.ratio")).wait_for()
+
+    page.goto(f"{lab.ui_url}/next_token")
+    page.get_by_label(en("next_token.your_guess")).fill("Paris")
+    button(page, en("next_token.look")).click()
+    page.get_by_text("is the most likely token").wait_for()
+    page.goto(f"{lab.ui_url}/next_token?view=steps")
+    button(page, en("next_token.generate")).click()
+    page.locator("button.token").first.wait_for()
+
+    page.goto(f"{lab.ui_url}/tasks?lesson=sentiment")
+    button(page, en("tasks.button")).click()
+    page.get_by_text("POSITIVE").first.wait_for()
+
+    page.goto(f"{lab.ui_url}/tools")
+    button(page, en("tools.ask")).click()
+    page.get_by_text("get_weather(").wait_for()
+
+    page.goto(f"{lab.ui_url}/cache?q=What+is+an+X-ray%3F")
+    for state in ("cache.part.fwd_miss", "cache.part.hit"):
+        button(page, en("cache.send")).click()
+        page.get_by_text(en(state)).wait_for()
+    page.get_by_text(en("cache.measured_by_proxy")).wait_for()
+    page.goto(f"{lab.ui_url}/cache?view=stampede&at_once=5")
+    button(page, en("cache.stampede.button", times="5")).click()
+    page.get_by_text(en("cache.stampede.result", calls="5", upstream="1")).wait_for()
+
+    page.goto(f"{lab.ui_url}/limits?view=prices")
+    page.get_by_text("gpt-4o-mini").wait_for()
+
+
 def test_a_lab_that_is_still_starting_is_shown_as_soon_as_it_is_ready(
     proxy: StandIn, visit: Callable[..., Page], tmp_path: Path
 ) -> None:
