@@ -30,17 +30,12 @@ from processes import (
     python,
     redis_server,
 )
+from served import MODEL_START_SECONDS, PAIR, TINY
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
     from lab_model.models.sources import Source
     from lab_model.weights.gguf import GGUFFile
-
-CHAT, EMBEDDING, TINY = "smollm2-135m-instruct", "all-minilm-l6-v2", "tiny"
-# Two replicas, and a context so long that an answer may be as good as endless: for what breaks off.
-PAIR = "pair"
-# Ray Serve and the embedded models on two busy cores.
-MODEL_START_SECONDS = 270
 
 
 # Fixtures behind which stands the one Ray session: whatever asks for them runs on one worker, one after the other.

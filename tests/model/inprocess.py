@@ -8,7 +8,6 @@ from typing import Any
 import httpx2
 import pytest
 import tiny
-from conftest import TINY
 from lab_model.api import chat as api_chat
 from lab_model.api.app import create_app
 from lab_model.api.generator import EngineClient
@@ -17,6 +16,7 @@ from lab_model.models.kinds import KINDS
 from lab_model.runners.transformers import TransformersRunner
 from lab_model.text.grammar import TokenGrammar
 from lab_model.text.tokenizer import ModelTokenizer
+from served import TINY
 
 END = 0  # the tiny tokenizer's end of text
 

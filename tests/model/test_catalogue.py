@@ -19,7 +19,6 @@ import httpx2
 import pytest
 import tiny
 import yaml
-from conftest import MODEL_START_SECONDS
 from lab_model import cli
 from lab_model.errors import CatalogueError, UnavailableError
 from lab_model.models import fetching
@@ -32,6 +31,7 @@ from lab_model.serving.activity import ObservedApp, read_activity
 from lab_model.serving.lifecycle import Lifecycle, LifecycleArgs
 from mirror import COMMIT, Mirror, mirror
 from processes import Process, eventually, eventually_async, free_port, process, python
+from served import MODEL_START_SECONDS
 
 REPOSITORY = "somebody/tiny"
 

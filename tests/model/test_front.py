@@ -22,11 +22,11 @@ import psutil
 import pytest
 import tiny
 import yaml
-from conftest import MODEL_START_SECONDS, PAIR
 from lab_model.serving import launcher
 from lab_model.serving.front import FrontError, HaproxyFront, Route, haproxy_binary
 from lab_model.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
+from served import MODEL_START_SECONDS, PAIR
 
 pytestmark = pytest.mark.skipif(haproxy_binary() is None, reason="HAProxy comes with ray[serve] on Linux alone")
 

@@ -27,7 +27,6 @@ import openai
 import psutil
 import pytest
 import tiny
-from conftest import CHAT, EMBEDDING, TINY
 from inprocess import InProcess, events, says
 from lab_model import errors
 from lab_model.__main__ import main
@@ -52,6 +51,7 @@ from lab_model.text.decoding import IncrementalDetokenizer
 from lab_model.text.tokenizer import ModelTokenizer
 from processes import Process, eventually, eventually_async, free_port, python
 from pydantic import ValidationError
+from served import CHAT, EMBEDDING, TINY
 
 
 def running(model_url: str, name: str = CHAT) -> float:

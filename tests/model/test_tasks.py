@@ -14,13 +14,13 @@ import pytest
 import pytest_asyncio
 import tiny_encoders
 import torch
-from conftest import TINY
 from inprocess import InProcess
 from lab_model.encoders.queue import BATCH_TOKENS, EncoderQueue
 from lab_model.errors import CatalogueError
 from lab_model.models import classifier, encoder
 from lab_model.models.catalogue import AppArgs, Entry
 from lab_model.models.sources import Source
+from served import TINY
 from tiny import one_thread  # noqa: F401 - of all tests here
 
 TEXTS = ["the cat sat on the mat", "bad dog", "a very good hat and a small dog ate"]

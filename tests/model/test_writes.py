@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import tiny
-from conftest import TINY
 from inprocess import END, InProcess
 from lab_model import errors
 from lab_model.api.generator import LONGEST_WAIT_SECONDS, WRITES_A_SECOND, EngineClient, EngineWork, OutputCollector
@@ -28,6 +27,7 @@ from lab_model.text.grammar import CALL_BEGIN, ending
 from lab_model.text.tokenizer import ModelTokenizer
 from lab_model.text.tool_calls import ForcedToolCallParser
 from processes import eventually_async
+from served import TINY
 from starlette.types import Message
 
 STREAMS = 150  # so many that only its limit bounds the wait

@@ -11,9 +11,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from conftest import CHAT, EMBEDDING, TINY
 from openai.types.chat import ChatCompletionMessageParam
 from processes import SHOWN_ON_FAILURE
+from served import CHAT, EMBEDDING, TINY
 
 PARIS: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -20,12 +20,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import EMBEDDING, TINY
 from counts import cases
 from fixtures_proxy import mock, new, proxy, redis_url
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from processes import Process, redis_server
+from served import EMBEDDING, TINY
 
 BODIES = int(os.environ.get("FUZZ") or cases(300, 10_000))  # for each target
 SEED = random.SystemRandom().randrange(10**9) if "FUZZ" in os.environ else 7

@@ -11,9 +11,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import EMBEDDING, TINY
 from fixtures_proxy import Bench, bench_on, new
 from openai.lib.streaming.chat import ChatCompletionStreamState
+from served import EMBEDDING, TINY
 
 LIVE = {"cache-control": "no-store"}
 TOOLS: list[Any] = [

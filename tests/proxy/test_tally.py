@@ -18,7 +18,6 @@ import httpx2
 import pytest
 import redis
 import tiny
-from conftest import PAIR, TINY
 from fixtures_keys import ADMIN_KEY, School, limits_of, school_on
 from fixtures_proxy import CHAT_MODEL, new, proxy, redis_url
 from inprocess import END, InProcess
@@ -35,6 +34,7 @@ from lab_proxy.errors import UpstreamDown
 from lab_proxy.ledger import reconciliation as asking
 from processes import SHOWN_ON_FAILURE, Process, eventually, eventually_async, redis_server
 from prometheus_client import REGISTRY
+from served import PAIR, TINY
 
 MODELS = (TINY, PAIR)
 ENDLESS = 15_000  # tokens of an answer that no test waits for

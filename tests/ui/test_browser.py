@@ -257,10 +257,9 @@ def test_stop_reaches_the_proxy(ui_url: str, proxy: StandIn, visit: Callable[...
 
 
 def test_leaving_the_page_leaves_no_request_running(ui_url: str, proxy: StandIn, visit: Callable[..., Page]) -> None:
-    """Three readers side by side, each leaves in a way of its own; their answers have no end."""
+    """Two readers side by side, each leaves in a way of its own; their answers have no end."""
     proxy.mode, proxy.words = "endless", ["word"]
     leave: dict[str, Callable[[Page], object]] = {
-        "reload": lambda page: page.reload(),
         "close": lambda page: page.close(),
         "another page": lambda page: page.get_by_role("link", name=en("nav.status")).click(),
     }
