@@ -1,71 +1,97 @@
-"""`python -m lab_load throughput | caching | web`: settings, target, Locust.
+"""`python -m lab_load COMMAND`: a run of one workload, Locust's web page, or a command made of several runs.
 
-Exit codes: 0 fine, 1 requests failed or nothing was measured, 2 a wrong setting, 3 nothing to put load on.
+Exit codes: 0 fine, 1 requests failed or nothing was measured, 2 a wrong setting, 3 nothing to put load on, 4 the sums
+of client and servers differ, 5 the figures cannot be trusted.
 """
 
 from __future__ import annotations
 
-# First of all: importing locust makes sockets and time cooperative, which must come before anybody holds the old ones.
-import locust  # isort: skip
-import locust.main  # isort: skip
-
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from .hooks import Hooks
 from .settings import Settings, complaint
-from .target import TargetError
+from .workloads.workload import WORKLOADS
 
-SCENARIOS = ("throughput", "caching")
+# Command -> purpose. A module of `commands` each, with `main(settings, arguments) -> exit code`.
+COMMANDS = {
+    "knee": "open loop at rising rates until goodput falls",
+    "table": "what the cache saves: Zipf 0.6, 0.9, 1.2, with and without it",
+    "faults": "redis paused, the proxy restarted, the model killed, under load",
+    "compare": "two runs, or groups of runs, of one workload: faster, slower or undecided",
+    "report": "write report.html and report.md of a finished run again",
+    "calibrate": "the generator before a mock with known times",
+    "api": "HTTP API that starts one bounded run at a time",
+}
 
 
 def main(argv: list[str]) -> int:
+    names = "\n".join(f"  {name:11} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m lab_load", description="Load on the lab. Settings: LOAD_… variables."
-    )
-    parser.add_argument(
-        "what",
-        choices=[*SCENARIOS, "web"],
-        help="throughput: distinct questions; caching: Zipf's law; web: Locust's web page, both to choose from",
-    )
-    what = parser.parse_args(argv).what
-    hooks = None
+        prog="python -m lab_load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"workloads: {', '.join(WORKLOADS)}\n{names}",
+    )  # fmt: skip
+    parser.add_argument("command", choices=[*WORKLOADS, "web", *COMMANDS], metavar="COMMAND")
+    parser.add_argument("arguments", nargs="*", help="of the command")
+    options = parser.parse_args(argv)
     try:
         settings = Settings()
-        hooks = Hooks(settings)
-        if what != "web":
-            hooks.prepare(settings)
+        if options.command in COMMANDS:
+            command = importlib.import_module(f".commands.{options.command}", __package__)
+            return int(command.main(settings, options.arguments))
+        return run(options.command, settings)
     except ValidationError as error:
-        print(f"load: {complaint(error)}", file=sys.stderr)  # noqa: T201 there is no log yet
-        return 2
+        return _stop(complaint(error), 2)
+    except ValueError as error:
+        return _stop(str(error), 2)
+
+
+def run(what: str, settings: Settings) -> int:
+    """One run by Locust, or its web page. Ends the process with Locust's exit code."""
+    # Importing locust makes sockets and time cooperative: only here, and before anything else has used them.
+    import locust  # noqa: PLC0415
+    import locust.main  # noqa: PLC0415
+
+    from .generator.hooks import Hooks  # noqa: PLC0415
+    from .generator.target import TargetError  # noqa: PLC0415
+
+    hooks = Hooks(settings)
+    try:
+        if what != "web":
+            hooks.prepare([what], settings)
     except TargetError as error:
-        print(f"load: {error}", file=sys.stderr)  # noqa: T201 as above
-        return 3
+        return _stop(str(error), 3)
     hooks.attach(locust.events)
-    sys.argv = ["locust", *arguments(what, settings)]
-    locust.main.main()  # type: ignore[no-untyped-call] # ends by sys.exit with Locust's code: 1 when a request failed
+    sys.argv = ["locust", *locust_arguments(what, settings)]
+    locust.main.main()  # type: ignore[no-untyped-call] # ends by sys.exit
     return 0
 
 
-def arguments(what: str, settings: Settings) -> list[str]:
-    """Locust's own command line. What it takes from LOCUST_* variables or files stands behind these."""
-    here = Path(__file__).parent
-    scenarios = SCENARIOS if what == "web" else (what,)
+def locust_arguments(what: str, settings: Settings) -> list[str]:
+    """Locust's own command line. What it takes from LOCUST_* variables or files comes after these."""
+    scheduled = what != "web" and (settings.rate is not None or what in {"stampede", "herd"})
+    users = settings.processes if scheduled else settings.users
     common = [
-        "--locustfile", ",".join(str(here / f"{name}.py") for name in scenarios),
+        "--locustfile", str(Path(__file__).parent / "generator" / "users.py"),
         "--host", settings.host,
-        "--users", str(settings.users),
-        "--spawn-rate", str(settings.spawn_rate),
+        "--users", str(users),
+        "--spawn-rate", str(settings.spawn_rate or max(users / 2, 8)),
         "--run-time", str(settings.seconds),
         "--stop-timeout", str(settings.drain_seconds),
         "--exit-code-on-error", "1",
     ]  # fmt: skip
     if what == "web":
         return [*common, "--class-picker", "--web-host", settings.web_host, "--web-port", str(settings.port)]
-    return [*common, "--headless", "--only-summary", "--loglevel", "WARNING"]
+    several = ["--processes", str(settings.processes)] if settings.processes > 1 else []
+    return [*common, *several, "--headless", "--only-summary", "--loglevel", "WARNING", what.capitalize()]
+
+
+def _stop(why: str, code: int) -> int:
+    print(f"load: {why}", file=sys.stderr)  # noqa: T201 there is no log
+    return code
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .workloads.shape import Shape
 
 
 class Settings(BaseSettings):
@@ -18,8 +20,43 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(None, description="Key sent to it.")
     model: str | None = Field(None, description="Model that answers; left out: the first chat model it lists.")
     users: int = Field(8, ge=1, description="Users at once; each asks again when its answer is complete.")
-    spawn_rate: float = Field(8, gt=0, le=100, description="Users that start in each second.")
+    spawn_rate: float | None = Field(
+        None, gt=0, le=1000, description="Users that start in each second; left out: 8, or all within 2 seconds."
+    )
     seconds: int = Field(30, ge=1, description="Length of a run.")
+    warmup_seconds: float = Field(0, ge=0, description="Time after all users are there that no figure counts.")
+    requests: int = Field(2000, ge=1, le=1_000_000, description="Most requests of a run: lines of its workload file.")
+    rate: float | None = Field(
+        None, gt=0, le=10_000, description="Open loop: requests that start in each second, whatever the answers do."
+    )
+    burstiness: float = Field(
+        1.0, ge=0, le=100, description="Open loop: squared coefficient of variation of the gaps; 1: Poisson, 0: even."
+    )
+    shape: Literal["constant", "ramp", "spike", "diurnal"] = Field(
+        "constant", description="Open loop: how the rate changes over the run."
+    )
+    processes: int = Field(1, ge=1, le=64, description="Generator processes; their records are merged.")
+    cache: bool = Field(
+        True, description="False sends `Cache-Control: no-store`: no answer from the cache, none stored."
+    )
+    slo_ttft_seconds: float = Field(1.0, gt=0, description="Goodput: longest TTFT.")
+    slo_tpot_seconds: float = Field(0.2, gt=0, description="Goodput: longest TPOT.")
+    ttl_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="TTL of the proxy under load, for `herd` and the expected hit ratio; left out: no limit.",
+    )
+    capacity: int | None = Field(
+        None, ge=1, description="Entries that its cache holds, for the expected hit ratio; left out: no limit."
+    )
+    language: Literal["en", "ko", "both"] = Field("en", description="Language of the questions.")
+    prefix_groups: int = Field(4, ge=1, le=1000, description="Shared system messages of a `prefix` run.")
+    proxy_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Proxy processes whose counters are compared; left out: LOAD_HOST."
+    )
+    model_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Model services whose counters are compared; left out: none."
+    )
     think_seconds: float = Field(0, ge=0, le=600, description="How long a user waits between two questions.")
     max_users: int = Field(256, ge=1, description="More users are refused, in the web page too.")
     max_seconds: int = Field(3600, ge=1, description="Longer runs are refused, in the web page too.")
@@ -39,20 +76,27 @@ class Settings(BaseSettings):
     )
     runs_dir: Path = Field(Path("runs"), description="Folder in which each run makes its own.")
     web_host: str = Field("127.0.0.1", description="Address the web page listens on.")
+    admin_key: SecretStr | None = Field(
+        None, description="Key for the API that starts runs; left out: it answers callers on loopback alone."
+    )
+    api_port: int = Field(8090, ge=1, le=65535, description="Port of the API that starts runs.")
     port: int = Field(8089, ge=1, le=65535, description="Port the web page listens on.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Host names browsers may use beside loopback's and `load`; `*` for any. Guards against rebinding.",
     )
 
-    @field_validator("allowed_hosts", mode="before")
+    @field_validator("allowed_hosts", "proxy_urls", "model_urls", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return (
-            tuple(part.strip().lower() for part in value.split(",") if part.strip())
-            if isinstance(value, str)
-            else value
-        )
+        if isinstance(value, str):
+            return tuple(part.strip().lower().rstrip("/") for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("proxy_urls", "model_urls")
+    @classmethod
+    def _http_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(cls._http_url(each) for each in value)
 
     @field_validator("host")
     @classmethod
@@ -68,6 +112,11 @@ class Settings(BaseSettings):
         if self.seconds > self.max_seconds:
             raise ValueError(f"LOAD_SECONDS={self.seconds} is over LOAD_MAX_SECONDS={self.max_seconds}")
         return self
+
+    @property
+    def workload_shape(self) -> Shape:
+        return Shape(self.seed, self.requests, self.users, self.prompt_words, self.max_tokens, self.language,
+                     self.prompts, self.zipf_exponent, self.prefix_groups, self.ttl_seconds)  # fmt: skip
 
 
 # What the web page offers beside Locust's own fields (users, spawn rate, host, run time).

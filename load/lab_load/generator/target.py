@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
 from typing import Any
 
-from .settings import Settings
+from ..measures.trial import Target
+from ..settings import Settings
 
 SECONDS = 10  # for each question here
 
@@ -17,18 +17,8 @@ class TargetError(Exception):
     """Nothing there to put load on. The message says what to do."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """`status` is the proxy's /status or else the model service's /ready: versions, models, device; empty elsewhere."""
-
-    host: str
-    model: str
-    server: str = ""
-    status: dict[str, Any] = field(default_factory=dict)
-
-
-def examine(settings: Settings) -> Target:
-    """Raises TargetError."""
+def examine(settings: Settings, kind: str = "chat") -> Target:
+    """`kind` of the model that is needed; "": the endpoint chooses. Raises TargetError."""
     try:
         listed, server = _get(settings, "/v1/models")
     except urllib.error.HTTPError as error:
@@ -42,16 +32,21 @@ def examine(settings: Settings) -> Target:
         ) from None
     models = listed.get("data") if isinstance(listed, dict) else None
     # A model that is named need not be listed: the proxy lists its own, and serves those of paid upstreams too.
-    chat = [
-        model["id"]
-        for model in models or ()
-        if model.get("kind", "chat") == "chat" and not model.get("alias_of") and model.get("state", "ready") == "ready"
-    ]
-    if settings.model is None and not chat:
-        raise TargetError(
-            f"{settings.host} lists no chat model (it may still be loading): make status, or LOAD_MODEL=…"
-        )
-    return Target(settings.host, settings.model or chat[0], server, _status(settings))
+    named = settings.model
+    if named is None and kind:
+        fitting = [
+            model["id"]
+            for model in models or ()
+            if model.get("kind", "chat") == kind
+            and not model.get("alias_of")
+            and model.get("state", "ready") == "ready"
+        ]
+        if not fitting:
+            raise TargetError(
+                f"{settings.host} lists no {kind} model (it may still be loading): make status, or LOAD_MODEL=…"
+            )
+        named = fitting[0]
+    return Target(settings.host, named, server, _status(settings))
 
 
 def _status(settings: Settings) -> dict[str, Any]:

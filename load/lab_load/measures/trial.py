@@ -1,0 +1,108 @@
+"""One run in one process: what was set, what is sent next, what came back. Knows nothing of HTTP or Locust."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from ..settings import Settings
+from ..workloads.arrivals import arrivals
+from ..workloads.workload import WORKLOADS, Item, Workload
+from .record import Record
+
+Timed = list[tuple[float, Item]]  # seconds after the start of the run, request
+
+
+@dataclass(frozen=True)
+class Target:
+    """`status` is the proxy's /status or else the model service's /ready: versions, models, device; empty elsewhere."""
+
+    host: str
+    model: str | None  # None: the workload's endpoints choose
+    server: str = ""
+    status: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Trial:
+    """Times are seconds of `time.perf_counter`, which all processes of a machine share; `started` is UTC.
+
+    Of `processes` processes number `index` sends every `processes`-th group of the workload.
+    """
+
+    name: str
+    settings: Settings
+    target: Target
+    workloads: dict[str, Workload]
+    salt: str = ""
+    index: int = 0
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: float = field(default_factory=time.perf_counter)
+    full: float | None = None  # when all users were there
+    stopped: float | None = None  # from here on nothing new is sent
+    users: int = 0  # most at once
+    sent: int = 0
+    sent_by: dict[str, int] = field(default_factory=dict)  # of each worker process
+    records: list[Record] = field(default_factory=list)
+    cpu_began: float = field(default_factory=time.process_time)
+    cpu_most: float = 0.0  # percent of a core, the highest that Locust saw in 5 s in any process
+
+    def __post_init__(self) -> None:
+        self.salt = self.salt or new_salt(self.settings)
+        self._groups: dict[str, Iterator[list[Item]]] = {}
+
+    def next_group(self, scenario: str) -> list[Item] | None:
+        """The requests that one user sends next, in order; None when the workload is used up."""
+        if scenario not in self._groups:
+            self._groups[scenario] = iter(self.workloads[scenario].groups[self.index :: self.settings.processes])
+        return next(self._groups[scenario], None)
+
+    def timed(self, scenario: str) -> Timed | None:
+        """This process's requests with their times in an open loop; None in a closed one."""
+        workload, settings = self.workloads[scenario], self.settings
+        if workload.scheduled:
+            timed = [(item.at or 0.0, item) for item in workload.items]
+        elif settings.rate is not None:
+            times = arrivals(settings.rate, settings.seconds, shape=settings.shape, burstiness=settings.burstiness,
+                             seed=settings.seed)  # fmt: skip
+            timed = list(zip(times, workload.items, strict=False))
+        else:
+            return None
+        return timed[self.index :: settings.processes]
+
+    def open_loop(self, scenario: str) -> bool:
+        return self.settings.rate is not None or self.workloads[scenario].scheduled
+
+    def used_up(self, scenario: str) -> bool:
+        """Open loop with more arrivals than the workload has requests: the rate was not held to the end."""
+        workload, settings = self.workloads[scenario], self.settings
+        if settings.rate is None or workload.scheduled:
+            return False
+        times = arrivals(settings.rate, settings.seconds, shape=settings.shape, burstiness=settings.burstiness,
+                         seed=settings.seed)  # fmt: skip
+        return len(times) > len(workload.items)
+
+    @property
+    def steady(self) -> tuple[float, float]:
+        """From the end of the warm-up to the end of sending. Figures are of requests that began in it."""
+        since = (self.full or self.began) + self.settings.warmup_seconds
+        return since, self.stopped or time.perf_counter()
+
+    @property
+    def unfinished(self) -> int:
+        """Sent, and cut off when the time to drain was over."""
+        return self.sent - len(self.records)
+
+
+def new_salt(settings: Settings) -> str:
+    """The word at the head of each text: the set one, or a new one, so that every cache is cold for the run."""
+    return settings.salt or secrets.token_hex(4)
+
+
+def make_workloads(names: list[str], settings: Settings) -> dict[str, Workload]:
+    """Raises ValueError for settings that a workload cannot be made from."""
+    return {name: WORKLOADS[name](settings.workload_shape) for name in names}
