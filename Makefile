@@ -1,5 +1,5 @@
 # Every target is a line: `lab/run.sh` finds a Python, makes .venv where the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-ui bench-engine bench-proxy bench-ui bench-tasks train-probe sbom k8s-render k8s-check
+.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-stampede load-knee load-faults load-table load-compare load-report load-calibrate load-ui bench-engine bench-proxy bench-ui bench-tasks train-probe sbom k8s-render k8s-check
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -60,12 +60,33 @@ sbom: ## write what the images hold (CycloneDX) and their digests to dist/ (of a
 	@sh lab/run.sh install && .venv/bin/python -m lab.sbom $${LAB_TAG:-dev}
 
 load: ## measure throughput: put load on the running lab, every question new (LOAD_USERS=4 LOAD_SECONDS=60 make load)
-	@sh lab/run.sh load throughput
+	@sh lab/run.sh load $(or $(WORKLOAD),throughput)
 
 load-cache: ## measure the cache: the same with questions that repeat
 	@sh lab/run.sh load caching
 
-load-ui: ## open Locust's web page for both, on port 8089
+load-stampede: ## identical requests at once: one call of the model
+	@sh lab/run.sh load stampede
+
+load-knee: ## find the rate that the lab keeps up with
+	@sh lab/run.sh load knee
+
+load-faults: ## pause redis, end the proxy and a replica under load; what fails, and for how long
+	@sh lab/run.sh load faults
+
+load-table: ## the effect of the cache as a table: 20 minutes (SECONDS=5 make load-table for a look)
+	@sh lab/run.sh load table $(SECONDS)
+
+load-compare: ## compare two runs or groups of runs (make load-compare A=RUN,RUN,RUN B=RUN,RUN,RUN)
+	@sh lab/run.sh load compare "$(A)" "$(B)"
+
+load-report: ## show a finished run and write its report again (RUN=NAME; without: the last one)
+	@sh lab/run.sh load report $(RUN)
+
+load-calibrate: ## the load generator before a mock with known times; needs no lab
+	@sh lab/run.sh load calibrate
+
+load-ui: ## open Locust's web page, on port 8089
 	@sh lab/run.sh load web
 
 bench-engine: ## measure the engine beside transformers' own (parts: make bench-engine ARGS="--only decode1,ttft")

@@ -47,7 +47,10 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         "keys": ("virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
         "usage": ("tokens and cost by day, owner, model", lambda options: operate(lab, "usage", options.arguments)),
         "doctor": ("what keeps the lab from running", lambda options: examine(lab, choose, as_json=options.json)),
-        "load": ("load on the running lab, or on LOAD_HOST", lambda options: load(lab, options.scenario)),
+        "load": (
+            "load on the running lab, or on LOAD_HOST",
+            lambda options: load(lab, options.load, options.arguments),
+        ),
         "test": ("run the tests", lambda options: checks.test(root, options.lane, options.arguments)),
         "check": ("check lint, format, types and terms", lambda _: checks.check(root)),
         "constraints": ("write constraints.txt from .venv", lambda _: checks.constraints(root)),
@@ -72,7 +75,8 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         if name in {"keys", "usage"}:
             sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for python -m lab_proxy")
         if name == "load":
-            sub.add_argument("scenario", choices=["throughput", "caching", "web"])
+            sub.add_argument("load", help="command of python -m lab_load: a workload, web, knee, …")
+            sub.add_argument("arguments", nargs="*", help="its arguments")
         if name == "test":
             lanes = "; ".join(f"{lane}: {what}" for lane, what in checks.LANES.items())
             sub.add_argument("--lane", choices=checks.LANES, default="quick", help=lanes)
@@ -263,13 +267,22 @@ def models(lab: Lab, added: str | None) -> int:
     return subprocess.run(argv, env=given, check=False).returncode
 
 
-def load(lab: Lab, scenario: str) -> int:
+def load(lab: Lab, command: str, arguments: Sequence[str]) -> int:
     """Run `lab_load` in this process's place: Ctrl-C and the exit code are its own."""
     running = {service.name: service.url for service in lab.started()} if lab.running() else {}
-    host = os.environ.get("LOAD_HOST") or running.get("proxy")
-    host = host or f"http://127.0.0.1:{os.environ.get('PROXY_PORT') or 8080}"
-    argv = [sys.executable, "-m", "lab_load", scenario]
-    return os.execve(sys.executable, argv, os.environ | {"LOAD_HOST": host})  # noqa: S606
+    given = dict(os.environ)
+    given["LOAD_HOST"] = (
+        given.get("LOAD_HOST") or running.get("proxy") or f"http://127.0.0.1:{given.get('PROXY_PORT') or 8080}"
+    )
+    # The model's counters are compared, too, where the load is on this lab.
+    if given["LOAD_HOST"] == running.get("proxy") and "model" in running:
+        given.setdefault("LOAD_MODEL_URLS", running["model"])
+    if command == "faults" and not arguments and running:
+        arguments = [
+            f"{name}={state.pid}" for name, state in lab.states().items() if name in {"redis", "proxy", "model"}
+        ]
+    argv = [sys.executable, "-m", "lab_load", command, *arguments]
+    return os.execve(sys.executable, argv, given)  # noqa: S606
 
 
 def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:

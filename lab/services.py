@@ -1,4 +1,4 @@
-"""The four processes of a local lab: what runs each, where it listens, when it is ready.
+"""The five processes of a local lab: what runs each, where it listens, when it is ready.
 
 Knows ports and variables; knows nothing of supervision. The environment is handed in.
 """
@@ -67,6 +67,7 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         return math.ceil(_seconds(environ, f"{name}_DRAIN_TIMEOUT_SECONDS", 30)) + 15
 
     model, proxy, ui = url("MODEL", 8000), url("PROXY", 8080), url("UI", 8501)
+    load = url("LOAD_API", 8090)
     # Nobody types redis's address: where a system's own redis has the usual port, ours takes the next.
     redis = url("LAB_REDIS", free_port_from(6379)).replace("http://", "redis://")
     python = sys.executable
@@ -75,6 +76,7 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         Service("model", (python, "-m", "lab_model"), model, f"{model}/ready", "MODEL_PORT", drain("MODEL")),
         Service("proxy", (python, "-m", "lab_proxy"), proxy, f"{proxy}/ready", "PROXY_PORT", drain("PROXY")),
         Service("ui", (python, "-m", "lab_ui"), ui, f"{ui}/_stcore/health", "UI_PORT"),
+        Service("load", (python, "-m", "lab_load", "api"), load, f"{load}/health", "LOAD_API_PORT", 45),
     ]
 
 
@@ -102,6 +104,9 @@ def environment(environ: Mapping[str, str], chosen: Sequence[Service], secrets: 
         "PROXY_MODEL_URL": urls.get("model", ""),
         "PROXY_REDIS_URL": f"{urls.get('redis', '')}/0",
         "UI_PROXY_URL": urls.get("proxy", ""),
+        "UI_LOAD_URL": urls.get("load", ""),
+        "LOAD_HOST": urls.get("proxy", ""),
+        "LOAD_MODEL_URLS": urls.get("model", ""),
     }
     own = {name: value for name, value in environ.items() if value or name not in derived}
     for file, variable in KEY_FILES.items():

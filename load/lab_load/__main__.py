@@ -7,6 +7,7 @@ of client and servers differ, 5 the figures cannot be trusted.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(what: str, settings: Settings) -> int:
     except TargetError as error:
         return _stop(str(error), 3)
     hooks.attach(locust.events)
+    gc.freeze()  # the workload and the libraries stay: no collection during the run looks through them
+    gc.set_threshold(100_000)
     sys.argv = ["locust", *locust_arguments(what, settings)]
     locust.main.main()  # type: ignore[no-untyped-call] # ends by sys.exit
     return 0

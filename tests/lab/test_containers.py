@@ -39,7 +39,7 @@ NOT_GIVEN = {
     "ui": {"UI_HOST", "UI_PORT"},
     "proxy": {"PROXY_HOST", "PROXY_PORT", "PROXY_CACHE_SECRET_FILE", "PROXY_OPENAI_API_KEY", "PROXY_ADMIN_KEY"},
     "model": {"MODEL_HOST", "MODEL_PORT"},
-    "load": {"LOAD_PORT", "LOAD_WEB_HOST", "LOAD_RUNS_DIR"},
+    "load": {"LOAD_PORT", "LOAD_API_PORT", "LOAD_WEB_HOST", "LOAD_RUNS_DIR", "LOAD_ADMIN_KEY"},
 }
 
 

@@ -491,11 +491,13 @@ def test_addresses_follow_the_ports_unless_set(tmp_path: Path) -> None:
     """The user's own environment reaches the services; what he set is never overwritten."""
     environ = {"PROXY_PORT": "9080", "MODEL_PORT": "9000", "LAB_REDIS_PORT": "9379", "MODEL_KV_TOKENS": "512"}
     chosen = services(environ, tmp_path)
-    assert [service.name for service in chosen] == ["redis", "model", "proxy", "ui"]
+    assert [service.name for service in chosen] == ["redis", "model", "proxy", "ui", "load"]
     given = environment(environ, chosen)
     assert given["PROXY_MODEL_URL"] == "http://127.0.0.1:9000"
     assert given["PROXY_REDIS_URL"] == "redis://127.0.0.1:9379/0"
     assert given["UI_PROXY_URL"] == "http://127.0.0.1:9080"
+    assert given["LOAD_HOST"] == "http://127.0.0.1:9080"
+    assert given["UI_LOAD_URL"] == "http://127.0.0.1:8090"
     assert given["MODEL_KV_TOKENS"] == "512"
     assert environment({"PROXY_MODEL_URL": "http://elsewhere:1"}, chosen)["PROXY_MODEL_URL"] == "http://elsewhere:1"
 
@@ -521,7 +523,7 @@ def test_a_wrong_port_is_named(tmp_path: Path, wrong: str) -> None:
 @pytest.mark.parametrize(("host", "there"), [("::1", "::1"), ("::", "::1"), ("0.0.0.0", "127.0.0.1")])
 def test_an_address_of_any_family_is_reached(tmp_path: Path, host: str, there: str) -> None:
     chosen = services({f"{name}_HOST": host for name in ("MODEL", "PROXY", "UI")}, tmp_path)
-    assert [service.address for service in chosen[1:]] == [(there, 8000), (there, 8080), (there, 8501)]
+    assert [service.address for service in chosen[1:4]] == [(there, 8000), (there, 8080), (there, 8501)]
     assert chosen[2].ready == f"http://{f'[{there}]' if ':' in there else there}:8080/ready"
 
 

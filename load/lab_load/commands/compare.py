@@ -13,13 +13,13 @@ def main(settings: Settings, arguments: list[str]) -> int:
     """`arguments`: group A, group B. Raises ValueError."""
     if len(arguments) != 2:
         raise ValueError("compare needs two runs or groups of runs: make load-compare A=RUN,RUN,RUN B=RUN,RUN,RUN")
-    a, b = ([_folder(settings, name) for name in group.split(",") if name] for group in arguments)
-    if not a or not b:
+    left, right = ([_folder(settings, name) for name in group.split(",") if name] for group in arguments)
+    if not left or not right:
         raise ValueError("compare needs at least one run on each side")
-    for each in differences(a, b):
-        milliseconds = [1000 * value for value in (each.a, each.b, each.median, each.low, each.high)]
-        sys.stdout.write("{:<11} A {:.1f} ms, B {:.1f} ms; B − A {:+.2f} ms (95 % {:+.2f} to {:+.2f}), {} pairs: {}\n".format(
-            FIELDS[each.field], *milliseconds, each.pairs, each.verdict))  # fmt: skip
+    for each in differences(left, right):
+        a_ms, b_ms, median, low, high = (1000 * value for value in (each.a, each.b, each.median, each.low, each.high))
+        sys.stdout.write(f"{FIELDS[each.field]:<11} A {a_ms:.1f} ms, B {b_ms:.1f} ms; B − A {median:+.2f} ms (95 % {low:+.2f} "
+                         f"to {high:+.2f}), {each.pairs} pairs: {each.verdict}\n")  # fmt: skip
     return 0
 
 

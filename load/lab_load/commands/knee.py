@@ -84,7 +84,9 @@ def main(settings: Settings, arguments: list[str]) -> int:
         assert done.summary is not None  # noqa: S101 result() looked
         assert done.folder is not None  # noqa: S101
         records = [json.loads(line) for line in (done.folder / "records.jsonl").read_text("utf-8").splitlines()]
-        points = [(each["intended"], each["ttft"]) for each in records if each["ttft"] is not None and not each["error"]]
+        points = [
+            (each["intended"], each["ttft"]) for each in records if each["ttft"] is not None and not each["error"]
+        ]
         mean = figures["metrics"]["ttft_seconds"].get("mean", math.nan)
         steps.append(Step(rate, figures["goodput_per_second"], mean, rises(points), done.summary["trusted"],
                           figures["failed"]))  # fmt: skip
@@ -102,7 +104,10 @@ def main(settings: Settings, arguments: list[str]) -> int:
 
 
 def _write(path: Path, steps: Sequence[Step], text: str) -> None:
-    lines = {"goodput": [(step.rate, step.goodput) for step in steps], "offered": [(step.rate, step.rate) for step in steps]}
+    lines = {
+        "goodput": [(step.rate, step.goodput) for step in steps],
+        "offered": [(step.rate, step.rate) for step in steps],
+    }
     times = {"mean TTFT": [(step.rate, step.ttft) for step in steps]}
     rows = [[f"{step.rate:.2f}", f"{step.goodput:.2f}", f"{step.ttft:.4f}"] for step in steps]
     path.write_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, ClassVar
 
 import gevent  # type: ignore[import-untyped] # it ships no types
@@ -134,7 +135,7 @@ class Client(FastHttpUser):
         # would have all their tokens at once, at their end. readline returns a line with the packet that brought it.
         stream = response.stream
         try:
-            read_stream(record, lambda: stream.readline(b"\n"), time.perf_counter, stop_after=item.stop_after,
+            read_stream(record, partial(stream.readline, b"\n"), time.perf_counter, stop_after=item.stop_after,
                         pause=(lambda: gevent.sleep(item.pause)) if item.pause else None)  # fmt: skip
         except FAILURE_EXCEPTIONS as error:
             raise AnswerError(f"stream broke off: {_broken(error)}") from None

@@ -64,9 +64,9 @@ class Table:
     def holds(self) -> bool:
         return all(row.holds for row in self.rows)
 
-    def add(self, name: str, client: float, spread: float = 0, *, detail: str = "", **others: float | None) -> None:
+    def add(self, name: str, client: float, spread: float = 0, **others: float | None) -> None:
         """Others may count up to `spread` more than the client."""
-        self.rows.append(Sum(name, {"client": client, **others}, client, client + spread, detail))
+        self.rows.append(Sum(name, {"client": client, **others}, client, client + spread))
 
 
 def compare(records: Sequence[Record], unfinished: int, counted: Counters, expected: Expected) -> Table:
@@ -135,8 +135,9 @@ def _promises(table: Table, fine: Sequence[Record], failed: int, expected: Expec
     if expected.hits is not None and fine:
         mean, deviation = expected.hits
         reach = 3 * deviation
-        table.rows.append(Sum("hit ratio, collapsed ones included", {"client": mean, "answers": served / len(fine)},
-                              max(mean - reach, 0), min(mean + reach, 1), "expected ± 3 standard deviations"))  # fmt: skip
+        values = {"client": mean, "answers": served / len(fine)}
+        table.rows.append(Sum("hit ratio, collapsed ones included", values, max(mean - reach, 0), min(mean + reach, 1),
+                              "expected ± 3 standard deviations"))  # fmt: skip
 
 
 def _get(counts: Counts | None, name: str) -> float | None:

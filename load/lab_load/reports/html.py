@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ COLOURS = ("#0b6e4f", "#b3261e", "#1f4e9c", "#8a5a00")
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 240, 56, 34
 
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}.bad{color:#b3261e;font-weight:600}figure{display:inline-block;margin:0}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd}"
+    "td,th{text-align:right}td:first-child,th:first-child{text-align:left}"
+    ".bad{color:#b3261e;font-weight:600}figure{display:inline-block;margin:0}"
 )
 
 
@@ -27,8 +28,8 @@ def page(result: dict[str, Any], folder: Path) -> str:
     target = result["target"]
     body = [
         f"<h1>{escape(result['name'])}</h1>",
-        f"<p>{escape(str(target['model']))} at {escape(target['host'])}, {result['users']} users, {result['loop']} loop, "
-        f"{result['seconds']:.0f} s, seed {result['settings']['seed']}</p>",
+        f"<p>{escape(str(target['model']))} at {escape(target['host'])}, {result['users']} users, "
+        f"{result['loop']} loop, {result['seconds']:.0f} s, seed {result['settings']['seed']}</p>",
     ]
     body += [f'<p class="bad">Cannot be trusted: {escape(why)}</p>' for why in result["reasons"]]
     for name, figures in result["results"].items():
@@ -53,7 +54,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{cells}</tr>{lines}</table>"
 
 
-def chart(title: str, unit: str, lines: dict[str, Points], *, x_unit: str = "s") -> str:
+def chart(title: str, unit: str, lines: Mapping[str, Points], *, x_unit: str = "s") -> str:
     """Lines over one x axis from 0; the y axis starts at 0. The alternative text gives each line's last point."""
     points = [point for line in lines.values() for point in line]
     if len(points) < 2:

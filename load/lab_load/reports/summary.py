@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -210,15 +211,15 @@ def _processor() -> str:
 def moment(trial: Trial, counters: Counters) -> dict[str, Any]:
     """One line of progress.jsonl: the last second, for live charts. `queue`: requests at the model."""
     now = time.perf_counter()
-    last = [record for record in trial.records[-5000:] if record.ended >= now - 1]
-    first = Times(record.ttft for record in last if record.ttft is not None)
+    last = [record for record in trial.records[-2000:] if record.ended >= now - 1]
+    first = [record.ttft for record in last if record.ttft is not None]
     states = Counter(record.state for record in last if not record.error)
     decided = states["hit"] + states["miss"] + states["collapsed"]
     return {
         "seconds": round(now - trial.began, 2),
         "answers": len(trial.records), "failed": sum(bool(record.error) for record in trial.records),
         "per_second": len(last), "tokens_per_second": sum(record.completion_tokens for record in last),
-        "ttft_p50": first.percentile("p50"), "hit_ratio": states["hit"] / decided if decided else None,
+        "ttft_p50": statistics.median(first) if first else None, "hit_ratio": states["hit"] / decided if decided else None,
         "in_flight": counters.in_flight, "queue": counters.running,
     }  # fmt: skip
 
