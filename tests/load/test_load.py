@@ -301,7 +301,8 @@ def test_the_rate_is_what_users_received_while_all_were_there() -> None:
 def test_times_of_hits_misses_and_followers_are_kept_apart() -> None:
     run = trial("caching", prompts=10)
     run.began, run.full, run.stopped = 0, 0, 50
-    run.records = [record(0, 9, 5, cache="miss", scenario="caching"), record(10, 12, 11, cache="hit", scenario="caching"),
+    run.records = [record(0, 9, 5, cache="miss", scenario="caching"),
+                   record(10, 12, 11, cache="hit", scenario="caching"),
                    record(30, 33, 32, cache="hit", scenario="caching"),
                    record(35, 38, 38, cache="collapsed", scenario="caching")]  # fmt: skip
     figures = summary.summarize(run, compare(run.records, 0, Counters(), Expected()))["results"]["caching"]

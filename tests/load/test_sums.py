@@ -1,4 +1,4 @@
-"""Runs before the real proxy, a real redis and a mock upstream: the sums agree, and each planted lie turns the exit code.
+"""Runs before the real proxy, a real redis and a mock upstream: the sums agree, and planted lies turn the exit code.
 
 The lies are those of a shim between the generator and the proxy.
 """
@@ -56,7 +56,7 @@ def shim(proxy: str, lie: Lie) -> Iterator[str]:
             self.wfile.write(content)
             connection.close()
 
-        do_GET = do_POST = forward
+        do_GET = do_POST = forward  # noqa: N815 http.server's names
 
     class Quiet(ThreadingHTTPServer):
         daemon_threads = True

@@ -9,10 +9,10 @@
 | GET /runs/current | what it does: state, its progress lines, the end of its output |
 | DELETE /runs/current | stop it as Ctrl-C does: its report is written |
 | GET /runs/NAME | summary.json |
-| GET /runs/NAME/report.html, summary.md, records.jsonl, progress.jsonl | the files |
+| GET /runs/NAME/report.html and other FILES | the files |
 
-With LOAD_ADMIN_KEY every request but /health needs `Authorization: Bearer`. Without it only loopback's names are answered.
-No page of another origin may call it.
+With LOAD_ADMIN_KEY every request but /health needs `Authorization: Bearer`. Without it only
+loopback's names are answered. No page of another origin may call it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MOST_BODY = 64 * 1024
 # Settings that a caller may change; the target, the folder and the bounds stay the operator's.
 CHANGEABLE = ("users", "seconds", "requests", "rate", "burstiness", "shape", "think_seconds", "warmup_seconds", "cache",
-              "model", "prompt_words", "max_tokens", "prompts", "zipf_exponent", "prefix_groups", "ttl_seconds", "language",
-              "seed", "salt")  # fmt: skip
+              "model", "prompt_words", "max_tokens", "prompts", "zipf_exponent", "prefix_groups", "ttl_seconds",
+              "language", "seed", "salt")  # fmt: skip
 FILES = {"report.html": "text/html; charset=utf-8", "summary.md": "text/markdown; charset=utf-8",
          "records.jsonl": "application/x-ndjson", "progress.jsonl": "application/x-ndjson"}  # fmt: skip
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*-\d{8}-\d{6}")

@@ -46,7 +46,7 @@ class Line:
 @contextmanager
 def mock() -> Iterator[str]:
     """A mock in a process of its own. Yields its URL."""
-    with subprocess.Popen([sys.executable, "-m", "lab_load.commands.mock"], stdout=subprocess.PIPE, text=True) as popen:  # noqa: S603
+    with subprocess.Popen([sys.executable, "-m", "lab_load.commands.mock"], stdout=subprocess.PIPE, text=True) as popen:
         assert popen.stdout is not None  # noqa: S101
         try:
             yield f"http://127.0.0.1:{int(popen.stdout.readline())}"
@@ -57,9 +57,22 @@ def mock() -> Iterator[str]:
 def times(settings: Settings, kind: str, requests: int) -> tuple[list[Line], str]:
     """Lines of one kind, and what is wrong otherwise (empty: nothing)."""
     with mock() as url:
-        done = runs.run("throughput", settings, host=url, model=kind, users=USERS, requests=requests, seconds=60, rate=None,
-                        proxy_urls=None, model_urls=None, processes=1, warmup_seconds=0, think_seconds=0,
-                        salt=None)  # fmt: skip
+        done = runs.run(
+            "throughput",
+            settings,
+            host=url,
+            model=kind,
+            users=USERS,
+            requests=requests,
+            seconds=60,
+            rate=None,
+            proxy_urls=None,
+            model_urls=None,
+            processes=1,
+            warmup_seconds=0,
+            think_seconds=0,
+            salt=None,
+        )
         figures = runs.result(done)
         with urllib.request.urlopen(f"{url}/left", timeout=10) as answer:  # noqa: S310 our own mock
             pages: dict[str, Any] = json.load(answer)
@@ -79,8 +92,10 @@ def times(settings: Settings, kind: str, requests: int) -> tuple[list[Line], str
         known["ttft"].append(left[0] - received)
         known["e2e"].append(left[-1] - received)
         known["tpot"].append((left[-1] - left[0]) / (tokens - 1))
-    return [Line(kind, metric, statistics.fmean(record[metric] for record in records), statistics.fmean(values))
-            for metric, values in known.items()], ""  # fmt: skip
+    return [
+        Line(kind, metric, statistics.fmean(record[metric] for record in records), statistics.fmean(values))
+        for metric, values in known.items()
+    ], ""
 
 
 def bare(url: str, seconds: float, users: int = USERS) -> float:
@@ -114,8 +129,20 @@ def capacity(settings: Settings, seconds: int = 5) -> tuple[float, float]:
     with mock() as url:
         loop = bare(url, BARE_SECONDS)
     with mock() as url:
-        done = runs.run("throughput", settings, host=url, model="fast", users=USERS, requests=60_000, seconds=seconds,
-                        prompt_words=1, rate=None, proxy_urls=None, model_urls=None, processes=1)  # fmt: skip
+        done = runs.run(
+            "throughput",
+            settings,
+            host=url,
+            model="fast",
+            users=USERS,
+            requests=60_000,
+            seconds=seconds,
+            prompt_words=1,
+            rate=None,
+            proxy_urls=None,
+            model_urls=None,
+            processes=1,
+        )
     return float(runs.result(done)["requests_per_second"]), loop
 
 
@@ -128,13 +155,17 @@ def main(settings: Settings, arguments: list[str]) -> int:
         lines, problem = times(settings, kind, requests)
         for line in lines:
             wrong += not line.holds
-            sys.stdout.write(f"{kind:<11}{line.metric:<7}{line.measured * 1000:>14.3f}{line.known * 1000:>12.3f}"
-                             f"{'' if line.holds else '  off'}\n")  # fmt: skip
+            sys.stdout.write(
+                f"{kind:<11}{line.metric:<7}{line.measured * 1000:>14.3f}{line.known * 1000:>12.3f}"
+                f"{'' if line.holds else '  off'}\n"
+            )
         if problem or kind in FAILING:
             wrong += bool(problem)
             sys.stdout.write(f"{kind:<11}{problem or 'counted as a failure, each'}\n")
         sys.stdout.flush()
     ours, loop = capacity(settings)
-    sys.stdout.write(f"capacity: {ours:.0f} answers/s of {EVENTS} events in one process, {ours / loop:.2f} of a bare loop's "
-                     f"{loop:.0f}\n{wrong} figures off, {time.monotonic() - began:.0f} s\n")  # fmt: skip
+    sys.stdout.write(
+        f"capacity: {ours:.0f} answers/s of {EVENTS} events in one process, {ours / loop:.2f} of a bare loop's "
+        f"{loop:.0f}\n{wrong} figures off, {time.monotonic() - began:.0f} s\n"
+    )
     return 1 if wrong else 5 if ours < SHARE_OF_BARE * loop else 0

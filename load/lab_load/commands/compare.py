@@ -18,8 +18,10 @@ def main(settings: Settings, arguments: list[str]) -> int:
         raise ValueError("compare needs at least one run on each side")
     for each in differences(left, right):
         a_ms, b_ms, median, low, high = (1000 * value for value in (each.a, each.b, each.median, each.low, each.high))
-        sys.stdout.write(f"{FIELDS[each.field]:<11} A {a_ms:.1f} ms, B {b_ms:.1f} ms; B − A {median:+.2f} ms (95 % {low:+.2f} "
-                         f"to {high:+.2f}), {each.pairs} pairs: {each.verdict}\n")  # fmt: skip
+        sys.stdout.write(
+            f"{FIELDS[each.field]:<11} A {a_ms:.1f} ms, B {b_ms:.1f} ms; B − A {median:+.2f} ms (95 % {low:+.2f} "
+            f"to {high:+.2f}), {each.pairs} pairs: {each.verdict}\n"
+        )
     return 0
 
 

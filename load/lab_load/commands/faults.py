@@ -34,7 +34,7 @@ REPLICA = "ray::"  # process title of Ray Serve's replicas
 
 @dataclass(frozen=True)
 class Outcome:
-    """`recovery`: seconds from the first failed start to the next success that no failure follows; 0 without failures."""
+    """`recovery`: seconds from the first failed start to the success after the last failure; 0 without failures."""
 
     fault: str
     answers: int
@@ -75,8 +75,11 @@ def inject(fault: str, pid: int) -> None:
 def replica_of(pid: int) -> int | None:
     """A replica that computes answers, below the model service's process; None where there is none."""
     children = psutil.Process(pid).children(recursive=True)
-    found = [child.pid for child in children if "replica" in (title := " ".join(child.cmdline()).lower())
-             and title.startswith(REPLICA)]  # fmt: skip
+    found = [
+        child.pid
+        for child in children
+        if "replica" in (title := " ".join(child.cmdline()).lower()) and title.startswith(REPLICA)
+    ]
     return found[0] if found else None
 
 
@@ -88,8 +91,15 @@ def outcome(fault: str, done: runs.Run) -> Outcome:
     lines = (done.folder / "records.jsonl").read_text("utf-8").splitlines()
     seconds, recovered = recovery([json.loads(line) for line in lines])
     charged = [row for row in done.summary["sums"]["rows"] if row["values"].get("ledger") is not None]
-    return Outcome(fault, figures["answers"], figures["failed"], figures["errors"], seconds, recovered,
-                   all(row["holds"] for row in charged) if charged else None)  # fmt: skip
+    return Outcome(
+        fault,
+        figures["answers"],
+        figures["failed"],
+        figures["errors"],
+        seconds,
+        recovered,
+        all(row["holds"] for row in charged) if charged else None,
+    )
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
@@ -113,16 +123,22 @@ def main(settings: Settings, arguments: list[str]) -> int:
     for name, fault in faults.items():
         if name not in pids:
             continue
-        popen = runs.start("caching", settings, seconds=min(settings.seconds, SECONDS) if name == "redis" else SECONDS,
-                           requests=100_000)  # fmt: skip
+        popen = runs.start(
+            "caching",
+            settings,
+            seconds=min(settings.seconds, SECONDS) if name == "redis" else SECONDS,
+            requests=100_000,
+        )
         time.sleep(BEFORE_SECONDS)
         inject(fault, pids[name])
         each = outcome(fault, runs.finish(popen))
         found.append(each)
         ledger = {True: "the ledger has every charge", False: "THE LEDGER LACKS CHARGES", None: "ledger not read"}
-        sys.stdout.write(f"{fault}: {each.answers} answers, {each.failed} failed {json.dumps(each.errors)}, without service "
-                         f"for {each.recovery:.1f} s, {'back' if each.recovered else 'NOT BACK'}, "
-                         f"{ledger[each.ledger_holds]}: {'ok' if each.holds else 'NOT OK'}\n")  # fmt: skip
+        sys.stdout.write(
+            f"{fault}: {each.answers} answers, {each.failed} failed {json.dumps(each.errors)}, without service "
+            f"for {each.recovery:.1f} s, {'back' if each.recovered else 'NOT BACK'}, "
+            f"{ledger[each.ledger_holds]}: {'ok' if each.holds else 'NOT OK'}\n"
+        )
         sys.stdout.flush()
     Path(settings.runs_dir / "faults.json").write_text(json.dumps([vars(each) for each in found], indent=1), "utf-8")
     return 0 if found and all(each.holds for each in found) else 1

@@ -88,10 +88,13 @@ def main(settings: Settings, arguments: list[str]) -> int:
             (each["intended"], each["ttft"]) for each in records if each["ttft"] is not None and not each["error"]
         ]
         mean = figures["metrics"]["ttft_seconds"].get("mean", math.nan)
-        steps.append(Step(rate, figures["goodput_per_second"], mean, rises(points), done.summary["trusted"],
-                          figures["failed"]))  # fmt: skip
-        sys.stdout.write(f"{rate:8.2f} requests/s: goodput {steps[-1].goodput:8.2f}/s, mean TTFT {mean:8.4f} s, "
-                         f"{figures['failed']} failed\n")  # fmt: skip
+        steps.append(
+            Step(rate, figures["goodput_per_second"], mean, rises(points), done.summary["trusted"], figures["failed"])
+        )
+        sys.stdout.write(
+            f"{rate:8.2f} requests/s: goodput {steps[-1].goodput:8.2f}/s, mean TTFT {mean:8.4f} s, "
+            f"{figures['failed']} failed\n"
+        )
         sys.stdout.flush()
         if why := stop_reason(steps):
             break
@@ -111,9 +114,13 @@ def _write(path: Path, steps: Sequence[Step], text: str) -> None:
     times = {"mean TTFT": [(step.rate, step.ttft) for step in steps]}
     rows = [[f"{step.rate:.2f}", f"{step.goodput:.2f}", f"{step.ttft:.4f}"] for step in steps]
     path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Knee</title><style>{html.STYLE}</style><h1>Knee</h1>'
-        f"<p>{text}</p>" + html.chart("Goodput over the offered rate", "/s", lines, x_unit="/s")
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Knee</title><style>{html.STYLE}</style>'
+        "<h1>Knee</h1>"
+        f"<p>{text}</p>"
+        + html.chart("Goodput over the offered rate", "/s", lines, x_unit="/s")
         + html.chart("TTFT over the offered rate", "s", times, x_unit="/s")
-        + html.table(["rate, /s", "goodput, /s", "mean TTFT, s"], rows) + "</html>\n", encoding="utf-8",
-    )  # fmt: skip
+        + html.table(["rate, /s", "goodput, /s", "mean TTFT, s"], rows)
+        + "</html>\n",
+        encoding="utf-8",
+    )
     sys.stdout.write(f"  {path}\n")

@@ -42,8 +42,9 @@ class Mock:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 lines = head.split("\r\n")
-                length = next((int(line.partition(":")[2]) for line in lines if line.lower().startswith("content-length")),
-                              0)  # fmt: skip
+                length = next(
+                    (int(line.partition(":")[2]) for line in lines if line.lower().startswith("content-length")), 0
+                )
                 body = await reader.readexactly(length)
                 received = time.perf_counter()
                 method, path, _ = lines[0].split(" ")
@@ -64,8 +65,10 @@ class Mock:
         }
         body = json.dumps(pages.get(path, {})).encode()
         status = "200 OK" if path in pages else "404 Not Found"
-        writer.write(f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-                     + body)  # fmt: skip
+        writer.write(
+            f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
 
     async def _answer(self, writer: asyncio.StreamWriter, body: dict[str, Any], received: float) -> None:
         kind, name = body["model"], body["messages"][-1]["content"].partition(":")[0]

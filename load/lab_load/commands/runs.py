@@ -1,4 +1,4 @@
-"""One run as a process of its own: started with settings, waited for, its summary read. For commands of several runs."""
+"""One run as a process of its own: started with settings, waited for, its summary read."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
@@ -142,19 +142,12 @@ def read_stream(
             raise AnswerError("event that is not JSON") from None
         if "error" in event:
             raise AnswerError(f"error in the stream: {error_kind(event)}")
-        for choice in event.get("choices") or ():
-            kind = content_of(choice)
-            if kind is None:
-                continue
-            record.events.append(now)
-            if kind == "visible" and record.first_visible is None:
-                record.first_visible = now
-            if stop_after is not None and len(record.events) >= stop_after:
+        if take_event(record, event, now):
+            if len(record.events) == stop_after:
                 record.ended, record.abandoned = now, True
                 return
             if pause is not None:
                 pause()
-            break
         usage = event.get("usage") or usage
     record.ended = clock()
     if not done:
@@ -168,14 +161,17 @@ def read_stream(
         raise AnswerError("more events with content than tokens in the usage")
 
 
-def content_of(choice: Mapping[str, Any]) -> Literal["visible", "other"] | None:
-    """What a chunk's choice carries: text of the answer, another channel such as reasoning, or nothing."""
-    delta = choice.get("delta")
-    if delta is None:
-        return "visible" if choice.get("text") else None  # /v1/completions
-    if delta.get("content"):
-        return "visible"
-    return "other" if any(delta.get(name) for name in CHANNELS) else None
+def take_event(record: Record, event: Mapping[str, Any], now: float) -> bool:
+    """Note an event's arrival. False for one without content: a frame with the role alone, the end, the usage."""
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or choice  # /v1/completions has `text` in the choice itself
+        visible = bool(delta.get("content") or delta.get("text"))
+        if visible or any(delta.get(name) for name in CHANNELS):
+            record.events.append(now)
+            if visible and record.first_visible is None:
+                record.first_visible = now
+            return True
+    return False
 
 
 def take_usage(record: Record, usage: Mapping[str, Any]) -> None:

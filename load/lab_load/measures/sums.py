@@ -135,7 +135,7 @@ def _promises(table: Table, fine: Sequence[Record], failed: int, expected: Expec
     if expected.hits is not None and fine:
         mean, deviation = expected.hits
         reach = 3 * deviation
-        values = {"client": mean, "answers": served / len(fine)}
+        values: dict[str, float | None] = {"client": mean, "answers": served / len(fine)}
         table.rows.append(Sum("hit ratio, collapsed ones included", values, max(mean - reach, 0), min(mean + reach, 1),
                               "expected ± 3 standard deviations"))  # fmt: skip
 

@@ -33,8 +33,11 @@ def page(result: dict[str, Any], folder: Path) -> str:
     ]
     body += [f'<p class="bad">Cannot be trusted: {escape(why)}</p>' for why in result["reasons"]]
     for name, figures in result["results"].items():
-        body += [f"<h2>{escape(name)}</h2>", f"<p>{escape(figures['workload']['about'])}. Workload SHA-256 <code>"
-                 f"{figures['workload']['sha256']}</code>. {figures['answers']} answers, {figures['failed']} failed.</p>"]  # fmt: skip
+        body += [
+            f"<h2>{escape(name)}</h2>",
+            f"<p>{escape(figures['workload']['about'])}. Workload SHA-256 <code>"
+            f"{figures['workload']['sha256']}</code>. {figures['answers']} answers, {figures['failed']} failed.</p>",
+        ]
         if result["trusted"]:
             body += [_times(figures), *_distributions(figures)]
             body.append(_hit_ratio(folder, name, figures))
@@ -42,10 +45,14 @@ def page(result: dict[str, Any], folder: Path) -> str:
     body += ["<h2>Sums</h2>", _sums(result["sums"]), "<h2>Definitions</h2>", "<dl>"]
     body += [f"<dt><code>{name}</code></dt><dd>{escape(text)}</dd>" for name, text in result["definitions"].items()]
     generator = result["generator"]
-    body.append(f"</dl><p>Generator: {escape(json.dumps(generator['versions']))}, {escape(generator['machine']['system'])}, "
-                f"{generator['machine']['cores']} cores, {generator['cpu_percent_mean']:.0f} % of a core</p>")  # fmt: skip
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(result["name"])}</title>'
-            f"<style>{STYLE}</style>{''.join(body)}</html>\n")  # fmt: skip
+    body.append(
+        f"</dl><p>Generator: {escape(json.dumps(generator['versions']))}, {escape(generator['machine']['system'])}, "
+        f"{generator['machine']['cores']} cores, {generator['cpu_percent_mean']:.0f} % of a core</p>"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(result["name"])}</title>'
+        f"<style>{STYLE}</style>{''.join(body)}</html>\n"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -63,27 +70,35 @@ def chart(title: str, unit: str, lines: Mapping[str, Points], *, x_unit: str = "
     top = max(y for _, y in points) or 1.0
 
     def place(x: float, y: float) -> str:
-        return (f"{LEFT + x / right * (WIDTH - LEFT - 10):.1f},"
-                f"{HEIGHT - BOTTOM - y / top * (HEIGHT - BOTTOM - 24):.1f}")  # fmt: skip
+        return f"{LEFT + x / right * (WIDTH - LEFT - 10):.1f},{HEIGHT - BOTTOM - y / top * (HEIGHT - BOTTOM - 24):.1f}"
 
     drawn = []
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" '
-                     f'points="{" ".join(place(x, y) for x, y in line)}"/>'
-                     f'<text x="{LEFT + 8 + 120 * number}" y="14" fill="{colour}" font-size="12">{escape(name)}</text>')  # fmt: skip
+        drawn.append(
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" '
+            f'points="{" ".join(place(x, y) for x, y in line)}"/>'
+            f'<text x="{LEFT + 8 + 120 * number}" y="14" fill="{colour}" font-size="12">{escape(name)}</text>'
+        )
     base = HEIGHT - BOTTOM
-    axes = (f'<path d="M{LEFT} 20V{base}H{WIDTH - 10}" fill="none" stroke="#666"/>'
-            f'<text x="4" y="30" font-size="11">{top:.3g} {escape(unit)}</text><text x="{LEFT - 14}" y="{base}" '
-            f'font-size="11">0</text><text x="{WIDTH - 70}" y="{HEIGHT - 14}" font-size="11">{right:.3g} {escape(x_unit)}</text>')  # fmt: skip
+    axes = (
+        f'<path d="M{LEFT} 20V{base}H{WIDTH - 10}" fill="none" stroke="#666"/>'
+        f'<text x="4" y="30" font-size="11">{top:.3g} {escape(unit)}</text><text x="{LEFT - 14}" y="{base}" '
+        f'font-size="11">0</text><text x="{WIDTH - 70}" y="{HEIGHT - 14}" font-size="11">'
+        f"{right:.3g} {escape(x_unit)}</text>"
+    )
     alt = "; ".join(f"{name} ends at {line[-1][1]:.3g} {unit}" for name, line in lines.items() if line)
-    return (f'<figure><figcaption>{escape(title)}</figcaption><svg role="img" aria-label="{escape(title)}: {escape(alt)}" '
-            f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{axes}{"".join(drawn)}</svg></figure>')  # fmt: skip
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg role="img" aria-label="{escape(title)}: {escape(alt)}" '
+        f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{axes}{"".join(drawn)}</svg></figure>'
+    )
 
 
 def _times(figures: dict[str, Any]) -> str:
-    rows = [[label, *(summary.cell(numbers, column) for column in summary.COLUMNS)]
-            for label, numbers in summary.rows(figures)]  # fmt: skip
+    rows = [
+        [label, *(summary.cell(numbers, column) for column in summary.COLUMNS)]
+        for label, numbers in summary.rows(figures)
+    ]
     return table(["", *summary.COLUMNS], rows)
 
 
@@ -92,8 +107,9 @@ def _distributions(figures: dict[str, Any]) -> list[str]:
     for name, title in (("ttft_seconds", "TTFT"), ("end_to_end_seconds", "End to end")):
         lines = {
             group: Times.merge([metrics[name]["histogram"]]).cumulative()
-            for group, metrics in figures["by_cache"].items() if metrics[name]["count"]
-        }  # fmt: skip
+            for group, metrics in figures["by_cache"].items()
+            if metrics[name]["count"]
+        }
         found.append(chart(f"{title}: share of the answers up to this time", "of 1", lines))
     return found
 
@@ -124,8 +140,11 @@ def _progress(folder: Path) -> str:
     queue = [(each["seconds"], float(each["queue"])) for each in moments if each["queue"] is not None]
     flight = [(each["seconds"], float(each["in_flight"])) for each in moments if each["in_flight"] is not None]
     running = {name: line for name, line in (("at the proxy", flight), ("at the model", queue)) if line}
-    return ("<h2>Over time</h2>" + chart("Output tokens of the answers that ended in each second", "/s",
-                                         {"tokens": throughput}) + chart("Requests in flight", "", running))  # fmt: skip
+    return (
+        "<h2>Over time</h2>"
+        + chart("Output tokens of the answers that ended in each second", "/s", {"tokens": throughput})
+        + chart("Requests in flight", "", running)
+    )
 
 
 def _sums(sums: dict[str, Any]) -> str:

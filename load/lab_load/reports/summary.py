@@ -90,7 +90,7 @@ def meets_slo(trial: Trial, record: Record) -> bool:
 def expected_hits(trial: Trial, draws: int) -> tuple[float, float] | None:
     """Expected share of answers without an upstream call and its standard deviation, by Zipf's law; None without.
 
-    With a TTL or a capacity: the long-run ratio of that limit; its deviation is a binomial's, widened by the cold start.
+    With a TTL or a capacity: the long-run ratio of that limit; its deviation is a binomial's, and the cold start's.
     """
     (workload,) = trial.workloads.values()
     if workload.zipf is None or draws == 0:
@@ -219,7 +219,8 @@ def moment(trial: Trial, counters: Counters) -> dict[str, Any]:
         "seconds": round(now - trial.began, 2),
         "answers": len(trial.records), "failed": sum(bool(record.error) for record in trial.records),
         "per_second": len(last), "tokens_per_second": sum(record.completion_tokens for record in last),
-        "ttft_p50": statistics.median(first) if first else None, "hit_ratio": states["hit"] / decided if decided else None,
+        "ttft_p50": statistics.median(first) if first else None,
+        "hit_ratio": states["hit"] / decided if decided else None,
         "in_flight": counters.in_flight, "queue": counters.running,
     }  # fmt: skip
 
@@ -230,8 +231,8 @@ def moment(trial: Trial, counters: Counters) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The summary for the person at the terminal."""
     target, settings = result["target"], result["settings"]
-    lines = [f"load: {result['name']}: {target['model']} at {target['host']}, {result['users']} users, {result['loop']} "
-             f"loop, {result['seconds']:.0f} s, seed {settings['seed']}"]  # fmt: skip
+    lines = [f"load: {result['name']}: {target['model']} at {target['host']}, {result['users']} users, "
+             f"{result['loop']} loop, {result['seconds']:.0f} s, seed {settings['seed']}"]  # fmt: skip
     for name, figures in result["results"].items():
         kinds = ", ".join(f"{count} × {kind}" for kind, count in figures["errors"].items())
         lines += ["", f"  {name}: {figures['answers']} answers, {figures['failed']} failed"
@@ -261,7 +262,7 @@ LABELS = {
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and numbers of each row of a scenario's table: all requests, then by cache state where there are several."""
+    """Label and numbers of each row of a scenario's table: all requests, then by cache state where there are some."""
     found = [(label, figures["metrics"][name]) for name, label in LABELS.items()]
     if len(figures["by_cache"]) > 1:
         found += [(f"{group}: {LABELS[name]}", metrics[name]) for group, metrics in figures["by_cache"].items()
@@ -281,13 +282,13 @@ def _figures(figures: dict[str, Any]) -> list[str]:
     lines = [" " * 38 + "".join(f"{column:>10}" for column in COLUMNS)]
     lines += [f"  {label:<36}" + "".join(f"{cell(numbers, column):>10}" for column in COLUMNS)
               for label, numbers in rows(figures)]  # fmt: skip
-    lines.append(f"  {figures['output_tokens_per_second']:.1f} tokens/s, {figures['requests_per_second']:.2f} requests/s, "
-                 f"goodput {figures['goodput_per_second']:.2f}/s, over {figures['window_seconds']:.1f} s")  # fmt: skip
+    lines.append(f"  {figures['output_tokens_per_second']:.1f} tokens/s, "
+                 f"{figures['requests_per_second']:.2f} requests/s, goodput {figures['goodput_per_second']:.2f}/s, over {figures['window_seconds']:.1f} s")  # fmt: skip
     if ratio := figures.get("hit_ratio"):
         expected = (f", expected {ratio['expected']:.3f} ± {3 * ratio['expected_deviation']:.3f}"
                     if "expected" in ratio else "")  # fmt: skip
-        lines.append(f"  hit ratio {ratio['measured']:.3f}, with collapsed {ratio['with_collapsed']:.3f}; a perfect cache "
-                     f"{ratio['perfect']:.3f}{expected}")  # fmt: skip
+        lines.append(f"  hit ratio {ratio['measured']:.3f}, with collapsed {ratio['with_collapsed']:.3f}; "
+                     f"a perfect cache {ratio['perfect']:.3f}{expected}")  # fmt: skip
     return lines
 
 
@@ -321,8 +322,8 @@ def _number(value: float | None) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The same as a Markdown document."""
-    lines = [f"# {result['name']}", "", f"`{result['target']['model']}` at {result['target']['host']}, {result['users']} "
-             f"users, {result['loop']} loop, {result['seconds']:.0f} s", ""]  # fmt: skip
+    lines = [f"# {result['name']}", "", f"`{result['target']['model']}` at {result['target']['host']}, "
+             f"{result['users']} users, {result['loop']} loop, {result['seconds']:.0f} s", ""]  # fmt: skip
     lines += [f"- **not trusted**: {why}" for why in result["reasons"]]
     for name, figures in result["results"].items():
         lines += [f"## {name}", "", f"{figures['workload']['about']}; SHA-256 `{figures['workload']['sha256']}`", ""]
