@@ -68,6 +68,7 @@ HOUSES = {
             "tasks",
             "tools",
             "limits",
+            "load",
             "cache",
             "layers",
             "next_token",

@@ -15,6 +15,7 @@ from lab_ui import (
     history,
     limits,
     links,
+    load,
     next_token,
     pages,
     surprise,
@@ -408,3 +409,24 @@ def test_completions_tokens_are_read_as_well() -> None:
     (token,) = _tokens(old)
     assert (token.text, token.logprob, [each.text for each in token.top]) == (" a", -0.5, [" a", " b"])
     assert _tokens(None) == []
+
+
+# ---- the load page
+
+
+def test_finished_runs_are_read_and_those_of_several_workloads_left_out() -> None:
+    metrics = {"ttft_seconds": {"p50": 0.2}, "end_to_end_seconds": {"count": 0}}
+    figures = {"workload": {"sha256": "ab"}, "requests_per_second": 3, "output_tokens_per_second": 40.5,
+               "metrics": metrics, "hit_ratio": {"measured": 0.5}}  # fmt: skip
+    summary = {"name": "caching-1", "trusted": True, "sums": {"holds": True}, "results": {"caching": figures}}
+    run = load.read_finished(summary)
+    assert run == load.Finished("caching-1", "caching", "ab", True, True, 3, 40.5, 0.2, None, 0.5)
+    assert load.read_finished(summary | {"results": {"caching": figures, "throughput": figures}}) is None
+    assert load.read_finished({"name": "of another version"}) is None
+    assert load.ratio(2, 3) == 0.5
+    assert load.ratio(None, 3) is None
+
+
+def test_a_series_has_the_moments_that_have_a_value() -> None:
+    progress = [{"seconds": 1, "queue": None}, {"seconds": 2, "queue": 3}, {"queue": 4}]
+    assert load.series(progress, "queue") == [(2, 3)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from functools import partial
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import gevent  # type: ignore[import-untyped] # it ships no types
 import gevent.pool  # type: ignore[import-untyped]
 import orjson
-from locust import FastHttpUser, task
-from locust.contrib.fasthttp import FAILURE_EXCEPTIONS, ResponseContextManager
+from geventhttpclient import HTTPClient
+from geventhttpclient.response import HTTPParseError, HTTPSocketPoolResponse
+from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
 
@@ -19,28 +21,35 @@ from ..measures.trial import Timed, Trial
 from ..workloads.workload import Item
 
 LONGEST_PAUSE = 5.0  # seconds a user waits after a failure, whatever Retry-After asks for
+FAILURES = (OSError, gevent.Timeout, HTTPParseError)  # of a connection
 CONCURRENCY = 10_000  # connections of one process: never the limit that a request waits for
 
 
-class Client(FastHttpUser):
+class Client(User):
     """Closed loop: sends a group of requests, each after the last one's answer, then takes the next group.
 
-    Open loop: the one user of its process starts each request at its time, whatever the answers do.
+    Open loop: the one user of its process starts each request at its time, whatever the answers do. Locust's own
+    FastHttpUser takes as long for a request as all else here together, so this one has geventhttpclient to itself.
     """
 
     abstract = True
     scenario: ClassVar[str]
     trial: ClassVar[Trial]  # handed in when a run starts
-    max_redirects = 0
-    concurrency = CONCURRENCY
 
     def __init__(self, environment: Environment) -> None:
-        self.network_timeout = self.connection_timeout = self.trial.settings.answer_timeout_seconds
         super().__init__(environment)
-        # Every status is an answer here: of one that it calls wrong, geventhttpclient drops the connection, and with it
-        # the body that says why.
-        agent: Any = self.client.client
-        agent.valid_response_codes = frozenset(range(200, 600))
+        settings = self.trial.settings
+        self._base = urlsplit(settings.host).path.rstrip("/")
+        self._client = HTTPClient.from_url(
+            settings.host, concurrency=CONCURRENCY if self.trial.open_loop(self.scenario) else 1,
+            connection_timeout=settings.answer_timeout_seconds, network_timeout=settings.answer_timeout_seconds,
+        )  # fmt: skip
+        # identity: a compressed body arrives in blocks, and the first token with the block
+        self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if not settings.cache:
+            self._headers["cache-control"] = "no-store"
+        if settings.api_key:
+            self._headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
 
     def wait_time(self) -> float:
         return self.trial.settings.think_seconds
@@ -76,49 +85,34 @@ class Client(FastHttpUser):
 
     def send(self, item: Item, intended: float | None = None) -> None:
         """One request to its end, as a record of the trial. `intended`: its time in an open loop."""
-        trial, settings = self.trial, self.trial.settings
-        body: Any = item.payload(trial.salt, trial.target.model)
-        # identity: a compressed body arrives in blocks, and the first token with the block
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if not settings.cache:
-            headers["cache-control"] = "no-store"
-        if settings.api_key:
-            headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
+        trial = self.trial
+        body = item.payload(trial.salt, trial.target.model)
         trial.sent += 1
-        pause = 0.0
         started = time.perf_counter()
         record = Record(self.scenario, item.number, item.question, started if intended is None else intended, started)
-        with self.client.post(item.path, data=body, headers=headers, stream=True, catch_response=True) as response:
-            try:
-                left = settings.answer_timeout_seconds - (time.perf_counter() - started)
-                with gevent.Timeout(max(left, 0.001), AnswerError("timeout")):
-                    self._read(record, item, response)
-                response.success()
-            except AnswerError as error:
-                record.error, record.ended = str(error), time.perf_counter()
-                pause = _pause(record)
-                response.failure(error)
-            if (record.error or record.abandoned) and (stream := getattr(response, "stream", None)) is not None:
-                stream.release()  # the rest of the body is not read: the connection cannot be used again
-            response.request_meta["response_time"] = record.seconds * 1000
-            response.request_meta["name"] = f"{item.path} ({record.state})"
-        self._count(record, response.request_meta["name"])
-        if pause and intended is None:
-            gevent.sleep(pause)
-
-    def _read(self, record: Record, item: Item, response: ResponseContextManager) -> None:
-        """Raises AnswerError."""
+        response: HTTPSocketPoolResponse | None = None
         try:
-            response.raise_for_status()  # type: ignore[no-untyped-call] # Locust's
-        except FAILURE_EXCEPTIONS as error:
-            raise AnswerError(_broken(error)) from None
+            with gevent.Timeout(trial.settings.answer_timeout_seconds, AnswerError("timeout")):
+                try:
+                    response = self._client.request("POST", self._base + item.path, body, self._headers)
+                except FAILURES as error:
+                    raise AnswerError(_broken(error)) from None
+                self._read(record, item, response)
+        except AnswerError as error:
+            record.error, record.ended = str(error), time.perf_counter()
+        finally:
+            if response is not None:
+                response.release()  # a connection whose body was not read to its end is closed
+        self._count(record, item)
+        if record.error and intended is None:
+            gevent.sleep(_pause(record))
+
+    def _read(self, record: Record, item: Item, response: HTTPSocketPoolResponse) -> None:
+        """Raises AnswerError."""
         record.status = int(response.status_code)
-        headers = response.headers
-        assert headers is not None  # noqa: S101 they came with the status
-        status = headers.get("cache-status")
-        record.cache = cache_state(str(status) if status else None)
-        record.retry_after = str(headers.get("retry-after") or "")
-        record.replica = str(headers.get("x-model-replica") or "")
+        record.cache = cache_state(_header(response, "cache-status"))
+        record.retry_after = _header(response, "retry-after")
+        record.replica = _header(response, "x-model-replica")
         if item.refused:
             self._refused(record, response)
             return
@@ -129,18 +123,16 @@ class Client(FastHttpUser):
         if not item.body.get("stream"):
             self._whole(record, response)
             return
-        if not str(headers.get("content-type", "")).startswith("text/event-stream"):
+        if not _header(response, "content-type").startswith("text/event-stream"):
             raise AnswerError("answer that is no stream")
-        # Locust's own iter_lines and iter_content wait until 1,024 bytes are there or the answer ends: some answers
-        # would have all their tokens at once, at their end. readline returns a line with the packet that brought it.
-        stream = response.stream
+        # readline returns a line with the packet that brought it. Locust's own iter_lines waits for 1,024 bytes.
         try:
-            read_stream(record, partial(stream.readline, b"\n"), time.perf_counter, stop_after=item.stop_after,
+            read_stream(record, partial(response.readline, b"\n"), time.perf_counter, stop_after=item.stop_after,
                         pause=(lambda: gevent.sleep(item.pause)) if item.pause else None)  # fmt: skip
-        except FAILURE_EXCEPTIONS as error:
+        except FAILURES as error:
             raise AnswerError(f"stream broke off: {_broken(error)}") from None
 
-    def _refused(self, record: Record, response: ResponseContextManager) -> None:
+    def _refused(self, record: Record, response: HTTPSocketPoolResponse) -> None:
         body = _json(response)
         record.ended = time.perf_counter()
         if not 400 <= record.status < 500:
@@ -148,22 +140,29 @@ class Client(FastHttpUser):
         if error_kind(body) == "unknown":
             raise AnswerError(f"status {record.status} without an error that says why")
 
-    def _whole(self, record: Record, response: ResponseContextManager) -> None:
+    def _whole(self, record: Record, response: HTTPSocketPoolResponse) -> None:
         body = _json(response)
         record.ended = time.perf_counter()
         if not isinstance(body, dict) or not isinstance(body.get("usage"), dict):
             raise AnswerError("answer without usage")
         take_usage(record, body["usage"])
 
-    def _count(self, record: Record, name: str) -> None:
-        """Into the trial, and as lines of their own into Locust's statistics, whose total counts requests alone."""
+    def _count(self, record: Record, item: Item) -> None:
+        """Into the trial, and into Locust's statistics: requests by path and cache state, TTFT in lines of its own."""
         self.trial.records.append(record)
-        if record.error or record.ttft is None:
-            return
-        stats: Any = self.environment.stats
-        stats.get(name, "TTFT").log(record.ttft * 1000, 0)
-        if record.tpot is not None:
-            stats.get(name, "TPOT").log(record.tpot * 1000, 0)
+        name = f"{item.path} ({record.state})"
+        self.environment.events.request.fire(
+            request_type="POST", name=name, response_time=record.seconds * 1000, response_length=0, context={},
+            exception=AnswerError(record.error) if record.error else None,
+        )  # fmt: skip
+        if not record.error and record.ttft is not None:
+            stats: Any = self.environment.stats
+            stats.get(name, "TTFT").log(record.ttft * 1000, 0)
+
+
+def _header(response: HTTPSocketPoolResponse, name: str) -> str:
+    value = response.get(name)
+    return value if isinstance(value, str) else ", ".join(value or ())
 
 
 def _broken(error: BaseException) -> str:
@@ -172,13 +171,13 @@ def _broken(error: BaseException) -> str:
     return "timeout" if isinstance(error, TimeoutError | gevent.Timeout) else type(error).__name__
 
 
-def _json(response: ResponseContextManager) -> Any:
+def _json(response: HTTPSocketPoolResponse) -> Any:
     """The body, or None where it is no JSON. Raises AnswerError where it breaks off."""
     try:
-        return orjson.loads(response.content or b"null")
+        return orjson.loads(response.read() or b"null")
     except orjson.JSONDecodeError:
         return None
-    except FAILURE_EXCEPTIONS as error:
+    except FAILURES as error:
         raise AnswerError(f"body broke off: {_broken(error)}") from None
 
 

@@ -283,7 +283,8 @@ def _figures(figures: dict[str, Any]) -> list[str]:
     lines += [f"  {label:<36}" + "".join(f"{cell(numbers, column):>10}" for column in COLUMNS)
               for label, numbers in rows(figures)]  # fmt: skip
     lines.append(f"  {figures['output_tokens_per_second']:.1f} tokens/s, "
-                 f"{figures['requests_per_second']:.2f} requests/s, goodput {figures['goodput_per_second']:.2f}/s, over {figures['window_seconds']:.1f} s")  # fmt: skip
+                 f"{figures['requests_per_second']:.2f} requests/s, goodput {figures['goodput_per_second']:.2f}/s, "
+                 f"over {figures['window_seconds']:.1f} s")  # fmt: skip
     if ratio := figures.get("hit_ratio"):
         expected = (f", expected {ratio['expected']:.3f} ± {3 * ratio['expected_deviation']:.3f}"
                     if "expected" in ratio else "")  # fmt: skip

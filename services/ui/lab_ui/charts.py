@@ -107,6 +107,23 @@ def spans(rows: Sequence[tuple[str, float, float, str]], *, words: str, label: s
     return Chart(picture, words, (label, value), [(name, text) for name, _, _, text in rows])
 
 
+def lines(points: Sequence[tuple[float, float]], *, words: str, x: str, y: str) -> Chart:
+    """One line over time: (x, y). Both axes start at 0."""
+    import altair as alt  # noqa: PLC0415
+
+    picture = (
+        alt.Chart(_data([{"x": at, "y": value} for at, value in points]))
+        .mark_line(color=PRIMARY)
+        .encode(
+            x=alt.X("x:Q", title=x, scale=alt.Scale(zero=True)),
+            y=alt.Y("y:Q", title=y, scale=alt.Scale(zero=True)),
+            tooltip=[alt.Tooltip("x:Q", title=x, format=".0f"), alt.Tooltip("y:Q", title=y, format=".3~g")],
+        )
+        .properties(height=180)
+    )
+    return Chart(picture, words, (x, y), [(f"{at:.0f}", f"{value:.3g}") for at, value in points], (0, 1))
+
+
 def dots(
     rows: Sequence[tuple[int, float, str, str]], *, words: str, x: str, y: str, series: str, logarithmic: bool = False
 ) -> Chart:

@@ -33,5 +33,6 @@ PAGES = (
     Page("tools", "build", "inside"),
     Page("cache", "bolt", "measure"),
     Page("limits", "speed", "measure"),
+    Page("load", "stacked_line_chart", "measure"),
     Page("status", "monitor_heart", "run"),
 )

@@ -108,15 +108,19 @@ class Proxy:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         seconds: float | None = None,
+        base: str | None = None,
     ) -> Reply | Fault:
-        """One request and its JSON answer; `seconds`: the longest silence, by default that of an answer."""
+        """One request and its JSON answer; `seconds`: the longest silence, by default that of an answer. `base`: URL of
+        another service than the proxy."""
         settings = self._settings
         silence = settings.answer_timeout_seconds if seconds is None else seconds
         timeout = httpx2.Timeout(silence, connect=settings.connect_timeout_seconds)
         sent = {"x-request-id": uuid.uuid4().hex, **_authorization(key), **(headers or {})}
         began = time.perf_counter()
         try:
-            response = self._http.request(method, settings.proxy_url + path, json=body, headers=sent, timeout=timeout)
+            response = self._http.request(
+                method, (base or settings.proxy_url) + path, json=body, headers=sent, timeout=timeout
+            )
             took = time.perf_counter() - began
             if not response.is_success:
                 return _refusal(response, key)

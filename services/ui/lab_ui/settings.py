@@ -30,6 +30,9 @@ class Settings(BaseSettings):
         default=None,
         description="Base URL of the proxy in “Show the code”, as the reader reaches it; left out: `UI_PROXY_URL`.",
     )
+    load_url: str = Field(
+        default="http://127.0.0.1:8090", description="Base URL of the load service's API, as the ui reaches it."
+    )
     api_key: SecretStr | None = Field(
         default=None,
         description="Key for the proxy that all readers share; a key of their own in the sidebar overrides it.",
@@ -66,7 +69,7 @@ class Settings(BaseSettings):
             raise ValueError("must be printable ASCII without spaces")
         return value
 
-    @field_validator("proxy_url", "public_proxy_url")
+    @field_validator("proxy_url", "public_proxy_url", "load_url")
     @classmethod
     def _http_url(cls, value: str | None) -> str | None:
         if value is not None and (not value.startswith(("http://", "https://")) or "@" in value or "?" in value):

@@ -1,0 +1,67 @@
+"""The load page: the load service's runs. Knows the wire of its API (docs/load.md); does not draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .answer import Fault
+from .proxy import Proxy, Reply
+from .settings import Settings
+
+WORKLOADS = ("throughput", "caching", "stampede", "prefix", "sessions", "lengths", "abandoned", "slow", "embeddings",
+             "tasks", "garbage")  # fmt: skip
+MAX_USERS, MAX_SECONDS = 64, 180
+SERIES = ("tokens_per_second", "ttft_p50", "hit_ratio", "queue")  # of a progress line; each a chart
+
+
+def call(proxy: Proxy, settings: Settings, method: str, path: str, *, key: str | None,
+         body: Mapping[str, Any] | None = None) -> Reply | Fault:  # fmt: skip
+    """One request to the load service."""
+    return proxy.call(method, path, key, body=body, seconds=settings.status_timeout_seconds, base=settings.load_url)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run. Times in seconds, None without enough samples; `hit_ratio` None where nothing caches."""
+
+    name: str
+    workload: str
+    sha256: str
+    trusted: bool
+    sums_hold: bool
+    requests: float
+    tokens: float
+    ttft: float | None
+    e2e: float | None
+    hit_ratio: float | None
+
+
+def read_finished(summary: Mapping[str, Any]) -> Finished | None:
+    """summary.json of a run of one workload; None for others, and for those of another version."""
+    try:
+        ((workload, figures),) = summary["results"].items()
+        metrics = figures["metrics"]
+        return Finished(
+            str(summary["name"]), workload, str(figures["workload"]["sha256"]), bool(summary["trusted"]),
+            bool(summary["sums"]["holds"]), float(figures["requests_per_second"]),
+            float(figures["output_tokens_per_second"]), metrics["ttft_seconds"].get("p50"),
+            metrics["end_to_end_seconds"].get("p50"), (figures.get("hit_ratio") or {}).get("measured"),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def series(progress: list[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(second of the run, value) of the progress lines that have one."""
+    return [
+        (float(line["seconds"]), float(line[name]))
+        for line in progress
+        if isinstance(line.get(name), int | float) and isinstance(line.get("seconds"), int | float)
+    ]
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """b / a - 1, for two runs beside each other."""
+    return None if a is None or b is None or a == 0 else b / a - 1
