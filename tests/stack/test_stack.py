@@ -520,7 +520,8 @@ def test_two_proxies_behind_one_port_share_cache_and_key(stack: Stack) -> None:
             within("all of them healthy again", lambda: stack.health("proxy") == "healthy")
     broken = [one for one in asked if one.status != 200]
     assert len(broken) <= len(proxies * 2)
-    assert {one.status for one in broken} <= {502}
+    # 0: HAProxy closes the caller's connection where a connection that it had kept open to the proxy ends without an answer.
+    assert {one.status for one in broken} <= {0, 502}
     assert [one for one in asked[1:] if one.status == 200 and not one.hit] == []
 
     # 2. The key is a file that the proxy reads, and nowhere else.
