@@ -15,10 +15,13 @@ import pytest_asyncio
 import tiny_encoders
 import torch
 from inprocess import InProcess
+from lab_model.encoders.classifier import Classifier
+from lab_model.encoders.embedder import Embedder
 from lab_model.encoders.queue import BATCH_TOKENS, EncoderQueue
 from lab_model.errors import CatalogueError
 from lab_model.models import classifier, encoder
 from lab_model.models.catalogue import AppArgs, Entry
+from lab_model.models.kinds import Loaded
 from lab_model.models.sources import Source
 from served import TINY
 from tiny import one_thread  # noqa: F401 - of all tests here
@@ -27,11 +30,15 @@ TEXTS = ["the cat sat on the mat", "bad dog", "a very good hat and a small dog a
 CONTEXT = "The cat sat on the mat. A big dog ate the hat, and the small cat was not good."
 
 
-def app_of(folder: Path, kind: Any, model: str = "e") -> httpx2.AsyncClient:
+def load(folder: Path, kind: Any, model: str = "e", **more: Any) -> Loaded:
     entry = Entry(id=model, kind=kind, source=f"file:{folder}", dtype="float32")
-    args = AppArgs(entry=entry, log_pipe=folder / "log", metrics_dir=folder)
+    args = AppArgs(entry=entry, log_pipe=folder / "log", metrics_dir=folder, **more)
     loader = encoder if kind == "embedding" else classifier
-    loaded = loader.load(args, Source(str(folder)), torch.device("cpu"))
+    return loader.load(args, Source(str(folder)), torch.device("cpu"))
+
+
+def app_of(folder: Path, kind: Any, model: str = "e") -> httpx2.AsyncClient:
+    loaded = load(folder, kind, model)
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(loaded.app), base_url="http://localhost", timeout=60)
 
 
@@ -265,3 +272,37 @@ async def test_a_fault_of_a_forward_ends_its_requests_alone() -> None:
         assert await job.outputs == [5]
         await job.ended.wait()
         assert job.used() == (1, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "classifier"])
+async def test_a_forward_that_hangs_fails_its_requests_and_the_encoder(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The running and the waiting request get a 503; a later one too, and the replica counts as dead."""
+    begun, go = threading.Event(), threading.Event()
+
+    def hang(_: object, __: object) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    folder = tiny_encoders.write(tmp_path, kind)
+    loaded = load(folder, kind, step_timeout_seconds=0.3)
+    monkeypatch.setattr(Embedder if kind == "embedding" else Classifier, "forward", hang)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(loaded.app), base_url="http://localhost") as client:
+
+        async def ask() -> tuple[int, str]:
+            path, inputs = ("embeddings", "input") if kind == "embedding" else ("tasks/sentiment-analysis", "inputs")
+            answer = await client.post(f"/v1/{path}", json={"model": "e", inputs: "cat"}, timeout=60)
+            return answer.status_code, answer.json()["error"]["message"]
+
+        assert loaded.is_alive()
+        running = asyncio.create_task(ask())
+        assert await asyncio.to_thread(begun.wait, 60)
+        waiting = asyncio.create_task(ask())
+        status, message = await running
+        assert (status, "did not end within 0.3 s" in message) == (503, True)
+        assert (await waiting)[0] == 503
+        assert not loaded.is_alive()
+        status, message = await ask()
+        assert (status, "hangs" in message) == (503, True)
+        go.set()

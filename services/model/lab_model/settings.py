@@ -65,8 +65,8 @@ class Settings(BaseSettings):
     step_timeout_seconds: float = Field(
         300,
         gt=0,
-        description="A step of a chat model that takes longer counts as hanging: its requests fail, and the model is "
-        "loaded again. A step computes up to 512 tokens of prompts.",
+        description="A step of a model that takes longer counts as hanging: its requests fail, and the model is loaded "
+        "again. A step computes up to 512 tokens of prompts, of encoders up to 1,024 of inputs.",
     )
     drain_timeout_seconds: float = Field(30, ge=0, description="How long running requests may continue after SIGTERM.")
     log_format: Literal["auto", "json", "text"] = Field(

@@ -15,8 +15,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..encoders.probe import SentimentProbe
-from ..encoders.queue import EncoderBusyError, EncoderQueue
-from ..errors import BadRequestError, BusyError, deadline_exceeded
+from ..encoders.queue import EncoderBusyError, EncoderHangsError, EncoderQueue
+from ..errors import BadRequestError, BusyError, UnavailableError, deadline_exceeded
 from ..text.tokenizer import ModelTokenizer
 from .http.deadline import deadline_of
 from .http.record import Record
@@ -70,8 +70,8 @@ async def encode(
     model: EncoderClient, http: HttpRequest, rows: Sequence[Sequence[int]], param: str, *, metered: int | None = None
 ) -> list[Any]:
     """The encoder's output for each row of token ids. metered: tokens of the request's usage, if not those of all rows.
-    Raises BadRequestError for a row that is too long, BusyError, DeadlineExceededError; a disconnect cancels the
-    work."""
+    Raises BadRequestError for a row that is too long, BusyError, DeadlineExceededError, UnavailableError where
+    the encoder hangs; a disconnect cancels the work."""
     deadline = deadline_of(http)
     context = model.queue.encoder.context
     for index, row in enumerate(rows):
@@ -94,3 +94,5 @@ async def encode(
         raise BusyError(
             "The model is busy: its queue is full. Retry after the time in Retry-After.", error.retry_after
         ) from None
+    except EncoderHangsError as error:
+        raise UnavailableError(f"The model does not answer: {error}.") from None

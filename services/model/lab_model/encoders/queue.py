@@ -22,7 +22,7 @@ BATCH_TOKENS = 1024
 
 
 class Encoder(Protocol):
-    """context: tokens of one input. name: what it makes, for the thread's name."""
+    """context: tokens of one input."""
 
     context: int
 
@@ -37,6 +37,10 @@ class EncoderBusyError(Exception):
     def __init__(self, retry_after: float) -> None:
         super().__init__("the queue of this model is full")
         self.retry_after = retry_after
+
+
+class EncoderHangsError(Exception):
+    """A forward did not end in time: the encoder takes no more requests, and its process is to be replaced."""
 
 
 class EncoderJob:
@@ -75,9 +79,10 @@ class EncoderJob:
 class EncoderQueue:
     """Requests for one encoder. Its methods are called on the event loop."""
 
-    def __init__(self, encoder: Encoder, max_queued: int) -> None:
+    def __init__(self, encoder: Encoder, max_queued: int, *, step_timeout: float = 300) -> None:
+        """step_timeout: seconds after which a forward counts as hanging: all requests fail, and the queue is dead."""
         self.encoder = encoder
-        self._max_queued = max_queued
+        self._max_queued, self._step_timeout = max_queued, step_timeout
         self._jobs: deque[EncoderJob] = deque()
         self._begun: list[EncoderJob] = []  # with inputs left after the last forward
         self._changed = threading.Condition()
@@ -85,20 +90,31 @@ class EncoderQueue:
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._requests = 0  # running and waiting
         self._seconds = 0.1  # moving average from submission to result
+        self._forward_began: float | None = None  # None between forwards
+        self._forwarding: list[EncoderJob] = []  # jobs of the running forward
+        self._hangs = False
+
+    @property
+    def alive(self) -> bool:
+        """False once a forward has hung: its thread cannot be ended, but the process can be replaced."""
+        return not self._hangs
 
     @contextlib.contextmanager
     def submit(self, rows: Sequence[Sequence[int]]) -> Iterator[EncoderJob]:
         """The job of these token ids, 1 to `encoder.context` each; leaving the context before its outputs cancels it.
-        Raises EncoderBusyError."""
+        Raises EncoderBusyError or EncoderHangsError."""
         if self._requests > self._max_queued:
             raise EncoderBusyError(self._seconds)
-        self._requests += 1
         job, started = EncoderJob(rows), time.monotonic()
         with self._changed:
+            if self._hangs:
+                raise EncoderHangsError("its computation hangs; the model starts again by itself")
             self._jobs.append(job)
             self._changed.notify()
             if self._thread.ident is None:
                 self._thread.start()
+                threading.Thread(target=self._watch, name="encoder watchdog", daemon=True).start()
+        self._requests += 1
         try:
             yield job
         finally:
@@ -112,22 +128,45 @@ class EncoderQueue:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._begun)
                 batch = self._take()
+                jobs = list(dict.fromkeys(job for job, _ in batch))
+                self._forwarding, self._forward_began = jobs, time.monotonic() if batch else None
             if not batch:
                 continue
-            jobs = dict.fromkeys(job for job, _ in batch)
+            failure: Exception | None = None
             try:
                 found = self.encoder.forward([job.rows[place] for job, place in batch])
             except Exception as error:
                 log.exception("an encoder's forward failed; its requests end with an error")
+                failure = error
+            with self._changed:
+                self._forwarding, self._forward_began = [], None
+                if self._hangs:
+                    return  # their callers have the error
+            if failure is not None:
                 self._begun = []  # of this forward, too
                 for job in jobs:
-                    job.end(error)
+                    job.end(failure)
                 continue
             for (job, place), output in zip(batch, found, strict=True):
                 job.found[place] = output
             for job in jobs:
                 if not job.left and all(each is not None for each in job.found):
                     job.end()
+
+    def _watch(self) -> None:
+        """Fail all requests when a forward hangs, as the engine's scheduler does."""
+        while True:
+            time.sleep(self._step_timeout / 4)
+            with self._changed:
+                began = self._forward_began
+                if began is None or time.monotonic() - began < self._step_timeout:
+                    continue
+                self._hangs = True
+                failed = dict.fromkeys([*self._forwarding, *self._begun, *self._jobs])
+            log.error("a forward has not ended within %g s; all requests end with an error", self._step_timeout)
+            for job in failed:
+                job.end(EncoderHangsError(f"a forward did not end within {self._step_timeout:g} s"))
+            return
 
     def _take(self) -> list[tuple[EncoderJob, int]]:
         """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind

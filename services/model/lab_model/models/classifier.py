@@ -46,10 +46,11 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
         encoder = Reader(model, context, separator)
     encoder.forward([[0]])  # a model that cannot run fails here
     stamp = revision(entry, source, str(dtype), tokenizer.template or "", folder=args.folder)
-    client = EncoderClient(entry.id, stamp, tokenizer, EncoderQueue(encoder, args.max_queued), kind=entry.kind)
+    queue = EncoderQueue(encoder, args.max_queued, step_timeout=args.step_timeout_seconds)
+    client = EncoderClient(entry.id, stamp, tokenizer, queue, kind=entry.kind)
     app = create_app(client, spec.paths, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
     size = sum(parameter.nbytes for parameter in model.parameters())
     info: dict[str, Any] = {"revision": stamp, "weights": str(dtype).removeprefix("torch."), "weights_bytes": size}
     if isinstance(encoder, Classifier):
         info["labels"] = encoder.labels
-    return Loaded(app, info | {"context": encoder.context}, lambda: True)
+    return Loaded(app, info | {"context": encoder.context}, lambda: queue.alive)

@@ -36,12 +36,12 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
     embedder = Embedder(model, entry.context or spec.context, pooling, normalize=normalize)
     probe = SentimentProbe.load()
     (vector,) = embedder.forward([tokenizer.encode(probe.check_text)])  # a model that cannot run fails here
-    queue = EncoderQueue(embedder, args.max_queued)
+    queue = EncoderQueue(embedder, args.max_queued, step_timeout=args.step_timeout_seconds)
     client = EncoderClient(entry.id, stamp, tokenizer, queue, probe=probe if probe.fits(vector) else None)
     app = create_app(client, spec.paths, max_body_bytes=args.max_body_bytes, hosts=args.allowed_hosts)
     size = sum(parameter.nbytes for parameter in model.parameters())
     info = {"revision": stamp, "weights": str(dtype).removeprefix("torch."), "weights_bytes": size}
-    return Loaded(app, info | {"context": embedder.context, "dimensions": embedder.dimensions}, lambda: True)
+    return Loaded(app, info | {"context": embedder.context, "dimensions": embedder.dimensions}, lambda: queue.alive)
 
 
 POOLINGS: dict[str, Pooling] = {

@@ -95,4 +95,4 @@ class ModelReplica(AsgiDeployment):
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
         if not self._is_alive():
-            raise RuntimeError("the engine's loop has ended")
+            raise RuntimeError("the model computes nothing any more")
