@@ -27,6 +27,7 @@ import openai
 import psutil
 import pytest
 import tiny
+import torch
 from inprocess import InProcess, events, says
 from lab_model import errors
 from lab_model.__main__ import main
@@ -656,7 +657,10 @@ async def test_what_is_out_of_range_is_refused_by_name(app: InProcess, fields: d
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"echo": True}, "echo"),
+        ({"echo": "yes"}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "echo": False}, "max_tokens"),
+        ({"max_tokens": 0, "echo": True, "logprobs": 1, "prompt": [5] * tiny.CONTEXT}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"best_of": 3, "n": 2}, "best_of"),
@@ -678,6 +682,58 @@ async def test_a_completion_without_a_limit_has_16_tokens(app: InProcess) -> Non
     """As OpenAI's; in chat an answer is as long as the context allows."""
     answer = await app.complete(max_tokens=None, logit_bias={"0": -100})
     assert answer.json()["usage"]["completion_tokens"] == 16
+
+
+async def test_an_echoed_prompt_has_the_logprobs_of_transformers(app: InProcess) -> None:
+    """As at OpenAI and vLLM: the prompt before the answer, its first token without a logprob. From one forward of
+    transformers over prompt and answer."""
+    fields: dict[str, Any] = {"prompt": "the cat sat", "echo": True, "logprobs": 2, "max_tokens": 4}
+    choice = (await app.complete(**fields)).json()["choices"][0]
+    plain = (await app.complete(**fields | {"echo": False})).json()["choices"][0]
+    assert choice["text"] == "the cat sat" + plain["text"]
+    assert choice["finish_reason"] == plain["finish_reason"]
+    found, answer = choice["logprobs"], plain["logprobs"]
+    ids = app.generator.text.encode("the cat sat")
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    with torch.inference_mode():
+        logits = app.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    want = logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert found["token_logprobs"][1 : len(ids)] == pytest.approx(want, abs=1e-4)
+    best = logits[:-1].max(-1).values.tolist()
+    assert [max(each.values()) for each in found["top_logprobs"][1 : len(ids)]] == pytest.approx(best, abs=1e-4)
+    assert [len(each) in (2, 3) for each in found["top_logprobs"][1:]] == [True] * (len(found["tokens"]) - 1)
+    assert found["token_logprobs"][len(ids) :] == pytest.approx(answer["token_logprobs"], abs=1e-4)
+    assert found["tokens"][len(ids) :] == answer["tokens"]
+    for token, start in zip(found["tokens"], found["text_offset"], strict=True):
+        assert token.startswith("bytes:") or choice["text"].startswith(token, start) or token == "<|end|>"
+    # The prompt alone, and as token ids: for perplexity.
+    for prompt in ("the cat sat", ids):
+        alone = (await app.complete(**fields | {"prompt": prompt, "max_tokens": 0})).json()
+        only = alone["choices"][0]
+        assert (only["text"], only["finish_reason"]) == ("the cat sat", "length")
+        assert only["logprobs"]["token_logprobs"] == pytest.approx(found["token_logprobs"][: len(ids)], abs=1e-4)
+        assert only["logprobs"]["text_offset"] == found["text_offset"][: len(ids)]
+        assert (alone["usage"]["prompt_tokens"], alone["usage"]["completion_tokens"]) == (len(ids), 0)
+
+
+async def test_an_echo_of_several_prompts_and_choices(app: InProcess) -> None:
+    """Each choice begins with its own prompt, streamed as well as whole; a stop string ends the answer alone."""
+    fields: dict[str, Any] = {"prompt": ["the cat", "a dog"], "echo": True, "n": 2, "max_tokens": 3, "stop": "cat"}
+    whole = (await app.complete(**fields)).json()
+    plain = (await app.complete(**fields | {"echo": False})).json()
+    texts = [each["text"] for each in plain["choices"]]
+    prompts = ["the cat", "the cat", "a dog", "a dog"]
+    assert [each["text"] for each in whole["choices"]] == [a + b for a, b in zip(prompts, texts, strict=True)]
+    assert [each["logprobs"] for each in whole["choices"]] == [None] * 4
+    assert whole["usage"] == plain["usage"]
+    for more in ({}, {"logprobs": 1}):
+        streamed, scored = [""] * 4, [0] * 4
+        for event in events(await app.complete(**fields, **more, stream=True)):
+            for each in event["choices"]:
+                streamed[each["index"]] += each["text"]
+                scored[each["index"]] += len((each["logprobs"] or {"tokens": ()})["tokens"])
+        assert streamed == [each["text"] for each in whole["choices"]]
+        assert all(scored) == bool(more)
 
 
 HELLO = {"role": "user", "content": "hi"}

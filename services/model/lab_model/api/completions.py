@@ -5,9 +5,10 @@ Knows prompts as token ids, and how an answer is written, whole or streamed. Kno
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -15,14 +16,16 @@ from starlette.responses import Response
 from ..engine.request import Request
 from ..engine.sampling_params import SamplingParams
 from ..errors import BadRequestError
-from ..text.choice import Choice, Piece
+from ..text.choice import Choice, Piece, TokenLogprob
 from ..text.grammar import TokenGrammar
+from ..text.pieces import cut, join, show
 from ..text.tool_calls import CallParser
 from .generator import EngineClient, EngineWork, OutputCollector
 from .http.deadline import deadline_of
 from .http.record import Record
 from .http.service import EventStream, Json, sse, until_disconnect
 from .inputs import check_model, tokenize_all
+from .inspect import score_all
 from .wire.answers import Answer, usage
 from .wire.requests import CompletionRequest, Generation, parse
 
@@ -35,7 +38,35 @@ async def completions(model: EngineClient, http: HttpRequest, body: Any) -> Resp
     check_model(http, request.model, model.name)
     check_capacity(model, len(request.prompts), "prompt")
     prompts = await tokenize_all(model.text, model.vocab_size, request.prompts, "prompt")
-    return await generate(model, http, request, prompts, "prompt", chat=False)
+    given = zip(request.prompts, prompts, strict=True)
+    echoes = [await echo(model, http, *each, request.logprobs) for each in given] if request.echo else []
+    return await generate(model, http, request, prompts, "prompt", chat=False, echoes=echoes)
+
+
+class Echo(NamedTuple):
+    """A prompt that the answer repeats before its own text. scored: its tokens, where logprobs are wanted."""
+
+    text: str
+    scored: list[TokenLogprob] | None
+
+
+async def echo(
+    model: EngineClient, http: HttpRequest, prompt: str | list[int], ids: list[int], logprobs: int | None
+) -> Echo:
+    """The prompt, whose tokens are `ids`, as text. logprobs: alternatives of each token; None: no scores. Raises
+    ApiError."""
+    if isinstance(prompt, str):
+        text, pieces = prompt, await asyncio.to_thread(cut, model.text, prompt, ids, special=True)
+    else:
+        written, pieces = join(model.text, ids)
+        text = show(written)
+    if logprobs is None:
+        return Echo(text, None)
+    scored = []
+    for piece, score in zip(pieces, await score_all(model, http, ids, logprobs, "prompt"), strict=True):
+        top = [(model.text.name(token), logprob) for token, logprob in score.top] if score else []
+        scored.append(TokenLogprob(model.text.name(piece.id), score.logprob if score else None, top, piece.start))
+    return Echo(text, scored)
 
 
 async def generate(
@@ -48,8 +79,10 @@ async def generate(
     chat: bool,
     grammar: TokenGrammar | None = None,
     calls: Callable[[], CallParser | None] = lambda: None,
+    echoes: Sequence[Echo] = (),
 ) -> Response:
-    """The answer to `prompts`, `params.n` choices each. source: the field that holds the prompts, for errors."""
+    """The answer to `prompts`, `params.n` choices each. source: the field that holds the prompts, for errors. echoes:
+    of each prompt, or none."""
     record: Record = http.scope["record"]
     # 1. The engine's requests, one a choice.
     context, each = model.engine.context, params.n or 1
@@ -64,8 +97,10 @@ async def generate(
     deadline = deadline_of(http)
     requests = []
     for ids in prompts:
-        limit = params.limit or min(model.default_max_tokens if chat else COMPLETION_TOKENS, context - len(ids))
-        if limit < 1 or len(ids) + limit > context:
+        limit = params.limit
+        if limit is None:
+            limit = min(model.default_max_tokens if chat else COMPLETION_TOKENS, context - len(ids))
+        if (limit < 1 and params.limit is None) or len(ids) + limit > context:
             wanted = f" + {params.limit} for {params.limit_name}" if params.limit else ""
             raise BadRequestError(
                 f"This model's context is {context} tokens. Your request asks for {len(ids)} in {source}{wanted}. "
@@ -80,7 +115,11 @@ async def generate(
     # 2. What collects their output.
     record.prompt_tokens = sum(map(len, prompts))
     logprobs = params.top_count is not None
-    choices = [Choice(i, model.text, params.stops, logprobs=logprobs, calls=calls()) for i in range(len(requests))]
+    repeated = [echo for echo in echoes for _ in range(each)] or [Echo("", None)] * len(requests)
+    choices = [
+        Choice(i, model.text, params.stops, logprobs=logprobs, calls=calls(), offset=len(echo.text))
+        for i, echo in enumerate(repeated)
+    ]
     record.work = work = EngineWork(requests, each)
     frame = Answer(
         chat=chat,
@@ -92,12 +131,18 @@ async def generate(
 
     def final_usage() -> dict[str, Any]:
         # The choices of one prompt share it: only the prefix that the first one found in the cache was not computed.
-        record.cached_tokens = sum(request.prefix_hit_tokens for request in requests[::each])
+        # One whose tokens were scored was computed for that.
+        found = [request.prefix_hit_tokens for request in requests[::each]]
+        record.cached_tokens = 0 if any(echo.scored for echo in echoes) else sum(found)
         return usage(record.prompt_tokens, record.completion_tokens, record.cached_tokens)
 
     # 3. The answer. The first pieces decide between an error's status and 200: later only the stream can tell.
-    pieces = model.run(OutputCollector(work, choices, record, stream=bool(params.stream)))
+    if params.limit == 0:  # the echo is all
+        pieces = one_of([Piece(i, finish="length") for i in range(len(requests))])
+    else:
+        pieces = model.run(OutputCollector(work, choices, record, stream=bool(params.stream)))
     first = await until_disconnect(http.receive, anext(pieces))
+    first = [Piece(i, echo.text, scored=echo.scored) for i, echo in enumerate(repeated) if echoes] + first
     if params.stream:
         return EventStream(events(frame, first, pieces, len(choices), final_usage=final_usage))
 
@@ -153,6 +198,10 @@ def check_capacity(model: EngineClient, count: int, param: str) -> None:
         raise BadRequestError(
             f"{count} answers in one request: this model holds {model.engine.capacity} at most.", param=param
         )
+
+
+async def one_of(item: T) -> AsyncGenerator[T]:
+    yield item
 
 
 async def chain(first: T, rest: AsyncGenerator[T]) -> AsyncGenerator[T]:

@@ -130,13 +130,7 @@ async def score_text(model: EngineClient, http: HttpRequest, body: Any) -> Respo
             code="invalid_value",
         )
     top = DEFAULT_ALTERNATIVES if request.top is None else request.top
-    scores: list[TokenScore | None] = [None] * len(ids)  # by place; the first token has nothing before it
-
-    def receive(first: int, logits: torch.Tensor) -> None:
-        targets = ids[first + 1 : first + 1 + len(logits)]
-        scores[first + 1 : first + 1 + len(targets)] = score_tokens(logits[: len(targets)], targets, top)
-
-    cached = await score(model, http, ids, first=0, receive=receive, source=source_name(request))
+    scores = await score_all(model, http, ids, top, source_name(request))
     logprobs = [each.logprob for each in scores if each is not None]
     mean = -sum(logprobs) / len(logprobs)
     bits = -sum(logprobs) / math.log(2)
@@ -151,7 +145,7 @@ async def score_text(model: EngineClient, http: HttpRequest, body: Any) -> Respo
         "bits_per_token": bits / len(logprobs),
         "bits_per_byte": bits / max(scored_bytes, 1),
     }
-    return Json(answer | {"usage": usage(len(ids), 0, cached)})
+    return Json(answer | {"usage": usage(len(ids), 0, 0)})
 
 
 async def generate_steps(model: EngineClient, http: HttpRequest, body: Any) -> Response:
@@ -250,6 +244,24 @@ async def score(
     return request.prefix_hit_tokens
 
 
+async def score_all(
+    model: EngineClient, http: HttpRequest, ids: Sequence[int], top: int, source: str
+) -> list[TokenScore | None]:
+    """The score of each token of a text with `top` alternatives, by place: None for the first token, before which
+    nothing stands. Raises ApiError; a text that is too long is an error of the field `source`."""
+    scores: list[TokenScore | None] = [None] * len(ids)
+
+    def receive(first: int, logits: torch.Tensor) -> None:
+        targets = ids[first + 1 : first + 1 + len(logits)]
+        scores[first + 1 : first + 1 + len(targets)] = score_tokens(logits[: len(targets)], targets, top)
+
+    if len(ids) > 1:
+        await score(model, http, ids, first=0, receive=receive, source=source)
+    if any(math.isnan(each.logprob) for each in scores if each is not None):
+        raise ServerError("The model's logits were not finite.")
+    return scores
+
+
 def too_long(model: EngineClient, count: int, source: str) -> BadRequestError:
     return BadRequestError(
         f"This model's context is {model.engine.context} tokens, one of which is kept for what follows; '{source}' has "
@@ -328,8 +340,6 @@ def score_of(tokenizer: ModelTokenizer, found: TokenScore | None) -> Object:
     """logprob, probability, rank, surprise in bits and the alternatives of one token; null for the first one."""
     if found is None:
         return dict.fromkeys(("logprob", "probability", "rank", "surprise_bits")) | {"alternatives": []}
-    if math.isnan(found.logprob):
-        raise ServerError("The model's logits were not finite.")
     logprob = max(found.logprob, LEAST_LOGPROB)
     return {
         "logprob": logprob,

@@ -21,10 +21,11 @@ TokenName = tuple[str, list[int] | None]
 
 
 class TokenLogprob(NamedTuple):
-    """One token of an answer with its logprob, and the best alternatives with theirs."""
+    """One token of an answer with its logprob, and the best alternatives with theirs. logprob: None for the first token
+    of an echoed prompt, before which nothing stands."""
 
     token: TokenName
-    logprob: float
+    logprob: float | None
     top: list[tuple[TokenName, float]]
     start: int  # its offset in the text, in characters
 
@@ -78,7 +79,8 @@ class VisibleText:
 
 
 class Choice:
-    """logprobs: whether pieces carry them. calls: the parser for tool calls, None without tools."""
+    """logprobs: whether pieces carry them. calls: the parser for tool calls, None without tools. offset: characters
+    before the answer in the text that `logprobs` refer to, those of an echoed prompt."""
 
     def __init__(
         self,
@@ -88,10 +90,11 @@ class Choice:
         *,
         logprobs: bool = False,
         calls: CallParser | None = None,
+        offset: int = 0,
     ) -> None:
         self.ended = False
         self.ends_itself = bool(stops) or calls is not None  # its text may end it
-        self._index, self._text, self._calls = index, text, calls
+        self._index, self._text, self._calls, self._offset = index, text, calls, offset
         # With tools the text is searched for stop strings when calls have been taken out of it.
         self._detokenizer = IncrementalDetokenizer(text.decoding(), () if calls else stops, aligned=logprobs)
         self._visible = VisibleText(stops)
@@ -151,5 +154,5 @@ class Choice:
             self._shown += 1
             if spans is None or any(span.start <= start < span.start + len(span.text) for span in spans):
                 top = [(self._text.name(other), value) for other, value in logprob.top]
-                out.append(TokenLogprob(self._text.name(token), logprob.logprob, top, start))
+                out.append(TokenLogprob(self._text.name(token), logprob.logprob, top, self._offset + start))
         return out

@@ -90,8 +90,8 @@ class Answer:
             return None
         if self._chat:
 
-            def entry(token: TokenName, logprob: float) -> Object:
-                return {"token": token[0], "logprob": max(logprob, LEAST_LOGPROB), "bytes": token[1]}
+            def entry(token: TokenName, logprob: float | None) -> Object:
+                return {"token": token[0], "logprob": finite(logprob), "bytes": token[1]}
 
             content = [
                 {**entry(one.token, one.logprob), "top_logprobs": [entry(*other) for other in one.top]}
@@ -100,10 +100,13 @@ class Answer:
             return {"content": content, "refusal": None}
         return {
             "tokens": [one.token[0] for one in scored],
-            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in scored],
+            "token_logprobs": [finite(one.logprob) for one in scored],
             # Always with the chosen token: one entry more than wanted where it is not among the best.
             "top_logprobs": [
-                {token[0]: logprob for token, logprob in one.top} | {one.token[0]: one.logprob} for one in scored
+                None
+                if one.logprob is None
+                else {token[0]: finite(logprob) for token, logprob in [*one.top, (one.token, one.logprob)]}
+                for one in scored
             ],
             "text_offset": [one.start for one in scored],
         }
@@ -114,6 +117,11 @@ class Answer:
         body: Object = {"delta": delta} if self._chat else {"text": text}
         chunk = {**self._frame, "choices": [{"index": index, **body, "logprobs": logprobs, "finish_reason": finish}]}
         return {**chunk, "usage": None} if self._wants_usage else chunk
+
+
+def finite(logprob: float | None) -> float | None:
+    """As JSON can hold it."""
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def embedding_list(model: str, vectors: Sequence[Sequence[float]], counts: list[int], *, base64: bool) -> Object:

@@ -39,7 +39,7 @@ WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "top_logprobs": (0,),
-    "echo": (False,),
+    "echo": (False,),  # completions have it
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -137,7 +137,10 @@ class CompletionRequest(Generation):
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     )
+    # 0 beside `echo`: the prompt alone, for its logprobs.
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool | None = None
     best_of: Whole | None = None
 
     @property
@@ -149,6 +152,12 @@ class CompletionRequest(Generation):
         return _several(self.prompt)
 
     def check(self) -> None:
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequestError(
+                "Invalid value for 'max_tokens': without 'echo' it must be at least 1.",
+                param="max_tokens",
+                code="invalid_value",
+            )
         # The best n of n are all of them, and 1 is the default.
         if self.best_of not in (None, 1, self.n or 1):
             raise BadRequestError(
