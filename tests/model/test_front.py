@@ -571,6 +571,14 @@ def test_without_haproxy_one_model_loads_and_one_fails(tmp_path: Path) -> None:
         assert not processes_of(service, "front.cfg")
         eventually(lambda: f"{PAIR} ready after" in service.log.read_text(), MODEL_START_SECONDS, "a model has loaded")
         assert whole(service.url)
+        body = {"model": PAIR, "messages": [{"role": "user", "content": "the cat"}], "max_tokens": 1}
+        chat = f"{service.url}/m/{PAIR}/v1/chat/completions"
+        for name in (b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id"):
+            odd = httpx2.post(chat, json=body, headers=[(name, b"\xe9" * 300)], timeout=60)
+            assert odd.status_code == 200, "a header that Serve reads, and that is not UTF-8, is dropped"
+        assert (
+            httpx2.post(chat, json=body, headers={"x-request-id": "mine"}, timeout=60).headers["x-request-id"] == "mine"
+        )
         # 2. The state of what still loads, with its progress.
         ready = httpx2.get(f"{service.url}/ready", timeout=60)
         assert ready.status_code == 503

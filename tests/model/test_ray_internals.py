@@ -18,8 +18,9 @@ Check against the new version, then set CHECKED_RAY:
 4. Ray still reads each RAY_ variable of prepare_environment, under this name.
 5. ray.init still takes _temp_dir.
 6. Serve adds 5 s to RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S (tests/model/test_front.py measures the drain).
-7. `ray drain-node` still calls GcsClient.drain_node with node id, reason, message and deadline.
-8. An idle service takes no more of a core than with {CHECKED_RAY}."""
+7. Serve calls what RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names, and decodes the headers of DECODED_HEADERS alone.
+8. `ray drain-node` still calls GcsClient.drain_node with node id, reason, message and deadline.
+9. An idle service takes no more of a core than with {CHECKED_RAY}."""
 
 
 def ray_source(path: str) -> str:

@@ -74,8 +74,6 @@ frontend front
     http-request return status 200 if METH_OPTIONS {{ url -m str * }}
     # A handshake becomes a plain request; its path decides.
     http-request del-header upgrade
-    # Ray decodes the id as UTF-8 and answers 500 where it is not UTF-8.
-    http-request del-header x-request-id if {{ req.fhdr(x-request-id) -m reg [^[:print:]] }}
     # A request that names its model in the body goes straight to it, unless the body exceeds the buffer.
     http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
     http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}

@@ -14,12 +14,45 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from starlette.types import ASGIApp
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHECKED_RAY = "2.60"
 ABSENT = Path(__file__).parents[1] / "absent"  # stand-ins for packages that the service's processes must not import
 OFFLINE = "LAB_HF_HUB_OFFLINE"  # what HF_HUB_OFFLINE was before `prepare_environment`
 CONTROLLER_SECONDS = 30  # bound on an answer of Serve's controller, which may have to wait for a core
+
+
+# Headers that Serve decodes as UTF-8, and answers a plain 500 where they are not.
+DECODED_HEADERS = {b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id"}
+
+
+class Utf8Headers:
+    """ASGI middleware before Serve's own: drops those of DECODED_HEADERS that are not UTF-8."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            headers = [(name, value) for name, value in scope["headers"] if _is_read(name, value)]
+            scope = {**scope, "headers": headers}
+        await self._app(scope, receive, send)
+
+
+def _is_read(name: bytes, value: bytes) -> bool:
+    if name.lower().replace(b"_", b"-") not in DECODED_HEADERS:
+        return True
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def http_middlewares() -> list[Middleware]:
+    """Serve calls this in each process that speaks HTTP: prepare_environment names it."""
+    return [Middleware(Utf8Headers)]
 
 
 class AsgiDeployment:
@@ -70,6 +103,7 @@ def prepare_environment(*, direct: bool) -> None:
         "RAY_worker_niceness": "0",
         # By default an answer's parts change threads, for user code that blocks the event loop. This code does not.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:http_middlewares",
         # Ray's own logs stay in its folder, and small.
         "RAY_ROTATION_MAX_BYTES": "2000000",
         "RAY_ROTATION_BACKUP_COUNT": "1",
