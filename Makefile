@@ -4,7 +4,7 @@
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-lab: ## install what is missing and start the lab; Ctrl-C stops it (another port: PROXY_PORT=8081 make lab)
+lab: ## install what is missing and start the lab; Ctrl-C stops it (another port: PROXY_PORT=8081 make lab; without a model of its own: make lab REMOTE=https://…/v1)
 	@sh lab/run.sh lab
 
 start: ## start the lab in the background; returns when all services are ready

@@ -27,6 +27,7 @@ from lab.supervise import GIVEN_UP, Lab, NotRunningError
 from lab.terminal import Exit
 
 MEMORY_NEEDED = 3 * 2**30  # bytes: what the four processes hold with the embedded models, and room to load them
+MEMORY_WITHOUT_MODEL = 2**30  # bytes: proxy, ui and redis
 DISK_NEEDED = 2**30  # bytes: logs, redis's file, Ray's session
 PACKAGES = ("supervisor", "lab_model", "lab_proxy", "lab_ui", "torch", "transformers", "ray", "streamlit")
 RAY_FOLDERS = "lab-ray-*"  # in the temporary folder: the model service makes one a run and removes it at its end
@@ -67,16 +68,17 @@ def read_machine(root: Path) -> Readings:
 
 def examine(services: Sequence[Service], readings: Readings, packages: Sequence[str] = PACKAGES) -> list[Finding]:
     """All findings, those that stop a start first. `services` are those that shall start (none of them runs now)."""
+    without_model = bool(services) and all(service.name != "model" for service in services)
     found = [
         *_python(readings),
         *_packages(packages),
         *_ports(services),
-        *_memory(readings),
+        *_memory(readings, MEMORY_WITHOUT_MODEL if without_model else MEMORY_NEEDED),
         *_disk(readings),
         *_redis(),
         *_ray(),
         *_ray_folders(Path(tempfile.gettempdir())),
-        *_compiler(),
+        *(() if without_model else _compiler()),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
 
@@ -174,13 +176,14 @@ def _listener(port: int) -> str:
     return ""
 
 
-def _memory(readings: Readings) -> Iterator[Finding]:
-    if readings.memory < MEMORY_NEEDED:
+def _memory(readings: Readings, needed: int) -> Iterator[Finding]:
+    if readings.memory < needed:
         yield Finding(
             Exit.MEMORY,
             f"{readings.memory / 2**30:.1f} GiB of memory are free",
-            f"the lab needs about {MEMORY_NEEDED / 2**30:.0f} GiB, and the system would kill it",
-            "close other programs or raise the container's limit (LAB_FORCE=1 starts anyway)",
+            f"the lab needs about {needed / 2**30:.0f} GiB, and the system would kill it",
+            "close other programs or raise the container's limit (LAB_FORCE=1 starts anyway); "
+            "make lab REMOTE=<base url> runs no model",
         )
 
 

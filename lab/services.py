@@ -1,4 +1,4 @@
-"""The five processes of a local lab: what runs each, where it listens, when it is ready.
+"""The processes of a local lab: what runs each, where it listens, when it is ready.
 
 Knows ports and variables; knows nothing of supervision. The environment is handed in.
 """
@@ -24,6 +24,8 @@ from lab.terminal import Exit, LabError
 
 # Files in secrets/ that the proxy gets where they exist, as `make up` does -> its variable.
 KEY_FILES = {"proxy_admin_key": "PROXY_ADMIN_KEY", "openai_api_key": "PROXY_OPENAI_API_KEY"}
+REMOTE_SECONDS = 60.0  # for all to be ready where no model is loaded
+REMOTE_ROUTES = Path(__file__).with_name("remote.yaml")
 REDIS_MEMORY = "256mb"  # answers are some kB each; beyond it redis drops what was used longest ago
 
 
@@ -66,22 +68,41 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         """Seconds for running answers to end, and some for the rest of the stop."""
         return math.ceil(_seconds(environ, f"{name}_DRAIN_TIMEOUT_SECONDS", 30)) + 15
 
+    remote = remote_url(environ)
     model, proxy, ui = url("MODEL", 8000), url("PROXY", 8080), url("UI", 8501)
     load = url("LOAD_API", 8090)
     # Nobody types redis's address: where a system's own redis has the usual port, ours takes the next.
     redis = url("LAB_REDIS", free_port_from(6379)).replace("http://", "redis://")
     python = sys.executable
-    return [
+    chosen = [
         Service("redis", _redis(urlsplit(redis).port or 0, state), redis, redis, "LAB_REDIS_PORT"),
         Service("model", (python, "-m", "lab_model"), model, f"{model}/ready", "MODEL_PORT", drain("MODEL")),
         Service("proxy", (python, "-m", "lab_proxy"), proxy, f"{proxy}/ready", "PROXY_PORT", drain("PROXY")),
         Service("ui", (python, "-m", "lab_ui"), ui, f"{ui}/_stcore/health", "UI_PORT"),
         Service("load", (python, "-m", "lab_load", "api"), load, f"{load}/health", "LOAD_API_PORT", 45),
     ]
+    return [service for service in chosen if not (remote and service.name == "model")]
+
+
+def remote_url(environ: Mapping[str, str]) -> str | None:
+    """REMOTE, the base URL of a server whose models take the place of the model service, without /v1; None: not set.
+    Raises LabError."""
+    given = environ.get("REMOTE")
+    if not given:
+        return None
+    parts = urlsplit(given)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise LabError(Exit.WRONG_SETTING, f"REMOTE={given} is not a base URL such as https://api.openai.com/v1")
+    if not parts.path.rstrip("/").endswith("/v1"):
+        raise LabError(Exit.WRONG_SETTING, f"REMOTE={given} does not end in /v1: other APIs need a routes file "
+                      "(PROXY_ROUTES_FILE)")  # fmt: skip
+    return given.rstrip("/").removesuffix("/v1")
 
 
 def start_timeout(environ: Mapping[str, str]) -> float:
     """Seconds until all are ready: the model service gives up first and says why. Raises LabError."""
+    if remote_url(environ):
+        return REMOTE_SECONDS
     return _seconds(environ, "MODEL_START_TIMEOUT_SECONDS", 600) + 60
 
 
@@ -108,6 +129,8 @@ def environment(environ: Mapping[str, str], chosen: Sequence[Service], secrets: 
         "LOAD_HOST": urls.get("proxy", ""),
         "LOAD_MODEL_URLS": urls.get("model", ""),
     }
+    if remote := remote_url(environ):
+        derived |= {"PROXY_MODEL_URL": remote, "PROXY_ROUTES_FILE": str(REMOTE_ROUTES)}
     own = {name: value for name, value in environ.items() if value or name not in derived}
     for file, variable in KEY_FILES.items():
         # An empty variable is a choice too: PROXY_ADMIN_KEY_FILE= make lab asks nobody for a key.

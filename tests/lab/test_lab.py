@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
+from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, mock
 from processes import eventually, free_port
 
 from lab import checks, doctor, install
@@ -511,6 +513,39 @@ def test_key_files_reach_the_proxy_unless_a_variable_says_otherwise(tmp_path: Pa
     assert "PROXY_OPENAI_API_KEY_FILE" not in given
     assert environment({"PROXY_ADMIN_KEY_FILE": ""}, chosen, tmp_path)["PROXY_ADMIN_KEY_FILE"] == ""
     assert "PROXY_ADMIN_KEY_FILE" not in environment({"PROXY_ADMIN_KEY": "y"}, chosen, tmp_path)
+
+
+def test_a_lab_with_a_remote_server_runs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxy, redis and ui: the remote's models are listed and answer, its key goes to it alone, hits come from here."""
+    lab = Lab(tmp_path)
+    with mock(tmp_path) as remote:
+        environ = {"REMOTE": f"{remote.url}/v1/", "PROXY_OPENAI_API_KEY": UPSTREAM_KEY}
+        environ |= {name: str(free_port()) for name in ("PROXY_PORT", "UI_PORT", "LAB_REDIS_PORT")}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(doctor, "read_machine", lambda _root: WELL)
+        try:
+            assert background(lab, services) == Exit.FINE
+            assert list(lab.states()) == ["redis", "proxy", "ui"]
+            url = f"http://127.0.0.1:{environ['PROXY_PORT']}"
+            assert CHAT_MODEL in {each["id"] for each in httpx2.get(f"{url}/v1/models").json()["data"]}
+            body = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+            first, again = (httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(2))
+            assert (first.status_code, again.status_code) == (200, 200), first.text
+            assert "hit" in again.headers["cache-status"]
+            last = httpx2.get(f"{remote.url}/calls").json()["last"]
+            assert last["path"] == "/v1/chat/completions"
+            assert last["headers"]["authorization"] == f"Bearer {UPSTREAM_KEY}"
+            assert httpx2.post(f"{url}/v1/chat/completions", json=body | {"model": "none"}).status_code == 404
+        finally:
+            lab.stop()
+
+
+@pytest.mark.parametrize("wrong", ["api.openai.com/v1", "ftp://a/v1", "https://a.example/v1?key=x", "https://a.example"])
+def test_a_wrong_remote_is_named(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(LabError, match=f"REMOTE={re.escape(wrong)} ") as caught:
+        services({"REMOTE": wrong}, tmp_path)
+    assert caught.value.code is Exit.WRONG_SETTING
 
 
 @pytest.mark.parametrize("wrong", ["eighty", "0", "65536", "-1"])

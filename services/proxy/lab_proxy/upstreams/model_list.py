@@ -13,6 +13,8 @@ from .routes import usable
 log = logging.getLogger("lab_proxy.models")
 
 ROUTING = ("kind", "revision", "context", "state")  # what a plan depends on, of an entry
+LIST_SECONDS = 1.0  # for the list of models; of a server elsewhere:
+ELSEWHERE_LIST_SECONDS, ELSEWHERE_POLL_SECONDS, ELSEWHERE_RETRY_SECONDS = 10.0, 60.0, 5.0
 OPERATE_SECONDS = 10.0  # for the model service's answer to an operator
 
 
@@ -44,9 +46,14 @@ class ModelList:
         """`state` (up, loading, down) with the service's own report, or with advice."""
         try:
             if not self._upstreams.model_config.native:  # it has no /ready: its list of models tells as much
-                status, _ = await self._upstreams.ask_model("/v1/models", 2.0)
+                if self._elsewhere and self.entries:
+                    status = 200  # it was read within a minute, and a page that is asked often must not ask it as often
+                else:
+                    status, _ = await self._upstreams.ask_model("/v1/models", self._list_seconds)
                 models = [{"id": model, "state": "ready"} for model in self.entries]
-                return {"state": "up" if status == 200 else "down", "models": models}
+                if status == 200:
+                    return {"state": "up", "models": models}
+                return {"state": "down", "models": models, "detail": f"/v1/models answered {status}"}
             status, answer = await self._upstreams.ask_model("/ready", 2.0)
         except ProxyError as error:
             return {"state": "down", "detail": error.message}
@@ -76,14 +83,30 @@ class ModelList:
         await self._read()
         return answer
 
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether the models are those of a server elsewhere, which should not be asked every second."""
+        config = self._upstreams.model_config
+        return not config.native and config.key is not None
+
+    @property
+    def _list_seconds(self) -> float:
+        return ELSEWHERE_LIST_SECONDS if self._elsewhere else LIST_SECONDS
+
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(self._interval if self.entries else min(0.3, self._interval))
+            if self._elsewhere:
+                await asyncio.sleep(ELSEWHERE_POLL_SECONDS if self.entries else ELSEWHERE_RETRY_SECONDS)
+            else:
+                await asyncio.sleep(self._interval if self.entries else min(0.3, self._interval))
             await self._read()
 
     async def _read(self) -> None:
         try:
-            status, answer = await self._upstreams.ask_model("/v1/models", 1.0)
+            status, answer = await self._upstreams.ask_model("/v1/models", self._list_seconds)
+            if status != 200 and self._elsewhere:
+                hint = ": check PROXY_OPENAI_API_KEY" if status in (401, 403) else ""
+                log.warning("the upstream's list of models cannot be read: it answered %s%s", status, hint)
             entries = {entry["id"]: entry for entry in answer["data"]} if status == 200 else self.entries
             if entries != self.entries:
                 changed = _routing(entries) != _routing(self.entries)

@@ -33,6 +33,7 @@ class UpstreamRow(BaseModel, extra="forbid"):
     api_key_file: Path | None = None
     keyless: bool = False
     native: bool = True
+    openai_key: bool = False
     defaults: str | None = None
     stream_usage: bool = True
     responses: bool = False
@@ -118,6 +119,10 @@ class Table(BaseModel, extra="forbid"):
         for name, upstream in self.upstreams.items():
             if not upstream.native and upstream.kind != "model":
                 raise ValueError(f"upstream {name!r}: `native: false` is for the kind `model`")
+            if upstream.openai_key and upstream.native:
+                raise ValueError(f"upstream {name!r}: `openai_key` is for the kind `model` with `native: false`")
+            if upstream.kind == "model" and upstream.api_key_file is not None:
+                raise ValueError(f"upstream {name!r}: `api_key_file` is for the kind `openai`")
         for row in self.routes:
             for named in (row.upstream, *(fallback.upstream for fallback in row.fallbacks)):
                 if named not in self.upstreams:
@@ -306,7 +311,8 @@ def _read(settings: Settings) -> _Read:
 def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
     if row.kind == "model":
         url = row.base_url or settings.model_url
-        return UpstreamConfig(name, row.kind, url, None, True, row.stream_usage, row.responses, native=row.native)
+        key, proxy = (settings.openai_key(), forward_proxy(url)) if row.openai_key else (None, None)
+        return UpstreamConfig(name, row.kind, url, key, True, row.stream_usage, row.responses, proxy, row.native)
     key, url = None, (row.base_url or settings.openai_base_url).rstrip("/")
     if row.base_url is None:
         key = settings.openai_key()
