@@ -42,7 +42,7 @@ def code(answer: httpx2.Response) -> tuple[int, str]:
 
 
 def test_with_an_admin_key_every_caller_needs_a_virtual_key(school: School) -> None:
-    """No key, a wrong one, the admin's own: 401 in OpenAI's words. Health, status and metrics stay open."""
+    """No key, a wrong one, the admin's own: 401 in OpenAI's words. Probes stay open."""
     for headers in ({}, {"authorization": "Bearer any"}, {"authorization": "Bearer sk-lab-" + "x" * 43},
                     {"authorization": f"Bearer {ADMIN_KEY}"}, {"authorization": "Basic c2s6"},
                     {"authorization": "Bearer sk-lab-" + "y" * 5000}):  # fmt: skip
@@ -51,8 +51,20 @@ def test_with_an_admin_key_every_caller_needs_a_virtual_key(school: School) -> N
         assert answer.headers["www-authenticate"] == "Bearer"
         assert code(school.one.http.get("/v1/models", headers=headers)) == (401, "invalid_api_key")
         assert code(school.one.http.get("/usage", headers=headers)) == (401, "invalid_api_key")
-    for path in ("/health", "/ready", "/status", "/metrics"):
+    for path in ("/health", "/ready"):
         assert school.one.http.get(path).status_code == 200
+
+
+def test_status_and_metrics_need_a_key_unless_they_are_public(school: School, tmp_path: Path) -> None:
+    """A virtual key or the admin key opens them. PROXY_METRICS_PUBLIC opens both to all."""
+    for path in ("/status", "/metrics"):
+        assert code(school.one.http.get(path)) == (401, "invalid_api_key")
+        assert school.key().get(path).status_code == 200
+        admin = {"authorization": f"Bearer {ADMIN_KEY}"}
+        assert school.one.http.get(path, headers=admin).status_code == 200
+    with school.another(tmp_path, metrics_public="true") as other:
+        assert [other.http.get(path).status_code for path in ("/status", "/metrics")] == [200, 200]
+        assert code(other.http.get("/v1/models")) == (401, "invalid_api_key")
 
 
 def test_the_openai_sdk_takes_a_virtual_key(school: School) -> None:
@@ -270,7 +282,7 @@ def test_a_key_is_nowhere_but_with_its_holder(school: School) -> None:
         stored += repr(value).encode()
     assert holder.key.encode() not in stored
     assert digest.encode() in stored  # the record that the key is checked against
-    told = school.one.proxy.log.read_text() + school.one.http.get("/metrics").text + school.one.http.get("/status").text
+    told = school.one.proxy.log.read_text() + holder.get("/metrics").text + holder.get("/status").text
     assert holder.key not in told
     assert digest[:16] not in told
     assert ADMIN_KEY not in told + stored.decode()

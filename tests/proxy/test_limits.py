@@ -58,6 +58,21 @@ def remaining(holder: Holder, what: str = "requests", **more: Any) -> int:
     return int(holder.chat(**more).headers[f"x-ratelimit-remaining-{what}"])
 
 
+def test_what_no_model_answers_counts_as_a_request(school: School) -> None:
+    """An explained request and one for an unknown model: each counts against RPM, and is refused beyond it."""
+    body = {"model": "gpt-mock", "messages": [{"role": "user", "content": "x"}]}
+
+    def explain(holder: Holder) -> httpx2.Response:
+        return holder.bench.http.post("/cache/explain", json=body, headers=holder.headers)
+
+    def ask(holder: Holder) -> httpx2.Response:
+        return holder.chat(model="nobody-knows")
+
+    for each, served in ((explain, 200), (ask, 404)):
+        holder = school.key(rpm=2)
+        assert [each(holder).status_code for _ in range(3)] == [served, served, 429]
+
+
 def nothing_runs(school: School, holder: Holder) -> bool:
     """Redis knows of every request of this key that it is over."""
     return school.db.zcard(slots_of(holder.id)) == 0

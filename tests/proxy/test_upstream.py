@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import httpx2
 import openai
@@ -28,6 +30,7 @@ from fixtures_proxy import (
 )
 from lab_proxy.settings import Settings
 from lab_proxy.upstreams.breaker import LEAST_CALLS, PROBE_SECONDS, WINDOW_SECONDS, CircuitBreaker
+from lab_proxy.upstreams.model_list import MAX_REFRESHES, ModelList
 from lab_proxy.upstreams.routes import AutoRow, Routes
 from processes import Process, free_port
 
@@ -609,3 +612,24 @@ def test_an_upstream_that_answers_again_is_used_again(bench: Bench, broken: Benc
     eventually(lambda: broken.chat(model="broken-mock").status_code == 200)
     assert broken.chat(model="broken-mock").status_code == 200
     assert 'lab_proxy_breaker_open{upstream="broken"} 0.0' in broken.http.get("/metrics").text
+
+
+def test_unknown_models_do_not_make_a_call_each() -> None:
+    """Between two polls a few unknown names make the proxy read the list again, whatever callers invent."""
+
+    class Pool:
+        model_config = SimpleNamespace(native=True)
+        asked: ClassVar[list[str]] = []
+
+        async def ask_model(self, path: str, limit: float) -> tuple[int, Any]:
+            self.asked.append(path)
+            return 200, {"data": []} if path == "/v1/models" else {"status": "ready", "models": []}
+
+    async def ask() -> None:
+        models = ModelList(Pool(), 60)  # type: ignore[arg-type]
+        for number in range(100):
+            await models.refresh(f"nobody-{number}")
+
+    asyncio.run(ask())
+    assert Pool.asked.count("/v1/models") == MAX_REFRESHES
+    assert Pool.asked.count("/ready") == MAX_REFRESHES

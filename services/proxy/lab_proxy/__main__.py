@@ -177,7 +177,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         **KeyPages(KeyStore(client), ledger).pages(),
         **UsagePages(ledger).pages(),
         **TimingPages(observer.timings, prices).pages(),
-        **CachePages(executor.planner, cache, keys).pages(),
+        **CachePages(executor.planner, cache, keys, limits).pages(),
         **(stored if settings.files_enabled else dict.fromkeys(stored, files_disabled)),
     }
     # Stopped in reverse order: the ledger after all that record charges.

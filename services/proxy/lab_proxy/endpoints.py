@@ -152,6 +152,8 @@ def default_tables() -> dict[str, dict[str, Fields]]:
 
 FLUSH = "/cache/flush"
 KEYED = ("/v1/", "/usage", "/cache/")  # prefixes of the paths that need a virtual key, where keys are required
+MONITORED = frozenset({"/metrics", "/status"})  # need one too, unless PROXY_METRICS_PUBLIC is set
+ADMIN_TOO = MONITORED | {FLUSH}  # of the paths that need a virtual key: the admin key opens them too
 OPERATE_MODELS = "/admin/models/"  # open without a key where no keys are required and only this machine calls
 OPERATOR = "/admin/"  # prefix of the operator's pages: no web page may call them, whatever its origin
 UNCHECKED = frozenset({"/health", "/ready"})  # probes call them by IP address; they reveal nothing

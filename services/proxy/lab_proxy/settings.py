@@ -59,6 +59,8 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     """File with the admin key; an empty file means no key."""
     require_keys: bool = False
     """Require a virtual key from every caller, even without an admin key."""
+    metrics_public: bool = False
+    """Where keys are required: answer `/metrics` and `/status` without a key too, as Prometheus asks."""
     limits_when_redis_is_down: Literal["open", "closed"] = "open"
     """Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."""
     prices_file: Path | None = None

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from .. import canonical, errors
 from ..cache.policy import CacheControl
-from ..endpoints import ALWAYS_SERVED, ENDPOINTS, FLUSH, KEYED, OPERATE_MODELS, OPERATOR, UNCHECKED
+from ..endpoints import ADMIN_TOO, ALWAYS_SERVED, ENDPOINTS, KEYED, MONITORED, OPERATE_MODELS, OPERATOR, UNCHECKED
 from ..errors import ProxyError
 from ..keys.authentication import Authenticator
 from ..keys.identity import LOCAL
@@ -139,7 +139,8 @@ class App:
             return await response.send(b"", allow)
         # 2. The page, and the caller.
         page = None if path in ENDPOINTS else self._page(method, path)
-        keyed = path.startswith(KEYED) and not (path == FLUSH and self._keys.is_admin(headers))
+        keyed = path.startswith(KEYED) or (path in MONITORED and not self._settings.metrics_public)
+        keyed = keyed and not (path in ADMIN_TOO and self._keys.is_admin(headers))
         identity = await self._keys.authenticate(headers) if keyed else LOCAL
         if page is not None:
             if path.startswith(OPERATOR):

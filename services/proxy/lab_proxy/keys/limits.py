@@ -190,6 +190,11 @@ class Limits:
         # The script reads the cost from the member, so that it is released with the slot, also when the slot expires.
         return Admission(self, identity, f"{self._process}-{next(self._numbers)}:{cost}", reserved, cost)
 
+    async def count(self, identity: Identity) -> None:
+        """Count a request that no model answers against RPM. Raises like `check`."""
+        if identity.limited:
+            await self.check(Admission(self, identity, "", 0, 0))
+
     async def check(self, admission: Admission) -> None:
         """Check without a cache read. Raises like Admission.on_reply and .on_failure."""
         try:

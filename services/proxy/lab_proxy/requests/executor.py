@@ -141,7 +141,11 @@ class Executor:
         try:
             try:
                 async with asyncio.timeout(min(self._total, left)):
-                    plan = await self.planner.plan(request)
+                    try:
+                        plan = await self.planner.plan(request)
+                    except errors.ModelNotFound:
+                        await self._limits.count(request.identity)
+                        raise
                     record.planned_at = time.perf_counter()
                     self._claim(request, plan.target)
                     await self._handlers[ENDPOINTS[request.endpoint].handler](plan, writer)

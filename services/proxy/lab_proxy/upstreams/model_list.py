@@ -15,6 +15,7 @@ log = logging.getLogger("lab_proxy.models")
 ROUTING = ("kind", "revision", "context", "state")  # what a plan depends on, of an entry
 LIST_SECONDS = 1.0  # for the list of models; of a server elsewhere:
 ELSEWHERE_LIST_SECONDS, ELSEWHERE_POLL_SECONDS, ELSEWHERE_RETRY_SECONDS = 10.0, 60.0, 5.0
+MAX_REFRESHES = 3  # between two polls: callers may invent any number of names
 OPERATE_SECONDS = 10.0  # for the model service's answer to an operator
 
 
@@ -26,6 +27,8 @@ class ModelList:
         self._interval = interval
         self._task: asyncio.Task[None] | None = None
         self.entries: dict[str, dict[str, Any]] = {}  # replaced as a whole, so that its identity is its version
+        self._refreshes = 0  # since the last poll
+        self._reported: list[dict[str, Any]] = []  # models by the last refresh, those that are still loading too
         self.generation = 0  # grows when the entries change: cached plans become invalid
 
     async def start(self) -> None:
@@ -66,11 +69,16 @@ class ModelList:
         return {"state": state, **answer}
 
     async def refresh(self, model: str) -> None:
-        """Read the list now. Raises UpstreamDown, with the reason, if the service has `model` but cannot serve it."""
-        await self._read()
-        if model in self.entries and usable(self.entries[model]):
-            return
-        for each in (await self.ready()).get("models", ()):
+        """Read the list now, a few times between two polls.
+
+        Raises UpstreamDown, with the reason, if the service has `model` but cannot serve it."""
+        if self._refreshes < MAX_REFRESHES:
+            self._refreshes += 1
+            await self._read()
+            if model in self.entries and usable(self.entries[model]):
+                return
+            self._reported = (await self.ready()).get("models", [])
+        for each in self._reported:
             if each.get("id") == model and each.get("state") != "ready":
                 detail = f" ({each['detail']})" if each.get("detail") else ""
                 why = f"`{model}` is {each.get('state')}{detail}: /status tells when it is up, `make logs` why not."
@@ -99,6 +107,7 @@ class ModelList:
                 await asyncio.sleep(ELSEWHERE_POLL_SECONDS if self.entries else ELSEWHERE_RETRY_SECONDS)
             else:
                 await asyncio.sleep(self._interval if self.entries else min(0.3, self._interval))
+            self._refreshes = 0
             await self._read()
 
     async def _read(self) -> None:

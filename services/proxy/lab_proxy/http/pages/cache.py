@@ -16,6 +16,7 @@ from ...endpoints import CACHEABLE, CHAT, FLUSH
 from ...errors import FlushNotAllowed, InvalidRequest
 from ...keys.authentication import Authenticator
 from ...keys.identity import Identity
+from ...keys.limits import Limits
 from ...requests.context import RequestContext
 from ...requests.planner import Planner
 from ..guards import read_json
@@ -23,14 +24,15 @@ from ..response import PRIVATE, PageRequest, Pages, Response
 
 
 class CachePages:
-    def __init__(self, planner: Planner, cache: Cache, keys: Authenticator) -> None:
-        self._planner, self._cache, self._keys = planner, cache, keys
+    def __init__(self, planner: Planner, cache: Cache, keys: Authenticator, limits: Limits) -> None:
+        self._planner, self._cache, self._keys, self._limits = planner, cache, keys, limits
 
     def pages(self) -> Pages:
         return {("POST", "/cache/explain"): self._explain, ("POST", FLUSH): self._flush}
 
     async def _explain(self, page: PageRequest, response: Response) -> None:
         fields = await read_json(page)
+        await self._limits.count(page.identity)
         # 1. The request, and what it is compared with: another request, or a key.
         if "request" not in fields and "messages" in fields:
             fields = {"request": fields}
