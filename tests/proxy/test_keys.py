@@ -258,9 +258,14 @@ def test_keys_are_created_listed_changed_and_shown_once(school: School) -> None:
     digest = store.digest_of(said["key"]).hex()
     assert said["key"] not in everything
     assert digest[:12] not in everything
-    for wrong, field in (({"rpm": 0}, "rpm"), ({"budgets": 1}, "budgets"), ({"budget_total_usd": "0.0000001"},
-                         "budget_total_usd"), ({"budget_total_usd": -1}, "budget_total_usd"), ({"rpm": True}, "rpm"),
-                         ({"expires": "soon"}, "expires"), ({"models": [1]}, "models")):  # fmt: skip
+    wrong_values: dict[str, list[Any]] = {
+        "rpm": [0, True],
+        "budgets": [1],
+        "budget_total_usd": ["0.0000001", -1, "1.2.3", 1e-7, "9" * 40, ".", []],
+        "expires": ["soon", "2026-13-45", 1e300],
+        "models": [[1]],
+    }
+    for wrong, field in [({field: value}, field) for field, values in wrong_values.items() for value in values]:
         answer = school.admin("POST", "keys", json={"owner": new()} | wrong)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
     assert code(school.admin("DELETE", "keys/key_0123456789abcdef")) == (404, "key_not_found")

@@ -129,6 +129,31 @@ def test_sighup_reads_the_files_again(filed: Filed) -> None:
     assert "sk-new" not in log
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("prices", PRICES.replace("input: 0", "input: 5.0.0", 1)),
+        ("prices", PRICES.replace("input: 0", "input: .inf", 1)),
+        ("prices", PRICES + "# 2026-99-99\nwhen: 2026-99-99\n"),
+        ("routes", "defaults: {openai: {/v1/embeddings: {user: 2026-01-01}}}"),
+        ("routes", "defaults: {openai: {/v1/embeddings: {user: {1: 2}}}}"),
+        ("routes", "defaults: {openai: {/v1/embeddings: {user: .nan}}}"),
+        ("routes", "[" * 5000),
+    ],
+)
+def test_whatever_a_file_holds_the_watcher_lives(filed: Filed, name: str, wrong: str) -> None:
+    """A wrong value keeps the old file in use and is named on /status; a right file later is taken."""
+    file = filed.folder / f"{name}.yaml"
+    if wrong.startswith("defaults"):
+        filed.routes(**yaml.safe_load(wrong))
+    else:
+        file.write_text(wrong)
+    eventually(lambda: filed.report(name).get("trouble", "").startswith(f"PROXY_{name.upper()}_FILE"))
+    assert filed.bench.chat(model="one").status_code == 200
+    file.write_text(PRICES) if name == "prices" else filed.routes(**alias("two"))
+    eventually(lambda: "trouble" not in filed.report(name))
+
+
 @pytest.mark.parametrize("wrong", ["upstreams: [", "upstreams: {}\nroutes: []\n", "", None])
 def test_a_wrong_file_keeps_the_old_one_and_says_so(filed: Filed, wrong: str | None) -> None:
     """In the log, on /status and in a metric. When it is mended it is in use, and the trouble is gone."""

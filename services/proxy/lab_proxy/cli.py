@@ -218,7 +218,7 @@ def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
 
 async def _usage(args: argparse.Namespace, client: Client) -> None:
     last = args.to_day or datetime.now(UTC).date()
-    first = args.from_day or last - timedelta(days=29)
+    first = args.from_day or max(last, date.min + timedelta(days=29)) - timedelta(days=29)
     if not timedelta(0) <= last - first < timedelta(days=usage.MAX_DAYS):
         raise UsageError(f"--from to --to are 1 to {usage.MAX_DAYS} days")
     rows = await usage.usage(client, first, last, owner=args.owner, model=args.model)

@@ -120,8 +120,8 @@ class Reloader:
         each.signature = _signature(each.read)
         try:
             each.read.reload()
-        except ValueError as error:
-            each.trouble = str(error)
+        except Exception as error:  # whatever a file holds, the old content stays
+            each.trouble = str(error) if isinstance(error, ValueError) else f"it cannot be read: {error!r}"
             self._on_reload(name, "refused")
             log.error("%s: the file is faulty, its previous content stays in use: %s", name, error)  # noqa: TRY400
             return
@@ -154,10 +154,10 @@ def read_yaml(shape: type[Shape], path: Path | None, packaged: str, variable: st
     try:
         text = (path or resources.files(__package__).joinpath(packaged)).read_text("utf-8")
         return shape.model_validate(yaml.safe_load(text))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{variable} cannot be read: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         why = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{variable} is wrong at {where or 'the top'}: {why}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a ValueError: 2026-99-99, or no UTF-8
+        raise ValueError(f"{variable} cannot be read: {' '.join(str(error).split())}") from None

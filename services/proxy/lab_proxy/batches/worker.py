@@ -9,6 +9,7 @@ permissions, limits and cache.
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -305,7 +306,7 @@ class BatchWorker:
             record.error = error.code or error.type
             if (error.status == 429 and error.code != "insufficient_quota") or error.status in {502, 503, 504}:
                 header = error.headers.get("retry-after", "")
-                retry_after = float(header) if header.isascii() and header[:4].isdigit() else 1.0
+                retry_after = float(header) if re.fullmatch(r"[0-9]{1,9}", header) else 1.0
         except Exception as error:
             record.error = type(error).__name__
             log.error("batch: fault in the proxy: %s", record.error)  # noqa: TRY400 - its text may contain a prompt

@@ -161,7 +161,7 @@ def read_query(page: PageRequest, known: Collection[str]) -> dict[str, str]:
     try:
         fields = parse_qs(page.query.decode("latin-1"), max_num_fields=50)
     except ValueError:
-        raise InvalidRequest("Too many fields in the query.") from None
+        raise InvalidRequest("The query has more than 50 fields.", param="query") from None
     for name in fields:
         if name not in known:
             raise InvalidRequest(f"`{name[:60]}` is not known here: {', '.join(sorted(known))}.", param=name[:60])

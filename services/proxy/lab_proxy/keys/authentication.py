@@ -179,7 +179,7 @@ def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identi
     InvalidKey."""
     try:
         key = Key.model_validate_json(raw) if raw else None
-    except ValidationError:
+    except ValidationError:  # fields of other types, amounts out of range
         log.error("keys: a record in redis is not a key")  # noqa: TRY400 its message would show the record
         key = None
     ours = digest.hex() if digest else key.secrets[0].digest if key else ""

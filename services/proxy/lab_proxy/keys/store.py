@@ -70,17 +70,12 @@ def _list(value: object) -> object:
 
 
 def _usd(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("must be an amount in USD")  # noqa: TRY004 - pydantic expects ValueError
-    if re.fullmatch(r"\s*[0-9.]+\s*", str(value)):
-        value = Decimal(str(value))
-        money.from_usd(value)
-    return value
+    return money.parse_usd(value)
 
 
 def _count(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("must be a whole number")  # noqa: TRY004 - as above
+        raise ValueError("must be a whole number")  # noqa: TRY004 - pydantic expects ValueError
     return value
 
 

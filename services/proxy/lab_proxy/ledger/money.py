@@ -3,16 +3,29 @@
 Integers add up exactly, in Python and in redis (64 bits hold 9.2 million USD).
 """
 
-from decimal import Decimal
+import re
+from decimal import Decimal, InvalidOperation
 
 PICO = 10**12
+MAX_USD = 1_000_000  # of a price or a budget
 DECIMALS = 6  # of a price in USD per million tokens, and of a budget in USD
 
 
+def parse_usd(value: object) -> Decimal:
+    """A number, or the digits of one, as an amount. Raises ValueError like `from_usd`, and for anything else."""
+    try:
+        text = "" if isinstance(value, bool) else str(value).strip()
+        usd = Decimal(text if re.fullmatch(r"[0-9.e+-]{1,40}", text) else "")
+    except InvalidOperation:
+        raise ValueError("must be an amount in USD, in digits") from None
+    from_usd(usd)
+    return usd
+
+
 def from_usd(usd: Decimal) -> int:
-    """Pico-dollars. Raises ValueError for a negative or infinite amount, or more than 6 decimals."""
-    if not usd.is_finite() or usd < 0 or usd != round(usd, DECIMALS):
-        raise ValueError(f"{usd} is no amount in USD with at most {DECIMALS} decimals")
+    """Pico-dollars. Raises ValueError for a negative amount, one above MAX_USD, or more than 6 decimals."""
+    if not usd.is_finite() or not 0 <= usd <= MAX_USD or usd != round(usd, DECIMALS):
+        raise ValueError(f"{usd} is no amount in USD from 0 to {MAX_USD} with at most {DECIMALS} decimals")
     return int(usd * PICO)
 
 

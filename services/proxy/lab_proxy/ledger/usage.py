@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import date, timedelta
 from typing import Any
 
@@ -48,8 +49,9 @@ async def usage(
 def _rows(day: str, key: str, fields: Mapping[bytes, bytes]) -> list[dict[str, Any]]:
     found: dict[tuple[str, str, str], dict[str, int]] = {}
     for name, value in fields.items():
-        owner, upstream, model, metric = orjson.loads(name)
-        found.setdefault((owner, upstream, model), {})[metric] = int(value)
+        with suppress(ValueError, TypeError):  # a field that is not the ledger's
+            owner, upstream, model, metric = orjson.loads(name)
+            found.setdefault((owner, upstream, model), {})[metric] = int(value)
     return [
         {"day": day, "key_id": None if key == NOBODY else key, "owner": owner, "upstream": upstream, "model": model}
         | _figures({metric: sums.get(metric, 0) for metric in METRICS})

@@ -69,9 +69,8 @@ class ModelList:
         return {"state": state, **answer}
 
     async def refresh(self, model: str) -> None:
-        """Read the list now, a few times between two polls.
-
-        Raises UpstreamDown, with the reason, if the service has `model` but cannot serve it."""
+        """Read the list now, unless it was read a few times since the last poll. Raises UpstreamDown, with the reason,
+        if the service has `model` but cannot serve it."""
         if self._refreshes < MAX_REFRESHES:
             self._refreshes += 1
             await self._read()

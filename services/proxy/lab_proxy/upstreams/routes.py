@@ -7,6 +7,7 @@ the whole table or nothing.
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -298,13 +299,19 @@ def usable(entry: Mapping[str, Any]) -> bool:
 def _read(settings: Settings) -> _Read:
     table = read_yaml(Table, settings.routes_file, "upstreams/routes.yaml", "PROXY_ROUTES_FILE")
     configs = {name: _config(name, row, settings) for name, row in table.upstreams.items()}
-    tables = default_tables() | table.defaults
+    tables, encoded = default_tables() | table.defaults, {}
+    for name, paths in tables.items():
+        try:
+            json.dumps(paths, allow_nan=False)
+            encoded[name] = {path: {k: encode(v) for k, v in fields.items()} for path, fields in paths.items()}
+        except (TypeError, AttributeError, ValueError, RecursionError):  # YAML has dates, and keys that are no strings
+            raise ValueError(f"PROXY_ROUTES_FILE is wrong at defaults.{name}: not values of JSON") from None
     defaults, temperatures = {}, {}
     for name, row in table.upstreams.items():
         known = row.base_url or row.kind == "model" or settings.openai_base_url == OPENAI_URL
-        own = tables[row.defaults] if row.defaults and known else {}
-        defaults[name] = {path: {k: encode(v) for k, v in fields.items()} for path, fields in own.items()}
-        temperatures[name] = {path: fields.get("temperature") for path, fields in own.items()}
+        own = row.defaults if row.defaults and known else None
+        defaults[name] = encoded[own] if own else {}
+        temperatures[name] = {path: fields.get("temperature") for path, fields in tables[own].items()} if own else {}
     return _Read(table, configs, defaults, temperatures)
 
 
