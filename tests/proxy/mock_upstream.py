@@ -4,7 +4,8 @@ What stands after `mock-` in the model's name is how it behaves (`gpt-mock-reset
 MODES. It is a stand-in for a paid upstream at /v1/… and for the model service at /v1/models, /ready and /m/<id>/v1/….
 `GET /calls` tells what came in and how many callers left early; `POST /control` sets `revision`, `delay` (seconds
 before an answer) and the `state` of /ready, the ids that are still `loading`; `script`, what becomes of the next calls,
-one after the other (a status, an object with `status` and `body`, `drop`, `hang`, `ok`), with the headers `sent`;
+one after the other (a status, an object with `status`, `body` and
+perhaps its content `type`, `drop`, `hang`, `ok`), with the headers `sent`;
 `closed`: a gate before which all answers wait until it is opened (false), `held` another one after each stream's first
 event; `used`: what /tally tells of every call; `POST /reset` forgets all.
 """
@@ -182,7 +183,7 @@ class Mock:
             await asyncio.sleep(3600)
         elif isinstance(turn, dict):
             given = turn["body"]
-            kind = "text/plain" if isinstance(given, str) else "application/json"
+            kind = turn.get("type") or ("text/plain" if isinstance(given, str) else "application/json")
             said = given.encode() if isinstance(given, str) else given
             await whole(send, said, extra | self.sent, status=turn["status"], content_type=kind)
         elif isinstance(turn, int):

@@ -1,5 +1,5 @@
-"""Bodies and headers that nobody should send, to the proxy and to the model: no 500, nothing hangs, the next request
-works.
+"""Bodies and headers that nobody should send, to the proxy and to the model, and answers that no upstream should give:
+no 500, nothing hangs, the next request works.
 
 Ten thousand to each of them in `make test-all`. FUZZ=100000 sends so many, other ones each time.
 """
@@ -16,16 +16,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from counts import cases
-from fixtures_proxy import mock, new, proxy, redis_url
+from fixtures_proxy import control_client, mock, new, proxy, redis_url
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from lab_proxy.endpoints import CHAT
 from processes import Process, redis_server
 from served import EMBEDDING, TINY
+from test_upstream import PACKAGED
 
 BODIES = int(os.environ.get("FUZZ") or cases(300, 10_000))  # for each target
 SEED = random.SystemRandom().randrange(10**9) if "FUZZ" in os.environ else 7
@@ -267,3 +271,84 @@ def test_no_body_and_no_header_makes_a_500_of_the_model(before_model: Target) ->
     log = before_model.process.log.read_bytes()[begins:].decode(errors="replace")
     for fault in ("failed unexpectedly", "broke off"):
         assert fault not in log, f"seed {SEED}"
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+CALL = {"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
+MESSAGE = {"role": "assistant", "content": "Hello there", "refusal": None, "tool_calls": [CALL]}
+TOP = {"id": "x", "created": 1, "model": "gpt-mock", "usage": USAGE}
+RESULTS = {"model": "m", "method": "x", "results": [{"label": "a"}], "usage": USAGE | {
+    "per_input_tokens": [3], "per_input_completion_tokens": [0]}}  # fmt: skip
+ANSWERS: list[tuple[str, Any, Any]] = [  # endpoint, request, a sound answer
+    (CHAT, {"model": "gpt-mock", "messages": [ASKED], "temperature": 0}, TOP | {
+        "object": "chat.completion", "choices": [{"index": 0, "finish_reason": "stop", "message": MESSAGE}]}),
+    (CHAT, {"model": "gpt-mock", "messages": [ASKED], "temperature": 0, "stream": True}, TOP | {
+        "object": "chat.completion.chunk", "choices": [{"index": 0, "finish_reason": "stop", "delta": MESSAGE}]}),
+    ("/v1/completions", {"model": "gpt-mock", "prompt": "a", "temperature": 0}, TOP | {
+        "object": "text_completion", "choices": [{"index": 0, "finish_reason": "stop", "text": "Hello there"}]}),
+    ("/v1/embeddings", {"model": "text-embedding-mock", "input": "a"}, {
+        "object": "list", "data": [{"index": 0, "object": "embedding", "embedding": [0.5, 1]}], "usage": USAGE}),
+    ("/v1/tasks/text-generation", {"model": "smollm2-135m-instruct", "inputs": "a"}, RESULTS),
+    ("/v1/responses", {"model": "gpt-mock", "input": "Hi"}, {"id": "r", "object": "response", "usage": {
+        "input_tokens": 3, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 1}}}),
+]  # fmt: skip
+
+
+def answered(target: Target, upstreams: tuple[Process, Process], example: Any) -> None:
+    """One request for each spoilt answer: it is passed on, or a clean error; and what a hit repeats is well formed."""
+    (path, request, sound), made = example
+    for number, answer in enumerate(bodies(sound, made)):
+        body = dict(request)
+        field = next(name for name in ("messages", "prompt", "input", "inputs") if name in body)
+        body[field] = [{"role": "user", "content": new()}] if field == "messages" else new()
+        kind = "application/json"
+        if body.get("stream") and number % 4:  # one in four: JSON where a stream was asked for
+            kind, answer = "text/event-stream", b"data: " + answer + b"\n\ndata: [DONE]\n\n"  # noqa: PLW2901
+        turn = {"status": 200, "type": kind, "body": answer.decode("latin-1")}
+        for upstream in upstreams:
+            control_client().post(f"{upstream.url}/control", json={"script": [turn]})
+        sent = json.dumps(body).encode()
+        status, said = target.post(path, sent, {})
+        shown = f"seed {SEED}: {path} {answer!r} -> {status} {said!r}"
+        assert status in {200, 502}, shown
+        if status == 502:
+            assert json.loads(said)["error"]["code"] == "upstream_error", shown
+        status, said = target.post(path, sent, {"cache-control": "only-if-cached"})
+        if status == 200 and path in {CHAT, "/v1/completions"} and not body.get("stream"):
+            for choice in json.loads(said)["choices"]:
+                text = choice["message"]["content"] if path == CHAT else choice["text"]
+                assert isinstance(text, str | None), shown
+            for count in (json.loads(said)["usage"] or {}).values():
+                assert isinstance(count, int | dict | None), shown
+        target.sent += 1
+
+
+def test_no_answer_of_an_upstream_makes_a_500_of_the_proxy(tmp_path: Path) -> None:
+    """Fields of other types, cut JSON, broken events: a clean answer or a 502, and nothing malformed is stored."""
+    table = yaml.safe_load(PACKAGED.read_text())
+    table["upstreams"]["openai"]["responses"] = True
+    (tmp_path / "routes.yaml").write_text(yaml.safe_dump(table))
+    with (
+        mock(tmp_path) as paid,
+        mock(tmp_path) as local,
+        redis_server(tmp_path) as redis,
+        proxy(
+            tmp_path, redis=redis_url(redis), model=local.url, paid=paid.url, upstream_retries="0",
+            routes_file=str(tmp_path / "routes.yaml"),
+        ) as started,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.closing(Target(started, pool)) as target,
+    ):  # fmt: skip
+
+        @seed(SEED)
+        @settings(
+            max_examples=BODIES // STEPS, deadline=None, database=None, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(st.tuples(st.sampled_from(ANSWERS), changes))
+        def one(example: Any) -> None:
+            answered(target, (paid, local), example)
+
+        one()
+        assert target.sent >= BODIES // STEPS * STEPS
+        assert "fault in the proxy" not in started.log.read_text(errors="replace"), f"seed {SEED}"

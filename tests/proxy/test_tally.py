@@ -87,7 +87,8 @@ class Counted:
         return sum(row["estimated_calls"] for row in self.rows())
 
     def reconciled(self, outcome: str) -> int:
-        found = re.search(rf'lab_proxy_reconciled_total{{outcome="{outcome}"}} (\S+)', self.http.get("/metrics").text)
+        page = self.http.get("/metrics", headers={"authorization": f"Bearer {ADMIN_KEY}"}).text
+        found = re.search(rf'lab_proxy_reconciled_total{{outcome="{outcome}"}} (\S+)', page)
         return int(float(found.group(1))) if found else 0
 
     def key(self, **terms: Any) -> dict[str, Any]:

@@ -633,3 +633,29 @@ def test_unknown_models_do_not_make_a_call_each() -> None:
     asyncio.run(ask())
     assert Pool.asked.count("/v1/models") == MAX_REFRESHES
     assert Pool.asked.count("/ready") == MAX_REFRESHES
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "text"),
+    [
+        (422, {"error": "Input validation error: `inputs` must have less than 9 tokens"}, "less than 9 tokens"),
+        (400, {"message": "temperature is too high"}, "temperature is too high"),
+        (422, {"detail": [{"loc": ["body", "n"], "msg": "not a number"}]}, "not a number"),
+    ],
+)
+def test_another_apis_4xx_of_the_callers_fault_is_passed_on(bench: Bench, status: int, body: Any, text: str) -> None:
+    """TGI, Ollama and FastAPI have error bodies of their own: the caller gets the status and the reason."""
+    bench.control(bench.paid, script=[{"status": status, "body": body}])
+    answer = bench.chat()
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+    assert text in answer.json()["error"]["message"]
+
+
+def test_a_list_of_models_of_another_shape_changes_nothing(bench: Bench) -> None:
+    """Entries that are no models are left out; the others are served, and /status and /ready answer."""
+    wrong = {"a": {"id": 5}, "b": {"id": "b", "state": []}, "c": {"id": "c", "revision": 7}, "d": {"id": None}}
+    bench.control(others=wrong | {"fine": {"state": "ready", "revision": "r1"}})
+    eventually(lambda: "fine" in [each["id"] for each in bench.http.get("/v1/models").json()["data"]])
+    assert bench.chat(model="nobody-knows").status_code == 404
+    assert [bench.http.get(path).status_code for path in ("/status", "/ready")] == [200, 200]
+    assert bench.chat(model="fine").status_code == 200

@@ -110,8 +110,12 @@ def _refuse_surrogates(value: Any) -> None:
 
 
 def _refuse_depth(text: str, value: Any) -> None:
-    if text.count("{") + text.count("[") <= MAX_DEPTH:
-        return
+    if text.count("{") + text.count("[") > MAX_DEPTH and too_deep(value):
+        raise _refused(f"nested deeper than {MAX_DEPTH}")
+
+
+def too_deep(value: Any) -> bool:
+    """The value is nested deeper than MAX_DEPTH."""
     level: Iterable[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -121,8 +125,8 @@ def _refuse_depth(text: str, value: Any) -> None:
             if isinstance(inner, (dict, list))
         ]
         if not level:
-            return
-    raise _refused(f"nested deeper than {MAX_DEPTH}")
+            return False
+    return True
 
 
 _escape = json.encoder.encode_basestring  # control characters, quote and backslash: RFC 8785's set

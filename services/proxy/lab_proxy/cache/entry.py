@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from ..endpoints import COMPLETIONS
+from ..telemetry.record import MAX_TOKENS, token_count
 from .key import CONTRACT
 
 OBJECT_BYTES = 1500  # of an entry and its place in a dict, besides its body; measured
@@ -126,20 +127,31 @@ def of_vectors(answer: Any, units: list[Any], ttl: int, now: float, stamp: str) 
     try:
         rows = sorted(answer["data"], key=lambda row: row["index"])
         vectors = [row["embedding"] for row in rows]
-        if [row["index"] for row in rows] != list(range(len(units))) or not all(vectors):
+        if [row["index"] for row in rows] != list(range(len(units))) or not all(map(_is_vector, vectors)):
             raise ValueError("not one vector for each input")
-        usage = answer.get("usage") or {}
+        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
         reported: Any = usage.get("per_input_tokens")
-        exact = isinstance(reported, list) and len(reported) == len(units)
+        exact = isinstance(reported, list) and len(reported) == len(units) and are_counts(reported)
         lengths = [len(unit) for unit in units]
-        tokens: list[int] = list(reported) if exact else shares(usage.get("prompt_tokens") or 0, lengths)
+        tokens: list[int] = list(reported) if exact else shares(token_count(usage, "prompt_tokens"), lengths)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("not an answer with vectors") from error
     frame = {name: value for name, value in answer.items() if name not in {"data", "usage", "id", "created"}}
+    orjson.dumps(frame)  # raises a TypeError here rather than when it is stored
     return [
         Entry(orjson.dumps(vector), ttl, now, {"tokens": count, "exact": exact, "frame": frame}, stamp)
         for vector, count in zip(vectors, tokens, strict=True)
     ]
+
+
+def _is_vector(value: Any) -> bool:
+    """Numbers, or their bytes in base64."""
+    return bool(value) and (isinstance(value, str) or (isinstance(value, list) and {*map(type, value)} <= {int, float}))
+
+
+def are_counts(values: list[Any]) -> bool:
+    """Each is a number of tokens."""
+    return all(type(value) is int and 0 <= value <= MAX_TOKENS for value in values)
 
 
 def to_vectors(kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:

@@ -74,10 +74,46 @@ def bypass_reason(endpoint: str, body: Mapping[str, Any], default_temperature: A
     return "sampled"
 
 
+_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "index": int, "finish_reason": str, "logprobs": dict, "text": str, "message": dict, "role": str, "content": str,
+    "refusal": str, "reasoning": str, "reasoning_content": str, "tool_calls": list, "function": dict,
+    "arguments": str, "name": str, "usage": dict, "prompt_tokens": int, "completion_tokens": int, "total_tokens": int,
+}  # fmt: skip
+
+
+def has_choices(answer: Any) -> bool:
+    """The answer has choices, each an object."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    return isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+
+
+def is_well_formed(answer: Any) -> bool:
+    """The fields that are read of a chat or text answer are of OpenAI's types, or null."""
+    if not has_choices(answer) or not _typed(answer) or not _typed(answer.get("usage") or {}):
+        return False
+    for choice in answer["choices"]:
+        message = choice.get("message") or {}
+        if not _typed(choice) or not _typed(message):
+            return False
+        for call in message.get("tool_calls") or ():
+            if not isinstance(call, dict) or not _typed(call) or not _typed(call.get("function") or {}):
+                return False
+    return True
+
+
+def _typed(fields: Mapping[str, Any]) -> bool:
+    return all(
+        value is None or name not in _TYPES or (isinstance(value, _TYPES[name]) and not isinstance(value, bool))
+        for name, value in fields.items()
+    )
+
+
 def unstorable_reason(endpoint: str, body: Mapping[str, Any], answer: Any) -> str | None:
     """Why this answer to `body` must not be stored, as a word for `detail=`; None: it may."""
     if not isinstance(answer, dict) or answer.get("error") is not None:
         return "error"
+    if not is_well_formed(answer):
+        return "malformed"
     choices = answer.get("choices")
     prompt = body.get("prompt") if endpoint == COMPLETIONS else None
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1

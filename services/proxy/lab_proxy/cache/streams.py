@@ -123,7 +123,7 @@ class StreamAccumulator:
                     delta = value or {}
                     _add(choice.setdefault("message", {}), delta)
                 elif name == "text":
-                    choice["text"] = choice.get("text", "") + value
+                    choice["text"] = choice.get("text", "") + ("" if value is None else value)
                 elif name == "logprobs" and value and choice.get("logprobs"):
                     _add(choice["logprobs"], value)
                 elif name != "index" and (value is not None or name not in choice):

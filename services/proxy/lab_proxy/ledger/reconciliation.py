@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ProxyError
 from ..tasks import end
+from ..telemetry.record import MAX_TOKENS
 
 log = logging.getLogger("lab_proxy.ledger")
 
@@ -109,7 +110,7 @@ class Reconciliation:
         for call_id in ids:
             found = answer.get(call_id)
             numbers = [found.get(name) for name in TokenUsage._fields] if isinstance(found, dict) else [None]
-            valid = all(isinstance(each, int) and each >= 0 for each in numbers)
+            valid = all(type(each) is int and 0 <= each <= MAX_TOKENS for each in numbers)
             if valid and (call := self._pending.pop(call_id, None)):
                 self._on_end("exact")
                 call.on_usage(TokenUsage(*numbers))

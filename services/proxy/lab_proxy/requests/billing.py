@@ -10,7 +10,7 @@ from ..endpoints import ENDPOINTS
 from ..ledger.ledger import Charge, Ledger, day_of
 from ..ledger.reconciliation import Reconciliation, TokenUsage
 from ..ledger.usage import NOBODY
-from ..telemetry.record import UpstreamCall
+from ..telemetry.record import UpstreamCall, token_count
 from .context import RequestContext
 
 
@@ -52,8 +52,9 @@ class Billing:
             return
         charge = _charge(request, call.upstream, call.model)
         if isinstance(usage, dict):
-            charge.prompt, charge.completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
-            charge.cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+            charge.prompt = token_count(usage, "prompt_tokens")
+            charge.completion = token_count(usage, "completion_tokens")
+            charge.cached = token_count(usage.get("prompt_tokens_details"), "cached_tokens")
         else:
             charge.prompt, charge.completion, charge.estimated = len(request.raw) // 4, chunks, True
         if call.answered:
@@ -84,9 +85,3 @@ class Billing:
 def _charge(request: RequestContext, upstream: str, model: str) -> Charge:
     who = request.identity
     return Charge(who.key_id or NOBODY, who.owner, upstream, model, "upstream", batch_price=request.batch_price)
-
-
-def _count(usage: Any, name: str) -> int:
-    """A token count as an upstream reported it; 0 for anything else."""
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and value > 0 else 0

@@ -101,10 +101,10 @@ class CompletionFetch:
             if response.is_stream:
                 raise UpstreamBroken(f"The upstream `{name}` streams an answer that was not requested as a stream.")
             raw, answer = await response.json()
-            if not isinstance(answer, dict):
-                raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is no object.")
-            if plan.stream and not isinstance(answer.get("choices"), list):
-                raise UpstreamBroken(f"The upstream `{name}` answered without choices.")
+            if not policy.has_choices(answer) or canonical.too_deep(answer):
+                raise UpstreamBroken(f"The upstream `{name}` answered without OpenAI's choices.")
+            if plan.stream and not policy.is_well_formed(answer):
+                raise UpstreamBroken(f"The upstream `{name}` answered with fields of other types than OpenAI's.")
             accumulator.usage = answer.get("usage")
             record.set_usage(accumulator.usage)
             # Stored before its end is delivered, so that the next request finds it. The call is closed, and so billed,
@@ -134,6 +134,9 @@ class CompletionFetch:
                         return await response.drain()
                     if payload is not None:
                         chunk = orjson.loads(payload)
+                        nested = payload.count(b"{") + payload.count(b"[") > canonical.MAX_DEPTH
+                        if nested and canonical.too_deep(chunk):
+                            raise ValueError("nested too deep")
                         if chunk.get("error") is not None:
                             await flight.append(response.redact(event))
                             flight.end(STREAM_ERROR)

@@ -130,7 +130,7 @@ class EmbeddingFetch:
         """One entry for each of `units`. Raises UpstreamBroken for an answer of another shape."""
         try:
             return entry.of_vectors(answer, units, plan.target.ttl, time.time(), plan.epoch)
-        except ValueError:
+        except (ValueError, TypeError):  # a TypeError: nested too deep for orjson
             name = plan.target.upstream
             raise UpstreamBroken(f"The upstream `{name}` did not answer one vector per input.") from None
 

@@ -11,7 +11,7 @@ import orjson
 
 from ..cache.streams import SseParser, event_data
 from ..errors import UpstreamBroken
-from ..telemetry.record import RequestRecord
+from ..telemetry.record import RequestRecord, token_count
 from ..upstreams.reply import UpstreamResponse
 from .context import RequestContext
 from .delivery import ResponseWriter
@@ -44,7 +44,7 @@ async def relay(
                 _count(record, fields.get("response") or {})
                 last = last or kind in _LAST_EVENTS
                 events.append(response.redact(event))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UpstreamBroken(f"The upstream `{name}` streams something that is not OpenAI's.") from None
         if events:
             if not writer.started:
@@ -61,4 +61,4 @@ def _count(record: RequestRecord, response: Mapping[str, Any]) -> None:
     if isinstance(usage, dict):
         record.set_usage({"prompt_tokens": usage.get("input_tokens"), "completion_tokens": usage.get("output_tokens")})
         details = usage.get("input_tokens_details")
-        record.cached_tokens = (details.get("cached_tokens") or 0) if isinstance(details, dict) else 0
+        record.cached_tokens = token_count(details, "cached_tokens")

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from ..cache.entry import Entry
+from ..cache.entry import Entry, are_counts
 from ..errors import UpstreamBroken
 from .context import Plan
 from .embeddings import EmbeddingFetch
@@ -20,17 +20,20 @@ class TaskFetch(EmbeddingFetch):
         try:
             results, usage = answer["results"], answer["usage"]
             prompts, completions = (usage[name] for name in PER_INPUT)
-            if not len(results) == len(prompts) == len(completions) == len(units):
+            if not len(results) == len(prompts) == len(completions) == len(units) or not isinstance(results, list):
                 raise ValueError("not one result for each input")
+            if not are_counts([*prompts, *completions]):
+                raise ValueError("not numbers of tokens")
+            frame = {name: value for name, value in answer.items() if name not in {"results", "usage"}}
+            now = time.time()
+            orjson.dumps(frame)  # raises a TypeError here rather than when it is stored
+            return [
+                Entry(orjson.dumps(result), plan.target.ttl, now, {"tokens": tokens, "frame": frame}, plan.epoch)
+                for result, *tokens in zip(results, prompts, completions, strict=True)
+            ]
         except (KeyError, TypeError, ValueError):
             name = plan.target.upstream
             raise UpstreamBroken(f"The upstream `{name}` did not answer one result per input.") from None
-        frame = {name: value for name, value in answer.items() if name not in {"results", "usage"}}
-        now = time.time()
-        return [
-            Entry(orjson.dumps(result), plan.target.ttl, now, {"tokens": tokens, "frame": frame}, plan.epoch)
-            for result, *tokens in zip(results, prompts, completions, strict=True)
-        ]
 
     def join(self, kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
         counts = [kept[place].metadata["tokens"] for place in order]

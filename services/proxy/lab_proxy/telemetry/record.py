@@ -3,6 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_TOKENS = 10**9  # of one call: a larger count is not one, and its price would not fit into redis
+
+
+def token_count(usage: Any, name: str) -> int:
+    """A token count as an upstream reported it; 0 for anything else."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if type(value) is int and 0 < value <= MAX_TOKENS else 0
+
 
 @dataclass(slots=True)
 class UpstreamCall:
@@ -57,5 +65,5 @@ class RequestRecord:
 
     def set_usage(self, usage: Any) -> None:
         if isinstance(usage, dict):
-            self.prompt_tokens = usage.get("prompt_tokens") or 0
-            self.completion_tokens = usage.get("completion_tokens") or 0
+            self.prompt_tokens = token_count(usage, "prompt_tokens")
+            self.completion_tokens = token_count(usage, "completion_tokens")

@@ -26,13 +26,23 @@ from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from ..telemetry.record import UpstreamCall
 from .breaker import CircuitBreaker
-from .reply import FAILURES, UNSENT, Answer, UpstreamResponse, forwarded_headers, network_error, read_whole
+from .reply import (
+    FAILURES,
+    MAX_ERROR_BYTES,
+    UNSENT,
+    Answer,
+    UpstreamResponse,
+    forwarded_headers,
+    network_error,
+    read_whole,
+)
 from .routes import Target, UpstreamConfig
 
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close idle connections
 LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is passed on to the caller
 BACKOFF_SECONDS = 0.1  # before the first retry, doubled for each further one; half of it is jitter
 MAX_LINE_BYTES = 65_536  # status line or one header of an answer
+CALLERS_FAULT = frozenset({400, 413, 422})  # a 404 may as well be a wrong base URL
 PASSING = frozenset({502, 503, 504})  # sent by gateways before an engine: nothing was generated, so a retry is safe
 
 
@@ -210,7 +220,7 @@ class UpstreamClient:
             if answer.status >= 300:
                 try:
                     async with asyncio.timeout(limit - (time.perf_counter() - since)):
-                        self._refuse(answer, await read_whole(answer))
+                        self._refuse(answer, await read_whole(answer, MAX_ERROR_BYTES))
                 finally:
                     answer.close()
         except FAILURES as error:
@@ -240,8 +250,16 @@ class UpstreamClient:
         envelope: dict[str, Any] | None = None
         with contextlib.suppress(orjson.JSONDecodeError):
             parsed = orjson.loads(raw)
-            if status >= 400 and isinstance(parsed, dict) and isinstance(parsed.get("error"), dict):
-                envelope = parsed["error"]
+            found = parsed.get("error") if status >= 400 and isinstance(parsed, dict) else None
+            if isinstance(found, dict):
+                envelope = found
+            elif status in CALLERS_FAULT and isinstance(parsed, dict):  # TGI: {"error": text}; FastAPI: {"detail": …}
+                text = next((parsed[each] for each in ("error", "message", "detail") if parsed.get(each)), None)
+                if text is not None:
+                    text = text if isinstance(text, str) else orjson.dumps(text).decode()
+                    why = f"The upstream `{name}` refuses the request: {text[:1000]}"
+                    envelope = {"message": why, "type": "invalid_request_error", "param": None, "code": None}
+                    raw = orjson.dumps({"error": envelope})
         # 1. The caller's error.
         error: ProxyError
         if status == 401:

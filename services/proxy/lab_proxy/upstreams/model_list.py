@@ -63,8 +63,10 @@ class ModelList:
         if not isinstance(answer, dict):
             return {"state": "down", "detail": f"/ready answered {status} with something unknown"}
         state = "up" if status == 200 else "loading" if answer.get("status") == "loading" else "down"
+        listed = answer.get("models")
+        answer["models"] = [each for each in listed if _is_listed(each)] if isinstance(listed, list) else []
         known = {name: entry.get("state", "ready") for name, entry in self.entries.items()}
-        if any(each["state"] == "ready" != known.get(each["id"]) for each in answer.get("models", ())):
+        if any(each.get("state") == "ready" != known.get(each["id"]) for each in answer["models"]):
             await self._read()  # a caller that sees it ready may send requests at once
         return {"state": state, **answer}
 
@@ -115,13 +117,21 @@ class ModelList:
             if status != 200 and self._elsewhere:
                 hint = ": check PROXY_OPENAI_API_KEY" if status in (401, 403) else ""
                 log.warning("the upstream's list of models cannot be read: it answered %s%s", status, hint)
-            entries = {entry["id"]: entry for entry in answer["data"]} if status == 200 else self.entries
+            entries = self.entries
+            if status == 200:
+                entries = {entry["id"]: entry for entry in answer["data"] if _is_listed(entry)}
             if entries != self.entries:
                 changed = _routing(entries) != _routing(self.entries)
                 self.entries = entries
                 self.generation += changed
         except (ProxyError, KeyError, TypeError) as error:
             log.debug("the model list cannot be read: %s", error)
+
+
+def _is_listed(entry: Any) -> bool:
+    """An object with an id, whose fields that are read are texts."""
+    texts = [entry.get(field) for field in ("id", "kind", "revision", "state")] if isinstance(entry, dict) else [None]
+    return bool(texts[0]) and all(isinstance(text, str | None) for text in texts)
 
 
 def _routing(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:

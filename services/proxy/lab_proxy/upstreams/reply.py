@@ -14,6 +14,7 @@ from ..settings import Settings
 from ..telemetry.record import UpstreamCall
 from .routes import Target
 
+MAX_ERROR_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 # Nothing of the request was sent.
 UNSENT = (
@@ -157,21 +158,20 @@ def forwarded_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers that are forwarded to the caller: no cookies, no hop-by-hop headers, nothing about the key's owner.
     Names are in lower case."""
     named = {name: value for name, value in headers.items() if name in _FORWARDED or name.startswith("x-ratelimit-")}
-    kept = {name: value for name, value in named.items() if value.isprintable()}
     if "x-request-id" in headers:
-        kept["x-upstream-request-id"] = headers["x-request-id"]
-    return kept
+        named["x-upstream-request-id"] = headers["x-request-id"]
+    return {name: value for name, value in named.items() if value.isprintable()}
 
 
 def _content_type(answer: Answer) -> str:
     return answer.headers.get("content-type", "").partition(";")[0].strip().lower() or "no content type"
 
 
-async def read_whole(answer: Answer) -> bytes:
+async def read_whole(answer: Answer, limit: int = MAX_ANSWER_BYTES) -> bytes:
     pieces, size = [], 0
     while piece := await answer.read():
         size += len(piece)
-        if size > MAX_ANSWER_BYTES:
+        if size > limit:
             raise aiohttp.ClientPayloadError("it is too large")
         pieces.append(piece)
     return b"".join(pieces)
