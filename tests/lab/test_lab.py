@@ -541,7 +541,9 @@ def test_a_lab_with_a_remote_server_runs_no_model(tmp_path: Path, monkeypatch: p
             lab.stop()
 
 
-@pytest.mark.parametrize("wrong", ["api.openai.com/v1", "ftp://a/v1", "https://a.example/v1?key=x", "https://a.example"])
+@pytest.mark.parametrize(
+    "wrong", ["api.openai.com/v1", "ftp://a/v1", "https://a.example/v1?key=x", "https://a.example"]
+)
 def test_a_wrong_remote_is_named(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(LabError, match=f"REMOTE={re.escape(wrong)} ") as caught:
         services({"REMOTE": wrong}, tmp_path)

@@ -38,6 +38,7 @@ from lab_load.workloads.shape import Shape
 from lab_load.workloads.workload import WORKLOADS
 from processes import SHOWN_ON_FAILURE, eventually, free_port, process, python
 from pydantic import ValidationError
+
 from runs import LONG, NOT_TRUSTED, Run, begin, finish, load, load_until
 
 MODEL = "stand-in"

@@ -520,7 +520,7 @@ def test_two_proxies_behind_one_port_share_cache_and_key(stack: Stack) -> None:
             within("all of them healthy again", lambda: stack.health("proxy") == "healthy")
     broken = [one for one in asked if one.status != 200]
     assert len(broken) <= len(proxies * 2)
-    # 0: HAProxy closes the caller's connection where a connection that it had kept open to the proxy ends without an answer.
+    # 0: where a kept connection to the proxy ends without an answer, HAProxy closes the caller's.
     assert {one.status for one in broken} <= {0, 502}
     assert [one for one in asked[1:] if one.status == 200 and not one.hit] == []
 
