@@ -29,6 +29,10 @@ COMMANDS = {
 }
 
 
+# Locust's clock starts before its first user's: a schedule gets this much more, and ends with its last answer.
+SPARE_SECONDS = 5
+
+
 def main(argv: list[str]) -> int:
     names = "\n".join(f"  {name:11} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -82,7 +86,7 @@ def locust_arguments(what: str, settings: Settings) -> list[str]:
         "--host", settings.host,
         "--users", str(users),
         "--spawn-rate", str(settings.spawn_rate or max(users / 2, 8)),
-        "--run-time", str(settings.seconds),
+        "--run-time", str(settings.seconds if not scheduled else settings.longest_schedule + SPARE_SECONDS),
         "--stop-timeout", str(settings.drain_seconds),
         "--exit-code-on-error", "1",
     ]  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from .workloads.shape import Shape
+from .shape import Shape
 
 
 class Settings(BaseSettings):
@@ -112,6 +113,11 @@ class Settings(BaseSettings):
         if self.seconds > self.max_seconds:
             raise ValueError(f"LOAD_SECONDS={self.seconds} is over LOAD_MAX_SECONDS={self.max_seconds}")
         return self
+
+    @property
+    def longest_schedule(self) -> int:
+        """Seconds: the last arrival of an open loop is before; `herd` waits for the TTL twice."""
+        return self.seconds + math.ceil(2 * ((self.ttl_seconds or 0) + 2) if self.rate is None else 0)
 
     @property
     def workload_shape(self) -> Shape:

@@ -100,8 +100,16 @@ HOUSES = {
             "app_pages.tools",
             "app_pages.cache",
             "app_pages.limits",
+            "app_pages.load",
             "app_pages.status",
         ),
+    ),
+    "load": House(
+        SERVICES.parent / "load/lab_load",
+        rooms=("commands", "generator", "reports", "measures", "workloads"),
+        composition=frozenset({"__main__"}),
+        ground=("settings", "shape", ""),
+        scripts=("generator.users",),
     ),
 }
 

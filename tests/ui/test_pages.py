@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 import pytest
@@ -88,3 +91,57 @@ def test_a_link_of_the_tour_opens_its_page_in_the_promised_state(app: Callable[.
     assert not opened.exception
     assert opened.title[0].value == texts.load(given.get("lang", "en"))(f"{path}.title")
     assert opened.query_params == given
+
+
+# ---- load test
+
+
+class LoadService(BaseHTTPRequestHandler):
+    """The load service's API with one finished run twice and a running one."""
+
+    asked: ClassVar[list[tuple[str, str, Any]]] = []
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.asked.append((self.command, self.path, json.loads(body) if body else None))
+        line = {"answers": 12, "failed": 1, "tokens_per_second": 80, "ttft_p50": 0.2, "hit_ratio": None, "queue": 3}
+        figures = {
+            "workload": {"sha256": "ab"}, "requests_per_second": 3, "output_tokens_per_second": 40.5,
+            "metrics": {"ttft_seconds": {"p50": 0.25}, "end_to_end_seconds": {"p50": 1.5}},
+        }  # fmt: skip
+        run = {"trusted": True, "sums": {"holds": True}, "results": {"throughput": figures}}
+        pages: dict[str, Any] = {
+            "/runs": {"runs": [{"name": "throughput-2"}, {"name": "throughput-1"}]},
+            "/runs/current": {"state": "running", "code": None, "progress": [line | {"seconds": n} for n in (1, 2)]},
+        }
+        found = json.dumps(pages.get(self.path, run | {"name": self.path.rpartition("/")[2]})).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(found)))
+        self.end_headers()
+        self.wfile.write(found)
+
+    do_GET = do_POST = answer  # noqa: N815 http.server's names
+
+
+def test_the_load_page_starts_shows_and_compares_tests(app: Callable[..., AppTest]) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LoadService)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        page = app("en", page="app_pages/load.py", load_url=f"http://127.0.0.1:{server.server_address[1]}")
+        assert not page.exception
+        assert "The test runs" in shown(page)
+        assert [box.label for box in page.selectbox] == ["What is sent", "Compare A", "with B"]
+        assert page.selectbox[1].options == ["throughput-2", "throughput-1"]
+        tables = " ".join(each.proto.body for each in page.get("html"))
+        assert "the sums agree" in tables
+        assert "+0.0%" in tables, "both runs beside each other"
+        next(button for button in page.button if button.label == "Start").click().run()
+        assert not page.exception
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert ("POST", "/runs", {"workload": "throughput", "users": 8, "seconds": 20}) in LoadService.asked

@@ -33,7 +33,8 @@ from .target import TargetError, examine
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 PROGRESS_SECONDS = 5
-SETTLE_SECONDS = 10  # for the servers' counters after the last answer
+SETTLE_SECONDS = 10  # for the servers' counters after the last answer, and for what they still run
+STILL_SECONDS = 2
 LOOK_SECONDS = 0.1
 # Exit codes of a run. 2 and 3: see __main__.
 FAILED, SUMS_DIFFER, NOT_TRUSTED = 1, 4, 5
@@ -183,7 +184,7 @@ class Hooks:
 
     def _end_in_time(self, environment: Environment, trial: Trial) -> None:
         """The bound that holds however the run was started: Locust's own timer can be left out of the form."""
-        gevent.sleep(trial.settings.seconds + 1)
+        gevent.sleep(trial.settings.longest_schedule + 6)  # past Locust's own end
         if environment.runner and trial.stopped is None:
             gevent.spawn(environment.runner.stop)
 
@@ -253,11 +254,20 @@ class Hooks:
             _say(f"\n{self._page}\n")
 
     def _sums(self, trial: Trial) -> Table:
-        """The table of sums, once the servers have counted the last answers; after SETTLE_SECONDS as it is."""
-        source, until = self._source(trial), time.perf_counter() + SETTLE_SECONDS
+        """The table of sums, once the servers have counted the last answers.
+
+        Where it does not hold: once they have counted nothing for STILL_SECONDS, or after SETTLE_SECONDS.
+        """
+        source, began = self._source(trial), time.perf_counter()
+        last, changed = Counters(), began
         while True:
-            table = compare(trial.records, trial.unfinished, source.read().since(self._before), expected(trial))
-            if table.holds or time.perf_counter() > until:
+            counted = source.read().since(self._before)
+            table = compare(trial.records, trial.unfinished, counted, expected(trial))
+            now = time.perf_counter()
+            if counted != last:
+                last, changed = counted, now
+            still = now - changed > STILL_SECONDS and not counted.in_flight and not counted.running
+            if table.holds or still or now - began > SETTLE_SECONDS:
                 return table
             gevent.sleep(0.2)
 

@@ -90,7 +90,9 @@ class Trial:
     def steady(self) -> tuple[float, float]:
         """From the end of the warm-up to the end of sending. Figures are of requests that began in it."""
         since = (self.full or self.began) + self.settings.warmup_seconds
-        return since, self.stopped or time.perf_counter()
+        until = self.stopped or time.perf_counter()
+        # An open loop's arrivals end before its last answer, which is when the run is stopped.
+        return since, min(until, self.began + self.settings.seconds) if self.settings.rate is not None else until
 
     @property
     def unfinished(self) -> int:

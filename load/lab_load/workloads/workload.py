@@ -16,8 +16,8 @@ from typing import Any
 
 import orjson
 
+from ..shape import Shape
 from .prompts import Zipf, question, sentence
-from .shape import Shape
 
 SALT = "@salt@"  # stands for the run's salt in every text
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
