@@ -26,7 +26,7 @@ WITHIN_SHARE, WITHIN_SECONDS = 0.03, 0.001
 SHARE_OF_BARE = 0.6
 FAILING = {"error": "error in the stream: server_error", "reset": "stream broke off: HTTPParseError"}
 USERS = 4
-BARE_SECONDS = 3
+BARE_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -124,26 +124,21 @@ print(done / (time.perf_counter() - began))
     return float(done.stdout)
 
 
-def capacity(settings: Settings, seconds: int = 5) -> tuple[float, float]:
-    """Answers/s of one generator process, and of the bare loop, both before mocks without delays."""
-    with mock() as url:
-        loop = bare(url, BARE_SECONDS)
-    with mock() as url:
-        done = runs.run(
-            "throughput",
-            settings,
-            host=url,
-            model="fast",
-            users=USERS,
-            requests=60_000,
-            seconds=seconds,
-            prompt_words=1,
-            rate=None,
-            proxy_urls=None,
-            model_urls=None,
-            processes=1,
-        )
-    return float(runs.result(done)["requests_per_second"]), loop
+def capacity(settings: Settings, rounds: int = 3) -> tuple[float, float]:
+    """Answers/s of one generator process, and of the bare loop, in turns before mocks without delays.
+
+    The best of each: whatever else the machine does can only take from them.
+    """
+    ours, loops = [], []
+    for _ in range(rounds):
+        with mock() as url:
+            loops.append(bare(url, BARE_SECONDS))
+        with mock() as url:
+            done = runs.run("throughput", settings, host=url, model="fast", users=USERS, requests=30_000,
+                            seconds=BARE_SECONDS + 1, prompt_words=1, rate=None, proxy_urls=None, model_urls=None,
+                            processes=1)  # fmt: skip
+        ours.append(float(runs.result(done)["requests_per_second"]))
+    return max(ours), max(loops)
 
 
 def main(settings: Settings, arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from geventhttpclient.response import HTTPParseError, HTTPSocketPoolResponse
 from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
+from locust.user.task import LOCUST_STATE_STOPPING
 
 from ..measures.record import AnswerError, Record, cache_state, error_kind, read_stream, take_usage
 from ..measures.trial import Timed, Trial
@@ -51,23 +52,23 @@ class Client(User):
         if settings.api_key:
             self._headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
 
-    def wait_time(self) -> float:
-        return self.trial.settings.think_seconds
-
     @task
     def work(self) -> None:
-        """Raises StopUser when the workload is used up."""
+        """The whole run of this user: Locust's own turn between two tasks takes as long as reading an answer.
+
+        Raises StopUser when the workload is used up.
+        """
         timed = self.trial.timed(self.scenario)
         if timed is not None:
             self._keep_to(timed)
             raise StopUser
-        group = self.trial.next_group(self.scenario)
-        if group is None:
-            raise StopUser
-        for item in group:
-            if self.trial.stopped is not None:
-                return
-            self.send(item)
+        while (group := self.trial.next_group(self.scenario)) is not None:
+            for item in group:
+                if self.trial.stopped is not None or self._state == LOCUST_STATE_STOPPING:
+                    return
+                self.send(item)
+            gevent.sleep(self.trial.settings.think_seconds)
+        raise StopUser
 
     def _keep_to(self, timed: Timed) -> None:
         """Start each request at its time. Ends with the last answer, or when the run is stopped."""
