@@ -55,6 +55,10 @@ class Settings(BaseSettings):
     proxy_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Proxy processes whose counters are compared; left out: LOAD_HOST."
     )
+    proxy_counters: bool = Field(
+        True,
+        description="False: behind LOAD_HOST are several proxies, compared if LOAD_PROXY_URLS names each.",
+    )
     model_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Model services whose counters are compared; left out: none."
     )

@@ -164,7 +164,8 @@ class Hooks:
         settings = trial.settings
         routes = frozenset(item.path for workload in trial.workloads.values() for item in workload.items)
         key = settings.api_key.get_secret_value() if settings.api_key else None
-        return Source(settings.proxy_urls or (settings.host,), settings.model_urls, key, routes)
+        proxies = settings.proxy_urls or ((settings.host,) if settings.proxy_counters else ())
+        return Source(settings.host, proxies, settings.model_urls, key, routes)
 
     def _progress(self, trial: Trial) -> None:
         """A line each few seconds for the terminal, one each second in progress.jsonl for charts."""

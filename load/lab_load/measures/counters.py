@@ -59,8 +59,12 @@ class Counters:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the counters are. `routes`: the paths of the workload; requests to others do not count."""
+    """Where the counters are. `routes`: the paths of the workload; requests to others do not count.
 
+    `ledger`: any proxy's URL, since all share one ledger.
+    """
+
+    ledger: str
     proxies: Sequence[str]
     models: Sequence[str]
     key: str | None
@@ -75,12 +79,12 @@ class Source:
         for url in self.models:
             if (page := self._page(found, f"{url}/metrics")) is not None and "lab_model_" in page:
                 self._model(found, page)
-        if self.proxies and (page := self._page(found, f"{self.proxies[0]}/usage")) is not None:
+        if (page := self._page(found, f"{self.ledger}/usage")) is not None:
             try:
                 total = json.loads(page)["total"]
                 found.ledger = {name: float(total[name]) for name in LEDGER}
             except (ValueError, KeyError, TypeError):
-                found.missing.append(f"{self.proxies[0]}/usage: not the ledger's page")
+                found.missing.append(f"{self.ledger}/usage: not the ledger's page")
         return found
 
     def _proxy(self, found: Counters, page: str) -> None:
