@@ -307,9 +307,10 @@ def test_the_scripts_run_against_proxy_and_model(service: str, request: pytest.F
     found = [script for name in ("README.md", "docs/api.md", "docs/class.md") for script in blocks(name, "python")]
     scripts = [script.replace("http://127.0.0.1:8080", url) for script in found]
     output = run([sys.executable, "-"], f"for script in {scripts!r}:\n    exec(script, {{}})\n    print('---')\n")
-    first, second, third, fourth, fifth, _ = output.split("---\n")
+    first, second, perplexity, third, fourth, fifth, _ = output.split("---\n")
     assert "Paris" in first
     assert second.strip()
+    assert float(perplexity) > 1
     assert "3 vectors of 384" in third
     assert "POSITIVE" in fourth
     assert "neural networks" in fourth

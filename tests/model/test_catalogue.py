@@ -28,6 +28,7 @@ from lab_model.models.sizes import PROCESS_BYTES, Size, size_of
 from lab_model.models.sources import FileDigests, Source, hub_name, resolve_source
 from lab_model.serving import lifecycle
 from lab_model.serving.activity import ObservedApp, read_activity
+from lab_model.serving.copies import announce, check_room, read_free
 from lab_model.serving.lifecycle import Lifecycle, LifecycleArgs
 from mirror import COMMIT, Mirror, mirror
 from processes import Process, eventually, eventually_async, free_port, process, python
@@ -346,6 +347,24 @@ async def test_what_can_never_fit_is_refused_before_loading(made: tuple[Lifecycl
         await one.ensure_ready("huge", soon())
     assert one.models["one"].state == "ready"
     assert "huge" not in serve.deployed
+
+
+async def test_a_second_copy_counts_in_the_memory(made: tuple[Lifecycle, Applications, Path]) -> None:
+    """A copy for the layers' pages is refused where there is no room for it; one that runs takes room from others."""
+    one, _, metrics = made
+    needed = Size(1, 1, 0).copy
+    await eventually_async(lambda: read_free(metrics) == EACH + EACH // 2)
+    check_room(metrics, "one", EACH)
+    await one.ensure_ready("two", soon())
+    await eventually_async(lambda: read_free(metrics) == EACH // 2)
+    with pytest.raises(UnavailableError, match=r"of one .* needs 1024 MiB of memory, and 512 MiB are left"):
+        check_room(metrics, "one", EACH)
+    announce(metrics, "one")  # this process stands for the copy's
+    (metrics / "two.999999999.copy").touch()  # of a process that has ended
+    await eventually_async(lambda: read_free(metrics) == EACH // 2 - needed)
+    check_room(metrics, "one", EACH)  # it runs
+    with pytest.raises(UnavailableError):
+        check_room(metrics, "two", EACH)
 
 
 async def test_an_idle_model_is_unloaded(made: tuple[Lifecycle, Applications, Path]) -> None:

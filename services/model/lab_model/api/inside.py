@@ -15,7 +15,7 @@ import torch
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..errors import BadRequestError, BusyError, UnavailableError
+from ..errors import ApiError, BadRequestError, BusyError, UnavailableError
 from ..runners.device import check_device, measure
 from ..text.pieces import join
 from .generator import EngineClient
@@ -114,7 +114,8 @@ async def _ids(model: EngineClient, http: HttpRequest, request: LensRequest | At
 
 
 async def _ask(http: HttpRequest, method: str, **arguments: Any) -> Any:
-    """The copy's answer. Raises UnavailableError without one, BusyError where too many wait."""
+    """The copy's answer. Raises UnavailableError without one or without memory for it, BusyError where too many
+    wait."""
     inside = http.scope.get("inside")
     if inside is None:
         raise UnavailableError("This server keeps no copy of the model whose layers could be shown.")
@@ -123,6 +124,8 @@ async def _ask(http: HttpRequest, method: str, **arguments: Any) -> Any:
     try:
         async with asyncio.timeout(LOAD_SECONDS):
             return await until_disconnect(http.receive, inside(method, **arguments))
+    except ApiError:
+        raise
     except TimeoutError:
         raise UnavailableError(f"The model's copy was not loaded within {LOAD_SECONDS} s.") from None
     except Exception as error:

@@ -82,9 +82,9 @@ class Entry(BaseModel):
 class AppArgs(BaseModel):
     """What one model's application is built from: its catalogue entry and the service's settings.
 
-    progress_file: where its load is reported. cpus: reserved for each replica. log_pipe, metrics_dir: of the one
-    machine that all replicas share. None in a cluster: there the log goes to stderr, and `cluster_app` asks each
-    replica for its metrics and usage."""
+    progress_file: where its load is reported. copy_bytes: of the process of its second copy. cpus: reserved for each
+    replica. log_pipe, metrics_dir: of the one machine that all replicas share. None in a cluster: there the log goes to
+    stderr, and `cluster_app` asks each replica for its metrics and usage."""
 
     entry: Entry
     cpus: float = 0
@@ -104,6 +104,7 @@ class AppArgs(BaseModel):
     metrics_dir: Path | None = None
     folder: Path | None = None
     progress_file: Path | None = None
+    copy_bytes: int = 0
 
 
 def load_catalogue(path: Path | None, folder: Path | None = None) -> list[Entry]:

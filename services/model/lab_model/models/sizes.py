@@ -44,6 +44,11 @@ class Size:
         return PROCESS_BYTES + self.weights + self.token * kv_tokens
 
     @property
+    def copy(self) -> int:
+        """Bytes of the process of a second copy in float32, for `inspector`."""
+        return PROCESS_BYTES + 4 * self.parameters
+
+    @property
     def least(self) -> int:
         """Bytes without which it cannot be loaded at all."""
         return self.memory(LEAST_KV_TOKENS)

@@ -1,7 +1,7 @@
 """The deployment of a model's second copy, for hidden states and attention: low priority, in memory while it is used.
 
-Serve starts its replica with the first call, and ends it when there was none for IDLE_SECONDS. Knows Ray Serve. Knows
-nothing of what the copy computes.
+Serve starts its replica with the first call, and ends it when there was none for the entry's idle_minutes, or for
+IDLE_MINUTES. Knows Ray Serve. Knows nothing of what the copy computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ray import serve
 from ..models.catalogue import AppArgs
 from .ray_internals import replica_environment
 
-IDLE_SECONDS = 300.0
+IDLE_MINUTES = 5.0
 NICENESS = 10  # the model that answers goes first
 MOST_WAITING = 8
 
@@ -32,7 +32,7 @@ def bind_inspector(args: AppArgs) -> Any:
             "max_replicas": 1,
             "target_ongoing_requests": 1,
             "upscale_delay_s": 0,
-            "downscale_delay_s": IDLE_SECONDS,
+            "downscale_delay_s": 60 * (args.entry.idle_minutes or IDLE_MINUTES),
         },
         ray_actor_options={"num_cpus": args.cpus, "runtime_env": replica_environment(args.metrics_dir)},
     ).bind(args)
@@ -44,8 +44,11 @@ class Inspector:
 
     def __init__(self, args: AppArgs) -> None:
         from ..models.inside import Inside  # noqa: PLC0415 - processes that only route import this module
+        from .copies import announce  # noqa: PLC0415
 
         os.nice(NICENESS)
+        if args.metrics_dir:
+            announce(args.metrics_dir, args.entry.id)
         self._inside = Inside(args)
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from ..models.progress import Step, read_progress
 from ..models.sizes import LEAST_KV_TOKENS, PROCESS_BYTES, Size, size_of
 from ..models.sources import resolve_source
 from .activity import processes, read_activity
+from .copies import is_running, write_free
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class Lifecycle:
         for model in self.models.values():
             model.wanted = model.entry.load == "start"
         self._budget = self._memory_budget()
+        self._free_written: int | None = None
         self._spawn(self._run())
 
     # ---- asked from outside
@@ -255,6 +257,9 @@ class Lifecycle:
                 model.deployed, model.granted = False, 0
                 model.enter("failed", f"it cannot be deployed: {type(error).__name__}")
         await self._unload_idle()
+        if (free := self._free()) != self._free_written:
+            write_free(self._folder, free)
+            self._free_written = free
         if before != [(id_, model.state, model.detail) for id_, model in self.models.items()]:
             self._tell_service()
         async with self._changed:
@@ -344,6 +349,7 @@ class Lifecycle:
             kv_tokens=self._kv_tokens(model.size, None if on_gpu else granted // entry.most_replicas),
             progress_file=self._progress_file(entry.id),
             folder=args.folder,
+            copy_bytes=model.size.copy,
             **{name: value for name, value in args.shared.items() if name != "kv_tokens"},
         )
         await self._applications.deploy(arguments)
@@ -362,7 +368,7 @@ class Lifecycle:
                 f"{self._budget >> 20} MiB (MODEL_MEMORY_BYTES)",
             )
             return None
-        free = self._budget - sum(each.granted for each in self.models.values() if each.deployed)
+        free = self._free()
         if free >= min(most, self._budget) or (free >= least and not model.asked):
             return min(most, free)
         if not model.asked:
@@ -388,6 +394,12 @@ class Lifecycle:
         else:
             model.enter("loading", "waits for memory: the other models are busy")
         return None
+
+    def _free(self) -> int:
+        """Bytes that neither a model nor a second copy of one takes."""
+        taken = sum(each.granted for each in self.models.values() if each.deployed)
+        copies = [each.size for id_, each in self.models.items() if each.deployed and is_running(self._folder, id_)]
+        return self._budget - taken - sum(size.copy for size in copies if size)
 
     async def _unload_idle(self) -> None:
         for id_, model in list(self.models.items()):

@@ -62,6 +62,7 @@ class ModelReplica(AsgiDeployment):
         from ..api.http.record import USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415
         from .activity import ObservedApp  # noqa: PLC0415
+        from .copies import check_room  # noqa: PLC0415
 
         self._id = uuid.uuid4().hex
         self._folder = args.metrics_dir or Path(tempfile.mkdtemp(prefix="lab-replica-"))
@@ -70,6 +71,7 @@ class ModelReplica(AsgiDeployment):
         observed = ObservedApp(app, self._folder, args.entry.id)
 
         async def inside(method: str, **arguments: Any) -> Any:
+            check_room(self._folder, args.entry.id, args.copy_bytes)
             return await inspector.call.remote(method, arguments)
 
         async def with_inspector(scope: Scope, receive: Receive, send: Send) -> None:
