@@ -81,7 +81,8 @@ def services(environ: Mapping[str, str], state: Path) -> list[Service]:
         Service("ui", (python, "-m", "lab_ui"), ui, f"{ui}/_stcore/health", "UI_PORT"),
         Service("load", (python, "-m", "lab_load", "api"), load, f"{load}/health", "LOAD_API_PORT", 45),
     ]
-    return [service for service in chosen if not (remote and service.name == "model")]
+    # A load test would cost money there.
+    return [service for service in chosen if not (remote and service.name in ("model", "load"))]
 
 
 def remote_url(environ: Mapping[str, str]) -> str | None:
