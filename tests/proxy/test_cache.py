@@ -781,3 +781,13 @@ def test_cache_s1_tasks_per_input(bench: Bench) -> None:
     shown = bench.post("inspect/score", {"text": a})
     assert state(shown) == "bypass endpoint"
     assert shown.json()["model"] == CHAT_MODEL
+
+
+def test_cache_x1_a_binary_field_among_the_epochs_stops_no_flush(bench: Bench, raw: redis.Redis) -> None:
+    """What another process flushes is noticed although a field of the epochs is no text."""
+    text = new()
+    bench.chat(text)
+    assert state(bench.chat(text)) == "hit"
+    raw.hset("lab:epoch", mapping={b"\xff": b"\xfe", b"": b"another"})
+    eventually(lambda: state(bench.chat(text, headers={"cache-control": "max-age=1000"})) == "miss stored")
+    raw.hdel("lab:epoch", b"\xff")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import http.server
@@ -21,7 +22,8 @@ import httpx2
 import pytest
 import yaml
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
-from lab_proxy import reload
+from lab_proxy import reload, tasks
+from lab_proxy.http.pages.health import HealthPages
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from processes import eventually_async
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -261,7 +263,7 @@ async def test_a_watcher_that_fails_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It says so, and what changed meanwhile is in use."""
-    monkeypatch.setattr(reload, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(tasks, "FIRST_PAUSE", 0.0)
     watching = Watches(monkeypatch, failing=2)
     (tmp_path / "routes.yaml").write_text("first")
     async with watched(tmp_path / "routes.yaml") as text:
@@ -269,7 +271,54 @@ async def test_a_watcher_that_fails_starts_again(
         (tmp_path / "routes.yaml").write_text("the second")
         await eventually_async(lambda: text.content == "the second")
     told = [record.getMessage() for record in caplog.records]
-    assert told[:2] == ["files are not watched: OSError('no more watches'); next try in 0 s"] * 2
+    assert [text.startswith("task watch failed: OSError") for text in told[:2]] == [True, True]
+
+
+async def test_a_task_that_fails_starts_again_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named as failing until it has run for a while, and each failure counts."""
+    monkeypatch.setattr(tasks, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(tasks, "STEADY_SECONDS", 0.0)
+    steady, began = asyncio.Event(), []
+
+    async def work() -> None:
+        began.append(dict(tasks.failing))
+        if len(began) < 3:
+            raise ValueError("as asked")
+        await steady.wait()
+
+    task = tasks.supervise("a test", work)
+    await eventually_async(lambda: len(began) == 3)
+    assert [each.get("a test") for each in began] == [None, "ValueError", "ValueError"]
+    assert tasks.failures.pop("a test") == 2
+    await eventually_async(lambda: "a test" not in tasks.failing)
+    await tasks.end(task)
+    assert task.cancelled()
+
+
+async def test_a_failing_task_degrades_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/ready says degraded and names the task; the metrics count its failures."""
+
+    class Up:
+        enabled = up = True
+        draining, in_flight = False, 0
+        sent = b""
+
+        async def ready(self) -> dict[str, Any]:
+            return {"state": "up"}
+
+        async def send(self, body: bytes, headers: Any, status: int = 200) -> None:
+            self.sent = body
+
+        def breaker_states(self) -> dict[str, bool]:
+            return {}
+
+    monkeypatch.setitem(tasks.failing, "keys", "KeyError")
+    monkeypatch.setitem(tasks.failures, "keys", 3)
+    up: Any = Up()
+    pages = HealthPages(up, up, up, metrics=up, traffic=up, files=up)
+    await pages.pages()["GET", "/ready"](up, up)
+    assert json.loads(up.sent) == {"status": "degraded", "model": "up", "redis": "up", "failing_tasks": ["keys"]}
+    assert pages.gauges()["task_failures"] == {("keys",): 3.0}
 
 
 def test_requests_in_flight_keep_their_table(filed: Filed, bench: Bench) -> None:

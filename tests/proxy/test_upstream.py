@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -659,3 +660,38 @@ def test_a_list_of_models_of_another_shape_changes_nothing(bench: Bench) -> None
     assert bench.chat(model="nobody-knows").status_code == 404
     assert [bench.http.get(path).status_code for path in ("/status", "/ready")] == [200, 200]
     assert bench.chat(model="fine").status_code == 200
+
+
+def test_cache_k5_a_late_answer_of_an_old_revision_moves_no_key_back() -> None:
+    """A call that began before the new revision was known says nothing new, nor does a list asked for before it."""
+
+    async def ask() -> list[str]:
+        models, seen = ModelList(Pool(), 60), []  # type: ignore[arg-type]
+
+        def now() -> None:
+            seen.append(models.entries["m"]["revision"])
+
+        Pool.revision = "r1"
+        await models._read()
+        began = time.time()
+        models.observe_revision("m", "r2", began)
+        now()
+        models.observe_revision("m", "r1", began - 1)  # late
+        now()
+        Pool.on_list = lambda: models.observe_revision("m", "r3", time.time())
+        Pool.revision = "r2"
+        await models._read()
+        now()
+        return seen
+
+    class Pool:
+        model_config = SimpleNamespace(native=True)
+        revision = "r1"
+        on_list: Any = staticmethod(lambda: None)
+
+        async def ask_model(self, path: str, limit: float) -> tuple[int, Any]:
+            answer = {"data": [{"id": "m", "revision": Pool.revision}]}
+            Pool.on_list()
+            return 200, answer
+
+    assert asyncio.run(ask()) == ["r2", "r2", "r3"]

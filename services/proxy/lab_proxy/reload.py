@@ -17,13 +17,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from watchfiles import awatch
 
-from .tasks import end
+from .tasks import end, supervise
 
 log = logging.getLogger("lab_proxy.watch")
 
 STEP_MS = 100  # without a further change; then the files are compared
 LOOK_MS = 5_000  # between two comparisons without a change: for file systems that report none
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds until a watcher that failed starts again
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
@@ -69,7 +68,7 @@ class Reloader:
         with suppress(NotImplementedError, RuntimeError, ValueError):  # no signals here, or not the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         if any(each.read.files() for each in self._watched.values()):
-            self._task = asyncio.create_task(self._watch(), name="watch")
+            self._task = supervise("watch", self._watch)
 
     async def stop(self) -> None:
         await end(self._task)
@@ -84,27 +83,20 @@ class Reloader:
         return {name: each.report() for name, each in self._watched.items()}
 
     async def _watch(self) -> None:
-        pause = FIRST_PAUSE
         while True:
-            try:
-                folders = self._folders()
-                changes = awatch(
-                    *folders,
-                    watch_filter=None,
-                    step=STEP_MS,
-                    rust_timeout=LOOK_MS,
-                    yield_on_timeout=True,
-                    recursive=False,
-                )
-                async with aclosing(changes):
-                    while folders == self._folders():
-                        await anext(changes)
-                        self._check()
-                        pause = FIRST_PAUSE
-            except Exception as error:
-                log.error("files are not watched: %r; next try in %g s", error, pause)  # noqa: TRY400 one line
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+            folders = self._folders()
+            changes = awatch(
+                *folders,
+                watch_filter=None,
+                step=STEP_MS,
+                rust_timeout=LOOK_MS,
+                yield_on_timeout=True,
+                recursive=False,
+            )
+            async with aclosing(changes):
+                while folders == self._folders():
+                    await anext(changes)
+                    self._check()
 
     def _folders(self) -> set[Path]:
         """Folders of the files, and of those that they link to: in a ConfigMap a link beside the files changes."""

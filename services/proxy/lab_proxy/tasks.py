@@ -1,10 +1,44 @@
-"""The end of background tasks."""
+"""Background tasks: one that fails is logged, counted and started again with back-off. And the end of tasks."""
 
 import asyncio
 import logging
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 log = logging.getLogger("lab_proxy")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds until a task that failed starts again
+STEADY_SECONDS = 30.0  # so long without a failure, and it counts as sound
+failing: dict[str, str] = {}  # of this process, as its event loop is: task -> its last error, while it is not sound
+failures: Counter[str] = Counter()
+
+
+def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """A task that runs `work` and starts it again whenever it fails."""
+    return asyncio.create_task(_run(name, work), name=name)
+
+
+async def _run(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    pause = FIRST_PAUSE
+    while True:
+        began = time.monotonic()
+        sound = asyncio.get_running_loop().call_later(STEADY_SECONDS, failing.pop, name, None)
+        try:
+            return await work()
+        except Exception as error:
+            where = "".join(traceback.format_tb(error.__traceback__))  # not the message: it may hold a request's data
+            pause = FIRST_PAUSE if time.monotonic() - began > STEADY_SECONDS else pause
+            log.error("task %s failed: %s; it starts again in %g s\n%s", name, type(error).__name__, pause, where)  # noqa: TRY400
+            failing[name] = type(error).__name__
+            failures[name] += 1
+        finally:
+            sound.cancel()
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
 
 AGAIN_SECONDS = 2.0  # for a task to clean up; then it is cancelled again
 ATTEMPTS = 5  # so that no task holds up the shutdown

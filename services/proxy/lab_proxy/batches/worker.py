@@ -27,7 +27,7 @@ from ..redis.connection import RedisError
 from ..requests.context import RequestContext, Traffic
 from ..requests.executor import Executor
 from ..settings import Settings
-from ..tasks import end
+from ..tasks import end, supervise
 from ..telemetry.observer import Observer
 from ..telemetry.record import RequestRecord
 from .batch import FINAL, ID, BatchFolder
@@ -105,7 +105,7 @@ class BatchWorker:
 
     async def start(self) -> None:
         if self._settings.batch_concurrency and self._settings.files_enabled:
-            self._task = asyncio.create_task(self._poll_forever(), name="batches")
+            self._task = supervise("batches", self._poll_forever)
 
     async def stop(self) -> None:
         """Running lines are cancelled: the batch's next owner runs them again."""

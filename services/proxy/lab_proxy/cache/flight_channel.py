@@ -17,7 +17,7 @@ import orjson
 from ..errors import SlowReader
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, CommandError, RedisError
-from ..tasks import end
+from ..tasks import end, supervise
 from .flight import LEASE, LEASE_SECONDS, Flight, FlightResult, OnFlight, RemoteSubscriber
 
 CHANNEL = "lab:flight:to:"
@@ -70,7 +70,7 @@ class FlightChannel:
     async def start(self) -> None:
         if self._redis:
             await self._redis.start()
-            self._tasks = [asyncio.create_task(self._send_forever()), asyncio.create_task(self._beat())]
+            self._tasks = [supervise("flights", self._send_forever), supervise("flights-beat", self._beat)]
 
     async def stop(self) -> None:
         await end(*self._tasks)

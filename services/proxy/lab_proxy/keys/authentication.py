@@ -19,7 +19,7 @@ from ..errors import InvalidKey, KeysUnavailable
 from ..ledger import money
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import RedisError
-from ..tasks import end
+from ..tasks import end, supervise
 from .identity import LOCAL, Identity
 from .store import DIGESTS, PREFIX, RECORDS, VERSION, Key, digest_of
 
@@ -68,7 +68,7 @@ class Authenticator:
         if not self.required:
             return
         await self._poll()
-        self._poller = asyncio.create_task(self._poll_forever(), name="keys")
+        self._poller = supervise("keys", self._poll_forever)
 
     async def stop(self) -> None:
         await end(self._poller)

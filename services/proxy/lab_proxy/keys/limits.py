@@ -25,7 +25,7 @@ from ..ledger.ledger import SUMS, Ledger
 from ..ledger.prices import Prices
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, RedisError
-from ..tasks import end
+from ..tasks import end, supervise
 from .estimate import MAX_TOKENS, estimate
 from .identity import Identity
 
@@ -159,7 +159,7 @@ class Limits:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        self._tasks = [asyncio.create_task(work, name="limits") for work in (self._send_forever(), self._renew_slots())]
+        self._tasks = [supervise("limits", self._send_forever), supervise("limits-slots", self._renew_slots)]
 
     async def stop(self) -> None:
         await end(*self._tasks)

@@ -19,7 +19,7 @@ import orjson
 
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import RedisError
-from ..tasks import end
+from ..tasks import end, supervise
 from .disk_queue import DiskQueue, DiskQueueFull, LedgerBatch
 from .prices import Prices
 from .usage import DAYS, METRICS, ROWS, usage
@@ -113,7 +113,7 @@ class Ledger:
             log.warning("ledger: %s cannot be read: %s", self._folder, error)
         if self._orphans:
             self._some.set()
-        self._task = asyncio.create_task(self._run(), name="ledger")
+        self._task = supervise("ledger", self._run)
 
     async def stop(self) -> None:
         """Book the rest, in redis or in the disk queue."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import ProxyError
-from ..tasks import end
+from ..tasks import end, supervise
 from ..telemetry.record import MAX_TOKENS
 
 log = logging.getLogger("lab_proxy.ledger")
@@ -56,7 +56,7 @@ class Reconciliation:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="reconciliation")
+        self._task = supervise("reconciliation", self._run)
 
     async def stop(self) -> None:
         """Resolve the most recent calls; the ledger still runs."""

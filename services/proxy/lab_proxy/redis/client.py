@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..errors import ProxyError
-from ..tasks import end
+from ..tasks import end, supervise
 from .address import Address
 from .connection import Command, CommandError, Connection, Pipeline, RedisError
 
@@ -75,7 +75,7 @@ class Client:
 
     async def start(self) -> None:
         await self._open()
-        self._task = asyncio.create_task(self._reopen_forever(), name="redis")
+        self._task = supervise("redis", self._reopen_forever)
 
     async def stop(self) -> None:
         await end(self._task)

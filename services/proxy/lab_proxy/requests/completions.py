@@ -78,7 +78,7 @@ class CompletionFetch:
         """Whether the revision of this answer is known, and the revision."""
         if not response.target.versioned:
             return True, None
-        self._models.observe_revision(response.target.model, response.revision)
+        self._models.observe_revision(response.target.model, response.revision, response.call.began)
         return response.revision is not None, response.revision
 
     async def fetch(self, plan: Plan, flight: Flight) -> None:

@@ -46,6 +46,7 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "draining": ("1 while the proxy shuts down and accepts no new requests.", ()),
     "redis_up": ("1 while redis answers.", ()),
     "breaker_open": ("1 while the breaker of an upstream is open.", ("upstream",)),
+    "task_failures": ("How often a background task failed and was started again.", ("task",)),
     "generation": ("How often a file was read.", ("file",)),
     "reload_failing": ("1 while a changed file is no good and the one before it is in use.", ("file",)),
 }

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ProxyError, UpstreamDown
-from ..tasks import end
+from ..tasks import end, supervise
 from .failover import UpstreamPool
 from .routes import usable
 
@@ -27,21 +28,25 @@ class ModelList:
         self._interval = interval
         self._task: asyncio.Task[None] | None = None
         self.entries: dict[str, dict[str, Any]] = {}  # replaced as a whole, so that its identity is its version
+        self._known_since: dict[str, float] = {}  # model -> time.time() at which its current revision was first seen
         self._refreshes = 0  # since the last poll
         self._reported: list[dict[str, Any]] = []  # models by the last refresh, those that are still loading too
         self.generation = 0  # grows when the entries change: cached plans become invalid
 
     async def start(self) -> None:
         await self._read()
-        self._task = asyncio.create_task(self._poll(), name="local-models")
+        self._task = supervise("local-models", self._poll)
 
     async def stop(self) -> None:
         await end(self._task)
 
-    def observe_revision(self, model: str, revision: str | None) -> None:
-        """An answer came from this revision: the next request's key contains it."""
+    def observe_revision(self, model: str, revision: str | None, began: float) -> None:
+        """An answer came from this revision: the next request's key contains it, unless the call began (time.time())
+        before the current revision was known, and so may be a late answer of an older one."""
         entry = self.entries.get(model)
-        if entry is not None and revision and entry.get("revision") != revision:
+        late = began < self._known_since.get(model, 0.0)
+        if entry is not None and revision and entry.get("revision") != revision and not late:
+            self._known_since[model] = time.time()
             self.entries = {**self.entries, model: {**entry, "revision": revision}}
             self.generation += 1
 
@@ -112,6 +117,7 @@ class ModelList:
             await self._read()
 
     async def _read(self) -> None:
+        asked = time.time()
         try:
             status, answer = await self._upstreams.ask_model("/v1/models", self._list_seconds)
             if status != 200 and self._elsewhere:
@@ -120,6 +126,14 @@ class ModelList:
             entries = self.entries
             if status == 200:
                 entries = {entry["id"]: entry for entry in answer["data"] if _is_listed(entry)}
+                known = {name: self._known_since[name] for name in entries if name in self._known_since}
+                for name, entry in entries.items():
+                    if (before := self.entries.get(name)) and before.get("revision") != entry.get("revision"):
+                        if known.get(name, 0.0) > asked:  # an answer came while the list was under way
+                            entries[name] = entry | {"revision": before.get("revision")}
+                        else:
+                            known[name] = time.time()
+                self._known_since = known
             if entries != self.entries:
                 changed = _routing(entries) != _routing(self.entries)
                 self.entries = entries

@@ -6,7 +6,7 @@ import time
 
 import orjson
 
-from ... import __version__
+from ... import __version__, tasks
 from ...cache.store import Cache
 from ...reload import Reloader
 from ...requests.context import Traffic
@@ -45,6 +45,7 @@ class HealthPages:
             "in_flight": {(): float(self._traffic.in_flight)},
             "draining": {(): float(self._traffic.draining)},
             "redis_up": {(): float(self._cache.up)} if self._cache.enabled else {},
+            "task_failures": {(name,): float(count) for name, count in tasks.failures.items()},
             "breaker_open": {(name,): float(is_open) for name, is_open in self._upstreams.breaker_states().items()},
         }
 
@@ -56,8 +57,10 @@ class HealthPages:
         ready = model["state"] == "up"
         if self._traffic.draining:
             ready, model = False, model | {"state": "draining"}
-        status = ("ready" if self._cache.up or not self._cache.enabled else "degraded") if ready else model["state"]
+        sound = (self._cache.up or not self._cache.enabled) and not tasks.failing
+        status = ("ready" if sound else "degraded") if ready else model["state"]
         answer = {"status": status, "model": model["state"], "redis": "up" if self._cache.up else "down"}
+        answer |= {"failing_tasks": sorted(tasks.failing)} if tasks.failing else {}
         await response.send(orjson.dumps(answer), {}, status=200 if ready else 503)
 
     async def _status(self, _: PageRequest, response: Response) -> None:
