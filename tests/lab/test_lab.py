@@ -526,7 +526,7 @@ def test_a_lab_with_a_remote_server_runs_no_model(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(doctor, "read_machine", lambda _root: WELL)
         try:
             assert background(lab, services) == Exit.FINE
-            assert list(lab.states()) == ["redis", "proxy", "ui", "load"]
+            assert list(lab.states()) == ["redis", "proxy", "ui"]
             url = f"http://127.0.0.1:{environ['PROXY_PORT']}"
             assert CHAT_MODEL in {each["id"] for each in httpx2.get(f"{url}/v1/models").json()["data"]}
             body = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
