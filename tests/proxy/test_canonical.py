@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab_proxy import canonical
 from lab_proxy.cache import key as cache_key
+from lab_proxy.cache import streams
+from lab_proxy.endpoints import CHAT
 from lab_proxy.errors import InvalidRequest
+from lab_proxy.http import guards
 from processes import GENEROUS_SECONDS
 
 FIELDS = {"tenant": "t", "upstream": "u", "model": "m", "revision": "r", "endpoint": "/v1/x", "body": {"a": 1}}
@@ -174,6 +178,7 @@ def test_cache_k4_ambiguous_json_is_refused(raw: bytes) -> None:
 LATE_DUPLICATE = """
 from lab_proxy import canonical
 from lab_proxy.errors import InvalidRequest
+from lab_proxy.http import guards
 
 keys = 500_000
 raw = b"{" + b",".join(b'"k%d":1' % i for i in range(keys)) + b',"k%d":1}' % (keys - 1)
@@ -331,3 +336,26 @@ def test_cache_k6_vectors(vector: dict[str, Any]) -> None:
     form = cache_key.canonical_form(**parts, body=body)
     assert (form.decode(), cache_key.key_of(VECTORS["secret"].encode(), form)) == (vector["canonical"], vector["key"])
     assert second_key(VECTORS["secret"], VECTORS["unkeyed"], vector) == (vector["canonical"], vector["key"])
+
+
+async def test_a_long_body_is_parsed_outside_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 MB took seconds, in which the process answered nobody. A short body is not worth a thread."""
+    threads = []
+    monkeypatch.setattr(guards, "parse", lambda raw: threads.append(threading.get_ident()) or {})
+    for size in (canonical.LONG_BODY, canonical.LONG_BODY + 1):
+        await guards.parse_body(b"x" * size)
+    assert [thread == threading.get_ident() for thread in threads] == [True, False]
+
+
+def test_a_long_text_is_replayed_in_few_events() -> None:
+    """1 MB of words is not an event for each word; a short text is. Joined, they are the text."""
+    for words, most in ((10, 10), (200_000, streams.MAX_PIECES)):
+        text = "word " * words
+        message = {"role": "assistant", "content": text}
+        answer = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        events = list(streams.replay(CHAT, answer, "id", 0, usage=False))
+        assert len(events) <= most + 3  # the first with the role, the last with the reason, [DONE]
+        whole = streams.StreamAccumulator(CHAT)
+        for event in events[:-1]:
+            whole.feed(json.loads(event[6:]))
+        assert whole.answer()["choices"][0]["message"]["content"] == text

@@ -695,3 +695,10 @@ def test_cache_k5_a_late_answer_of_an_old_revision_moves_no_key_back() -> None:
             return 200, answer
 
     assert asyncio.run(ask()) == ["r2", "r2", "r3"]
+
+
+def test_a_name_of_a_model_has_a_limit(bench: Bench) -> None:
+    """Names are kept with plans and epochs, whatever callers invent: a longer one is refused by its field."""
+    assert bench.chat(model="gpt-mock-" + "x" * 247).status_code == 200
+    answer = bench.chat(model="gpt-mock-" + "x" * 248)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")

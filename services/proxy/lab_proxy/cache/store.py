@@ -17,7 +17,7 @@ from ..errors import CacheUnavailable
 from ..lru import LRU
 from ..redis.client import Client, OnError, PipelinedCommand, deliver
 from ..redis.connection import Command, CommandError, Pipeline, RedisError
-from ..tasks import end
+from ..tasks import end, supervise
 from .entry import Entry
 
 log = logging.getLogger("lab_proxy.cache")
@@ -81,7 +81,7 @@ class Cache:
         if not self.enabled:
             return
         await self._redis.start()
-        self._poller = asyncio.create_task(self._poll_forever(), name="redis-watch")
+        self._poller = supervise("redis-watch", self._poll_forever)
 
     async def stop(self) -> None:
         await end(self._poller)
@@ -200,6 +200,8 @@ class Cache:
         epochs are never served again and expire by their TTL. Raises CacheUnavailable if redis fails."""
         if not self.enabled:
             return
+        if len(self._epochs) >= MAX_EPOCHS:
+            model = None  # callers may invent names: each would be kept for ever. A wider flush covers it
         where, token = scope(tenant, model), secrets.token_hex(8)
         pipeline = await self._execute([("HSET", EPOCHS, where, token)], "flush")
         if pipeline is None or isinstance(pipeline.replies[0], CommandError):
@@ -248,7 +250,9 @@ class Cache:
 
     def _on_epochs(self, reply: Any, sent: float) -> None:
         if isinstance(reply, dict):
-            self._set_epochs({name.decode(): token.decode() for name, token in reply.items()})
+            self._set_epochs(
+                {name.decode("utf-8", "replace"): token.decode("utf-8", "replace") for name, token in reply.items()}
+            )
             self._confirmed = sent
 
     async def report(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from functools import partial
 from random import getrandbits  # an id is no secret
 from typing import Protocol
 
-from .. import canonical, errors
+from .. import errors
 from ..cache.policy import CacheControl
 from ..endpoints import ADMIN_TOO, ALWAYS_SERVED, ENDPOINTS, KEYED, MONITORED, OPERATE_MODELS, OPERATOR, UNCHECKED
 from ..errors import ProxyError
@@ -25,7 +25,16 @@ from ..requests.context import RequestContext, Traffic
 from ..requests.executor import STALLED_CLIENT_SECONDS, Executor
 from ..settings import LOOPBACK, Settings
 from ..telemetry.observer import Observer
-from .guards import DEADLINE, BodyReader, CallerGuard, check_json, check_operator, check_transfer, read_deadline
+from .guards import (
+    DEADLINE,
+    BodyReader,
+    CallerGuard,
+    check_json,
+    check_operator,
+    check_transfer,
+    parse_body,
+    read_deadline,
+)
 from .response import DisconnectWatch, Message, Page, PageRequest, Pages, Receive, Response, Send
 
 log = logging.getLogger("lab_proxy.request")
@@ -169,7 +178,7 @@ class App:
             identity=identity,
             endpoint=path,
             raw=raw,
-            body=canonical.parse(raw) if cached is None else cached.request.body,
+            body=await parse_body(raw) if cached is None else cached.request.body,
             request_id=response.headers["x-request-id"],
             cache_control=CacheControl.read(headers.get("cache-control", "")),
             store_sampled=headers.get("x-cache-sampled", "").lower() == "true",

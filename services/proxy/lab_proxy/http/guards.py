@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from .. import errors
-from ..canonical import parse
+from ..canonical import LONG_BODY, parse
 from ..errors import InvalidRequest, UnsupportedMediaType
 from ..keys.authentication import Authenticator
 from ..requests.delivery import JSON
@@ -18,7 +18,6 @@ from .response import PageRequest, Receive
 
 DEADLINE = "x-request-timeout-ms"
 CODINGS = "gzip, deflate"
-LONG_BODY = 64 * 1024  # bytes; decoding a longer one leaves the event loop
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
 
@@ -153,7 +152,12 @@ def check_json(headers: Mapping[str, str]) -> None:
 async def read_json(page: PageRequest) -> dict[str, Any]:
     """The JSON object of a page's body. Raises UnsupportedMediaType and InvalidRequest."""
     check_json(page.headers)
-    return parse(await page.read())
+    return await parse_body(await page.read())
+
+
+async def parse_body(raw: bytes) -> dict[str, Any]:
+    """`canonical.parse`, in a thread for a long body."""
+    return await asyncio.to_thread(parse, raw) if len(raw) > LONG_BODY else parse(raw)
 
 
 def read_query(page: PageRequest, known: Collection[str]) -> dict[str, str]:

@@ -31,6 +31,7 @@ MAX_AT_ONCE = 10_000
 MAX_GRACE = 30 * 86400
 TIMEOUT = 10.0  # of all keys in one command
 RESERVED = frozenset({"local"})  # the tenant of callers without keys
+MAX_MODELS = 200  # of one key
 _NAME = re.compile(r"[\w.@+-](?:[\w .@+-]{0,62}[\w.@+-])?")
 _MODEL = re.compile(r"[\w./:@*?\[\]+-]{1,200}")
 
@@ -63,6 +64,8 @@ def _list(value: object) -> object:
     names = re.split(r"[,;\s]+", value.strip()) if isinstance(value, str) else value
     if isinstance(names, list | tuple):
         kept = tuple(name for name in names if name)
+        if len(kept) > MAX_MODELS:
+            raise ValueError(f"takes at most {MAX_MODELS} names")
         if not all(isinstance(name, str) and _MODEL.fullmatch(name) for name in kept):
             raise ValueError("must be names of models, or shell patterns of them")
         return kept or None

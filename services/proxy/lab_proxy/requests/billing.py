@@ -3,6 +3,7 @@
 Decides when a charge is recorded and when it is corrected. Knows no prices.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,16 @@ from .context import RequestContext
 
 
 class Billing:
-    def __init__(self, ledger: Ledger, reconciliation: Reconciliation) -> None:
-        """`reconciliation` reports the real usage of interrupted calls."""
+    def __init__(self, ledger: Ledger, reconciliation: Reconciliation, is_local: Callable[[str], bool]) -> None:
+        """`reconciliation` reports the real usage of interrupted calls. `is_local`: an upstream that is not paid, whose
+        batches cost half; a line of a batch at another one is a call like any other, at its full price."""
+        self._is_local = is_local
         self._ledger, self._reconciliation = ledger, reconciliation
 
     def close_request(self, request: RequestContext) -> None:
         """The request has ended: charge what it got without an upstream call of its own."""
         ledger, record, endpoint = self._ledger, request.record, ENDPOINTS[request.endpoint]
-        charge = _charge(request, record.upstream, record.model)
+        charge = self._charge(request, record.upstream, record.model)
         if record.upstream_called:
             # `add_call` charges upstream calls. Some inputs of the answer may have come from the cache.
             saved = record.prompt_tokens - record.billed_tokens
@@ -50,7 +53,7 @@ class Billing:
         record.add_call(call)
         if not (call.answered or call.possibly_processed):
             return
-        charge = _charge(request, call.upstream, call.model)
+        charge = self._charge(request, call.upstream, call.model)
         if isinstance(usage, dict):
             charge.prompt = token_count(usage, "prompt_tokens")
             charge.completion = token_count(usage, "completion_tokens")
@@ -74,14 +77,14 @@ class Billing:
             self._ledger.correct(charge, *usage)
         elif tokens:
             record.billed_tokens += tokens
-            made = _charge(request, call.upstream, call.model)
+            made = self._charge(request, call.upstream, call.model)
             made.prompt, made.completion, made.cached = usage
             made.day = day_of(call.began)
             self._ledger.record(made)
         if request.admission is not None:
             request.admission.correct(record.upstream_tokens)
 
-
-def _charge(request: RequestContext, upstream: str, model: str) -> Charge:
-    who = request.identity
-    return Charge(who.key_id or NOBODY, who.owner, upstream, model, "upstream", batch_price=request.batch_price)
+    def _charge(self, request: RequestContext, upstream: str, model: str) -> Charge:
+        who = request.identity
+        half = request.batch_price and self._is_local(upstream)
+        return Charge(who.key_id or NOBODY, who.owner, upstream, model, "upstream", batch_price=half)

@@ -28,7 +28,7 @@ class RequestContext:
     admission: Admission | None = None
     cached_plan: Plan | None = None  # the plan of an earlier request with the same bytes
     plan_cacheable: bool = False  # its plan depends on no header
-    batch_price: bool = False  # a line of a batch: half price
+    batch_price: bool = False  # a line of a batch: half price at the model service
     caller_deadline: float | None = None  # time.perf_counter(), if the caller set a deadline
 
     @property

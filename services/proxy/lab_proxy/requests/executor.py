@@ -19,6 +19,7 @@ from ..cache.flight import Flight, FlightLost
 from ..cache.policy import CacheControl
 from ..cache.single_flight import SingleFlight
 from ..cache.store import BATCH, Cache, entry_name
+from ..canonical import LONG_BODY
 from ..endpoints import ENDPOINTS
 from ..errors import ProxyError, UpstreamBroken, UpstreamDown, UpstreamTimeout
 from ..keys.limits import Limits
@@ -65,7 +66,7 @@ class Executor:
         self._total = settings.total_timeout_seconds
         self._cache, self._upstreams = cache, upstreams
         self.planner = Planner(cache, routes, models)  # also for previews
-        self._billing = Billing(ledger, reconciliation)
+        self._billing = Billing(ledger, reconciliation, lambda name: name == upstreams.model_config.name)
         shared = (self.planner, self._billing)
         self._completions = CompletionFetch(cache, upstreams, models, *shared, total_seconds=self._total)
         self._embeddings = EmbeddingFetch(cache, upstreams, *shared, self._completions)
@@ -130,7 +131,7 @@ class Executor:
         headers = {"content-type": SSE if cached.stream else JSON, "content-length": str(size)}
         headers |= cached.hit_headers(found.ttl, age, cached.key)
         if before is None:
-            self._cache.resize(cached.key, found, PREPARED_BYTES + sum(map(sys.getsizeof, pieces)))
+            self._cache.resize(cached.key, found, PREPARED_BYTES + sum(map(sys.getsizeof, (pieces, *pieces))))
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         return PreparedHit(age, encoded, pieces)
 
@@ -237,7 +238,8 @@ class Executor:
             await deliver_hit(plan, stale, writer, failed=error.status)
 
     async def _by_input(self, fetch: EmbeddingFetch, plan: Plan, writer: ResponseWriter) -> None:
-        inputs = fetch.inputs(plan)
+        long = len(plan.request.raw) > LONG_BODY
+        inputs = await asyncio.to_thread(fetch.inputs, plan) if long else fetch.inputs(plan)
         if inputs is None:
             await self._lookup(plan, [""], writer)
             raw, answer, response = await fetch.fetch(plan, None)

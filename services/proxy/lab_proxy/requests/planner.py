@@ -3,6 +3,7 @@
 Knows routes, defaults and earlier plans. Makes no calls, except to refresh the model list for an unknown name.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from .context import Plan, RequestContext
 from .openai_tokens import VOCABULARIES, decode_inputs
 
 MAX_BODY_BYTES = 65_536  # of a request whose plan is kept: parsing a longer body costs little compared with its answer
+MAX_NAME = 256  # characters of a model's name: names are kept with plans, epochs and the ledger
 PLAN_BYTES = 32 * 1024 * 1024  # of all kept plans, with the requests, their parsed bodies and canonical forms
 PARSED_FACTOR = 6  # size of a parsed body and its canonical form, in sizes of its bytes
 
@@ -92,7 +94,10 @@ class Planner:
             await self._models.refresh(target.model)  # it never was in memory, so there are no cached answers either
             generation, plan = self._generation, self._make(request)
         if plan.bypass is None and not ENDPOINTS[request.endpoint].per_input:
-            plan.canonical_form = self.canonical_form(plan, plan.target.revision)
+            long = len(request.raw) > canonical.LONG_BODY or not request.raw  # a preview has no bytes of its own
+            of = plan, target.revision
+            form = await asyncio.to_thread(self.canonical_form, *of) if long else self.canonical_form(*of)
+            plan.canonical_form = form
             plan.key = key_of(self._cache.secret, plan.canonical_form)
         self._keep(plan, generation)
         return plan
@@ -101,6 +106,9 @@ class Planner:
         """What the cache would do with `request`. Calls no upstream. Raises like `plan`, and ModelNotAllowed."""
         plan = await self.plan(request)
         check_permission(request, plan.target)
+        return await asyncio.to_thread(self._preview, request, plan)
+
+    def _preview(self, request: RequestContext, plan: Plan) -> Preview:
         endpoint, revision = ENDPOINTS[request.endpoint], plan.target.revision
         units = entry.inputs(request.body.get(endpoint.input_field)) if endpoint.per_input else None
         if units is None:
@@ -118,8 +126,9 @@ class Planner:
             body = request.body = body | {"model": name}
             request.raw = canonical.dump(body)
         model, stream, options = body.get("model"), body.get("stream"), body.get("stream_options")
-        if not isinstance(model, str) or not model:
-            raise InvalidRequest("`model` must be the name of a model: see /v1/models.", param="model")
+        if not isinstance(model, str) or not 0 < len(model) <= MAX_NAME:
+            why = f"`model` must be the name of a model, of at most {MAX_NAME} characters: see /v1/models."
+            raise InvalidRequest(why, param="model")
         if stream is not None and not isinstance(stream, bool):
             raise InvalidRequest("`stream` must be true or false.", param="stream")
         if options is not None and (not isinstance(options, dict) or not stream):
