@@ -6,6 +6,7 @@ Buckets refill by redis's clock. No test waits for that: the times that redis ke
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import math
@@ -13,7 +14,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lab_proxy.keys import estimate, limits
 from lab_proxy.keys.identity import Identity
 from lab_proxy.ledger.ledger import Ledger
 from lab_proxy.ledger.prices import Prices
-from processes import eventually, eventually_async, redis_server
+from processes import GENEROUS_SECONDS, eventually, eventually_async, redis_server
 
 HEADERS = ("limit", "remaining", "reset")
 
@@ -484,3 +485,68 @@ def test_a_forgotten_script_is_sent_again(school: School) -> None:
     school.db.script_flush()
     assert remaining(holder) == 1
     assert remaining(school.at_two(holder)) == 0
+
+
+class Cancelled:
+    """Runs a coroutine and cancels it at its n-th wait; `over`: it ended before that."""
+
+    def __init__(self, work: Coroutine[Any, Any, None], turns: int) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._turns, self.over = turns, False
+
+    async def run(self) -> None:
+        for _ in range(self._turns):
+            if self._task.done():
+                break
+            await asyncio.sleep(0)
+        self.over = self._task.done()
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+
+async def test_whenever_a_caller_leaves_each_slot_is_released_once(school: School, tmp_path: Path) -> None:
+    """Cancelled at each turn of the event loop, from the claim to the end: no slot, hold or earlier end is lost."""
+    who = Identity("t", "t", new(), rpm=10**6, tpm=10**6, concurrency=1000, budget_total=10**12)
+    async with redis_client(school.redis) as client:
+        ledger = Ledger(client, Prices(), folder=tmp_path, max_bytes=0)
+        made = limits.Limits(client, Prices(), ledger, when_down="open", timeout=GENEROUS_SECONDS)
+
+        async def request() -> None:
+            claim = made.admission(who, CHAT, "gpt-4o-mini", {"max_tokens": 9}, 40, "openai")
+            assert claim is not None
+            try:
+                await made.check(claim)
+                await asyncio.sleep(0)
+            finally:
+                claim.settle(7)
+                claim.settle(7)
+
+        turns, over = 0, False
+        while not over:
+            await request()  # its end rides along with the next check
+            cancelled = Cancelled(request(), turns)
+            await cancelled.run()
+            turns, over = turns + 1, cancelled.over
+        assert turns > 3
+        await made._send_finished()
+        name = f"{limits.PREFIX}{{{who.key_id}}}"
+        assert await client.execute("ZCARD", f"{name}:slots") == 0
+        assert await client.execute("HGET", name, "held") == b"0"
+        assert made.running == {}
+
+
+async def test_a_cancelled_hit_loses_no_end_of_another_request(school: School, tmp_path: Path) -> None:
+    """An end that rides along with a command is sent again if nobody waits for the reply."""
+    who = Identity("t", "t", new(), rpm=10**6, concurrency=1000)
+    async with redis_client(school.redis) as client:
+        made = limits.Limits(client, Prices(), Ledger(client, Prices(), folder=tmp_path, max_bytes=0), when_down="open")
+        claim = made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai")
+        assert claim is not None
+        await made.check(claim)
+        claim.settle(0)
+        hit = made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai", at_once=True)
+        assert hit is not None
+        hit.command()  # and then its caller is gone
+        hit.settle(0)
+        await made._send_finished()
+        assert await client.execute("ZCARD", f"{limits.PREFIX}{{{who.key_id}}}:slots") == 0

@@ -33,6 +33,7 @@ log = logging.getLogger("lab_proxy.limits")
 
 PREFIX = "lab:limit:"
 SLOT_SECONDS = 15  # a request counts as finished so long after its process's last renewal
+STATE_SECONDS = 150  # above the script's own: two minutes, and the slot
 RENEW_SECONDS = 5.0
 SETTLE_SECONDS = 0.005  # requests that end within it are sent together, unless the key has a concurrency limit
 CHECK_SECONDS = 0.06
@@ -115,14 +116,17 @@ class Admission:
         if self._over:
             return
         self._over = True
-        if self._at:
+        if self._taken is not None:  # cancelled before the reply: redis may have admitted it, and the others' ends
+            self.limits.restore_finished(self.identity, self._taken)
+            self._taken, self._at = None, _UNKNOWN
+        if self._at and self.member:
             self._used = tokens
             self.limits.running.pop(self.member, None)
             self.limits.finish(self.identity, (self.member, tokens, self.reserved, self._at))
 
     def correct(self, tokens: int) -> None:
         """Correct the tokens of an ended request. Before its end this changes nothing."""
-        if self._over and self._at and tokens != self._used and self.identity.tpm is not None:
+        if self._over and self._at and self.member and tokens != self._used and self.identity.tpm is not None:
             self.limits.finish(self.identity, ("", tokens, self._used, self._at))
             self._used = tokens
 
@@ -193,7 +197,11 @@ class Limits:
     async def count(self, identity: Identity) -> None:
         """Count a request that no model answers against RPM. Raises like `check`."""
         if identity.limited:
-            await self.check(Admission(self, identity, "", 0, 0))
+            admission = Admission(self, identity, "", 0, 0)
+            try:
+                await self.check(admission)
+            finally:
+                admission.settle(0)
 
     async def check(self, admission: Admission) -> None:
         """Check without a cache read. Raises like Admission.on_reply and .on_failure."""
@@ -301,6 +309,8 @@ class Limits:
             for name, members in slots.items():
                 commands.append(("ZADD", name, "XX", *(each for member in members for each in (until, member))))
                 commands.append(("EXPIRE", name, SLOT_SECONDS * 2))
+                # What the requests may still cost is held there: it must outlive long ones. The script sets less.
+                commands.append(("EXPIRE", name.removesuffix(":slots"), STATE_SECONDS))
             try:
                 await self._redis.execute_all(commands)
             except RedisError:

@@ -113,6 +113,8 @@ class Executor:
             record.error = error.code or error.type
             raise
         finally:
+            if request.admission is not None:
+                request.admission.settle(0)
             self._billing.close_request(request)
         return True
 
