@@ -193,8 +193,10 @@ def test_every_workload_ends_with_equal_sums(running: Bench, tmp_path: Path, nam
 
 def test_behind_a_gate_the_ledger_alone_is_compared(running: Bench, tmp_path: Path) -> None:
     """The address stands for several proxies: the counters of whichever answers are no sum."""
-    run = load("throughput", running.proxy.url, tmp_path, users=2, requests=6, max_tokens=8, prompt_words=8, seconds=LONG,
-               proxy_counters=False)  # fmt: skip
+    run = load(
+        "throughput", running.proxy.url, tmp_path, users=2, requests=6, max_tokens=8, prompt_words=8, seconds=LONG,
+        proxy_counters=False,
+    )  # fmt: skip
     assert run.code in {0, NOT_TRUSTED}, run.output
     assert "the sums agree: client, ledger" in run.output
     assert "client, ledger, proxy" not in run.output
