@@ -104,18 +104,23 @@ def test_t2_a_revocation_reaches_every_process(school: School) -> None:
         assert "revoked" in answer.json()["error"]["message"]
 
 
-async def at_once(bench: Bench, asks: list[tuple[str, str, str, Any]]) -> list[httpx2.Response]:
-    """The answers to requests (method, path, key, JSON or None), each on a connection of its own."""
+async def at_once(
+    bench: Bench, asks: list[tuple[str, str, str, Any]], *, file: tuple[str, bytes] | None = None, form: Any = None
+) -> list[httpx2.Response]:
+    """The answers to requests (method, path, key, JSON or None), each on a connection of its own. `file`: uploaded with
+    each of them, and the fields of its `form`."""
+    files = {"files": {"file": file}, "data": form} if file else {}
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=bench.proxy.url, timeout=GENEROUS_SECONDS, limits=limits) as http:
         return await asyncio.gather(
-            *(http.request(method, path, headers={"authorization": f"Bearer {key}"}, json=json)
-              for method, path, key, json in asks)
+            *(http.request(method, path, headers={"authorization": f"Bearer {key}"}, json=body, **files)
+              for method, path, key, body in asks)
         )  # fmt: skip
 
 
 async def test_150_unseen_keys_and_admin_calls_at_once_are_all_served(school: School) -> None:
-    """More than redis-py's pool had connections: 150 keys are made, changed and used for the first time at once."""
+    """More than redis-py's pool had connections: 150 keys are made, changed and used for the first time at once;
+    then each uploads a file and creates a batch of it."""
     made = await at_once(school.one, [("POST", "/admin/keys", ADMIN_KEY, {"owner": new()}) for _ in range(150)])
     assert [each.status_code for each in made] == [201] * 150
     keys = [each.json() for each in made]
@@ -125,6 +130,23 @@ async def test_150_unseen_keys_and_admin_calls_at_once_are_all_served(school: Sc
     same = [("PATCH", f"/admin/keys/{keys[75]['id']}", ADMIN_KEY, {"rpm": n + 1}) for n in range(75)]
     changed = await at_once(school.one, changes + same)
     assert [each.status_code for each in changed] == [200] * 150
+    line = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "gpt-mock", "messages": []},
+    }
+    file, form = ("a.jsonl", json.dumps(line).encode()), {"purpose": "batch"}
+    uploads = await at_once(
+        school.one, [("POST", "/v1/files", each["key"], None) for each in keys], file=file, form=form
+    )
+    assert [each.status_code for each in uploads] == [200] * 150
+    window = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batches = await at_once(school.two, [
+        ("POST", "/v1/batches", each["key"], window | {"input_file_id": upload.json()["id"]})
+        for each, upload in zip(keys, uploads, strict=True)
+    ])  # fmt: skip
+    assert [each.status_code for each in batches] == [200] * 150
     listed = {each["id"]: each["rpm"] for each in school.admin("GET", "keys").json()["data"]}
     assert all(listed[each["id"]] == 7 for each in keys[:75])
     assert listed[keys[75]["id"]]
