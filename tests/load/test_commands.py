@@ -17,8 +17,7 @@ from lab_load.commands.knee import Step, rises, stop_reason
 from lab_load.reports.compare import bootstrap, differences
 from lab_load.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
-
-from runs import begin, finish
+from trials import begin, finish
 
 
 @pytest.fixture(scope="module")

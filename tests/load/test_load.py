@@ -38,8 +38,7 @@ from lab_load.workloads.prompts import Zipf, question
 from lab_load.workloads.workload import WORKLOADS
 from processes import SHOWN_ON_FAILURE, eventually, free_port, process, python
 from pydantic import ValidationError
-
-from runs import LONG, NOT_TRUSTED, Run, begin, finish, load, load_until
+from trials import LONG, NOT_TRUSTED, Run, begin, finish, load, load_until
 
 MODEL = "stand-in"
 

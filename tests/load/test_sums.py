@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 from fixtures_proxy import Bench, bench_on
-
-from runs import LONG, NOT_TRUSTED, load
+from trials import LONG, NOT_TRUSTED, load
 
 SUMS_DIFFER, FAILED = 4, 1
 Lie = Callable[[str, bytes, bytes], bytes]  # path, request body, answer -> answer that the client gets
