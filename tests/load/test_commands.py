@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from fixtures_load import begin, finish
 from fixtures_proxy import Bench, bench_on
 from lab_load.commands.calibrate import mock, times
 from lab_load.commands.faults import recovery
@@ -17,7 +18,6 @@ from lab_load.commands.knee import Step, rises, stop_reason
 from lab_load.reports.compare import bootstrap, differences
 from lab_load.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
-from trials import begin, finish
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from fixtures_load import LONG, NOT_TRUSTED, Run, begin, finish, load, load_until
 from lab_load.measures.counters import Counters
 from lab_load.measures.histogram import Times
 from lab_load.measures.record import AnswerError, Record, cache_state, read_stream
@@ -38,7 +39,6 @@ from lab_load.workloads.prompts import Zipf, question
 from lab_load.workloads.workload import WORKLOADS
 from processes import SHOWN_ON_FAILURE, eventually, free_port, process, python
 from pydantic import ValidationError
-from trials import LONG, NOT_TRUSTED, Run, begin, finish, load, load_until
 
 MODEL = "stand-in"
 

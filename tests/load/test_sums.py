@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures_load import LONG, NOT_TRUSTED, load
 from fixtures_proxy import Bench, bench_on
-from trials import LONG, NOT_TRUSTED, load
 
 SUMS_DIFFER, FAILED = 4, 1
 Lie = Callable[[str, bytes, bytes], bytes]  # path, request body, answer -> answer that the client gets
@@ -192,10 +192,8 @@ def test_every_workload_ends_with_equal_sums(running: Bench, tmp_path: Path, nam
 
 def test_behind_a_gate_the_ledger_alone_is_compared(running: Bench, tmp_path: Path) -> None:
     """The address stands for several proxies: the counters of whichever answers are no sum."""
-    run = load(
-        "throughput", running.proxy.url, tmp_path, users=2, requests=6, max_tokens=8, prompt_words=8, seconds=LONG,
-        proxy_counters=False,
-    )  # fmt: skip
+    run = load("throughput", running.proxy.url, tmp_path, users=2, requests=6, max_tokens=8, seconds=LONG,
+               proxy_counters=False)  # fmt: skip
     assert run.code in {0, NOT_TRUSTED}, run.output
     assert "the sums agree: client, ledger" in run.output
     assert "client, ledger, proxy" not in run.output
