@@ -1,4 +1,4 @@
-"""Background tasks: one that fails is logged, counted and started again with back-off. And the end of tasks."""
+"""Background tasks, which are logged, counted and started again with back-off when they fail; and their end."""
 
 import asyncio
 import logging
