@@ -18,7 +18,9 @@ failures: Counter[str] = Counter()
 
 def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
     """A task that runs `work` and starts it again whenever it fails."""
-    return asyncio.create_task(_run(name, work), name=name)
+    task = asyncio.create_task(_run(name, work), name=name)
+    task.add_done_callback(lambda _: failing.pop(name, None))  # one that was ended fails no longer
+    return task
 
 
 async def _run(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
