@@ -11,6 +11,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .shape import Shape
 
+MAX_WORDS = 20_000_000  # of all questions of a run
+
 
 class Settings(BaseSettings):
     """Every field is the variable `LOAD_<NAME>`. Lists are separated by commas, times are seconds."""
@@ -116,6 +118,8 @@ class Settings(BaseSettings):
             raise ValueError(f"LOAD_USERS={self.users} is over LOAD_MAX_USERS={self.max_users}")
         if self.seconds > self.max_seconds:
             raise ValueError(f"LOAD_SECONDS={self.seconds} is over LOAD_MAX_SECONDS={self.max_seconds}")
+        if self.requests * self.prompt_words > MAX_WORDS:
+            raise ValueError(f"LOAD_REQUESTS x LOAD_PROMPT_WORDS is over {MAX_WORDS:,} words: they lie in memory")
         return self
 
     @property

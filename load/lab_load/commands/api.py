@@ -66,6 +66,7 @@ class Runner:
         self._asked: dict[str, Any] = {}
         self._began = 0.0
         self._output = ""
+        self._name: str | None = None  # of its folder
         self._code: int | None = None
 
     def start(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -86,14 +87,20 @@ class Runner:
         with self._lock:
             if self._popen is not None and self._code is None:
                 raise ApiError(409, "a run is under way: DELETE /runs/current stops it")
+            try:
+                popen = runs.start(workload, self._settings, **changed)
+            except (OSError, ValueError) as error:
+                raise ApiError(400, f"the run cannot be started: {error}") from None
             self._asked, self._began, self._output, self._code = asked, time.time(), "", None
-            self._popen = runs.start(workload, self._settings, **changed)
+            self._popen, self._name = popen, None
             threading.Thread(target=self._watch, args=(self._popen,), daemon=True).start()
         return self.current()
 
     def _watch(self, popen: subprocess.Popen[str]) -> None:
         assert popen.stdout is not None  # noqa: S101 start() gave it one
         for line in popen.stdout:
+            if self._name is None and (found := re.search(NAME, line)):
+                self._name = found[0]
             self._output = (self._output + line)[-20_000:]
         self._code = popen.wait()
 
@@ -101,15 +108,14 @@ class Runner:
         """The running or the last run. Raises ApiError 404 where there was none."""
         if self._popen is None:
             raise ApiError(404, "no run was started yet")
-        found = re.search(NAME, self._output)
-        progress = self._settings.runs_dir / found[0] / "progress.jsonl" if found else None
+        progress = self._settings.runs_dir / self._name / "progress.jsonl" if self._name else None
         lines = progress.read_text("utf-8").splitlines() if progress and progress.exists() else []
         moments = []
         for line in lines:
             with contextlib.suppress(ValueError):  # the last one may be half written
                 moments.append(json.loads(line))
         return {"state": "running" if self._code is None else "ended", "code": self._code, "asked": self._asked,
-                "began": self._began, "name": found[0] if found else None, "progress": moments,
+                "began": self._began, "name": self._name, "progress": moments,
                 "output": self._output}  # fmt: skip
 
     def stop(self) -> dict[str, Any]:
@@ -164,11 +170,15 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             path = urlsplit(self.path).path
             try:
-                body = self._body()
-                if (self.command, path) != ("GET", "/health"):
-                    self._guard()
-                else:
+                if (self.command, path) == ("GET", "/health"):
+                    self.close_connection = "content-length" in self.headers or "transfer-encoding" in self.headers
                     return self._send(200, b'{"status": "ok"}', "application/json")
+                try:
+                    self._guard()
+                except ApiError:
+                    self.close_connection = True  # its body is not read
+                    raise
+                body = self._body()
                 if page := pages.get((self.command, path)):
                     return self._json(201 if self.command == "POST" else 200, page(body))
                 self._file(path)
@@ -192,6 +202,9 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
 
         def _body(self) -> Any:
             """Raises ApiError."""
+            if "transfer-encoding" in self.headers:
+                self.close_connection = True
+                raise ApiError(411, "send content-length")
             text = self.headers.get("content-length") or "0"
             if not text.isdecimal() or int(text) > MOST_BODY:
                 self.close_connection = True

@@ -48,7 +48,8 @@ class Counters:
             return {name: now.get(name, 0) - then.get(name, 0) for name in now.keys() | then.keys()}
 
         return Counters(less(self.proxy, before.proxy), less(self.model, before.model),
-                        less(self.ledger, before.ledger), self.in_flight, self.running, self.missing)  # fmt: skip
+                        less(self.ledger, before.ledger), self.in_flight, self.running,
+                        [*before.missing, *self.missing])  # fmt: skip
 
     @property
     def fell(self) -> list[str]:

@@ -16,7 +16,11 @@ from typing import Any
 from .counters import Counters, Counts
 from .record import Record
 
-SOURCES = {"hit": "cache", "collapsed": "collapsed"}  # cache state -> the proxy's label `source`; others: upstream
+SOURCES = {
+    "hit": "cache",
+    "stale": "cache",
+    "collapsed": "collapsed",
+}  # cache state -> the proxy's label `source`; others: upstream
 # Prompt tokens of the chat template before the question, which all prompts share: SmolLM2's are 27.
 TEMPLATE_TOKENS = 48
 
@@ -86,19 +90,19 @@ def compare(records: Sequence[Record], unfinished: int, counted: Counters, expec
     states = Counter(each.state for each in reached)
     named = {name.partition(".")[2] for name in proxy or () if name.startswith("requests.")}
     for state in sorted(set(states) | named):
-        of_ledger = {"hit": "hits", "collapsed": "collapsed"}.get(state)
+        of_ledger = {"hit": "hits", "collapsed": "collapsed"}.get(state)  # its hits hold the stale ones too
         # An error has no Cache-Status, whatever the proxy counts it as.
         low, high = (0, states["none"]) if state == "none" else (states[state], states[state] + states["none"])
         values = {"client": float(states[state]), "proxy": _get(proxy, f"requests.{state}")}
         table.rows.append(Sum(f"requests: {state}", values, low, high + unknown))
         if of_ledger and ledger is not None:
-            count = sum(each.state == state for each in fine)
+            count = sum(SOURCES.get(each.state) == SOURCES[state] for each in fine)
             table.add(f"charged: {state}", count, vague, ledger=ledger[of_ledger])
     # 3. Calls of the model. The proxy counts each attempt, also of a retry.
-    forwarded = sum(each.state not in {"hit", "collapsed", "none"} for each in reached)
+    forwarded = sum(each.state not in {"hit", "stale", "collapsed", "none"} for each in reached)
     calls = _get(proxy, "upstream_calls")
-    table.add("calls of the model", forwarded, unknown + states["none"] + (_get(proxy, "retries") or 0), proxy=calls,
-              model=_get(model, "requests"))  # fmt: skip
+    spread = unknown + states["none"] + states["stale"] + (_get(proxy, "retries") or 0)
+    table.add("calls of the model", forwarded, spread, proxy=calls, model=_get(model, "requests"))
     # 4. Tokens, by where they came from.
     for kind in ("prompt", "completion"):
         sums: Counter[str] = Counter()

@@ -30,6 +30,7 @@ KINDS: dict[str | int | None, str] = {
     "context_length_exceeded": "too_long", "model_not_allowed": "model_not_allowed", "host_not_allowed": "wrong_host",
     "origin_not_allowed": "wrong_host", "rate_limit_exceeded": "limited", "insufficient_quota": "budget",
     "upstream_rate_limited": "upstream_limited", "keys_unavailable": "keys_unavailable", "draining": "draining",
+    "limits_unavailable": "keys_unavailable", "upstream_key_refused": "upstream_key",
     "upstream_error": "upstream_error", 401: "key_invalid", 403: "refused", 404: "unknown_model", 413: "too_long",
     421: "wrong_host", 429: "busy", 503: "model_down", 504: "timeout",
 }  # fmt: skip
@@ -255,7 +256,7 @@ def kind(status: int, code: str | None, key: str | None) -> str:
     """The kind of fault of an error answer."""
     if status == 401 and not key:
         return "key_needed"
-    found = KINDS.get(code) or KINDS.get(status)
+    found = (KINDS.get(code) if isinstance(code, str) else None) or KINDS.get(status)
     return found or ("upstream_error" if status >= 500 else "rejected")
 
 

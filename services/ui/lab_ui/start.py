@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .status import Report
 from .texts import Texts
+from .untrusted import span
 
 STEPS = ("chat", "next_token", "cache")  # pages, in the order of the first lesson
 
@@ -23,7 +24,7 @@ def findings(report: Report, texts: Texts) -> list[str]:
         if each.state in {"down", "loading"}
     ]
     found += [
-        f"**{model.name}**: {texts(f'status.{model.state}')} {model.detail}".rstrip()
+        f"**{model.name}**: {texts(f'status.{model.state}')} {span(model.detail) if model.detail else ''}".rstrip()
         for model in report.models
         if model.state == "down"
     ]

@@ -139,6 +139,6 @@ def call_of(message: Mapping[str, Any]) -> Call | None:
 
 def with_result(request: Mapping[str, Any], message: Mapping[str, Any], call: Call, result: str) -> dict[str, Any]:
     """The second request: the call and its result behind the question. The model may now only answer."""
-    calls = {"role": "assistant", "content": message.get("content"), "tool_calls": message["tool_calls"]}
+    calls = {"role": "assistant", "content": message.get("content"), "tool_calls": message["tool_calls"][:1]}
     answer = {"role": "tool", "tool_call_id": call.id, "content": result}
     return {**request, "messages": [*request["messages"], calls, answer], "tool_choice": "none"}

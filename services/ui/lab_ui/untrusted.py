@@ -23,7 +23,8 @@ def plain(text: str) -> str:
         mark = re.match(r"`{3,}(?=[^`]*$)|~{3,}", line)
         if fence:
             shown += line + "\n"
-            if mark and line.startswith(fence) and not line.strip(fence[0] + " \t"):
+            closing = re.fullmatch(r" {0,3}(`{3,}|~{3,})[ \t]*", line)
+            if closing and closing[1].startswith(fence):
                 fence = ""
         elif mark:
             fence = mark[0]
@@ -32,6 +33,11 @@ def plain(text: str) -> str:
             # Two spaces keep the line's end: a poem stays a poem.
             shown += _SPECIAL.sub(_escaped, line) + ("  \n" if line.strip() else "\n")
     return shown.rstrip()
+
+
+def quote(text: str) -> str:
+    """`plain` as a block quote. Every line has the mark, so that no part of the text leaves the quote."""
+    return "\n".join(f"> {line}" for line in plain(text).split("\n"))
 
 
 def span(value: object) -> str:

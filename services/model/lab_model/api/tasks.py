@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -102,16 +103,20 @@ async def zero_shot_classification(model: EncoderClient, http: HttpRequest, body
     count = sum(map(len, rows))
     outputs = await encode(model, http, [*rows, *sentences], "inputs", metered=count)
     vectors, label_vectors = outputs[: len(rows)], outputs[len(rows) :]
-    results = []
-    for vector in vectors:
-        cosines = [sum(a * b for a, b in zip(vector, other, strict=True)) for other in label_vectors]
-        if parameters.multi_label:
-            scores = [1 / (1 + math.exp((COSINE_HALF - cosine) / COSINE_UNIT)) for cosine in cosines]
-        else:
-            peak = max(cosines)
-            weights = [math.exp((cosine - peak) / COSINE_UNIT) for cosine in cosines]
-            scores = [weight / sum(weights) for weight in weights]
-        results.append(ranked(dict(zip(labels, scores, strict=True)), None))
+
+    def compare() -> list[list[Object]]:
+        found = []
+        for cosines in (torch.tensor(vectors) @ torch.tensor(label_vectors).T).tolist():  # (inputs, labels)
+            if parameters.multi_label:
+                scores = [1 / (1 + math.exp((COSINE_HALF - cosine) / COSINE_UNIT)) for cosine in cosines]
+            else:
+                peak = max(cosines)
+                weights = [math.exp((cosine - peak) / COSINE_UNIT) for cosine in cosines]
+                scores = [weight / sum(weights) for weight in weights]
+            found.append(ranked(dict(zip(labels, scores, strict=True)), None))
+        return found
+
+    results = await asyncio.to_thread(compare)  # up to 2,048 inputs and 100 labels
     method = "cosine of sentence vectors"
     return Json(task_answer(model.name, method, results, [len(row) for row in rows]))
 
@@ -139,9 +144,9 @@ async def _read(
     model: EncoderClient, http: HttpRequest, questions: Sequence[Question], parameters: AnswerParameters
 ) -> Response:
     context = model.queue.encoder.context
-    windows = PairWindows(model.text, context)
 
     def cut() -> list[list[Window]]:
+        windows = PairWindows(model.text, context)
         found = []
         for index, each in enumerate(questions):
             if windows.question_tokens(each.question) > context // 2:
@@ -163,19 +168,24 @@ async def _read(
         )
     outputs = iter(await encode(model, http, rows, "inputs"))
     longest = parameters.max_answer_tokens or LONGEST_ANSWER
-    results = []
-    for each, given in zip(cuts, questions, strict=True):
-        spans = [(best_span(next(outputs), w.first, w.stop, longest), w) for w in each]
-        none = min((span.none for span, _ in spans), default=1.0)
-        if not spans:  # a context without tokens, such as blanks
-            results.append(answer_of("", 0.0, 0, none))
-            continue
-        span, window = max(spans, key=lambda pair: pair[0].score)
-        start, end = window.offsets[span.first][0], window.offsets[span.last][1]
-        text = given.context[start:end]
-        start += len(text) - len(text.lstrip())  # SentencePiece counts the blank before a word to the word
-        abstains = none > span.score and parameters.handle_impossible_answer is not False
-        results.append(answer_of("" if abstains else text.strip(), span.score, 0 if abstains else start, none))
+
+    def choose() -> list[Object]:
+        found = []
+        for each, given in zip(cuts, questions, strict=True):
+            spans = [(best_span(next(outputs), w.first, w.stop, longest), w) for w in each]
+            none = min((span.none for span, _ in spans), default=1.0)
+            if not spans:  # a context without tokens, such as blanks
+                found.append(answer_of("", 0.0, 0, none))
+                continue
+            span, window = max(spans, key=lambda pair: pair[0].score)
+            start, end = window.offsets[span.first][0], window.offsets[span.last][1]
+            text = given.context[start:end]
+            start += len(text) - len(text.lstrip())  # SentencePiece counts the blank before a word to the word
+            abstains = none > span.score and parameters.handle_impossible_answer is not False
+            found.append(answer_of("" if abstains else text.strip(), span.score, 0 if abstains else start, none))
+        return found
+
+    results = await asyncio.to_thread(choose)
     counts = [sum(len(window.ids) for window in each) for each in cuts]
     return Json(task_answer(model.name, "reader", results, counts))
 

@@ -143,7 +143,7 @@ class EncoderQueue:
                 if self._hangs:
                     return  # their callers have the error
             if failure is not None:
-                self._begun = []  # of this forward, too
+                self._begun = [job for job in self._begun if job not in jobs]
                 for job in jobs:
                     job.end(failure)
                 continue
@@ -177,7 +177,7 @@ class EncoderQueue:
         self._begun = []
         while self._jobs:
             job = self._jobs.popleft()
-            if job.cancelled:
+            if job.cancelled or not job.left:  # without rows, it has ended
                 job.end()
                 continue
             while job.left:

@@ -243,8 +243,12 @@ def download(name: HubName, root: Path, report: Report) -> Path:
                 f"has {free >> 20} MiB free"
             )
         before = 0
+
+        def progress(size: int) -> None:
+            report("download", (before + size) / max(total, 1))
+
         for file in todo:
-            _download(name, commit, file, folder, lambda size, at=before: report("download", (at + size) / total))  # type: ignore[misc]
+            _download(name, commit, file, folder, progress)
             before += file.size
         mark = reference(root, name)
         mark.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +308,7 @@ def _download(name: HubName, commit: str, file: HubFile, folder: Path, on_size: 
 
     target, part = folder / file.name, _part(folder, file)
     part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()  # an empty file is never asked for
     url = hf_hub_url(name.repository, file.name, revision=commit)
     for attempt in range(5):
         have = part.stat().st_size if part.exists() else 0

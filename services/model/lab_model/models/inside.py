@@ -25,7 +25,7 @@ class Inside:
     def __init__(self, args: AppArgs) -> None:
         """Raises OSError or CatalogueError."""
         torch.set_num_threads(args.threads or cores())
-        source = resolve_source(args.entry)
+        source = resolve_source(args.entry, args.folder)
         arguments: dict[str, Any] = {**source.arguments(), "dtype": torch.float32, "attn_implementation": "eager"}
         if source.gguf_file:
             arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)

@@ -54,8 +54,10 @@ def read_activity(folder: Path, model: str) -> Activity:
     """Of all living replicas of a model."""
     running, last = 0, 0.0
     for path in folder.glob(f"{model}.*.activity"):
-        pid = path.suffixes[-2].removeprefix(".")
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+        pid = path.name.removeprefix(f"{model}.").removesuffix(".activity")
+        if not pid.isdigit():  # of a model whose id begins like this one's
+            continue
+        if not psutil.pid_exists(int(pid)):
             path.unlink(missing_ok=True)
             continue
         data = path.read_bytes()
@@ -67,5 +69,6 @@ def read_activity(folder: Path, model: str) -> Activity:
 
 def processes(folder: Path, model: str) -> list[int]:
     """Process ids of a model's living replicas."""
-    found = [path.suffixes[-2].removeprefix(".") for path in folder.glob(f"{model}.*.activity")]
+    files = folder.glob(f"{model}.*.activity")
+    found = [path.name.removeprefix(f"{model}.").removesuffix(".activity") for path in files]
     return [int(pid) for pid in found if pid.isdigit() and psutil.pid_exists(int(pid))]

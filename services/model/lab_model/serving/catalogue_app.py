@@ -172,9 +172,10 @@ class CatalogueApp(AsgiDeployment):
     async def add(self, http: HttpRequest) -> Response:
         """POST {"model"}: fetch a model of a hub or of known.yaml and add it to the catalogue. 202: it has begun."""
         name = _string(await read_json(http, self._limit), "model")
-        if len(name) > LONGEST_NAME or name.startswith(("file:", "/", ".", "~", "-")):
+        if len(name) > LONGEST_NAME or name.startswith(("file:", "/", ".", "~", "-")) or ".." in name:
             raise BadRequestError("'model' is a short name, or <owner>/<name> of a hub.", param="model")
-        self._lifecycle.add(name)
+        # Over HTTP owner/name is always a hub's, whatever lies in the working directory.
+        self._lifecycle.add(f"hub:{name}" if "/" in name and not name.startswith("hub:") else name)
         return _json(self._lifecycle.fetch_report(), 202)
 
     async def _named(self, http: HttpRequest) -> str:
@@ -242,6 +243,7 @@ class CatalogueApp(AsgiDeployment):
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
         headers = {"content-type": "application/json", "x-request-id": record.request_id, FORWARDED_ONCE: "1"}
+        headers["x-call-id"] = record.call_id  # under which its usage is asked for
         if caller < math.inf:
             headers["x-request-timeout-ms"] = str(max(1, int((caller - time.monotonic()) * 1000)))
         try:

@@ -51,8 +51,10 @@ def is_running(folder: Path, model: str) -> bool:
     """Whether a copy of the model is in memory."""
     found = False
     for path in folder.glob(f"{model}.*.copy"):
-        pid = path.suffixes[-2].removeprefix(".")
-        if pid.isdigit() and psutil.pid_exists(int(pid)):
+        pid = path.name.removeprefix(f"{model}.").removesuffix(".copy")
+        if not pid.isdigit():  # of a model whose id begins like this one's
+            continue
+        if psutil.pid_exists(int(pid)):
             found = True
         else:
             path.unlink(missing_ok=True)

@@ -128,6 +128,7 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stamp: tuple[int, int] | None = None
         self._adopted = False
+        self._downloads: set[str] = set()  # models whose files are being fetched in order to be loaded
         self._looking, self._looked = asyncio.Lock(), 0.0
         self.trouble = ""  # of the list of added models
         self.fetching: dict[str, Any] | None = None  # the model that is being added
@@ -283,19 +284,22 @@ class Lifecycle:
                 model.enter("unloaded")
             return
         if model.draining or status.status == "DELETING":
+            if status.status != "DELETING":
+                await self._delete(model)  # the first call failed, or came before the deployment
             return
         if model.state == "loading":
-            if status.status == "RUNNING":
+            if status.status in ("RUNNING", "UNHEALTHY"):  # unhealthy may be the second copy alone
                 await self._became_ready(model)
             elif status.status == "DEPLOY_FAILED":
                 await self._delete(model)
                 model.enter("failed", status.reason)
-            elif self._age(model) > self._args.start_timeout_seconds and not model.settled:
+            if model.state == "loading" and self._age(model) > self._args.start_timeout_seconds:
                 limit = f"{self._args.start_timeout_seconds:.0f} s (MODEL_START_TIMEOUT_SECONDS)"
                 await self._delete(model)
                 model.enter("failed", f"not loaded within {limit}")
         elif model.state == "ready":
-            if status.status != "RUNNING":  # its replica has died; Serve starts another one
+            # Its replica has died, and Serve starts another one; or its second copy cannot run.
+            if status.status != "RUNNING" and not await self._ask_info(model):
                 model.enter("loading", status.reason or "its process has ended and starts again")
             elif time.monotonic() - model.answered_at > IDLE_SECONDS:
                 await self._ask_info(model)
@@ -327,16 +331,20 @@ class Lifecycle:
             source = await asyncio.to_thread(resolve_source, entry, args.folder)
             model.size = await asyncio.to_thread(size_of, entry, source)
         except CatalogueError as error:
+            if entry.id in self._downloads:
+                model.wanted = False
+                return model.enter("loading", "downloads")
             if entry.source.startswith("hub:") and not args.offline and model.detail != "downloads":
                 model.enter("loading", "downloads")
                 model.wanted = False
+                self._downloads.add(entry.id)
                 self._spawn(self._fetch(["fetch", entry.id], model))
                 return None
             why = str(error).removeprefix(f"{entry.id}: ")
             return model.enter("failed" if "damaged" in why or "cut short" in why else "absent", why)
         # 2. The memory.
         granted = await self._room_for(model, model.size)
-        if granted is None:
+        if granted is None or not model.wanted:  # not now, or unloaded meanwhile
             return None
         # 3. The application.
         model.granted, model.detail, model.deployed = granted, "", True
@@ -384,7 +392,7 @@ class Lifecycle:
             if each.state == "ready" and each is not model:
                 activity = await asyncio.to_thread(read_activity, self._folder, each.entry.id)
                 if not activity.running:
-                    idle.append((activity.last, each))
+                    idle.append((max(activity.last, time.time() - self._age(each)), each))
         if idle:
             oldest = min(idle, key=lambda pair: pair[0])[1]
             log.info("%s is unloaded: %s needs its memory", oldest.entry.id, model.entry.id)
@@ -424,24 +432,30 @@ class Lifecycle:
         name = arguments[-1]
         file = self._progress_file(name if model else "added")
         file.unlink(missing_ok=True)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "lab_model.cli", *arguments, "--progress-file", str(file),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-            env=self._environment(),
-        )  # fmt: skip
+        process, why = None, ""
         try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "lab_model.cli", *arguments, "--progress-file", str(file),
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                env=self._environment(),
+            )  # fmt: skip
             _, err = await process.communicate()
+            lines = err.decode(errors="replace").strip().splitlines()
+            if process.returncode:
+                why = lines[-1].removeprefix("model: ") if lines else f"exit code {process.returncode}"
+        except OSError as error:
+            why = f"the download cannot be started: {error.strerror}"
         finally:
-            if process.returncode is None:
+            if process is not None and process.returncode is None:
                 process.terminate()
-        lines = err.decode(errors="replace").strip().splitlines()
-        why = lines[-1].removeprefix("model: ") if process.returncode and lines else ""
+            if model is not None:
+                self._downloads.discard(model.entry.id)
         if model is None and self.fetching is not None:
-            self.fetching = {"name": name, "state": "failed" if process.returncode else "ready", "detail": why}
+            self.fetching = {"name": name, "state": "failed" if why else "ready", "detail": why}
             log.info("%s %s", name, f"cannot be added: {why}" if why else "is added")
         elif model is not None and why:
             model.enter("absent", why.removeprefix(f"{model.entry.id}: "))
-        elif model is not None:
+        elif model is not None and model.state == "loading":  # nobody unloaded it meanwhile
             model.wanted = True
         self._wake()
 

@@ -18,6 +18,8 @@ from .response import PageRequest, Receive
 
 DEADLINE = "x-request-timeout-ms"
 CODINGS = "gzip, deflate"
+MAX_CODINGS = 2
+MAX_MEMBERS = 64  # of one gzip body: each costs a copy of what follows it
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
 
@@ -72,9 +74,7 @@ class BodyReader:
         raw, codings = b"".join(parts), headers.get("content-encoding", "")
         if not codings:
             return raw
-        if len(raw) > LONG_BODY:
-            return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)
-        return decode_content(raw, codings, self._max_bytes)
+        return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)  # few bytes may stand for many
 
 
 def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
@@ -83,9 +83,11 @@ def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
     Raises UnsupportedMediaType for an unknown coding, BodyTooLarge for content of over `limit` bytes, InvalidRequest
     where the body is not what the header says.
     """
-    for name in reversed([part.strip().lower() for part in codings.split(",")]):
-        if name in {"", "identity"}:
-            continue
+    names = [name for part in codings.split(",") if (name := part.strip().lower()) not in {"", "identity"}]
+    if len(names) > MAX_CODINGS:
+        why = f"A body has at most {MAX_CODINGS} content codings."
+        raise UnsupportedMediaType(why, headers={"accept-encoding": CODINGS})
+    for name in reversed(names):
         if name not in {"gzip", "x-gzip", "deflate"}:
             why = f"The content coding `{name[:50]}` is not supported: use {CODINGS} or none."
             raise UnsupportedMediaType(why, headers={"accept-encoding": CODINGS})
@@ -102,7 +104,7 @@ def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
 def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
     """None if `raw` is not whole or not of this kind. Raises BodyTooLarge."""
     out = b""
-    while True:
+    for _ in range(MAX_MEMBERS):
         decoder = zlib.decompressobj(kind)
         try:
             out += decoder.decompress(raw, limit + 1 - len(out))
@@ -115,6 +117,7 @@ def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
         raw = decoder.unused_data  # gzip may have several members
         if not raw:
             return out
+    return None
 
 
 async def receive_body(

@@ -28,9 +28,10 @@ class Billing:
         charge = self._charge(request, record.upstream, record.model)
         if record.upstream_called:
             # `add_call` charges upstream calls. Some inputs of the answer may have come from the cache.
-            saved = record.prompt_tokens - record.billed_tokens
-            if endpoint.per_input and record.billed_tokens and saved > 0:
-                charge.source, charge.prompt, charge.request = "hit", saved, False
+            saved = max(0, record.prompt_tokens - record.billed_prompt)
+            completion = max(0, record.completion_tokens - (record.billed_tokens - record.billed_prompt))
+            if endpoint.per_input and record.billed_tokens and saved + completion:
+                charge.source, charge.prompt, charge.completion, charge.request = "hit", saved, completion, False
                 ledger.record(charge)
             if endpoint.billing == "call":
                 return
@@ -62,6 +63,7 @@ class Billing:
             charge.prompt, charge.completion, charge.estimated = len(request.raw) // 4, chunks, True
         if call.answered:
             record.billed_tokens += charge.prompt + charge.completion
+            record.billed_prompt += charge.prompt
             self._ledger.record(charge)
         if charge.estimated and call.id:
             self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))

@@ -10,6 +10,7 @@ VOCABULARIES = {
     "text-embedding-3-large": "cl100k_base",
     "text-embedding-ada-002": "cl100k_base",
 }
+MAX_IDS = 300_000  # of one request: OpenAI's own limit, and what bounds the time of decoding
 
 
 @functools.cache
@@ -22,10 +23,12 @@ def _encoding(name: str) -> Any:
 def decode_inputs(units: list[Any], vocabulary: str) -> list[str]:
     """The texts of `input`: a list of token ids, or a list of such lists. Raises InvalidRequest."""
     one = not isinstance(units[0], list)
+    if sum(len(ids) for ids in ([units] if one else units) if isinstance(ids, list)) > MAX_IDS:
+        raise InvalidRequest(f"`input` holds more than {MAX_IDS:,} token ids.", param="input", code="invalid_value")
     texts = []
     for place, ids in enumerate([units] if one else units):
         at = "input" if one else f"input[{place}]"
-        if not isinstance(ids, list) or not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
+        if not isinstance(ids, list) or not all(type(id_) is int and id_ >= 0 for id_ in ids):
             raise InvalidRequest(f"`{at}` must be a list of token ids.", param=at, code="invalid_value")
         try:
             texts.append(_encoding(vocabulary).decode(ids))

@@ -51,7 +51,11 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reload_failing": ("1 while a changed file is no good and the one before it is in use.", ("file",)),
 }
 
-_SOURCES = {"hit": "cache", "collapsed": "collapsed"}  # of tokens, by the label `cache`; all others: upstream
+_SOURCES = {
+    "hit": "cache",
+    "stale": "cache",
+    "collapsed": "collapsed",
+}  # of tokens, by the label `cache`; all others: upstream
 
 Gauges = Mapping[str, Mapping[tuple[str, ...], float]]  # name -> labels -> value
 

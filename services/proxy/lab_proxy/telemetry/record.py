@@ -46,6 +46,7 @@ class RequestRecord:
     cached_tokens: int = 0  # prompt tokens from the upstream's own cache; Responses API only
     upstream_called: bool = False  # this request caused an upstream call: its tokens count
     billed_tokens: int = 0  # tokens of its upstream calls that are in the ledger
+    billed_prompt: int = 0  # those of prompts
     upstream_seconds: float = 0.0  # waited for upstreams
     calls: list[UpstreamCall] = field(default_factory=list)
     tenant: str = ""

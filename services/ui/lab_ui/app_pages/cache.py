@@ -16,7 +16,7 @@ from lab_ui.drawing.html import draw_strip, draw_table
 from lab_ui.formats import milliseconds, number
 from lab_ui.session import Session
 from lab_ui.status import Report
-from lab_ui.untrusted import plain, span
+from lab_ui.untrusted import quote, span
 
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
@@ -105,7 +105,7 @@ def draw_xray(model: str, question: str) -> None:
     st.caption(texts("cache.measured_by_proxy" if reported else "cache.measured_by_ui"))
     words = texts("cache.waterfall_alt", phases=", ".join(f"{name} {text}" for name, _, _, text in rows))
     draw_chart(spans(rows, words=words, label=texts("cache.phases"), value="ms"), texts, "xray-chart")
-    st.markdown(f"> {plain(answer.text)[:400]}")
+    st.markdown(quote(answer.text[:400]))
     # 2. What the headers say.
     st.subheader(texts("cache.headers"), anchor=False)
     status = answer.headers.get("cache-status", "")

@@ -16,7 +16,7 @@ from lab_ui.drawing.faults import draw_fault
 from lab_ui.drawing.html import draw_strip
 from lab_ui.formats import number
 from lab_ui.session import Session
-from lab_ui.untrusted import plain
+from lab_ui.untrusted import plain, span
 
 PACE = 0.1  # seconds between two drawings of growing answers; more for very long ones, see `draw_growing`
 session: Session = st.session_state.session
@@ -62,7 +62,7 @@ def main() -> None:
         disabled=not models,
         max_chars=chat.MAX_QUESTION,
     )
-    question = typed or state.pop("asked", None)
+    question = typed or (state.pop("asked", None) if models else None)  # kept until there is a model
     if question and models:
         for turn in turns:
             turn.stop()
@@ -128,7 +128,13 @@ def draw_examples() -> None:
     asked = state.get(link.key("q"))
     if asked:
         st.caption(texts("chat.linked"))
-        st.button(plain(asked[:200]), key="linked", type="primary", on_click=ask, args=(asked,))
+        st.button(
+            plain(asked[:200] + ("…" if len(asked) > 200 else "")),
+            key="linked",
+            type="primary",
+            on_click=ask,
+            args=(asked,),
+        )
     st.caption(texts("chat.try"))
     for column, example in zip(st.columns(2, gap="small") * 2, chat.EXAMPLES, strict=True):
         column.button(example, on_click=ask, args=(example,), width="stretch")
@@ -223,7 +229,9 @@ def draw_stored(turns: list[chat.Turn], columns: int) -> None:
         return
     loaded = history.load(opened, proxy.answer)
     state.started = True
-    if loaded:
+    asked = state.get(link.key("q"))
+    # A link's question comes before the conversation that this tab had.
+    if loaded and not (fresh and asked and asked != loaded[1][0].question):
         for turn in turns:
             turn.stop()
         state.chat_id, state.turns, _ = loaded
@@ -249,7 +257,7 @@ def draw_question(place: int, turn: chat.Turn, models: dict[str, dict[str, Any]]
         asked = {answer.request.get("model") for answer in turn.every}
         mute = [name for name in asked if name in models and not chat.speaks_korean(models[name])]
         if mute and chat.HANGUL.search(turn.question):
-            st.caption(f":material/info: {texts('chat.no_korean', model=', '.join(mute))}")
+            st.caption(f":material/info: {texts('chat.no_korean', model=', '.join(map(span, mute)))}")
 
 
 def draw_answer(place: int, column: int, turn: chat.Turn) -> list[tuple[Answer, Any, Any]]:

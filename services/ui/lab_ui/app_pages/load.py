@@ -13,6 +13,7 @@ from lab_ui.drawing.html import draw_strip, draw_table
 from lab_ui.formats import milliseconds, number, percent
 from lab_ui.proxy import Reply
 from lab_ui.session import Session
+from lab_ui.untrusted import plain
 
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
@@ -36,14 +37,21 @@ def main() -> None:
     if isinstance(listing, Fault) or not chat.chat_models(listing):
         draw_fault(session, listing if isinstance(listing, Fault) else Fault("no_model"), "models", lambda: None)
         return
-    listed = load.call(proxy, settings, "GET", "/runs", key=session.key)
+    listed = load.call(proxy, settings, "GET", "/runs", key=load_key())
     if isinstance(listed, Fault):
         st.error(texts("load.absent.do"), title=texts("load.absent.what"), icon=":material/error:")
+        if listed.status == 401:
+            st.text_input(texts("load.key"), type="password", key="load_key", autocomplete="off")
         return
     draw_form()
     st.fragment(draw_live, run_every=LIVE_SECONDS)()
     draw_finished(listed)
     link.write(st.query_params, st.session_state)
+
+
+def load_key() -> str | None:
+    """LOAD_ADMIN_KEY as the reader entered it: the key for the proxy is not sent to another service."""
+    return st.session_state.get("load_key") or None
 
 
 def draw_form() -> None:
@@ -57,19 +65,19 @@ def draw_form() -> None:
     start, stop = st.columns(2)
     if start.button(texts("load.start"), type="primary", icon=":material/play_arrow:", width="stretch"):
         body = {"workload": workload, "users": int(users), "seconds": int(seconds)}
-        draw_refusal(load.call(proxy, settings, "POST", "/runs", key=session.key, body=body))
+        draw_refusal(load.call(proxy, settings, "POST", "/runs", key=load_key(), body=body))
     if stop.button(texts("load.stop"), icon=":material/stop:", width="stretch"):
-        draw_refusal(load.call(proxy, settings, "DELETE", "/runs/current", key=session.key))
+        draw_refusal(load.call(proxy, settings, "DELETE", "/runs/current", key=load_key()))
 
 
 def draw_refusal(reply: Reply | Fault) -> None:
     if isinstance(reply, Fault):
-        st.warning(reply.message[:500] or texts("load.refused"), icon=":material/block:")
+        st.warning(plain(reply.message[:500]) or texts("load.refused"), icon=":material/block:")
 
 
 def draw_live() -> None:
     """The running or last test, anew each second."""
-    reply = load.call(proxy, settings, "GET", "/runs/current", key=session.key)
+    reply = load.call(proxy, settings, "GET", "/runs/current", key=load_key())
     if isinstance(reply, Fault):
         return
     progress = reply.body.get("progress") or []
@@ -98,7 +106,7 @@ def draw_finished(listed: Reply) -> None:
     names = [str(run["name"]) for run in listed.body.get("runs", ()) if isinstance(run, dict)][:SHOWN]
     found = {}
     for name in names:
-        reply = load.call(proxy, settings, "GET", f"/runs/{name}", key=session.key)
+        reply = load.call(proxy, settings, "GET", f"/runs/{name}", key=load_key())
         if not isinstance(reply, Fault) and (run := load.read_finished(reply.body)):
             found[name] = run
     st.subheader(texts("load.finished"), anchor=False)

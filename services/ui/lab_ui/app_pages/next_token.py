@@ -15,7 +15,7 @@ from lab_ui.drawing.faults import draw_fault
 from lab_ui.drawing.html import draw_strip
 from lab_ui.formats import number, percent
 from lab_ui.session import Session
-from lab_ui.untrusted import plain, span
+from lab_ui.untrusted import quote, span
 
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
@@ -44,7 +44,9 @@ def main() -> None:
         texts("next_token.views"), VIEWS, format_func=lambda code: texts(f"next_token.view.{code}"),
         key=link.key("view"), required=True, label_visibility="collapsed",
     )  # fmt: skip
-    model = st.selectbox(texts("settings.model"), local, key="next-model") if len(local) > 1 else local[0]
+    model = local[0]
+    if len(local) > 1:  # another model's tokens mean nothing to this one
+        model = st.selectbox(texts("settings.model"), local, key="next-model", on_change=begin)
     with st.container(horizontal=True):
         for place, prompt in enumerate(next_token.PROMPTS):
             st.button(prompt, key=f"prompt-{place}", on_click=take, args=(prompt,))
@@ -78,7 +80,7 @@ def draw_sliders() -> None:
 def draw_guess(model: str, text: str) -> None:
     chosen: list[wire.Piece] = state.setdefault("next_chosen", [])
     shown = next_token.text_after(text, chosen)
-    st.markdown(f"> {plain(shown)[-600:]} **▁**")
+    st.markdown(quote(shown[-600:]) + " **▁**")
     score: next_token.Score = state.setdefault("next_score", next_token.Score())
     if not state.get("next_open"):
         with (
@@ -118,7 +120,7 @@ def draw_guess(model: str, text: str) -> None:
     st.caption(texts("next_token.go_on"))
     with st.container(horizontal=True):
         for each in found[:8]:
-            st.button(each.piece.label, key=f"choose-{each.piece.id}", on_click=choose, args=(each.piece,))
+            st.button(span(each.piece.label), key=f"choose-{each.piece.id}", on_click=choose, args=(each.piece,))
         if chosen:
             st.button(texts("next_token.begin"), icon=":material/restart_alt:", key="begin", type="tertiary",
                       on_click=begin)  # fmt: skip
@@ -168,7 +170,7 @@ def draw_steps(model: str, text: str) -> None:
     found = wire.scored(reply.body, "steps")
     kept: list[Any] = state.get("steps_kept", [])
     found = [*kept, *found]
-    st.markdown(f"> {plain(text)[-400:]}")
+    st.markdown(quote(text[-400:]))
     mean = surprise.mean_bits([token for token, _ in found])
     if mean is not None:
         st.caption(texts("surprise.about", bits=number(mean, 2),

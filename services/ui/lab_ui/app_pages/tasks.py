@@ -16,7 +16,7 @@ from lab_ui.formats import percent
 from lab_ui.proxy import Reply
 from lab_ui.session import Session
 from lab_ui.tools import message
-from lab_ui.untrusted import plain, span
+from lab_ui.untrusted import plain, quote, span
 
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
@@ -85,7 +85,7 @@ def draw_generation(prompt: str) -> None:
     text = st.text_area(texts("tasks.text"), prompt, max_chars=tasks.MAX_TEXT, height=68, key=f"text-{prompt}")
     reply = run("text-generation", {"inputs": text or prompt, "parameters": {"max_new_tokens": 20}}, "generation")
     if reply:
-        st.markdown(f"> {plain(tasks.generated(reply.body))[:4000]}")
+        st.markdown(quote(tasks.generated(reply.body)[:4000]))
         draw_source(reply)
 
 
@@ -151,7 +151,7 @@ def draw_question() -> None:
     reply = run("question-answering", body, f"question-{language}")
     if reply:
         found, score = tasks.answer(reply.body)
-        st.markdown(f"> {plain(found)}" if found else texts("tasks.no_answer"))
+        st.markdown(quote(found) if found else texts("tasks.no_answer"))
         draw_strip({texts("tasks.column.score"): percent(score, 2)})
         draw_source(reply)
 
@@ -165,7 +165,7 @@ def draw_chat(model: str) -> None:
     if isinstance(reply, Fault):
         draw_fault(session, reply, "task-chat")
     elif reply is not None:
-        st.markdown(f"> {plain(str(message(reply.body).get('content') or ''))}")
+        st.markdown(quote(str(message(reply.body).get("content") or "")))
 
 
 main()

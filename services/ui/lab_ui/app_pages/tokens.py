@@ -14,6 +14,7 @@ from lab_ui.drawing.faults import draw_fault
 from lab_ui.drawing.html import draw_pieces, draw_table
 from lab_ui.formats import dollars, number
 from lab_ui.session import Session
+from lab_ui.untrusted import span
 
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
@@ -65,7 +66,7 @@ def main() -> None:
     st.caption(texts("tokens.pieces_about"))
     for name, (one, other) in cuts.items():
         with st.container(border=True):
-            st.markdown(f"**{name}**")
+            st.markdown(span(name))
             for each in (one, other):
                 draw_pieces(each.pieces[: tokens.SHOWN])
             if one.split:
@@ -77,7 +78,7 @@ def main() -> None:
                     rows = [(str(p.id), p.label, p.data.hex(" ")) for p in [*one.pieces, *other.pieces][:200]]
                     draw_table(("id", texts("tokens.token"), texts("tokens.bytes")), rows, (0,), name)
     for name, fault in faults.items():
-        st.caption(f"{name}: {texts(f'faults.{fault.kind}.what')}")
+        st.caption(f"{span(name)}: {texts(f'faults.{fault.kind}.what')}")
 
 
 def draw_comparison(cuts: dict[str, tuple[tokens.Cut, tokens.Cut]]) -> None:

@@ -11,7 +11,7 @@ from lab_ui.answer import Fault
 from lab_ui.drawing.code import draw_code
 from lab_ui.drawing.faults import draw_fault
 from lab_ui.session import Session
-from lab_ui.untrusted import plain
+from lab_ui.untrusted import quote
 
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
@@ -77,7 +77,7 @@ def draw_call(example: tools.Example) -> None:
     call = tools.call_of(message)
     if call is None:
         st.info(texts("tools.no_call"), icon=":material/info:")
-        st.markdown(f"> {plain(str(message.get('content') or ''))[:2000]}")
+        st.markdown(quote(str(message.get("content") or "")[:2000]))
         draw_code(session, request, "tools-code-first")
         return
     st.code(f"{call.name}({call.text})", language="python", wrap_lines=True)
@@ -102,7 +102,7 @@ def draw_call(example: tools.Example) -> None:
     if isinstance(second, Fault):
         draw_fault(session, second, "tools-second")
         return
-    st.markdown(f"> {plain(str(tools.message(second.body).get('content') or ''))[:4000]}")
+    st.markdown(quote(str(tools.message(second.body).get("content") or "")[:4000]))
     draw_code(session, second_request, "tools-code-second")
 
 

@@ -16,6 +16,8 @@ from ... import errors
 GZIP, ZLIB, DEFLATE = 31, 15, -15  # zlib's wbits
 MAX_DEPTH = 64
 CODINGS = "gzip, deflate"
+MAX_CODINGS = 2
+MAX_MEMBERS = 64  # of one gzip body: each costs a copy of what follows it
 
 
 def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
@@ -24,9 +26,12 @@ def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
     Raises MediaTypeError for an unknown coding, BodyTooLargeError for a result of over `limit` bytes, BadRequestError
     where the body is not what the header says.
     """
-    for name in reversed([part.strip().lower() for part in codings.split(",")]):
-        if name in {"", "identity"}:
-            continue
+    names = [name for part in codings.split(",") if (name := part.strip().lower()) not in {"", "identity"}]
+    if len(names) > MAX_CODINGS:
+        error = errors.MediaTypeError(f"A body has at most {MAX_CODINGS} content codings.")
+        error.headers = {"accept-encoding": CODINGS}
+        raise error
+    for name in reversed(names):
         if name not in {"gzip", "x-gzip", "deflate"}:
             error = errors.MediaTypeError(f"The content coding '{name[:50]}' is not supported: use {CODINGS} or none.")
             error.headers = {"accept-encoding": CODINGS}
@@ -47,7 +52,7 @@ def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
 def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
     """None if `raw` is not whole or not of this kind. Raises BodyTooLargeError."""
     out = b""
-    while raw or not out:
+    for _ in range(MAX_MEMBERS):
         decoder = zlib.decompressobj(kind)
         try:
             out += decoder.decompress(raw, limit + 1 - len(out))
@@ -60,7 +65,7 @@ def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
         raw = decoder.unused_data  # gzip may have several members
         if not raw:
             return out
-    return out
+    return None
 
 
 def parse_json(raw: bytes) -> Any:

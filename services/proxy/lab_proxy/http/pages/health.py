@@ -50,7 +50,8 @@ class HealthPages:
         }
 
     async def _health(self, _: PageRequest, response: Response) -> None:
-        await response.send(b'{"status":"ok"}', {})
+        # 200 in both states: the process lives. The gate sends no new requests to one that drains.
+        await response.send(b'{"status":"draining"}' if self._traffic.draining else b'{"status":"ok"}', {})
 
     async def _ready(self, _: PageRequest, response: Response) -> None:
         model = await self._models.ready()
