@@ -473,7 +473,8 @@ def test_one_failing_model_stops_nobody(service: tuple[Process, Path]) -> None:
 
 def test_the_card_tells_what_a_model_is(service: tuple[Process, Path]) -> None:
     card = httpx2.get(f"{service[0].url}/v1/models/runs", timeout=60).json()
-    assert card["endpoints"] == ["/v1/chat/completions", "/v1/completions"]
+    assert card["endpoints"][:2] == ["/v1/chat/completions", "/v1/completions"]
+    assert "/v1/inspect/score" in card["endpoints"]
     assert card["parameters"] == sum(each.numel() for each in tiny.model().parameters())
     assert card["engine"] == "LlamaRunner float32"
     assert card["disk_bytes"] > 4 * card["parameters"]

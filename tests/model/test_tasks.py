@@ -274,6 +274,28 @@ async def test_a_fault_of_a_forward_ends_its_requests_alone() -> None:
         assert job.used() == (1, 0, 0)
 
 
+async def test_a_request_without_rows_ends_and_a_fault_spares_those_that_wait() -> None:
+    made = Recorder()
+    queue = EncoderQueue(made, 10)
+
+    async def ask(rows: list[list[int]]) -> list[Any]:
+        with queue.submit(rows) as job:
+            return await job.outputs
+
+    first = asyncio.create_task(ask([[1] * 64]))
+    assert await asyncio.to_thread(made.begun.wait, 60)
+    # The second forward is full of rows whose first number is missing; the next request waits behind it.
+    failing = asyncio.create_task(ask([[]] * (BATCH_TOKENS + 1)))
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(ask([[7] * 64]))
+    empty = asyncio.create_task(ask([]))
+    await asyncio.sleep(0)
+    made.go.set()
+    assert (await first, await empty, await waiting) == ([1], [], [7])
+    with pytest.raises(IndexError):
+        await failing
+
+
 @pytest.mark.parametrize("kind", ["embedding", "classifier"])
 async def test_a_forward_that_hangs_fails_its_requests_and_the_encoder(
     kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

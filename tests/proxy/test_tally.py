@@ -491,7 +491,7 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
     class Half:
         """Its first forward ends when all clients have left."""
 
-        context, dimensions = 1024, 2
+        context, dimensions, name = 1024, 2, "half"
 
         def forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
             begun.set()
@@ -507,7 +507,11 @@ async def test_cache_a1_embeddings_that_are_abandoned_count_what_was_computed(
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client:
         asked = [
             asyncio.create_task(
-                client.post("/v1/embeddings", json={"model": "e", "input": [LONG, LONG]}, headers={"x-call-id": name})
+                client.post(
+                    "/v1/embeddings",
+                    json={"model": "e", "input": [LONG, LONG], "input_vocabulary": "model"},
+                    headers={"x-call-id": name},
+                )
             )
             for name in ("runs", "waits")
         ]

@@ -87,6 +87,9 @@ def test_a_client_of_http_1_0_gets_a_stream_with_its_length(bench: Bench) -> Non
         ("gzip", lambda raw: gzip.compress(raw)[:-4], 400),
         ("br", bytes, 415),
         ("gzip", lambda _: gzip.compress(bytes(10_000_000)), 413),
+        ("gzip", lambda raw: gzip.compress(raw[:9]) + gzip.compress(raw[9:]), 200),
+        ("gzip", lambda raw: gzip.compress(b"") * 1000 + gzip.compress(raw), 400),
+        ("gzip, gzip, gzip", bytes, 415),
     ],
 )
 def test_a_content_coding_is_decoded_or_refused(bench: Bench, header: str, pack: Any, status: int) -> None:

@@ -23,7 +23,7 @@ from lab_ui.pages import PAGES
 from lab_ui.proxy import Proxy, cache_state
 from lab_ui.settings import Settings
 from lab_ui.status import Report
-from lab_ui.untrusted import plain
+from lab_ui.untrusted import plain, quote
 from processes import eventually, free_port, process, python
 from streamlit.testing.v1 import AppTest
 
@@ -442,11 +442,16 @@ def test_code_is_right_for_any_json() -> None:
         ("- ```\n\n![x](y)", "- ```  \n\n!\\[x](y)"),
         ("1. a\n   ```\n![x](y)", "1. a  \n   ```  \n!\\[x](y)"),
         ("a\nb\n\nc\n", "a  \nb  \n\nc"),
+        ("```\nx\n  ```\n![x](y)", "```\nx\n  ```\n!\\[x](y)"),
         ("~~~\n```\n![x](y)\n~~~\n![x](y)", "~~~\n```\n![x](y)\n~~~\n!\\[x](y)"),
     ],
 )
 def test_untrusted_markdown_loads_nothing(written: str, harmless: str) -> None:
     assert plain(written) == harmless
+
+
+def test_no_line_of_a_text_leaves_its_quote() -> None:
+    assert quote("a\n\n# b\n```\n![x](y)\n```") == "> a  \n> \n> # b  \n> ```\n> ![x](y)\n> ```"
 
 
 def test_a_fault_of_the_proxy_loads_nothing(app: Callable[..., AppTest], proxy: StandIn) -> None:
