@@ -174,9 +174,9 @@ def _bench(folder: Path, paid: Process, model: Process, server: Process, **setti
 
 
 @contextlib.contextmanager
-def school_on(folder: Path, **settings: str) -> Iterator[School]:
+def school_on(folder: Path, *, paid_port: int | None = None, **settings: str) -> Iterator[School]:
     with contextlib.ExitStack() as stack:
-        paid, model = stack.enter_context(mock(folder)), stack.enter_context(mock(folder))
+        paid, model = stack.enter_context(mock(folder, paid_port)), stack.enter_context(mock(folder))
         server = stack.enter_context(redis_server(folder))
         one, two = (stack.enter_context(_bench(folder, paid, model, server, **settings)) for _ in range(2))
         db = stack.enter_context(contextlib.closing(redis.Redis(port=server.port, socket_timeout=60)))

@@ -25,7 +25,7 @@ from fixtures_keys import Holder, School, limits_of, school_on, slots_of
 from fixtures_proxy import new, redis_client, state
 from lab_proxy.endpoints import CHAT, EMBEDDINGS
 from lab_proxy.errors import LimitReached
-from lab_proxy.keys import estimate, limits
+from lab_proxy.keys import estimate, limits, refusal
 from lab_proxy.keys.identity import Identity
 from lab_proxy.ledger.ledger import Ledger
 from lab_proxy.ledger.prices import Prices
@@ -172,7 +172,7 @@ def test_x_ratelimit_headers_are_openais(school: School) -> None:
 )  # fmt: skip
 def test_durations_are_written_as_openai_does(microseconds: int, shown: str) -> None:
     """As in OpenAI's documentation: 1s, 6m0s."""
-    assert limits.duration(microseconds) == shown
+    assert refusal.duration(microseconds) == shown
 
 
 # ---- tokens a minute

@@ -585,6 +585,9 @@ def test_responses_are_refused_by_name_elsewhere(bench: Bench, once: Bench) -> N
         ({"routes": [{"upstream": "model", "stale_if_error_seconds": -1}]}, "stale_if_error_seconds"),
         ({"auto": {"small": "a", "large": "b", "large_for": ["moods"]}}, "large_for"),
         ({"rules": []}, "rules"),
+        ({"upstreams": {"model": {"kind": "model", "rpm": 0}}}, "upstreams.model.rpm"),
+        ({"upstreams": {"model": {"kind": "model", "tpm": True}}}, "upstreams.model.tpm"),
+        ({"upstreams": {"model": {"kind": "model", "usd_per_day": "1.2.3"}}}, "upstreams.model.usd_per_day"),
     ],
 )
 def test_a_wrong_routes_file_says_where(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Who calls, and with which limits. Data only."""
+"""Who calls, and with which limits; and what an upstream allows to all callers together. Data only."""
 
 import fnmatch
 from dataclasses import dataclass
@@ -29,6 +29,13 @@ class Identity:
         """The key may use one of these names of a model (id or alias)."""
         models = self.models
         return models is None or any(fnmatch.fnmatchcase(name, model) for model in models for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class CapShare(Identity):
+    """The cap of an upstream, as the limits of one identity, and the key that calls: `owner`."""
+
+    upstream: str = ""
 
 
 _UNLIMITED = (None,) * 5

@@ -1,8 +1,10 @@
-"""Limits of a key: requests and tokens per minute, concurrent requests, budgets per day and in total.
+"""Limits of a key: requests and tokens per minute, concurrent requests, budgets per day and in total; and the caps of
+upstreams, which all keys share.
 
-One redis script decides for all processes (limits.lua) and is sent with the cache's read. Requests and tokens are
-counted by GCRA, a continuously refilled bucket, so that no second burst is possible at the edge of a minute. Tokens are
-reserved by an estimate and corrected at the end of the answer; slots of a dead process expire.
+One redis script decides for all processes (limits.lua). For a key it is sent with the cache's read. For a cap it is
+sent before each call of the upstream: only then is it known that there is a call, and of which upstream. Requests and
+tokens are counted by GCRA, a continuously refilled bucket, so that no second burst is possible at the edge of a minute.
+Tokens are reserved by an estimate and corrected at the end of the answer; slots of a dead process expire.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -19,15 +20,17 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
-from ..errors import BudgetExceeded, LimitReached, LimitsUnavailable, ProxyError
-from ..ledger import money
-from ..ledger.ledger import SUMS, Ledger
+from ..errors import LimitsUnavailable
+from ..ledger.ledger import SUMS, UPSTREAM_SUMS, Ledger
 from ..ledger.prices import Prices
+from ..ledger.usage import NOBODY
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, RedisError
 from ..tasks import end, supervise
+from ..upstreams.routes import UpstreamConfig
 from .estimate import MAX_TOKENS, estimate
-from .identity import Identity
+from .identity import CapShare, Identity
+from .refusal import NAMES, duration, refusal
 
 log = logging.getLogger("lab_proxy.limits")
 
@@ -41,9 +44,6 @@ MAX_UNSENT = 20_000  # finished requests not yet sent to redis; further ones are
 _UNKNOWN = 9 * 10**15  # later than any time: the time of admission is unknown
 
 SCRIPT = Script(resources.files(__package__).joinpath("limits.lua").read_text("utf-8"))
-
-_DAY, _TOTAL, _SLOTS, _REQUESTS, _TOKENS, _TOO_LARGE = range(1, 7)
-_NAMES = ("", "budget_day", "budget_total", "concurrency", "rpm", "tpm", "tpm")
 
 
 Finished = tuple[str, int, int, int]
@@ -90,8 +90,8 @@ class Admission:
                 headers[f"x-ratelimit-reset-{kind}"] = duration(full)
         if verdict:
             self._over = True
-            limits.on_refusal(_NAMES[verdict])
-            raise _refusal(self, verdict, wait=wait, now=now, left=tokens)
+            limits.on_refusal(("upstream_" if isinstance(who, CapShare) else "") + NAMES[verdict])
+            raise refusal(who, verdict, headers, wait=wait, now=now, left=tokens, requested=self.reserved)
         if self.member:
             self._at = now
             limits.running[self.member] = self
@@ -123,6 +123,11 @@ class Admission:
             self._used = tokens
             self.limits.running.pop(self.member, None)
             self.limits.finish(self.identity, (self.member, tokens, self.reserved, self._at))
+
+    def count(self, tokens: int) -> None:
+        """The request has ended and used `tokens`, or it is known by now that it did."""
+        self.settle(tokens)
+        self.correct(tokens)
 
     def correct(self, tokens: int) -> None:
         """Correct the tokens of an ended request. Before its end this changes nothing."""
@@ -203,6 +208,39 @@ class Limits:
             finally:
                 admission.settle(0)
 
+    async def claim_call(  # noqa: PLR0917 - all that a cap depends on
+        self,
+        caller: Identity,
+        upstream: UpstreamConfig,
+        endpoint: str,
+        model: str,
+        body: Mapping[str, Any],
+        size_bytes: int,
+    ) -> Admission | None:
+        """Count a call against its upstream's cap; None if there is none. Settle it at the end of the call. Raises like
+        `check`: a refused call does not count."""
+        cap = upstream.cap
+        if cap is None:
+            return None
+        name = upstream.name
+        share = CapShare(
+            tenant="",
+            owner=caller.key_id or NOBODY,
+            key_id=f"upstream:{name}",
+            rpm=cap.rpm,
+            tpm=cap.tpm,
+            budget_day=cap.day,
+            upstream=name,
+        )
+        admission = self.admission(share, endpoint, model, body, size_bytes, name)
+        if admission is not None:
+            try:
+                await self.check(admission)
+            except BaseException:  # cancelled too: redis may have admitted it
+                admission.settle(0)
+                raise
+        return admission
+
     async def check(self, admission: Admission) -> None:
         """Check without a cache read. Raises like Admission.on_reply and .on_failure."""
         try:
@@ -218,14 +256,19 @@ class Limits:
         limits = (who.rpm, who.tpm, who.concurrency, who.budget_day, who.budget_total)
         if claim is None:
             limits = (None, who.tpm, None, None, None)
-        name = f"{PREFIX}{{{who.key_id}}}"
+        name, day = f"{PREFIX}{{{who.key_id}}}", self._ledger.today()
+        names, spent, caller = [name, _slots(who), f"{SUMS}{who.key_id}"], f"day:{day}", ""
+        if isinstance(who, CapShare):
+            names[2:] = [f"{UPSTREAM_SUMS}{day}:{who.upstream}", f"{name}:shares", f"{name}:active"]
+            spent, caller = "total", who.owner
         return SCRIPT(
-            (name, _slots(who), f"{SUMS}{who.key_id}"),
+            names,
             *("" if limit is None else limit for limit in limits),
             *((0, 0, "") if claim is None else (claim.reserved, claim.cost, claim.member)),
             SLOT_SECONDS,
-            f"day:{self._ledger.today()}" if who.budget_day is not None else "-",
+            spent if who.budget_day is not None else "-",
             self._ledger.unflushed_cost(who.key_id or ""),
+            caller,
             *itertools.chain.from_iterable(finished),
         )
 
@@ -317,40 +360,5 @@ class Limits:
                 self._on_error("limits")
 
 
-def duration(microseconds: int) -> str:
-    """In the form of OpenAI's headers: `120ms`, `7.66s`, `6m0s`, `1h2m3s`; rounded up to a millisecond."""
-    ms = math.ceil(microseconds / 1000)
-    if ms < 1000:
-        return f"{ms}ms" if ms else "0s"
-    minutes, rest = divmod(ms, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    seconds = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
-    return f"{f'{hours}h' if hours else ''}{f'{minutes}m' if hours or minutes else ''}{seconds}s"
-
-
 def _slots(who: Identity) -> str:
     return f"{PREFIX}{{{who.key_id}}}:slots"
-
-
-def _refusal(admission: Admission, verdict: int, *, wait: int, now: int, left: int) -> ProxyError:
-    """`wait` and `now` in microseconds, `left` in tokens."""
-    who, headers = admission.identity, dict(admission.headers)
-    if verdict == _TOTAL:
-        budget = money.shown(who.budget_total or 0)
-        return BudgetExceeded(f"This key's budget of {budget} USD is spent.", headers=headers)
-    if verdict == _DAY:
-        headers["retry-after"] = str(86400 - now // 1_000_000 % 86400)
-        why = f"{money.shown(who.budget_day or 0)} USD a day is spent: it begins anew at midnight UTC."
-        return BudgetExceeded(f"This key's budget of {why}", headers=headers)
-    if verdict == _TOO_LARGE:  # a retry does not help
-        why = f"Limit {who.tpm}, Requested {admission.reserved}. Ask for fewer tokens."
-        return LimitReached(f"Request too large for this key on tokens per min (TPM): {why}", "tokens", headers)
-    headers["retry-after"] = str(math.ceil(wait / 1e6))
-    headers["retry-after-ms"] = str(math.ceil(wait / 1000))
-    kind, why = {
-        _SLOTS: ("requests", f"concurrent requests: Limit {who.concurrency}."),
-        _REQUESTS: ("requests", f"requests per min (RPM): Limit {who.rpm}."),
-        _TOKENS: ("tokens", f"tokens per min (TPM): Limit {who.tpm}, Left {left}, Requested {admission.reserved}."),
-    }[verdict]
-    why += f" Please try again in {duration(wait)}."
-    return LimitReached(f"Rate limit reached for this key on {why}", kind, headers)

@@ -28,6 +28,7 @@ log = logging.getLogger("lab_proxy.ledger")
 
 WRITERS = "lab:ledger:writers"  # hash: writer -> number of its last booked batch
 SUMS = "lab:ledger:sum:"  # + key: hash, `total` and `day:…` -> pico-dollars, which the limits read
+UPSTREAM_SUMS = "lab:ledger:upstream:"  # + day:upstream: hash, `total` and each key -> pico-dollars, for its cap
 FLUSH_SECONDS = 0.05
 OUTAGE_SECONDS = 0.25  # between batches while redis is down: each one is an fsync
 FLUSH_TIMEOUT = 1.0
@@ -96,7 +97,7 @@ class Ledger:
         self._writer = secrets.token_hex(8)
         self._number = 0
         self._rows: dict[tuple[str, str, str, str, str], list[int]] = {}
-        self._costs: dict[str, int] = {}  # key -> pico-dollars that redis does not have yet
+        self._costs: dict[str, int] = {}  # key, or `upstream:…` -> pico-dollars that redis does not have yet
         self._disk_queue = DiskQueue(folder, self._writer, max_bytes)
         self._orphans: list[DiskQueue] = []
         self._queue: list[LedgerBatch] = []
@@ -162,7 +163,8 @@ class Ledger:
             row[_UNPRICED] += times * (charge.cost is None)
             if charge.cost:
                 row[_COST] += times * charge.cost
-                self._costs[charge.key_id] = self._costs.get(charge.key_id, 0) + times * charge.cost
+                for name in (charge.key_id, f"upstream:{charge.upstream}"):
+                    self._costs[name] = self._costs.get(name, 0) + times * charge.cost
         for place, number in enumerate(added, at):
             row[place] += times * number
 
@@ -175,7 +177,7 @@ class Ledger:
         return row
 
     def unflushed_cost(self, key_id: str) -> int:
-        """Pico-dollars of this key that redis does not have yet."""
+        """Pico-dollars of this key, or of all calls of `upstream:…`, that redis does not have yet."""
         return self._costs.get(key_id, 0)
 
     async def flush(self) -> None:
@@ -250,12 +252,12 @@ class Ledger:
     def _forget(self, batch: LedgerBatch) -> None:
         """Redis has these costs now."""
         for row in batch.rows:
-            if cost := row[5][_COST]:
-                left = self._costs.get(row[1], 0) - cost
+            for name in (row[1], f"upstream:{row[3]}") if row[5][_COST] else ():
+                left = self._costs.get(name, 0) - row[5][_COST]
                 if left:  # negative: an estimate was too high, and redis does not have the correction yet
-                    self._costs[row[1]] = left
+                    self._costs[name] = left
                 else:
-                    self._costs.pop(row[1], None)
+                    self._costs.pop(name, None)
 
     async def _replay(self) -> bool:
         """Book some of the queued batches. False if redis does not accept them."""
@@ -291,6 +293,8 @@ class Ledger:
             if metrics[_COST]:
                 for field in (f"day:{day}", "total"):
                     args += [SUMS + key, field, metrics[_COST]]
+                for field in ("total", key):
+                    args += [f"{UPSTREAM_SUMS}{day}:{upstream}", field, metrics[_COST]]
         try:
             lost = await self._redis.execute(*SCRIPT([WRITERS], *args), within=FLUSH_TIMEOUT)
         except RedisError:

@@ -53,7 +53,7 @@ class Billing:
         record = request.record
         record.add_call(call)
         if not (call.answered or call.possibly_processed):
-            return
+            return call.count_tokens(0)
         charge = self._charge(request, call.upstream, call.model)
         if isinstance(usage, dict):
             charge.prompt = token_count(usage, "prompt_tokens")
@@ -65,15 +65,18 @@ class Billing:
             record.billed_tokens += charge.prompt + charge.completion
             record.billed_prompt += charge.prompt
             self._ledger.record(charge)
+        call.count_tokens(charge.prompt + charge.completion if call.answered else 0)
         if charge.estimated and call.id:
             self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))
         elif request.admission is not None:
             # The caller may have left before its followers.
             request.admission.correct(record.upstream_tokens)
+        return None
 
     def _reconcile(self, request: RequestContext, call: UpstreamCall, charge: Charge, usage: TokenUsage) -> None:
         """The model service has reported the usage of an interrupted call."""
         record, tokens = request.record, usage.prompt + usage.completion
+        call.count_tokens(tokens)
         if call.answered:
             record.billed_tokens += tokens - charge.prompt - charge.completion
             self._ledger.correct(charge, *usage)

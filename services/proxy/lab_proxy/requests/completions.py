@@ -19,12 +19,13 @@ from ..cache.flight import Flight
 from ..cache.key import key_of, sample_key
 from ..cache.store import Cache
 from ..errors import UpstreamBroken
+from ..keys.limits import Limits
 from ..telemetry.record import UpstreamCall
 from ..upstreams.client import UpstreamRequest
 from ..upstreams.failover import UpstreamPool
 from ..upstreams.model_list import ModelList
 from ..upstreams.reply import UpstreamResponse
-from ..upstreams.routes import Target
+from ..upstreams.routes import Target, UpstreamConfig
 from .billing import Billing
 from .context import Plan
 from .delivery import STREAM_ERROR
@@ -40,11 +41,12 @@ class CompletionFetch:
         planner: Planner,
         billing: Billing,
         *,
+        limits: Limits,
         total_seconds: float,
     ) -> None:
         self._cache, self._upstreams, self._models = cache, upstreams, models
         self._planner, self._billing = planner, billing
-        self._total = total_seconds
+        self._limits, self._total = limits, total_seconds
 
     def upstream_request(
         self, plan: Plan, body: Callable[[Target], bytes], on_call: Callable[[UpstreamCall], None]
@@ -53,7 +55,14 @@ class CompletionFetch:
         deadline = (plan.retried_at or request.started) + self._total
         # Followers may wait longer for a shared answer than this caller, who then leaves the flight to them.
         own = None if plan.shareable else request.caller_deadline
-        return UpstreamRequest(request.endpoint, request.request_id, plan.stream, deadline, body, on_call, own)
+
+        async def admit(call: UpstreamCall, upstream: UpstreamConfig) -> None:
+            what = (request.endpoint, call.model, request.body, len(request.raw))
+            claim = await self._limits.claim_call(request.identity, upstream, *what)
+            if claim is not None:
+                call.count_tokens = claim.count
+
+        return UpstreamRequest(request.endpoint, request.request_id, plan.stream, deadline, body, on_call, own, admit)
 
     def renamed_body(self, plan: Plan) -> Callable[[Target], bytes]:
         """The body as received, or with the target's model."""

@@ -27,7 +27,7 @@ from ..ledger.ledger import Ledger
 from ..ledger.reconciliation import Reconciliation
 from ..redis.client import PipelinedCommand
 from ..settings import Settings
-from ..telemetry.record import RequestRecord
+from ..telemetry.record import RequestRecord, UpstreamCall
 from ..upstreams.failover import UpstreamPool
 from ..upstreams.model_list import ModelList
 from ..upstreams.routes import Routes, Target
@@ -68,7 +68,7 @@ class Executor:
         self.planner = Planner(cache, routes, models)  # also for previews
         self._billing = Billing(ledger, reconciliation, lambda name: name == upstreams.model_config.name)
         shared = (self.planner, self._billing)
-        self._completions = CompletionFetch(cache, upstreams, models, *shared, total_seconds=self._total)
+        self._completions = CompletionFetch(cache, upstreams, models, *shared, limits=limits, total_seconds=self._total)
         self._embeddings = EmbeddingFetch(cache, upstreams, *shared, self._completions)
         self._refreshes: set[asyncio.Task[None]] = set()
         self._tasks = TaskFetch(cache, upstreams, self.planner, self._billing, self._completions)
@@ -260,7 +260,12 @@ class Executor:
     async def _relay(self, plan: Plan, writer: ResponseWriter) -> None:
         record = plan.request.record
         await self._lookup(plan, [""], writer)
-        call = self._completions.upstream_request(plan, self._completions.renamed_body(plan), record.add_call)
+
+        def on_call(call: UpstreamCall) -> None:
+            record.add_call(call)
+            call.count_tokens(record.prompt_tokens + record.completion_tokens if call.answered else 0)
+
+        call = self._completions.upstream_request(plan, self._completions.renamed_body(plan), on_call)
         with closing(await self._upstreams.send(plan.targets, call)) as response:
             record.model_known = record.upstream_called = True
             headers = response.headers | plan.miss_headers()

@@ -1,5 +1,6 @@
 """The record of one request: the numbers that log line, metrics, traces and billing read. No prompt, answer or key."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class UpstreamCall:
     outcome: str = ""  # ok, refused (4xx), failed (5xx, no answer), broken (after its first byte), cancelled
     answered: bool = False  # a 2xx: its content is the caller's answer
     id: str = ""  # by which the model service reports the call's usage; empty for other upstreams
+    count_tokens: Callable[[int], None] = lambda _: None  # at its end, and when its real usage is known: for the cap
 
     @property
     def possibly_processed(self) -> bool:

@@ -10,7 +10,7 @@ import itertools
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -55,6 +55,7 @@ class UpstreamRequest:
     body: Callable[[Target], bytes]
     on_call: Callable[[UpstreamCall], None] = lambda _: None  # called at the end of each call
     caller_deadline: float | None = None  # the caller's own; sent to the model service, not enforced here
+    admit: Callable[[UpstreamCall, UpstreamConfig], Awaitable[None]] | None = None  # before each call; may raise
 
 
 class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
@@ -129,6 +130,11 @@ class UpstreamClient:
             call, began = UpstreamCall(self.config.name, target.model, time.time()), breaker.began()
             if self.config.native:
                 call.id = f"{self._call_prefix}.{next(self._numbers)}"
+            if request.admit is not None and target.config.cap is not None:
+                try:
+                    await request.admit(call, target.config)
+                except ProxyError as error:  # the upstream's cap
+                    raise last or UpstreamFault(error, retry_after=None, fallback=True, failed=False) from None
             try:
                 reply = await self._send_once(request, target, body, call)
             except UpstreamFault as fault:

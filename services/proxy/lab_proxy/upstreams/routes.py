@@ -10,14 +10,16 @@ import fnmatch
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from ..canonical import encode
 from ..endpoints import default_tables
 from ..errors import ModelNotFound, UpstreamDown
+from ..ledger import money
 from ..reload import read_yaml
 from ..settings import Settings, forward_proxy, is_http
 
@@ -26,6 +28,9 @@ AUTO = "auto"
 MAX_CACHED_NAMES = 1000  # cached targets: callers may invent any number of names
 
 Listed = Mapping[str, Mapping[str, Any]]  # the model service's models by id
+
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000, strict=True)]
 
 
 class UpstreamRow(BaseModel, extra="forbid"):
@@ -38,6 +43,9 @@ class UpstreamRow(BaseModel, extra="forbid"):
     defaults: str | None = None
     stream_usage: bool = True
     responses: bool = False
+    rpm: Count | None = None
+    tpm: Count | None = None
+    usd_per_day: Annotated[Decimal, BeforeValidator(money.parse_usd)] | None = None
 
     @field_validator("base_url")
     @classmethod
@@ -137,6 +145,15 @@ class Table(BaseModel, extra="forbid"):
 
 
 @dataclass(frozen=True, slots=True)
+class Cap:
+    """What an upstream is asked for by all keys together, at most; `day`: pico-dollars. None: no limit."""
+
+    rpm: int | None
+    tpm: int | None
+    day: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamConfig:
     """Address and features of one upstream. `base_url` ends before the endpoint's path; `key`: None if keyless.
 
@@ -152,6 +169,7 @@ class UpstreamConfig:
     responses: bool = False
     forward_proxy: str | None = field(default=None, repr=False)  # it may hold a password
     native: bool = False
+    cap: Cap | None = field(default=None, compare=False)  # another cap needs no other client
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,10 +334,12 @@ def _read(settings: Settings) -> _Read:
 
 
 def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
+    day = None if row.usd_per_day is None else money.from_usd(row.usd_per_day)
+    cap = None if (row.rpm, row.tpm, day) == (None, None, None) else Cap(row.rpm, row.tpm, day)
     if row.kind == "model":
         url = row.base_url or settings.model_url
         key, proxy = (settings.openai_key(), forward_proxy(url)) if row.openai_key else (None, None)
-        return UpstreamConfig(name, row.kind, url, key, True, row.stream_usage, row.responses, proxy, row.native)
+        return UpstreamConfig(name, row.kind, url, key, True, row.stream_usage, row.responses, proxy, row.native, cap)
     key, url = None, (row.base_url or settings.openai_base_url).rstrip("/")
     if row.base_url is None:
         key = settings.openai_key()
@@ -330,4 +350,4 @@ def _config(name: str, row: UpstreamRow, settings: Settings) -> UpstreamConfig:
             raise ValueError(f"PROXY_ROUTES_FILE: the key file of upstream {name} cannot be read: {error}") from None
     configured = key is not None or (row.base_url is not None and row.keyless)
     proxy = forward_proxy(url) if configured else None
-    return UpstreamConfig(name, row.kind, url, key, configured, row.stream_usage, row.responses, proxy)
+    return UpstreamConfig(name, row.kind, url, key, configured, row.stream_usage, row.responses, proxy, cap=cap)
