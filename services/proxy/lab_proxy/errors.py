@@ -141,7 +141,7 @@ class KeyNotFound(InvalidRequest, status=404, code="key_not_found"):
 
 
 class LimitReached(ProxyError, status=429, code="rate_limit_exceeded"):
-    """A rate limit of a key: RPM, TPM or concurrency. OpenAI's `type` names it: `requests` or `tokens`."""
+    """A rate limit of a key (RPM, TPM, concurrency) or the cap of an upstream. OpenAI's `type` names it: `requests` or `tokens`."""
 
     def __init__(self, message: str, kind: str, headers: Mapping[str, str]) -> None:
         super().__init__(message, headers=headers)
@@ -149,7 +149,7 @@ class LimitReached(ProxyError, status=429, code="rate_limit_exceeded"):
 
 
 class BudgetExceeded(ProxyError, status=429, type="insufficient_quota", code="insufficient_quota"):
-    """The key has spent its budget."""
+    """The key has spent its budget, or all keys together that of an upstream."""
 
 
 class KeysUnavailable(ProxyError, status=503, code="keys_unavailable"):
