@@ -141,7 +141,8 @@ class KeyNotFound(InvalidRequest, status=404, code="key_not_found"):
 
 
 class LimitReached(ProxyError, status=429, code="rate_limit_exceeded"):
-    """A rate limit of a key (RPM, TPM, concurrency) or the cap of an upstream. OpenAI's `type` names it: `requests` or `tokens`."""
+    """A rate limit of a key (RPM, TPM, concurrency), or the cap of an upstream. OpenAI's `type` names it: `requests` or
+    `tokens`."""
 
     def __init__(self, message: str, kind: str, headers: Mapping[str, str]) -> None:
         super().__init__(message, headers=headers)
