@@ -64,6 +64,10 @@ class BodyReader:
         why = f"The body is larger than {self._max_bytes} bytes (PROXY_MAX_BODY_BYTES)."
         parts: list[bytes] = []
         left = self._timeout if deadline is None else deadline - time.perf_counter()
+        cycle = getattr(receive, "__self__", None)  # uvicorn's
+        if cycle is not None and getattr(cycle, "more_body", True) is False:  # the body is here: no timer is needed
+            await receive_body(headers, receive, self._max_bytes, why, parts.append)
+            return await self._decoded(headers, b"".join(parts))
         try:
             async with asyncio.timeout(min(self._timeout, left)):
                 await receive_body(headers, receive, self._max_bytes, why, parts.append)
@@ -71,7 +75,10 @@ class BodyReader:
             if left < self._timeout:
                 raise errors.DeadlineExceeded from None
             raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
-        raw, codings = b"".join(parts), headers.get("content-encoding", "")
+        return await self._decoded(headers, b"".join(parts))
+
+    async def _decoded(self, headers: Mapping[str, str], raw: bytes) -> bytes:
+        codings = headers.get("content-encoding", "")
         if not codings:
             return raw
         return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)  # few bytes may stand for many

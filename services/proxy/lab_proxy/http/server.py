@@ -79,6 +79,7 @@ class Connection(HttpToolsProtocol):
         self._head_seconds = head_seconds
         self._timer: asyncio.TimerHandle | None = None  # while a head is not complete
         self._received = 0  # bytes since its beginning
+        self._chunk = self._at_most = 0  # bytes of the last read; of the reads since the head began
         self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -93,19 +94,25 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         self._received += len(data)
+        self._chunk = len(data)
+        self._at_most += self._chunk
         super().data_received(data)
         if self._timer is not None and self._received > MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._at_most = self._chunk
         if self._timer is None:  # not the connection's first request
             self._received = 1  # some of it at least
             self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
-        if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES:
+        # Counted only where so much was received at all.
+        if self._at_most > MAX_HEAD_BYTES and (
+            sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > MAX_HEAD_BYTES
+        ):
             self._refuse(HeadTooLarge(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."))
             return
         super().on_headers_complete()

@@ -84,6 +84,7 @@ class Metrics:
         self.registry.register(self)
         # The children by their labels: prometheus_client's own lookup takes a lock and longer than the count.
         self._children: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in self._metrics}
+        self._of_request: dict[tuple[tuple[str, str, str], int], tuple[Any, Any, Any]] = {}
         self._next_exemplar: dict[tuple[str, ...], float] = {}  # labels -> time.monotonic()
         self._gauges: list[Callable[[], Gauges]] = []
         self._models = {""}
@@ -98,8 +99,9 @@ class Metrics:
             else:
                 model = "other"
         by, waited = (route, model, cache), record.upstream_seconds
-        self._child("requests", (route, model, cache, str(status))).inc()
-        self._child("overhead", by).observe(seconds - waited if seconds > waited else 0.0)
+        requests, overhead, request = self._of_request.get((by, status)) or self._request_children(by, status)
+        requests.inc()
+        overhead.observe(seconds - waited if seconds > waited else 0.0)
         for kind, tokens in (("prompt", record.prompt_tokens), ("completion", record.completion_tokens)):
             if tokens:
                 self._child("tokens", (model, _SOURCES.get(cache, "upstream"), kind)).inc(tokens)
@@ -107,7 +109,7 @@ class Metrics:
         now, exemplar = time.monotonic(), None
         if request_id and now >= self._next_exemplar.get(by, 0.0) and len(self._next_exemplar) < MOST_SERIES:
             exemplar, self._next_exemplar[by] = {"request_id": request_id[:100]}, now + 1  # OpenMetrics: at most 128
-        self._child("request", by).observe(seconds, exemplar)
+        request.observe(seconds, exemplar)
         if record.ttft is not None:
             self._child("ttft", by).observe(record.ttft, exemplar)
         if waited:
@@ -116,6 +118,13 @@ class Metrics:
             self.hits += 1
         elif cache in {"miss", "request", "partial"}:
             self.misses += 1
+
+    def _request_children(self, by: tuple[str, str, str], status: int) -> tuple[Any, Any, Any]:
+        """Of each request: its counter, its overhead and its time, looked up once."""
+        found = (self._child("requests", (*by, str(status))), self._child("overhead", by), self._child("request", by))
+        if len(self._of_request) < MOST_SERIES:
+            self._of_request[by, status] = found
+        return found
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """`name`: one of the counters above."""

@@ -14,18 +14,21 @@ class Timings:
     """The last requests of this process. Another tenant's are unknown to the caller."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], tuple[float, dict[str, Any]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], tuple[float, RequestRecord, int, float]] = OrderedDict()
 
     def add(self, request_id: str, record: RequestRecord, status: int, seconds: float) -> None:
         """`seconds`: from the request's start to its end."""
         if len(self._kept) >= KEPT:
             self._kept.popitem(last=False)
-        self._kept[record.tenant, request_id] = time.monotonic(), phases(record, status, seconds)
+        # Few are looked up: the phases are computed then.
+        self._kept[record.tenant, request_id] = time.monotonic(), record, status, seconds
 
     def find(self, tenant: str, request_id: str) -> dict[str, Any] | None:
         """The timing of a request of this tenant that ended within the last 5 minutes."""
-        at, found = self._kept.get((tenant, request_id), (0.0, None))
-        return found if time.monotonic() - at <= KEPT_SECONDS else None
+        found = self._kept.get((tenant, request_id))
+        if found is None or time.monotonic() - found[0] > KEPT_SECONDS:
+            return None
+        return phases(*found[1:])
 
 
 def phases(record: RequestRecord, status: int, seconds: float) -> dict[str, Any]:
