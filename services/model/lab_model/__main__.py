@@ -18,7 +18,7 @@ from .models.catalogue import load_catalogue
 from .serving.front import haproxy_binary
 from .serving.launcher import FAILED, WRONG_SETTING, run, say, stop_on_signals
 from .serving.ray_internals import prepare_environment
-from .settings import Settings
+from .settings import Settings, wrong_settings
 
 
 def main() -> int:
@@ -31,8 +31,8 @@ def main() -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((settings.host, settings.port))
     except ValidationError as error:
-        for fault in error.errors():
-            say(f"MODEL_{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}")
+        for line in wrong_settings(error):
+            say(line)
         return WRONG_SETTING
     except CatalogueError as error:
         say(str(error))

@@ -18,7 +18,7 @@ from .models.fetching import add, fetch, known
 from .models.progress import Progress
 from .models.sizes import size_of
 from .models.sources import resolve_source
-from .settings import Settings
+from .settings import Settings, wrong_settings
 
 FAILED, WRONG_SETTING = 1, 2
 
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
         for entry in wanted:
             say(f"{entry.id} lies in {fetch(entry, settings.folder, report).folder}")
     except ValidationError as error:
-        for fault in error.errors():
-            say(f"MODEL_{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}")
+        for line in wrong_settings(error):
+            say(line)
         return WRONG_SETTING
     except CatalogueError as error:
         say(str(error))

@@ -31,7 +31,7 @@ class OpenAITokenizer:
         raise NotImplementedError("its tokens' bytes are those of the text")
 
     def bytes_of(self, token: int) -> bytes:
-        """None for ids that stand for no bytes: the vocabulary has gaps before its special tokens."""
+        """Empty for ids that stand for no bytes: the vocabulary has gaps before its special tokens."""
         try:
             found: bytes = self._encoding.decode_single_token_bytes(token)
         except KeyError:
