@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import socket
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures_proxy import CHAT_MODEL, Bench, new, second, state
+from lab_proxy.http.uvicorn_internals import CHECKED_UVICORN
 
 pytestmark = pytest.mark.usefixtures("bench")
 CLOSE = b"host: localhost\r\nconnection: close\r\n"
@@ -75,6 +78,36 @@ def test_a_client_of_http_1_0_gets_a_stream_with_its_length(bench: Bench) -> Non
         assert b"transfer-encoding" not in headers
         assert headers[b"content-length"] == str(len(answer)).encode()
         assert answer.endswith(b"data: [DONE]\n\n")
+
+
+def test_pipelined_requests_are_answered_in_order(bench: Bench) -> None:
+    """Hits are written at once, misses are not; a long hit and one that ends the connection are not either."""
+    texts = [new() for _ in range(4)]
+    for text in (texts[1], texts[3]):
+        assert bench.chat(text).status_code == 200
+    choice = {"index": 0, "message": {"role": "assistant", "content": "y" * 100_000}, "finish_reason": "stop"}
+    long = {"id": "x", "object": "chat.completion", "created": 1, "model": "gpt-mock", "choices": [choice]}
+    bench.control(script=[{"status": 200, "body": long}])
+    assert bench.chat(texts[2]).status_code == 200
+    sent = b""
+    for number, text in enumerate([texts[1], texts[0], texts[2], texts[3], texts[1]]):
+        body = {"model": "gpt-mock", "messages": [{"role": "user", "content": text}], "temperature": 0}
+        raw = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: n{number}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(raw)}\r\n"
+        sent += (head + ("connection: close\r\n" if number == 4 else "")).encode() + b"\r\n" + raw
+    with socket.create_connection(("127.0.0.1", bench.proxy.port), timeout=60) as line:
+        line.sendall(sent)
+        received = line.makefile("rb").read()
+    ids = re.findall(rb"\r\nx-request-id: (n\d)\r\n", received)
+    assert ids == [b"n0", b"n1", b"n2", b"n3", b"n4"], received[:2000]
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 5
+    assert received.count(b"; hit") == 4, "all but the second"
+
+
+def test_uvicorn_is_the_version_that_was_checked() -> None:
+    """See http/uvicorn_internals.py: what it reads and sets of a request is private to uvicorn."""
+    assert version("uvicorn").rpartition(".")[0] == CHECKED_UVICORN
 
 
 @pytest.mark.parametrize(

@@ -377,11 +377,8 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def violations(page: Page, script: str) -> list[str]:
     """Findings of axe that are serious or critical, outside Streamlit's own header and navigation."""
-    # What fades in has its last colour at once, also while a run of the script makes it pale.
-    page.add_style_tag(
-        content="* { transition: none !important; animation: none !important; }"
-        "[data-stale], [data-retained] { opacity: 1 !important; }"
-    )
+    # What fades in has its last colour at once.
+    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
     page.evaluate(script)
     found = page.evaluate(
         "([rules, own]) => axe.run({exclude: own.split(', ').map(each => [each])}, rules)", [RULES, STREAMLITS_OWN]

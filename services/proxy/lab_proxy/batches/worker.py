@@ -65,7 +65,7 @@ class BufferedResponse:
         self.started = self.ended = True
         self.body, self.status = body, status
 
-    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    async def send_prepared(self, body: bytes, headers: Mapping[str, str], head: bytes) -> None:
         await self.send(body, {})
 
     async def start_stream(self, headers: Mapping[str, str]) -> None:

@@ -26,7 +26,8 @@ class PreparedHit:
     """A hit ready to be sent, valid while the entry's age in whole seconds stays the same."""
 
     age: int
-    headers: list[tuple[bytes, bytes]]
+    headers: dict[str, str]
+    head: bytes  # the headers as lines of HTTP
     pieces: list[bytes]  # to be joined by `"id":…,"created":…,`
 
 

@@ -99,8 +99,7 @@ class App:
             request_id = f"req_{getrandbits(96):024x}"
         origin = headers.get("origin")
         always = {"x-request-id": request_id}
-        foreign = origin and not scope["path"].startswith(OPERATOR)
-        if origin and foreign and {origin.lower(), "*"} & set(self._settings.allowed_origins):
+        if origin and not scope["path"].startswith(OPERATOR) and self._guard.allows_origin(origin):
             always |= {"access-control-allow-origin": origin, "access-control-expose-headers": "*", "vary": "origin"}
         draining = self._traffic.draining
         if draining:
@@ -138,7 +137,8 @@ class App:
 
     async def _dispatch(self, scope: Message, headers: Mapping[str, str], receive: Receive, response: Response) -> None:
         method, path = scope["method"], scope["path"]
-        check_transfer(headers)
+        if "transfer-encoding" in headers:
+            check_transfer(headers)
         # 1. Host and origin.
         if path not in UNCHECKED:
             self._guard.check(headers)
@@ -195,7 +195,7 @@ class App:
         try:
             with DisconnectWatch(receive, response):
                 await self._executor.answer(asked, response)
-                await asyncio.sleep(0)  # what is written leaves (server.Gathering) before the request is counted
+                await asyncio.sleep(0)  # uvloop writes at the end of its turn: before the request is counted as ended
         finally:
             self._traffic.ended += 1
 

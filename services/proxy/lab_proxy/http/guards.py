@@ -15,6 +15,7 @@ from ..keys.authentication import Authenticator
 from ..requests.delivery import JSON
 from ..settings import LOOPBACK, Settings
 from .response import PageRequest, Receive
+from .uvicorn_internals import received_body
 
 DEADLINE = "x-request-timeout-ms"
 CODINGS = "gzip, deflate"
@@ -30,13 +31,16 @@ class CallerGuard:
         self._origins = set(settings.allowed_origins)
         self._hosts = LOOPBACK | {"proxy"} | set(settings.allowed_hosts)
 
+    def allows_origin(self, origin: str) -> bool:
+        return not self._origins.isdisjoint((origin.lower(), "*"))
+
     def check(self, headers: Mapping[str, str]) -> None:
         """Raises HostNotAllowed and OriginNotAllowed."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts and "*" not in self._hosts and not _is_address(name):
             raise errors.HostNotAllowed("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
-        if origin is None or {origin.lower(), "*"} & self._origins:
+        if origin is None or self.allows_origin(origin):
             return
         if origin.lower().partition("://")[2] != host:
             why = "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
@@ -57,31 +61,32 @@ class BodyReader:
 
     def __init__(self, settings: Settings) -> None:
         self._max_bytes, self._timeout = settings.max_body_bytes, settings.body_timeout_seconds
+        self._too_large = f"The body is larger than {self._max_bytes} bytes (PROXY_MAX_BODY_BYTES)."
 
     async def read(self, headers: Mapping[str, str], receive: Receive, deadline: float | None = None) -> bytes:
         """The whole body. `deadline`: time.perf_counter() of the caller's own deadline. Raises BodyTooLarge,
         BodyTimeout, DeadlineExceeded or ClientDisconnected."""
-        why = f"The body is larger than {self._max_bytes} bytes (PROXY_MAX_BODY_BYTES)."
+        raw = received_body(receive)
+        if raw is None:
+            raw = await self._receive(headers, receive, deadline)
+        elif len(raw) > self._max_bytes:
+            raise errors.BodyTooLarge(self._too_large)
+        codings = headers.get("content-encoding")
+        if not codings:
+            return raw
+        return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)  # few bytes may stand for many
+
+    async def _receive(self, headers: Mapping[str, str], receive: Receive, deadline: float | None) -> bytes:
         parts: list[bytes] = []
         left = self._timeout if deadline is None else deadline - time.perf_counter()
-        cycle = getattr(receive, "__self__", None)  # uvicorn's
-        if cycle is not None and getattr(cycle, "more_body", True) is False:  # the body is here: no timer is needed
-            await receive_body(headers, receive, self._max_bytes, why, parts.append)
-            return await self._decoded(headers, b"".join(parts))
         try:
             async with asyncio.timeout(min(self._timeout, left)):
-                await receive_body(headers, receive, self._max_bytes, why, parts.append)
+                await receive_body(headers, receive, self._max_bytes, self._too_large, parts.append)
         except TimeoutError:
             if left < self._timeout:
                 raise errors.DeadlineExceeded from None
             raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
-        return await self._decoded(headers, b"".join(parts))
-
-    async def _decoded(self, headers: Mapping[str, str], raw: bytes) -> bytes:
-        codings = headers.get("content-encoding", "")
-        if not codings:
-            return raw
-        return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)  # few bytes may stand for many
+        return b"".join(parts)
 
 
 def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
@@ -155,7 +160,8 @@ def check_transfer(headers: Mapping[str, str]) -> None:
 
 def check_json(headers: Mapping[str, str]) -> None:
     """Raises UnsupportedMediaType."""
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+    given = headers.get("content-type", "")
+    if given != JSON and given.partition(";")[0].strip().lower() != JSON:
         raise UnsupportedMediaType("The body must be application/json, and the header `content-type` must say so.")
 
 

@@ -12,6 +12,7 @@ from ..errors import InvalidRequest
 from ..keys.identity import Identity
 from ..requests.delivery import JSON, SSE
 from ..telemetry.record import RequestRecord
+from .uvicorn_internals import write_at_once
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -19,6 +20,10 @@ Send = Callable[[Message], Awaitable[None]]
 
 WATCH_AFTER_SECONDS = 0.05
 PRIVATE = {"cache-control": "no-store"}
+# Headers of a request's own whose values are known to be clean.
+AT_ONCE = {"x-request-id"} | {
+    f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+}
 
 
 class Response:
@@ -42,12 +47,14 @@ class Response:
         self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
-    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        self.started, self.status = True, 200
-        own = [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in self.headers.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers + own})
-        self.ended = True
-        await self._send({"type": "http.response.body", "body": body})
+    async def send_prepared(self, body: bytes, headers: Mapping[str, str], head: bytes) -> None:
+        own = self.headers
+        if own.keys() <= AT_ONCE:
+            lines = "".join([f"{name}: {value}\r\n" for name, value in own.items()])
+            if write_at_once(self._send, head + lines.encode("latin-1"), body):
+                self.started, self.ended, self.status = True, True, 200
+                return
+        await self.send(body, headers)
 
     async def start_stream(self, headers: Mapping[str, str]) -> None:
         # x-accel-buffering: a reverse proxy in front must not buffer events.

@@ -27,48 +27,11 @@ from .app import App
 
 log = logging.getLogger("lab_proxy")
 
-WRITE_BYTES = 65_536  # buffered until the end of the loop's turn; above it uvicorn's flow control sees slow clients
 POLL_SECONDS = 0.02
 STALL_TICKS = 5  # ticks of uvicorn, 0.1 s each, between two checks for stalled clients
 IDLE_SECONDS = 75  # above the 5 s after which httpx (so the openai SDK) closes idle connections itself
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; the model service has the same limit
 CANCEL_SECONDS = 2  # for cancelled requests to close their upstream calls
-
-
-class Gathering:
-    """A transport that joins the writes of one turn of the loop: uvicorn writes head and body separately, which is a
-    tenth of the time of a hit."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self._parts: list[Any] = []
-        self._size = 0
-        self.is_closing = transport.is_closing  # called for each request: __getattr__ is slow
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: Any) -> None:
-        if not self._parts:
-            self._loop.call_soon(self._flush)
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > WRITE_BYTES:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def get_write_buffer_size(self) -> int:
-        return self._size + self._transport.get_write_buffer_size()
-
-    def _flush(self) -> None:
-        if self._parts and not self._transport.is_closing():
-            self._transport.write(b"".join(self._parts))
-        self._parts.clear()
-        self._size = 0
 
 
 class Connection(HttpToolsProtocol):
@@ -80,10 +43,11 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # while a head is not complete
         self._received = 0  # bytes since its beginning
         self._chunk = self._at_most = 0  # bytes of the last read; of the reads since the head began
+        self._in_head = False
         self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast("asyncio.Transport", Gathering(cast("asyncio.Transport", transport))))
+        super().connection_made(cast("asyncio.Transport", transport))
         self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -97,17 +61,21 @@ class Connection(HttpToolsProtocol):
         self._chunk = len(data)
         self._at_most += self._chunk
         super().data_received(data)
-        if self._timer is not None and self._received > MAX_HEAD_BYTES:
-            self._refuse(HeadTooLarge(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."))
+        if self._in_head and not self._refused:  # most heads come whole and need no timer
+            if self._timer is None:
+                self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
+            if self._received > MAX_HEAD_BYTES:
+                self._refuse(HeadTooLarge(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes."))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._at_most = self._chunk
+        self._in_head = True
         if self._timer is None:  # not the connection's first request
             self._received = 1  # some of it at least
-            self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._stop_timer()
         # Counted only where so much was received at all.
         if self._at_most > MAX_HEAD_BYTES and (

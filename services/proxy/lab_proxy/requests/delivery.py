@@ -31,8 +31,8 @@ class ResponseWriter(Protocol):
     async def send(self, body: bytes, headers: Mapping[str, str], content_type: str = JSON) -> None:
         """A whole answer."""
 
-    async def send_prepared(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """A whole answer with encoded headers."""
+    async def send_prepared(self, body: bytes, headers: Mapping[str, str], head: bytes) -> None:
+        """A whole answer of status 200. headers: all of it but `self.headers`; head: the same as lines of HTTP."""
 
     async def start_stream(self, headers: Mapping[str, str]) -> None: ...
 

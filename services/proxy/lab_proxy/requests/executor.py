@@ -108,7 +108,7 @@ class Executor:
             identity = b'"id":"%s","created":%d,' % (entry.new_id(request.endpoint).encode(), now)
             if cached.stream:
                 record.ttft = time.perf_counter() - request.started
-            await writer.send_prepared(identity.join(prepared.pieces), prepared.headers)
+            await writer.send_prepared(identity.join(prepared.pieces), prepared.headers, prepared.head)
         except ProxyError as error:
             record.error = error.code or error.type
             raise
@@ -134,8 +134,8 @@ class Executor:
         headers |= cached.hit_headers(found.ttl, age, cached.key)
         if before is None:
             self._cache.resize(cached.key, found, PREPARED_BYTES + sum(map(sys.getsizeof, (pieces, *pieces))))
-        encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        return PreparedHit(age, encoded, pieces)
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+        return PreparedHit(age, headers, head, pieces)
 
     async def answer(self, request: RequestContext, writer: ResponseWriter) -> None:
         """Answer a request. Errors before the first byte are raised; later ones end the stream."""
