@@ -1,1 +1,1 @@
-"""The lab as local processes: what compose.yaml is for containers."""
+"""Runs the lab as local processes, as compose.yaml runs it in containers."""

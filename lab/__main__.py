@@ -1,4 +1,4 @@
-"""`python -m lab COMMAND`: the lab's commands, run by `.venv`'s Python. The Makefile has a line for each."""
+"""`python -m lab COMMAND`: the lab's commands, run by the Python of `.venv`. The Makefile has a target for each."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LOOK_SECONDS = 0.5  # between looks at the services while their logs are followed
+LOOK_SECONDS = 0.5  # between checks of the services while their logs are followed
 
-Choose = Callable[[Mapping[str, str], Path], list[Service]]  # environment and state folder -> what to run
+Choose = Callable[[Mapping[str, str], Path], list[Service]]  # environment and state folder -> services to run
 
 
 def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> int:
@@ -40,15 +40,15 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
     commands: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
         "lab": ("start in the foreground; Ctrl-C stops all services", lambda _: foreground(lab, choose)),
         "start": ("start in the background; returns when all services are ready", lambda _: background(lab, choose)),
-        "stop": ("stop all", lambda _: stop(lab)),
+        "stop": ("stop all services", lambda _: stop(lab)),
         "status": ("state, address and memory of each service", lambda _: status(lab)),
-        "logs": ("follow the logs of all or of one service", lambda options: logs(lab, options.service)),
-        "models": ("list the models, or add one (ADD=<name>)", lambda options: models(lab, options.add)),
-        "keys": ("virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
+        "logs": ("follow the logs of all services or of one", lambda options: logs(lab, options.service)),
+        "models": ("list the models, or add some (ADD=<name>)", lambda options: models(lab, options.add)),
+        "keys": ("manage virtual keys of the running lab", lambda options: operate(lab, "keys", options.arguments)),
         "usage": ("tokens and cost by day, owner, model", lambda options: operate(lab, "usage", options.arguments)),
-        "doctor": ("what keeps the lab from running", lambda options: examine(lab, choose, as_json=options.json)),
+        "doctor": ("find problems and remedies", lambda options: examine(lab, choose, as_json=options.json)),
         "load": (
-            "load on the running lab, or on LOAD_HOST",
+            "put load on the running lab, or on LOAD_HOST",
             lambda options: load(lab, options.load, options.arguments),
         ),
         "test": ("run the tests", lambda options: checks.test(root, options.lane, options.arguments)),
@@ -73,14 +73,14 @@ def main(argv: Sequence[str], root: Path = ROOT, choose: Choose = services) -> i
         if name == "doctor":
             sub.add_argument("--json", action="store_true", help="findings as a JSON list")
         if name in {"keys", "usage"}:
-            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for python -m lab_proxy")
+            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of python -m lab_proxy")
         if name == "load":
             sub.add_argument("load", help="command of python -m lab_load: a workload, web, knee, …")
-            sub.add_argument("arguments", nargs="*", help="its arguments")
+            sub.add_argument("arguments", nargs="*", help="arguments of that command")
         if name == "test":
             lanes = "; ".join(f"{lane}: {what}" for lane, what in checks.LANES.items())
             sub.add_argument("--lane", choices=checks.LANES, default="quick", help=lanes)
-            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="for pytest")
+            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of pytest")
     options = parser.parse_args(argv)
     try:
         return commands[options.command][1](options)
@@ -105,7 +105,7 @@ def foreground(lab: Lab, choose: Choose) -> int:
 
 
 def background(lab: Lab, choose: Choose) -> int:
-    """Start and return when all are ready. What fails to start leaves nothing running."""
+    """Start and return when all services are ready. If one fails to start, all are stopped."""
     with _nothing_left(lab):
         if _start(lab, choose):
             say("lab: ready in the background; next: make status, make logs, make stop")
@@ -113,23 +113,23 @@ def background(lab: Lab, choose: Choose) -> int:
 
 
 def _start(lab: Lab, choose: Choose) -> bool:
-    """Start and wait until all are ready; False where the lab runs already, then without dead services. Raises
-    LabError."""
+    """Start and wait until all services are ready. False if the lab runs already; its dead services are started again.
+    Raises LabError."""
     with one_at_a_time(lab.root):
         if lab.running():
             say("lab: already running; changed settings take effect after make stop and make start")
             _repair(lab)
             _print_urls(lab.started())
             return False
-        if ended := lab.sweep():  # before the ports are examined: these processes hold them
-            say(f"lab: ended {len(ended)} processes of a lab whose supervisor was killed")
+        if ended := lab.sweep():  # before the ports are checked: these processes hold them
+            say(f"lab: ended {len(ended)} processes of an earlier start whose supervisor was killed")
         chosen, timeout = choose(os.environ, lab.state), start_timeout(os.environ)
         findings = doctor.examine(chosen, doctor.read_machine(lab.root))
         for finding in findings:
             if finding.stops:
                 complain(finding.line())
         if any(finding.stops for finding in findings) and os.environ.get("LAB_FORCE") != "1":
-            raise LabError(findings[0].exit, "not started; each line above names a problem and what to do")
+            raise LabError(findings[0].exit, "not started; each line above names a problem and its remedy")
         say(f"lab: starting {', '.join(service.name for service in chosen)}")
         given = environment(os.environ, chosen, lab.root / "secrets") | models_folder(os.environ, lab.state)
         lab.start(chosen, given)
@@ -141,13 +141,13 @@ def _start(lab: Lab, choose: Choose) -> bool:
 
 
 def _repair(lab: Lab) -> None:
-    """Start the services that supervisord has given up, and wait until all are ready. Raises LabError."""
+    """Start the services that supervisord no longer restarts, and wait until all are ready. Raises LabError."""
     try:
         if dead := lab.given_up():
             say(f"lab: starting {', '.join(dead)} again")
             lab.start_again(dead)
     except NotRunningError:
-        raise LabError(Exit.SERVICE, "the lab was stopped meanwhile") from None
+        raise LabError(Exit.SERVICE, "another command stopped the lab at the same time") from None
     lab.wait(lab.started(), start_timeout(os.environ))
 
 
@@ -158,7 +158,7 @@ def _print_urls(chosen: Sequence[Service]) -> None:
 
 @contextlib.contextmanager
 def _nothing_left(lab: Lab) -> Iterator[None]:
-    """Whatever ends the block by an exception, a Ctrl-C too, ends what this command started."""
+    """Stop everything this command started if the block raises, also by Ctrl-C."""
     try:
         yield
     except BaseException as error:
@@ -169,12 +169,12 @@ def _nothing_left(lab: Lab) -> Iterator[None]:
                 lab.stop()
             except KeyboardInterrupt:
                 lab.kill()
-            say("lab: stopped, nothing is left running")
+            say("lab: stopped; no process is left running")
         raise
 
 
 def _follow(lab: Lab) -> None:
-    """Print what the services log and what becomes of them, until the lab is stopped."""
+    """Print the services' log lines and their restarts, until the lab is stopped."""
     pids: dict[str, int] = {}
     dead: set[str] = set()
     looked = time.monotonic()
@@ -194,13 +194,13 @@ def _follow(lab: Lab) -> None:
             for name, pid in now.items():
                 if pid != pids.get(name, pid):
                     say(
-                        f"lab: {name} was started again (pid {pid})"
+                        f"lab: {name} was restarted (pid {pid})"
                         if pid
-                        else f"lab: {name} died and is being started again"
+                        else f"lab: {name} died and is being restarted"
                     )
             given_up = {state.name for state in states.values() if state.state in GIVEN_UP}
             for name in sorted(given_up - dead):
-                say(f"lab: {name} died too often and is not started again; make start in another terminal tries again")
+                say(f"lab: {name} died too often and is no longer restarted; make start in another terminal starts it")
             pids, dead = now, given_up
 
 
@@ -216,7 +216,7 @@ def status(lab: Lab) -> int:
     try:
         states = lab.states()
     except NotRunningError:
-        say("lab: not running; make start")
+        say("lab: not running; make start starts it")
         return Exit.FINE
     say(f"{'SERVICE':8} {'STATE':10} {'PID':>7} {'MEMORY':>9} {'UPTIME':>9}  URL")
     for service in lab.started():
@@ -231,17 +231,17 @@ def status(lab: Lab) -> int:
 
 
 def logs(lab: Lab, service: str | None) -> int:
-    """The last lines, then new ones as long as the lab runs."""
+    """Print the last lines, then new ones as long as the lab runs."""
     names = [known.name for known in lab.started()]
     if service and service not in names:
-        raise LabError(Exit.WRONG_SETTING, f"there is no service {service}; there are {', '.join(names) or 'none yet'}")
+        raise LabError(Exit.WRONG_SETTING, f"no service is named {service}; services: {', '.join(names) or 'none yet'}")
     try:
         with follow(lab.logs, [service] if service else names, lines=200 if service else 20) as lines:
             for line in lines:
                 if line:
                     say(line)
                 elif not lab.running():
-                    say("lab: not running; the lines above are its last ones")
+                    say("lab: not running; the lines above are the last ones")
                     break
     except KeyboardInterrupt:
         pass
@@ -249,9 +249,9 @@ def logs(lab: Lab, service: str | None) -> int:
 
 
 def operate(lab: Lab, command: str, arguments: Sequence[str]) -> int:
-    """One of the proxy's commands, with the addresses and key files of the running lab. Returns its exit code."""
+    """Run a command of the proxy with the addresses and key files of the running lab. Returns its exit code."""
     if not lab.running():
-        raise LabError(Exit.SERVICE, f"not running, and `{command}` needs its redis: make start")
+        raise LabError(Exit.SERVICE, f"`{command}` needs the lab's redis, but the lab is not running: make start")
     arguments = [*given_arguments(os.environ), *arguments]
     if command == "keys" and not arguments:
         arguments = ["--help"]
@@ -261,20 +261,20 @@ def operate(lab: Lab, command: str, arguments: Sequence[str]) -> int:
 
 
 def models(lab: Lab, added: str | None) -> int:
-    """List the model service's models, or add one; a running lab notices it by itself. The service's exit code."""
+    """List the model service's models, or add some; a running lab finds new ones by itself. Returns the exit code."""
     argv = [sys.executable, "-m", "lab_model.cli", *(["add", added] if added else ["list"])]
     given = dict(os.environ) | models_folder(os.environ, lab.state)
     return subprocess.run(argv, env=given, check=False).returncode
 
 
 def load(lab: Lab, command: str, arguments: Sequence[str]) -> int:
-    """Run `lab_load` in this process's place: Ctrl-C and the exit code are its own."""
+    """Replace this process by `lab_load`, so that Ctrl-C reaches it and its exit code is the command's."""
     running = {service.name: service.url for service in lab.started()} if lab.running() else {}
     given = dict(os.environ)
     given["LOAD_HOST"] = (
         given.get("LOAD_HOST") or running.get("proxy") or f"http://127.0.0.1:{given.get('PROXY_PORT') or 8080}"
     )
-    # The model's counters are compared, too, where the load is on this lab.
+    # Load on this lab also compares the model's counters.
     if given["LOAD_HOST"] == running.get("proxy") and "model" in running:
         given.setdefault("LOAD_MODEL_URLS", running["model"])
     if command == "faults" and not arguments and running:
@@ -286,7 +286,7 @@ def load(lab: Lab, command: str, arguments: Sequence[str]) -> int:
 
 
 def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:
-    running = lab.running()  # then its ports are its own, and its memory is spent
+    running = lab.running()  # then the lab itself holds the ports and the memory
     in_use = running or lab.orphans()
     findings = doctor.examine([] if in_use else choose(os.environ, lab.state), doctor.read_machine(lab.root))
     findings = [finding for finding in findings if not (in_use and finding.exit is Exit.MEMORY)]
@@ -296,15 +296,15 @@ def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:
     else:
         for finding in findings:
             say(finding.line())
-        state = "the lab runs" if running else "nothing stops the lab from starting"
+        state = "the lab is running" if running else "the lab can start"
         stopping = sum(finding.stops for finding in findings)
-        what = "keep the lab from running whole" if in_use else "stop the lab from starting"
-        say(f"lab: {stopping} of these {what}" if stopping else f"lab: {state}")
+        what = "keep a service from working" if in_use else "keep the lab from starting"
+        say(f"lab: problems (✗) that {what}: {stopping}" if stopping else f"lab: {state}")
     return findings[0].exit if findings and findings[0].stops else Exit.FINE
 
 
 def memory(pid: int) -> int:
-    """Bytes of a process and all below it; pages that they share count once where the system tells (Linux)."""
+    """Bytes of memory of a process and its descendants. On Linux, pages that they share count once."""
     total = 0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)

@@ -17,12 +17,12 @@ from pathlib import Path
 from lab.terminal import Exit, LabError, given_arguments, say
 
 HEADER = """\
-# Exact versions of everything that services, tests and images install, made by `make constraints` from .venv.
-# pip takes them by -c: they choose versions, they install nothing. torch carries no build tag, so that
-# `pip install torch` may take the CPU or the CUDA build.
+# Exact versions of all packages of services, tests and images, written by `make constraints` from .venv.
+# pip reads this file by -c: it fixes versions and installs nothing. torch has no build tag here, so that
+# `pip install torch` can take the CPU or the CUDA build.
 """
 
-TOOLS = {  # those of .pre-commit-config.yaml too
+TOOLS = {  # .pre-commit-config.yaml has the same
     "ruff check": ["-m", "ruff", "check", "."],
     "ruff format": ["-m", "ruff", "format", "--check", "."],
     "mypy": ["-m", "mypy", "lab", "bench"],
@@ -32,7 +32,7 @@ TOOLS = {  # those of .pre-commit-config.yaml too
 
 
 def check(root: Path) -> int:
-    """Lint, format, types, no assertion on a clock, no old term. All run; 1 if any complains."""
+    """Run all of TOOLS. Returns 1 if any of them fails."""
     places = [*root.glob("services/*/lab_*"), *root.glob("load/lab_*")]
     packages = sorted(str(place) for place in places if place.suffix != ".egg-info")
     failed = []
@@ -54,13 +54,14 @@ LANES = {
 
 
 def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
-    """One lane of the tests: pytest's exit code, and one closing line over its calls."""
+    """Run one lane of the tests; print one closing line for all calls of pytest. Returns pytest's exit code."""
     arguments = [*given_arguments(os.environ), *arguments]
     if lane == "stack":
         return _pytest(root, ["-m", "stack", *arguments])
     need_chromium()
     environ = {"LAB_TEST_FULL": "1"} if lane == "all" else {}
-    # 1. Side by side, a worker for each core; 2. what stops shared services or needs the machine to itself.
+    # 1. Tests that run in parallel, one worker for each core. 2. Tests marked `alone`, which stop shared services or
+    #    need the whole machine.
     parallel = ["-n", str(cores()), "--dist", "loadgroup", "--no-loadscope-reorder"]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,12 +72,13 @@ def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
             _pytest(root, ["-m", "alone and not stack and not gpu", *arguments], environ),
         ]
         say(closing_line(counts.read_text().splitlines() if counts.exists() else [], time.monotonic() - began))
-    # 3. With a selection (ARGS="-k cache") one of the calls may find nothing to run.
+    # 3. With a selection (ARGS="-k cache") one of the two calls may find no test.
     return max((code for code in codes if code != NOTHING_COLLECTED), default=NOTHING_COLLECTED)
 
 
 def closing_line(counts: Sequence[str], seconds: float) -> str:
-    """pytest's closing line over several calls, each a line of JSON: outcome -> count (tests/conftest.py)."""
+    """pytest's closing line for several calls. counts: one line of JSON for each call, outcome -> number of tests
+    (written by tests/conftest.py)."""
     total: Counter[str] = Counter()
     for line in counts:
         total.update(json.loads(line))
@@ -95,10 +97,11 @@ def _pytest(root: Path, arguments: Sequence[str], environ: Mapping[str, str] | N
 
 
 def need_chromium() -> None:
-    """Make sure of a browser for the browser test: there, else from the system's packages, else Playwright's own."""
+    """Install Chromium for the browser tests unless there is one: from the system's packages, else from Playwright.
+    Raises LabError."""
     if chromium():
         return
-    say("lab: installing chromium for the browser test")
+    say("lab: installing chromium for the browser tests")
     if shutil.which("apt-get"):
         root = [] if os.getuid() == 0 else ["sudo", "-n"]
         packages = ["chromium", "fonts-noto-cjk"]
@@ -108,12 +111,12 @@ def need_chromium() -> None:
     if not chromium():
         subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
     if not chromium():
-        raise LabError(Exit.BROWSER, "the browser test needs chromium, which could not be installed; install it "
+        raise LabError(Exit.BROWSER, "the browser tests need chromium, which could not be installed; install it "
                       "(apt-get install chromium), then repeat the command")  # fmt: skip
 
 
 def chromium() -> str | None:
-    """The browser on PATH, or the one that Playwright fetched; None without."""
+    """Path of the browser on PATH, or of the one that Playwright downloaded; None if there is none."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if found := shutil.which(name):
             return found
@@ -126,7 +129,7 @@ def chromium() -> str | None:
 
 
 def constraints(root: Path) -> int:
-    """Write constraints.txt from what .venv holds."""
+    """Write the versions of .venv's packages to constraints.txt."""
     frozen = subprocess.run(
         [sys.executable, "-m", "pip", "freeze", "--all", "--exclude-editable", "--disable-pip-version-check"],
         capture_output=True, text=True, check=True,

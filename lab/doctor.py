@@ -1,6 +1,6 @@
-"""What keeps the lab from starting or from running whole, each in one line: what, why it matters, what to do.
+"""Finds problems that keep the lab from starting or running: each is one line with the problem, its effect, a remedy.
 
-Readings of the machine are handed in, so that a small machine can be examined on a large one.
+Facts about the machine are handed in, so that tests can examine a small machine on a large one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lab.services import Service, free_port_from, probe, redis_binary, refuses
 from lab.supervise import GIVEN_UP, Lab, NotRunningError
 from lab.terminal import Exit
 
-MEMORY_NEEDED = 3 * 2**30  # bytes: what the four processes hold with the embedded models, and room to load them
+MEMORY_NEEDED = 3 * 2**30  # bytes: all services with the embedded models, and room to load those
 MEMORY_WITHOUT_MODEL = 2**30  # bytes: proxy, ui and redis
 DISK_NEEDED = 2**30  # bytes: logs, redis's file, Ray's session
 PACKAGES = ("supervisor", "lab_model", "lab_proxy", "lab_ui", "torch", "transformers", "ray", "streamlit")
-RAY_FOLDERS = "lab-ray-*"  # in the temporary folder: the model service makes one a run and removes it at its end
-RAY_STARTS = 120  # seconds from such a folder to processes that name it, generously
+RAY_FOLDERS = "lab-ray-*"  # in the temporary folder: the model service makes one at its start and removes it at its end
+RAY_STARTS = 120  # seconds, an upper bound: from making such a folder to the first process that names it
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One trouble. `stops`: a start is refused over it, or the lab that runs lacks a service."""
+    """One problem. `stops`: the lab does not start because of it, or the running lab lacks a service."""
 
     exit: Exit
     what: str
@@ -50,11 +50,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Readings:
-    """Of this machine, in bytes."""
+    """Facts about a machine."""
 
-    memory: int
-    disks: Mapping[str, int]
-    python: tuple[int, int]
+    memory: int  # free, bytes
+    disks: Mapping[str, int]  # folder -> bytes free on its disk
+    python: tuple[int, int]  # major and minor version
 
 
 def read_machine(root: Path) -> Readings:
@@ -67,7 +67,7 @@ def read_machine(root: Path) -> Readings:
 
 
 def examine(services: Sequence[Service], readings: Readings, packages: Sequence[str] = PACKAGES) -> list[Finding]:
-    """All findings, those that stop a start first. `services` are those that shall start (none of them runs now)."""
+    """All findings, those that stop the lab first. `services`: those to be started; none of them runs yet."""
     without_model = bool(services) and all(service.name != "model" for service in services)
     found = [
         *_python(readings),
@@ -84,15 +84,15 @@ def examine(services: Sequence[Service], readings: Readings, packages: Sequence[
 
 
 def examine_lab(lab: Lab) -> list[Finding]:
-    """Findings about the lab's own processes: services that are down for good or do not answer, and processes whose
-    supervisor was killed."""
+    """Findings about the lab's own processes: services that are down and not restarted, services that do not answer,
+    processes whose supervisor was killed."""
     if orphans := lab.orphans():
         return [
             Finding(
                 Exit.SERVICE,
                 f"{len(orphans)} processes of this lab run without their supervisor",
-                "it was killed, so nothing starts them again when they die",
-                "make start ends them and starts the lab anew, make stop ends them",
+                "it was killed, so nothing restarts them when they die",
+                "make start ends them and starts the lab again, make stop only ends them",
             )
         ]
     try:
@@ -108,9 +108,9 @@ def examine_lab(lab: Lab) -> list[Finding]:
             findings.append(
                 Finding(
                     Exit.SERVICE,
-                    f"{name} is down and is not started again{last}",
+                    f"{name} is down and is not restarted{last}",
                     "it died too often",
-                    f"read why (make logs SERVICE={name}), then make start starts it",
+                    f"read the reason (make logs SERVICE={name}), then start it: make start",
                 )
             )
         elif not (reported := probe(service))[0]:
@@ -119,7 +119,7 @@ def examine_lab(lab: Lab) -> list[Finding]:
                     Exit.SERVICE,
                     f"{name} is not ready ({reported[1] or 'no answer'}{last})",
                     "requests that need it fail",
-                    f"wait, or read why: make logs SERVICE={name}",
+                    f"wait, or read the reason: make logs SERVICE={name}",
                     stops=False,
                 )
             )
@@ -130,7 +130,7 @@ def _python(readings: Readings) -> Iterator[Finding]:
     if readings.python < (3, 11):
         yield Finding(
             Exit.PYTHON,
-            f"Python {readings.python[0]}.{readings.python[1]} runs this",
+            f".venv has Python {readings.python[0]}.{readings.python[1]}",
             "the services need 3.11 or newer",
             "name a newer one: PYTHON=/path/to/python3.11 make lab",
         )
@@ -165,7 +165,7 @@ def _ports(services: Sequence[Service]) -> Iterator[Finding]:
 
 
 def _listener(port: int) -> str:
-    """Who listens on the port, as far as this user may know."""
+    """` by NAME (pid N)` of the process that listens on the port; empty if this user may not see it."""
     try:
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and getattr(connection.laddr, "port", 0) == port
@@ -181,9 +181,9 @@ def _memory(readings: Readings, needed: int) -> Iterator[Finding]:
         yield Finding(
             Exit.MEMORY,
             f"{readings.memory / 2**30:.1f} GiB of memory are free",
-            f"the lab needs about {needed / 2**30:.0f} GiB, and the system would kill it",
+            f"the lab needs about {needed / 2**30:.0f} GiB; with less, the system may kill it",
             "close other programs or raise the container's limit (LAB_FORCE=1 starts anyway); "
-            "make lab REMOTE=<base url> runs no model",
+            "make lab REMOTE=<base url> needs no memory for a model",
         )
 
 
@@ -194,7 +194,7 @@ def _disk(readings: Readings) -> Iterator[Finding]:
                 Exit.DISK,
                 f"{free / 2**30:.1f} GiB of disk are free at {place}",
                 "logs, redis's file and Ray's session need 1 GiB, and Ray stops on a full disk",
-                "free some, or set TMPDIR to a larger disk (LAB_FORCE=1 starts anyway)",
+                "free some, or set TMPDIR to a folder on a larger disk (LAB_FORCE=1 starts anyway)",
             )
 
 
@@ -222,13 +222,13 @@ def _ray() -> Iterator[Finding]:
             Exit.RAY,
             f"Ray processes without a parent: {pids}",
             "a killed run left them, and they use memory",
-            f"if they are not a cluster you started: kill {pids}",
+            f"unless they belong to a cluster that you started: kill {pids}",
             stops=False,
         )
 
 
 def _ray_folders(temporary: Path) -> Iterator[Finding]:
-    """Folders of Ray's sessions that no process has in its command line."""
+    """Folders of Ray sessions that no process names in its command line."""
     old = []
     for folder in temporary.glob(RAY_FOLDERS):
         try:
@@ -248,7 +248,7 @@ def _ray_folders(temporary: Path) -> Iterator[Finding]:
     if left:
         yield Finding(
             Exit.RAY,
-            f"{len(left)} folders of Ray without a process",
+            f"{len(left)} folders of Ray sessions that have ended",
             "killed runs left them, and they use disk",
             f"remove them: rm -r {shlex.join(left)}",
             stops=False,
@@ -256,7 +256,7 @@ def _ray_folders(temporary: Path) -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    # The model's kernels are for Linux on x86; others run torch's.
+    # The model service compiles its own kernels on Linux on x86 only; elsewhere it uses torch's.
     fits = platform.system() == "Linux" and platform.machine().lower() in {"x86_64", "amd64"}
     if fits and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         yield Finding(
@@ -269,7 +269,8 @@ def _compiler() -> Iterator[Finding]:
 
 
 def free_memory(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that new processes may take: the machine's, or less where a control group (v1 or v2) has a limit."""
+    """Bytes of memory that new processes can use: the machine's free memory, or less if a control group (v1 or v2)
+    limits it."""
     free = psutil.virtual_memory().available
     try:
         groups = [line.split(":", 2) for line in proc.read_text().splitlines()]
@@ -284,7 +285,8 @@ def free_memory(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sy
         else:
             continue
         group = top / path.strip("/")
-        # Every group above limits too; in a container the path may be the host's and not exist here: the mount is ours.
+        # Each parent group limits too. In a container the path may be the host's and not exist here; then the mount
+        # itself is this container's group.
         for folder in [group, *group.parents]:
             left = _left(folder, limit, usage, cache)
             free = free if left is None else min(free, left)
@@ -294,7 +296,8 @@ def free_memory(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sy
 
 
 def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Bytes below the limit of one control group; page cache that the kernel can drop counts as free."""
+    """Bytes left below the limit of one control group, None if it has none. Page cache that the kernel can drop counts
+    as free."""
     try:
         allowed = (folder / limit).read_text().strip()
         if allowed == "max":

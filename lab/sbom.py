@@ -1,6 +1,6 @@
-"""`make sbom`: what the images hold, as CycloneDX documents, and the images' digests: files for a release, in dist/.
+"""`make sbom`: writes the packages of each image as a CycloneDX document, and the images' digests, to dist/.
 
-The list is read inside each image: its Debian packages by dpkg, its Python distributions by their metadata. Nothing is
+The packages are read inside each image: Debian packages by dpkg, Python distributions by their metadata. Nothing is
 downloaded, and no scanner is needed.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from lab.terminal import Exit, LabError, say
 
 IMAGES = ("ui", "proxy", "model", "load", "redis")
-# Run inside the image, by its Python or by sh where it has none: a line for each package.
+# Run inside the image by sh and by Python; each prints one line for each package.
 DEBIAN = r"dpkg-query -W -f '${Package} ${Version} ${Architecture}\n'"
 PYTHON = """
 from importlib.metadata import distributions
@@ -30,7 +30,7 @@ for each in distributions():
 
 
 def component(kind: str, name: str, version: str, *, architecture: str = "", licence: str = "") -> dict[str, Any]:
-    """A CycloneDX component. kind: of the package URL, `deb` or `pypi`."""
+    """A CycloneDX component. kind: type of the package URL, `deb` or `pypi`."""
     if kind == "pypi":
         name = re.sub(r"[-_.]+", "-", name).lower()
     place, more = ("debian/", f"?arch={architecture}") if kind == "deb" else ("", "")
@@ -40,7 +40,7 @@ def component(kind: str, name: str, version: str, *, architecture: str = "", lic
 
 
 def components(debian: str, python: str) -> list[dict[str, Any]]:
-    """From the lines that DEBIAN and PYTHON print."""
+    """Components from the lines that DEBIAN and PYTHON print, sorted by package URL, each once."""
     found: dict[str, dict[str, Any]] = {}
     for line in filter(None, debian.splitlines()):
         name, version, architecture = line.split()
@@ -54,11 +54,11 @@ def components(debian: str, python: str) -> list[dict[str, Any]]:
 
 
 def document(image: str, digest: str, parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """CycloneDX 1.6. digest: of the image, sha256:…"""
+    """A CycloneDX 1.6 document (https://cyclonedx.org). digest: the image's, `sha256:…`."""
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, digest)}",  # the same image, the same document
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, digest)}",  # the same image gives the same number
         "version": 1,
         "metadata": {
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,14 +75,15 @@ def document(image: str, digest: str, parts: Iterable[dict[str, Any]]) -> dict[s
 
 
 def main(tag: str, folder: Path) -> int:
-    """Write dist/<service>.cdx.json for each image that is there, and dist/images.json: image -> id, digests, bytes."""
+    """Write <folder>/<service>.cdx.json for each built image, and <folder>/images.json: image -> id, digests, bytes.
+    Raises LabError if no image has the tag."""
     folder.mkdir(parents=True, exist_ok=True)
     digests: dict[str, dict[str, Any]] = {}
     for service in IMAGES:
         image = f"llm-lab/{service}:{tag}"
         found = _docker("image", "inspect", image)
         if found is None:
-            say(f"lab: {image} is not built: left out")
+            say(f"lab: {image} is not built; skipped")
             continue
         (details,) = json.loads(found)
         has_python = service != "redis"
@@ -95,7 +96,7 @@ def main(tag: str, folder: Path) -> int:
         digests[image] = {"id": digest, "digests": details.get("RepoDigests") or [], "bytes": details["Size"]}
         say(f"lab: {path}: {len(parts)} components")
     if not digests:
-        raise LabError(Exit.WRONG_SETTING, f"no image of the tag {tag} is here: make up builds them")
+        raise LabError(Exit.WRONG_SETTING, f"no image has the tag {tag}; make up builds the images")
     (folder / "images.json").write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
     return Exit.FINE
 
@@ -105,7 +106,7 @@ def _inside(image: str, *argv: str) -> str | None:
 
 
 def _docker(*argv: str) -> str | None:
-    """Its output; None when it fails."""
+    """Output of the docker command; None if it fails."""
     done = subprocess.run(["docker", *argv], capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else None
 

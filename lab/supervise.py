@@ -1,7 +1,7 @@
-"""Starts, watches and ends the lab's processes through supervisord, one for a checkout, its files in `.state/`.
+"""Starts, watches and stops the lab's processes through supervisord: one for each checkout, with files in `.state/`.
 
-Knows programs, process ids and supervisord's XML-RPC; knows nothing of what the programs do. supervisord brings back
-what dies; this module starts and ends supervisord itself and leaves nothing of it behind.
+Knows programs, process ids and supervisord's XML-RPC; knows nothing of what the programs do. supervisord restarts
+services that die; this module starts and stops supervisord itself and leaves no process behind.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped
 from lab.services import Service, probe
 from lab.terminal import Exit, LabError, Progress
 
-MARK = "LAB_STATE"  # in the environment of every process of a lab: the folder of its state
+MARK = "LAB_STATE"  # variable in the environment of every process of a lab: its state folder
 SOCKET_PATH_LIMIT = 90  # bytes; AF_UNIX takes 104 on macOS, 108 on Linux, and supervisord binds at the path + ".<pid>"
-ANSWER_SECONDS = 5.0  # for supervisord to answer one call
-DEATHS_ALLOWED = 3  # of one service while the lab starts
-GIVEN_UP = frozenset({"FATAL", "EXITED", "STOPPED", "UNKNOWN"})  # states in which supervisord starts nothing again
+ANSWER_SECONDS = 5.0  # timeout of one call of supervisord
+DEATHS_ALLOWED = 3  # deaths of one service during the start at which the start fails
+GIVEN_UP = frozenset({"FATAL", "EXITED", "STOPPED", "UNKNOWN"})  # states from which supervisord does not restart
 
 
 @dataclass(frozen=True)
 class State:
-    """What supervisord says of one program. `since` is unix time, 0 when it does not run."""
+    """State of one program, as supervisord reports it. `since`: Unix time of its start, 0 if it does not run."""
 
     name: str
     state: str
@@ -48,7 +48,7 @@ class State:
 
 
 class NotRunningError(Exception):
-    """There is no supervisord to ask."""
+    """supervisord does not run, or is shutting down."""
 
 
 class Lab:
@@ -58,12 +58,12 @@ class Lab:
         self.root = root
         self.state = root / ".state"
         self.logs = self.state / "logs"
-        self.mine = False  # whether this object started what runs
+        self.mine = False  # whether this object started the lab
         self.was_ready = False
         self._supervisord: subprocess.Popen[bytes] | None = None
-        self._log_starts: dict[str, int] = {}  # bytes: where this start's lines begin in each log
+        self._log_starts: dict[str, int] = {}  # service -> byte offset in its log at which this start's lines begin
 
-    # -- asking
+    # -- state
 
     def running(self) -> bool:
         try:
@@ -73,7 +73,7 @@ class Lab:
         return True
 
     def states(self) -> dict[str, State]:
-        """By service, in the order of their start. Raises NotRunningError."""
+        """Service name -> its state, in the order of the start. Raises NotRunningError."""
         reported = {
             process["name"]: State(process["name"], process["statename"], process["pid"],
                                    process["start"] if process["pid"] else 0)
@@ -82,17 +82,17 @@ class Lab:
         return {service.name: reported[service.name] for service in self.started() if service.name in reported}
 
     def given_up(self) -> list[str]:
-        """Names of the services that are down and that supervisord does not start again. Raises NotRunningError."""
+        """Names of the services that are down and that supervisord does not restart. Raises NotRunningError."""
         return [state.name for state in self.states().values() if state.state in GIVEN_UP]
 
     def orphans(self) -> list[int]:
-        """Ids of the lab's processes that run without their supervisord, which was killed."""
+        """Ids of the lab's processes whose supervisord was killed."""
         return [] if self.running() else [process.pid for process in self._processes() if _alive(process)]
 
     def started(self) -> list[Service]:
-        """The services as they were started last: their addresses do not follow a changed environment.
+        """The services of the last start, with the addresses of that start, whatever the environment says now.
 
-        Without rows that another version of the lab wrote in a form of its own: stop finds their processes by MARK.
+        Rows that another version of the lab wrote in another format are left out; stop() finds their processes by MARK.
         """
         try:
             rows = list(json.loads((self.state / "lab.json").read_text()))
@@ -105,11 +105,11 @@ class Lab:
         return known
 
     def tail(self, name: str, lines: int = 20) -> str:
-        """The last lines of a service's log; of those since its start where this object started it."""
+        """The last lines of a service's log. If this object started the service: only lines since that start."""
         since = self._log_starts.get(name, 0)
         try:
             with (self.logs / f"{name}.log").open("rb") as log:
-                size = log.seek(0, os.SEEK_END)  # smaller than `since` once the file was rotated
+                size = log.seek(0, os.SEEK_END)  # smaller than `since` after a rotation of the file
                 log.seek(max(since if since <= size else 0, size - 65536))
                 text = log.read().decode(errors="replace")
         except OSError:
@@ -131,7 +131,7 @@ class Lab:
         argv = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config)]
         self.mine = True
         with (self.logs / "supervisord.err").open("wb") as errors:
-            # A session of its own: a Ctrl-C in the terminal is ours to turn into an orderly end.
+            # In a session of its own: Ctrl-C reaches only this process, which then stops supervisord in order.
             process = self._supervisord = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -144,19 +144,20 @@ class Lab:
         deadline = time.monotonic() + 15
         while not self.running():
             if process.poll() is not None or time.monotonic() > deadline:
-                # Its words stay in the file: over a wrong configuration it prints the whole environment, keys too.
+                # Its output is not shown: for a wrong configuration it contains the whole environment with all keys.
                 raise LabError(Exit.SERVICE, f"supervisord did not start; see {self.logs}/supervisord.err and .log")
             time.sleep(0.05)
 
     def start_again(self, names: Sequence[str]) -> None:
-        """Start services that supervisord has given up, with the settings of the lab's start. Raises
+        """Start services that supervisord no longer restarts, with the settings of the lab's start. Raises
         NotRunningError."""
         self._log_starts = {name: _size(self.logs / f"{name}.log") for name in ("supervisord", *names)}
         for name in names:
             self._ask("startProcess", name, False)  # False: return before the process counts as started
 
     def wait(self, services: Sequence[Service], timeout: float) -> None:
-        """Return when all are ready. Raises LabError, with the end of the log, when one dies again and again."""
+        """Return when all services are ready. timeout: seconds. Raises LabError, with the end of the log, if one dies
+        repeatedly or the time is over."""
         progress = Progress()
         pending = list(services)
         while pending:
@@ -189,30 +190,31 @@ class Lab:
             time.sleep(0.5)
 
     def deaths(self, name: str) -> list[str]:
-        """Why the service ended, each time since supervisord started or this object started the service again
-        (`exit status 1; not expected`)."""
+        """Reason of each death of the service (`exit status 1; not expected`), since supervisord started or since
+        start_again()."""
         log = self.tail("supervisord", 10_000)
         last_start = log.rfind("supervisord started with pid")
         return re.findall(rf"exited: {re.escape(name)} \((.*)\)$", log[max(last_start, 0) :], re.MULTILINE)
 
-    # -- ending
+    # -- stopping
 
     def stop(self) -> int:
-        """End everything, each program as a group, within its bounds; returns how many processes there were."""
+        """Stop all programs, each with its children, within their stop timeouts. Returns the number of processes that
+        were ended."""
         ours = self._processes()
         supervisors = [process for process in ours if "supervisor.supervisord" in _command(process)]
-        # Time for running answers to end; before all are ready there are none.
+        # Running answers get time to end; before all services are ready there are none.
         started = self.started()
         ready = bool(supervisors) and all(probe(service, 1)[0] for service in started)
         bound = 15 + sum(service.stop_seconds for service in started) if ready else 10
         for process in supervisors:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()  # an orderly end, also before its socket is there
+                process.terminate()  # supervisord stops its programs in order, also before its socket exists
         self._wait(supervisors, bound)
         return len({process.pid for process in ours} | set(self.sweep(ours)))
 
     def sweep(self, known: Sequence[psutil.Process] = ()) -> list[int]:
-        """End what outlived its supervisord: TERM, 5 s, KILL. Returns the ids of the ended processes."""
+        """End the processes that outlived their supervisord: SIGTERM, after 5 s SIGKILL. Returns their ids."""
         left = list({process.pid: process for process in [*known, *self._processes()] if _alive(process)}.values())
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -225,24 +227,25 @@ class Lab:
         return [process.pid for process in left]
 
     def kill(self) -> None:
-        """End everything at once."""
+        """Kill all processes of the lab at once."""
         for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def _wait(self, processes: Sequence[psutil.Process], timeout: float) -> list[psutil.Process]:
-        """Those that are still there after `timeout` seconds."""
+        """Wait until all have ended. Returns those that still run after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         left = list(processes)
         while left and time.monotonic() < deadline:
             if self._supervisord:
-                self._supervisord.poll()  # our own child stays as a zombie until it is asked for
+                self._supervisord.poll()  # a child of this process stays a zombie until it is polled
             left = [process for process in left if _alive(process)]
             time.sleep(0.05)
         return left
 
     def _processes(self) -> list[psutil.Process]:
-        """All that belong to this lab: found by the mark, and below what bears it (a process may overwrite its own)."""
+        """All processes of this lab: those with the mark in their environment, and their descendants, because a
+        process can overwrite its environment."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             try:
@@ -259,7 +262,8 @@ class Lab:
 
     @property
     def socket(self) -> Path:
-        """In the state's folder; where that lies too deep for a socket, in our own folder below the temporary one."""
+        """Path of supervisord's socket: in the state folder, or, if that path is too long for a socket, in a private
+        folder below the temporary folder. Raises LabError."""
         path = self.state / "supervisord.sock"
         if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
             return path
@@ -286,7 +290,7 @@ class Lab:
         return "".join(parts)
 
     def _ask(self, method: str, *arguments: object) -> Any:
-        """One XML-RPC call. Raises NotRunningError."""
+        """One XML-RPC call of supervisord. Raises NotRunningError."""
         transport = SupervisorTransport(serverurl=f"unix://{self.socket}")
         server = xmlrpc.client.ServerProxy("http://lab", transport=transport)
         before = socket.getdefaulttimeout()

