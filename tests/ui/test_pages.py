@@ -133,11 +133,11 @@ def test_the_load_page_starts_shows_and_compares_tests(app: Callable[..., AppTes
     try:
         page = app("en", page="app_pages/load.py", load_url=f"http://127.0.0.1:{server.server_address[1]}")
         assert not page.exception
-        assert "The test runs" in shown(page)
-        assert [box.label for box in page.selectbox] == ["What is sent", "Compare A", "with B"]
+        assert "Running test" in shown(page)
+        assert [box.label for box in page.selectbox] == ["Workload", "Compare A", "with B"]
         assert page.selectbox[1].options == ["throughput-2", "throughput-1"]
         tables = " ".join(each.proto.body for each in page.get("html"))
-        assert "the sums agree" in tables
+        assert "the counts agree" in tables
         assert "+0.0%" in tables, "both runs beside each other"
         next(button for button in page.button if button.label == "Start").click().run()
         assert not page.exception

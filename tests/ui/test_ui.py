@@ -218,7 +218,7 @@ def test_figures_show_what_is_known() -> None:
     assert chat.figures(known, words) == {
         "TTFT": "1,500 ms", "tokens/s": "2,000.0", "tokens in + out": "5 + 2001", "cache hit": "", "request": "id`7`",
     }  # fmt: skip
-    assert "newly fetched" in chat.figures(answer(cache="vary-miss"), words)
+    assert "new answer" in chat.figures(answer(cache="vary-miss"), words)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
