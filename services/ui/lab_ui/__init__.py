@@ -1,3 +1,3 @@
-"""The lab in the browser: pages to ask, look inside and measure, through the proxy and nothing else."""
+"""The lab's web pages: ask models, look inside them, measure. All requests to models go through the proxy."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m lab_ui`: Streamlit with the lab's options, on UI_HOST:UI_PORT, until SIGTERM or Ctrl-C."""
+"""`python -m lab_ui`: runs Streamlit with the lab's options on UI_HOST:UI_PORT until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from starlette.middleware import Middleware
 
 from .settings import LOOPBACK, Settings
 
-# Pages load from this server only: a remote image, font or frame in a model's answer would report its readers to
-# somebody else. Streamlit's own pages need inline styles, one inline script and blobs; it loads the script of a
-# component (drawing/tokens.py) as a blob, which only a script of the page can make.
+# Pages load from this server only: a remote image, font or frame in a model's answer would reveal its readers to
+# another server. Streamlit's own pages need inline styles, one inline script and blobs. It loads the script of a
+# component (drawing/components.py) as a blob, which only a script of the page can create.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'wasm-unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self'; "
@@ -29,7 +29,7 @@ HEADERS = [
 
 
 class Guard:
-    """ASGI middleware: the headers above on every HTTP answer."""
+    """ASGI middleware that adds HEADERS to every HTTP answer."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
@@ -44,10 +44,10 @@ class Guard:
 
 
 def options(settings: Settings) -> dict[str, Any]:
-    """Streamlit's options. They override its files and environment variables."""
+    """Streamlit's options. They override its configuration files and environment variables."""
     hosts = {*LOOPBACK, "ui", settings.host, *settings.allowed_hosts}
-    # Bundled: Streamlit's own has no Hangul, and nothing is fetched from elsewhere. It has the 2,780 syllables in use;
-    # the reader's own fonts draw the others.
+    # A bundled font, because Streamlit's own has no Hangul and pages load from this server only. It has the 2,780 most
+    # used syllables; the reader's own fonts draw the others.
     fonts = "Pretendard, 'Noto Sans KR', 'Noto Sans CJK KR', 'Apple SD Gothic Neo', 'Malgun Gothic', sans-serif"
     return {
         "server.address": settings.host,
@@ -66,7 +66,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "client.showErrorLinks": False,
         "logger.hideWelcomeMessage": True,
         "logger.level": "warning",
-        "server.websocketPingInterval": 20,  # seconds: proxies between close a connection that is silent for longer
+        "server.websocketPingInterval": 20,  # seconds: reverse proxies close a connection that is silent for longer
         "theme.font": fonts,
         "theme.fontFaces": [
             {"family": "Pretendard", "url": f"app/static/Pretendard-{name}.subset.woff2", "weight": weight}
@@ -93,7 +93,7 @@ def main() -> int:
         for problem in error.errors():
             variable = "".join(
                 f"UI_{str(part).upper()}: " for part in problem["loc"][:1]
-            )  # none for rules over several
+            )  # a rule over several settings has no name in `loc`
             print(f"{variable}{problem['msg'].removeprefix('Value error, ')}", file=sys.stderr)  # noqa: T201
         return 2
     app = streamlit.App(Path(__file__).with_name("app.py"), middleware=[Middleware(Guard)])

@@ -1,4 +1,4 @@
-"""One answer of the proxy as it grows: state, text, times, stop. And Fault: why an answer or a lookup failed.
+"""One answer of the proxy while it arrives: state, text, times, stop. Also Fault: why an answer or a request failed.
 
 Knows threads and one event loop. Knows nothing of HTTP, Streamlit, languages or pages.
 """
@@ -13,13 +13,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ABANDONED_AFTER = 3.0  # seconds without a `wait` of a page: its tab was closed, reloaded or shows another page
+ABANDONED_AFTER = 3.0  # seconds without a `wait`, after which the tab counts as closed, reloaded or on another page
 State = Literal["waiting", "streaming", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an answer or a lookup failed. `kind` names a text; what follows is the proxy's own, as far as it answered."""
+    """Why an answer or a request failed. `kind`: key of a text below `faults`. The other fields come from the proxy's
+    answer, if there was one. `retry_after`: the header, mostly seconds."""
 
     kind: str
     status: int | None = None
@@ -32,7 +33,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could have stood there. `text` is U+FFFD where its bytes are a part of a character."""
+    """A token that the model could have chosen. `text` is U+FFFD if its bytes are only a part of a character."""
 
     text: str
     logprob: float  # natural logarithm, of the raw distribution
@@ -41,18 +42,18 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Token(Alternative):
-    """A generated token and the most likely ones at its place, the most likely first."""
+    """A generated token, and the most likely tokens at its place, the most likely first."""
 
     top: tuple[Alternative, ...] = ()
 
 
 @dataclass
 class Answer:
-    """What has arrived so far. Written by the loop's thread, read by any; `text` only grows."""
+    """What has arrived of an answer. The event loop's thread writes it, any thread reads it; `text` only grows."""
 
     request: Mapping[str, Any]
-    _loop: asyncio.AbstractEventLoop | None = field(repr=False)  # None: read from a stored conversation, ended
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # the ui's own: a reader's secret
+    _loop: asyncio.AbstractEventLoop | None = field(repr=False)  # None: a stored answer, which has ended
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # the ui's own; secret, it gives access to the answer
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     text: str = ""
     state: State = "waiting"
@@ -61,11 +62,11 @@ class Answer:
     cache: str | None = None  # "hit", "miss", "bypass" …; None without a Cache-Status header
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     tokens: list[Token] = field(default_factory=list)  # empty unless the request asks for `logprobs`
-    cached_tokens: int | None = None  # of the prompt: not computed again
+    cached_tokens: int | None = None  # prompt tokens that the model's prefix cache had
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     started: float = field(default_factory=time.monotonic)
-    first: float | None = None  # first and last content, on the clock of `started`
+    first: float | None = None  # times of the first and the last content, on the clock of `started`
     last: float | None = None
     ended: float | None = None
     seen: float = field(default_factory=time.monotonic)
@@ -88,7 +89,8 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decode speed: tokens after the first by the time after the first. Of a single piece: all by all."""
+        """Decode speed: tokens after the first, divided by the time after the first. If the text came in one piece: all
+        tokens, divided by the whole time."""
         if not self.completion_tokens or self.first is None or self.last is None:
             return None
         if self.completion_tokens > 1 and self.last > self.first:
@@ -103,22 +105,24 @@ class Answer:
         self.state = "streaming"
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the end, at most `seconds`; True at the end. A page that displays the answer calls it often."""
+        """Wait for the end, at most `seconds`. True if the answer has ended. A page that shows the answer must call
+        this at least every ABANDONED_AFTER seconds."""
         self.seen = time.monotonic()
         return self._over.wait(seconds)
 
     def stop(self) -> None:
-        """Close the request, keep what has arrived. Returns when the connection is closed, after 1 s at most."""
+        """Cancel the request and keep what has arrived. Returns when the connection is closed, after at most 1 s."""
         if self.running and self._loop is not None:
             self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
             self._over.wait(1)
 
     def start(self, receive: Callable[[Answer], Awaitable[None]]) -> None:
-        """Run `receive(self)` as a task of the loop until it ends, is stopped, or no page displays the answer."""
+        """Run `receive(self)` as a task of the event loop until it ends, is stopped, or no page shows the answer.
+        Raises ValueError for a stored answer."""
 
         loop = self._loop
         if loop is None:
-            raise ValueError("an answer without a loop has ended")
+            raise ValueError("a stored answer cannot be started again")
 
         def begin() -> None:
             self._task = loop.create_task(self._run(receive))
@@ -134,19 +138,19 @@ class Answer:
             watch.cancel()
 
     async def _cancel_when_abandoned(self) -> None:
-        """Pages wait by polling, from another thread: that none does is no event."""
+        """Polls, because pages call `wait` from another thread, and a missing call causes no event."""
         while (left := self.seen + ABANDONED_AFTER - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
         if self._task is not None:
             self._task.cancel()
 
     def end(self) -> None:
-        """Mark an answer without a loop as ended."""
+        """Mark a stored answer as ended."""
         self.ended = self.ended or self.started
         self._over.set()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """Runs in the loop after the connection is closed, also if the stop came before the task's first step."""
+        """Runs in the event loop after the connection is closed, also if the task was stopped before its first step."""
         if task.cancelled():
             self.state = "stopped"
         self.ended = time.monotonic()

@@ -1,7 +1,7 @@
 """The script that Streamlit runs for every session: shared parts, language, key, navigation. Pages are in app_pages.
 
-A new page: its script in app_pages/, a line in pages.py, its title in texts/*/nav.yaml, its texts in texts/*/PAGE.yaml.
-Streamlit runs this file and the pages by their path, outside the package: they import by the package's name.
+A new page needs a script in app_pages/, a line in pages.py, a title in texts/*/nav.yaml, texts in texts/*/PAGE.yaml.
+Streamlit runs this file and the pages by their path, outside the package, so they import by the package's name.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lab_ui.session import Session
 from lab_ui.settings import Settings
 from lab_ui.texts import LANGUAGES, choose, load
 
-ICON = Path(__file__).with_name("icon.svg")  # a material icon or an emoji would be fetched from a foreign server
+ICON = Path(__file__).with_name("icon.svg")  # the browser would load a material icon or an emoji from another server
 STYLE = Path(__file__).with_name("style.css")
 
 
 @st.cache_resource(show_spinner=False, on_release=lambda parts: parts[1].close())
 def shared() -> tuple[Settings, Proxy]:
-    """What all sessions of this process share."""
+    """Settings and client that all sessions of this process share."""
     settings = Settings()
     return settings, Proxy(settings)
 
@@ -32,7 +32,7 @@ def main() -> None:
     settings, proxy = shared()
     st.set_page_config(page_title="LLM Lab", page_icon=str(ICON), layout="wide")
     st.html(STYLE)
-    if st.context.theme.type == "dark":  # its primary colour is light: Streamlit's white on it cannot be read
+    if st.context.theme.type == "dark":  # its primary colour is light, so Streamlit's white text is unreadable
         st.html('<style>[data-testid^="stBaseButton-primary"] { color: #06201d; }</style>')
     # 1. Language and key, in the sidebar of every page.
     with st.sidebar:
@@ -53,7 +53,7 @@ def main() -> None:
                 default=page is PAGES[0],
             )
         )
-    # 3. The page. What it raises is a fault of the ui; a rerun or a stop is no Exception.
+    # 3. The page. An Exception is an error of the ui; Streamlit's reruns and stops are BaseExceptions.
     try:
         st.navigation(sections, expanded=True).run()
     except Exception as error:
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def reader_language(setting: str) -> str:
-    """`?lang=ko`, else the setting's or the browser's; and the switch that changes it.
+    """The language of `?lang=`, else of the setting, else of the browser. Also draws the switch that changes it.
 
-    Streamlit keeps a parameter over reloads, page links and the browser's Back if a widget is bound to it. A bound
-    switch would write its labels (`?lang=한국어`): the code is in a hidden field, which the switch changes.
+    Streamlit keeps a query parameter over reloads, page links and the browser's Back if a widget is bound to it. A
+    bound switch would write its label (`?lang=한국어`), so a hidden field has the code, and the switch changes it.
     """
     state = st.session_state
     asked = st.text_input("lang", key="lang", bind="query-params", label_visibility="collapsed")
@@ -73,7 +73,7 @@ def reader_language(setting: str) -> str:
     def change() -> None:
         state.lang = state.language
 
-    st.segmented_control(  # its label is in both languages: it is read before one is chosen
+    st.segmented_control(  # the label is in both languages, because the reader sees it before choosing one
         "Language / 언어", list(LANGUAGES), format_func=LANGUAGES.__getitem__, required=True, key="language",
         on_change=change, label_visibility="collapsed",
     )  # fmt: skip

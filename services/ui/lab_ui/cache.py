@@ -1,6 +1,6 @@
-"""The cache page: a request's phases, its key, the difference of two requests, and many requests at once.
+"""The cache page: phases of a request, its key, the difference of two requests, and many requests at once.
 
-Knows the wire of /cache/explain, of Cache-Status (RFC 9211) and of a request's timing. Does not draw.
+Knows the formats of /cache/explain, of Cache-Status (RFC 9211) and of a request's timing. Does not draw.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .texts import Texts
 
 QUESTION = "What is the capital of France?"
 MAX_CALLS, MAX_AT_ONCE = 200, 32
-MAX_BODY = 20_000  # characters of a request that is written by hand
+MAX_BODY = 20_000  # characters of a request that the reader edits
 SHOWN_HEADERS = ("cache-status", "age", "x-model-revision", "x-model-alias", "x-model-fallback", "x-request-id")
 PATHS = {"chat": "/v1/chat/completions", "embeddings": "/v1/embeddings"}
-# Changes of a request whose effect on the key the reader guesses: name -> (what is changed, whether the key stays).
+# Changes of a request whose effect on the key the reader guesses: name -> whether the key stays the same.
 CHANGES: dict[str, bool] = {
     "order": True, "zero": True, "default": True, "stream": True, "user": True,
     "capital": False, "space": False, "temperature": False, "system": False, "model": True,
@@ -32,7 +32,8 @@ CHANGES: dict[str, bool] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a request's time, in milliseconds since the proxy (or, without its timing, the ui) began with it."""
+    """A part of a request's time: milliseconds since the proxy received the request, or, if the proxy reports no
+    timing, since the ui sent it."""
 
     name: str
     begin: float
@@ -44,13 +45,13 @@ class Phase:
 
 
 def chat_body(model: str, question: str, max_tokens: int = 32) -> dict[str, Any]:
-    """The page's requests: at temperature 0, so that the answer may be stored."""
+    """A request of this page. Its temperature is 0, so that the proxy may store the answer."""
     messages = [{"role": "user", "content": question}]
     return {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
 
 
 def changed(body: Mapping[str, Any], change: str, alias: str | None = None) -> dict[str, Any]:
-    """The request with one change of CHANGES. `alias`: another name of the same model, else the name stays."""
+    """The request with one change of CHANGES. `alias`: another name of the same model; None: the name stays."""
     other: dict[str, Any] = json.loads(json.dumps(body))
     message = other["messages"][-1]
     match change:
@@ -78,7 +79,7 @@ def changed(body: Mapping[str, Any], change: str, alias: str | None = None) -> d
 
 
 def measured_phases(answer: Answer) -> list[Phase]:
-    """Three phases as the ui sees a streamed answer: until the first token, until the last one, until the end."""
+    """Three phases that the ui measures of a streamed answer: to the first token, to the last token, to the end."""
     if answer.first is None or answer.last is None:
         return []
     start = answer.started
@@ -89,7 +90,7 @@ def measured_phases(answer: Answer) -> list[Phase]:
 
 
 def reported_phases(body: Mapping[str, Any]) -> list[Phase]:
-    """The phases of GET /v1/requests/{id}/timing; what has another shape is left out."""
+    """The phases of GET /v1/requests/{id}/timing; entries of another shape are left out."""
     found = []
     for each in body.get("phases") or []:
         if isinstance(each, Mapping) and isinstance(each.get("name"), str):
@@ -100,7 +101,7 @@ def reported_phases(body: Mapping[str, Any]) -> list[Phase]:
 
 
 def header_parts(header: str, texts: Texts) -> list[tuple[str, str]]:
-    """Each part of a Cache-Status with its meaning."""
+    """Each part of a Cache-Status header with its meaning; an unknown part has an empty one."""
     parts = [part.strip() for part in re.split(r';(?=(?:[^"]*"[^"]*")*[^"]*$)', header) if part.strip()]
     found = []
     for part in parts:
@@ -113,7 +114,7 @@ def header_parts(header: str, texts: Texts) -> list[tuple[str, str]]:
 
 
 def parse_body(text: str) -> dict[str, Any] | None:
-    """The JSON object in a field of the page; None: it is none."""
+    """The JSON object in `text`; None if it is not one."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
@@ -126,7 +127,7 @@ def pretty(body: Mapping[str, Any]) -> str:
 
 
 def at(body: Any, path: str) -> str:
-    """The value at a path of /cache/explain's `differs`, as JSON; `–` where there is none."""
+    """The value at a path of /cache/explain's `differs`, as JSON; `–` if the body has none."""
     for name, place in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
         try:
             body = body[int(place)] if place else body[name]
@@ -137,13 +138,13 @@ def at(body: Any, path: str) -> str:
 
 @dataclass(frozen=True)
 class Calls:
-    """What many calls of one request show. Times in seconds, by the state of the cache."""
+    """The replies to many calls of one request. Times are in seconds."""
 
     replies: Sequence[Reply | Fault]
 
     @property
     def states(self) -> Counter[str]:
-        """How often each state of the cache, and each kind of fault, occurred."""
+        """Cache state or kind of fault -> how often it occurred."""
         return Counter(each.kind if isinstance(each, Fault) else each.cache or "other" for each in self.replies)
 
     def median(self, state: str) -> float | None:
@@ -155,7 +156,7 @@ class Calls:
         return next((each for each in self.replies if isinstance(each, Fault)), None)
 
     def figures(self, texts: Texts) -> dict[str, str]:
-        """Text -> value, for the strip."""
+        """Label -> value, for draw_strip."""
         shown = {state_text(state, texts): number(count) for state, count in self.states.most_common()}
         for state in ("miss", "hit"):
             if (median := self.median(state)) is not None:

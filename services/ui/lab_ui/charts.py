@@ -1,6 +1,7 @@
-"""Charts as Altair objects, each with the words that describe it and the rows of its table.
+"""Charts as Altair objects, each with its alt text and the rows of its table.
 
-Knows numbers and labels. Does not draw: drawing/charts.py does. Altair is imported by the first chart: it takes time.
+Knows numbers and labels. Does not draw; drawing/charts.py does. The functions import Altair, because its import is
+slow. In all of them `words` is the alt text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ PRIMARY, SECOND, MUTED = "#0f9488", "#d97706", "#94a3b8"  # readable on white an
 
 @dataclass(frozen=True)
 class Chart:
-    """`alt`: one sentence with what the picture shows. `head`, `rows`: the same numbers as a table."""
+    """`alt`: one sentence that describes the picture. `head`, `rows`: the same numbers as a table. `numbers`: columns
+    of the table that hold numbers."""
 
     altair: Any
     alt: str
@@ -59,7 +61,7 @@ def pairs(
     colours: tuple[str, str] = (MUTED, PRIMARY),
     format: str = ".1%",  # noqa: A002 - Vega's name
 ) -> Chart:  # fmt: skip
-    """Horizontal bars of two series under each other: (label, series, value, value as text)."""
+    """Horizontal bars of two series, one below the other: (label, series, value, value as text)."""
     import altair as alt  # noqa: PLC0415
 
     names = list(dict.fromkeys(name for _, name, _, _ in rows))
@@ -88,7 +90,7 @@ def pairs(
 
 
 def spans(rows: Sequence[tuple[str, float, float, str]], *, words: str, label: str, value: str) -> Chart:
-    """A waterfall: (label, begin, end, length as text), in milliseconds from the request's begin."""
+    """A waterfall: (label, begin, end, length as text), in milliseconds since the request began."""
     import altair as alt  # noqa: PLC0415
 
     data = _data(
@@ -127,7 +129,7 @@ def lines(points: Sequence[tuple[float, float]], *, words: str, x: str, y: str) 
 def dots(
     rows: Sequence[tuple[int, float, str, str]], *, words: str, x: str, y: str, series: str, logarithmic: bool = False
 ) -> Chart:
-    """A point for each call: (number, value, series, value as text)."""
+    """One point for each call: (number, value, series, value as text)."""
     import altair as alt  # noqa: PLC0415
 
     data = _data([{"x": n, "y": v, "series": s, "text": t} for n, v, s, t in rows])
@@ -152,7 +154,8 @@ def dots(
 def tries(
     rows: Sequence[tuple[int, float, float, str]], *, words: str, call: str, seconds: str, outcome: str, good: str
 ) -> Chart:
-    """A line for each call with its requests: (call, begin, end, outcome), in seconds. `good`: the green outcome."""
+    """One row for each call with a bar for each of its requests: (call, begin, end, outcome), in seconds. `good`: the
+    outcome that is drawn in the primary colour."""
     import altair as alt  # noqa: PLC0415
 
     data = _data([{"call": n, "begin": b, "end": e, "outcome": o} for n, b, e, o in rows])
@@ -176,7 +179,7 @@ def tries(
 
 
 def grid(rows: Sequence[tuple[str, str, float, str]], *, words: str, x: str, y: str, value: str, labels: bool) -> Chart:
-    """Cells in the order of `rows`: (column, row, share from 0 to 1, text). `labels`: the texts are drawn, too."""
+    """Cells in the order of `rows`: (column, row, share from 0 to 1, text). `labels`: whether to draw the texts too."""
     import altair as alt  # noqa: PLC0415
 
     data = _data([{"x": a, "y": b, "share": share, "text": text} for a, b, share, text in rows])

@@ -1,6 +1,6 @@
-"""The conversation: which models can be asked, turns with sibling answers side by side, the request, the figures.
+"""The conversation: the chat models, turns with several answers, the request, the figures below an answer.
 
-Knows the proxy's model list and what an Answer holds. Knows nothing of HTTP and does not draw: app_pages/chat.py does.
+Knows the proxy's model list and Answer. Knows nothing of HTTP and does not draw; app_pages/chat.py does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .answer import Answer
 from .formats import milliseconds, number
 from .texts import Texts
 
-# English in both languages: the embedded model's Korean is poor.
+# English on the Korean page too, because the embedded model's Korean is poor.
 EXAMPLES = (
     "What is the capital of France?",
     "Name three primary colors.",
@@ -22,16 +22,17 @@ EXAMPLES = (
     "Write a short poem about the sea.",
 )
 MAX_QUESTION = 32_000  # characters
-DEFAULT_CONTEXT = 8192  # tokens, for a model whose context the proxy does not list
+DEFAULT_CONTEXT = 8192  # tokens, for a model whose context length the proxy does not list
 MAX_COLUMNS = 4
-ALTERNATIVES = 5  # of each token, asked of the lab's own models
+ALTERNATIVES = 5  # most likely tokens to request at each place, from the lab's own models
 COLUMN_NAMES = "ABCD"
 HANGUL = re.compile("[\uac00-\ud7a3\u3131-\u318e]")
 
 
 @dataclass
 class Turn:
-    """A question and its answers: for each column its siblings (asked again, continued), and which is shown."""
+    """A question and its answers. `answers`: for each column its siblings, which come from asking again or continuing.
+    `shown`: for each column the index of the sibling that is shown."""
 
     question: str
     answers: list[list[Answer]]
@@ -41,7 +42,7 @@ class Turn:
         self.shown = self.shown or [len(siblings) - 1 for siblings in self.answers]
 
     def answer(self, column: int) -> Answer | None:
-        """The answer shown in a column; None where the turn has none."""
+        """The answer that is shown in a column; None if the turn has none there."""
         if column >= len(self.answers) or not self.answers[column]:
             return None
         return self.answers[column][self.shown[column]]
@@ -52,7 +53,7 @@ class Turn:
         self.shown[column] = len(self.answers[column]) - 1
 
     def move(self, column: int, step: int) -> None:
-        """Show the sibling before or after."""
+        """Show the previous (step -1) or the next sibling (step 1)."""
         self.shown[column] = max(0, min(len(self.answers[column]) - 1, self.shown[column] + step))
 
     @property
@@ -65,9 +66,9 @@ class Turn:
 
 
 def chat_models(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Chat models by id, from the body of /v1/models. Aliases stand last, with the properties of their models.
+    """Chat models by id, from the body of /v1/models. Aliases come last, with the properties of their models.
 
-    `local`: whether the lab computes it, and so knows `logprobs`. `languages`: None if the list does not have them.
+    `local`: whether the lab's model service runs it, and so supports `logprobs`. `languages`: None if not listed.
     """
     entries = {
         str(entry["id"]): entry
@@ -86,7 +87,7 @@ def chat_models(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def model_label(name: str, models: Mapping[str, Mapping[str, Any]], texts: Texts) -> str:
-    """The model's id; of an alias also its model's."""
+    """The model's id; for an alias also the id of its model."""
     target = models.get(name, {}).get("alias_of")
     return texts("settings.alias", id=name, target=target) if target else name
 
@@ -100,7 +101,7 @@ def speaks_korean(model: Mapping[str, Any]) -> bool:
 def request(turns: Sequence[Turn], question: str, sampling: Mapping[str, Any], column: int = 0) -> dict[str, Any]:
     """The body of the chat completion. `sampling`: `model`, `system`, `temperature`, `top_p`, `max_tokens`, `logprobs`.
 
-    Questions whose answer has no text are left out.
+    Earlier questions whose answer has no text are left out.
     """
     messages = [{"role": "system", "content": sampling["system"]}] if sampling["system"].strip() else []
     for turn in turns:
@@ -120,7 +121,8 @@ def request(turns: Sequence[Turn], question: str, sampling: Mapping[str, Any], c
 
 
 def continuation(request: Mapping[str, Any], prompt_ids: Sequence[int], begun_ids: Sequence[int]) -> dict[str, Any]:
-    """The body of the completion that goes on behind a begun answer; tokens as ids, so nothing is cut differently."""
+    """The body of the completion that continues an answer. Prompt and answer are token ids, because text could be
+    tokenized differently."""
     names = ("model", "temperature", "top_p")
     left = max(1, int(request["max_tokens"]) - len(begun_ids))
     body = {name: request[name] for name in names if name in request}
@@ -133,7 +135,7 @@ def state_text(answer: Answer, texts: Texts) -> str:
 
 
 def figures(answer: Answer, texts: Texts) -> dict[str, str]:
-    """What -> value for the strip below an answer, as far as it is known."""
+    """Label -> value for the strip below an answer; unknown figures are left out."""
     known = {}
     if answer.ttft is not None:
         known["TTFT"] = f"{milliseconds(answer.ttft)} ms"

@@ -1,4 +1,4 @@
-"""A conversation as a file: JSONL of messages, Markdown, a notebook whose cells ask the same again.
+"""A conversation as a file: JSONL of messages, Markdown, or a notebook whose cells send the same questions.
 
 Knows turns and the answers that are shown. Knows nothing of pages.
 """
@@ -14,7 +14,8 @@ from .chat import COLUMN_NAMES, Turn
 
 
 def jsonl(turns: Sequence[Turn]) -> str:
-    """A line for each answer shown: its messages as OpenAI's fine-tuning takes them, model and figures beside them."""
+    """One line for each answer that is shown: `messages` in the format of OpenAI's fine-tuning, and `metadata` with the
+    model and the figures."""
     lines = []
     for turn in turns:
         for column in range(len(turn.answers)):
@@ -44,7 +45,7 @@ def markdown(turns: Sequence[Turn], title: str) -> str:
 
 
 def notebook(turns: Sequence[Turn], title: str, proxy_url: str) -> str:
-    """nbformat 4.5: each question as a cell that runs; the answer received then as its output."""
+    """A notebook (nbformat 4.5): one code cell for each question, with the received answer as its output."""
     cells = [_cell("markdown", 0, f"# {title}\n\n`pip install openai`")]
     for turn in turns:
         for column in range(len(turn.answers)):

@@ -1,4 +1,4 @@
-"""What a fault means and what to do, in words. Knows the kinds of faults; does not draw."""
+"""Texts of a fault: what went wrong and what to do. Knows the kinds of faults; does not draw."""
 
 from __future__ import annotations
 

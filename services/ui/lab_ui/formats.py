@@ -1,4 +1,4 @@
-"""Numbers as the texts show them. The same in both languages."""
+"""Numbers as text, the same in both languages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def percent(ratio: float, decimals: int = 0) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """`0.42`, `8.1` or `1,234`: as many digits as say something."""
+    """Seconds as milliseconds: two decimals below 1, one below 100, else none (`0.42`, `8.1`, `1,234`)."""
     value = seconds * 1000
     return number(value, 0 if value >= 100 else 1 if value >= 1 else 2)
 
@@ -33,7 +33,7 @@ def size(count: float) -> str:
 
 
 def dollars(value: float) -> str:
-    """Four significant digits at most, never as an exponent: `0.00012`, `0.15`, `1,234.00`."""
+    """Two decimals from 1 on, else up to six, or nine below a millionth; never an exponent (`0.00012`, `1,234.00`)."""
     if value == 0:
         return "0"
     if value >= 1:

@@ -1,7 +1,7 @@
-"""Conversations as JSON, for the browser's own storage, and back.
+"""Converts conversations to JSON for the browser's storage, and back.
 
-What comes back was in the reader's hands: any shape is accepted, and what cannot be read is left out. Alternatives of
-tokens are not kept: they are large. A running answer is found again by its id while the ui remembers it.
+The stored JSON is untrusted: any shape is accepted, and what cannot be read is left out. Alternatives of tokens are not
+stored, because they are large. A running answer is found again by its id as long as the ui keeps it in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TEXTS = ("text", "state", "finish_reason", "cache", "request_id")
 
 
 def dump(id: str, turns: Sequence[Turn], columns: int) -> dict[str, Any]:  # noqa: A002 - the field's name
-    """The conversation; empty without turns."""
+    """The conversation as JSON; empty if it has no turns."""
     if not turns:
         return {}
     return {
@@ -37,7 +37,8 @@ def dump(id: str, turns: Sequence[Turn], columns: int) -> dict[str, Any]:  # noq
 
 
 def load(data: Any, find: Callable[[str], Answer | None]) -> tuple[str, list[Turn], int] | None:
-    """Id, turns and columns of a stored conversation; None if it is none. `find`: an answer that is still in memory."""
+    """Id, turns and number of columns of a stored conversation; None if `data` is not one. `find`: returns the answer
+    with an id if it is still in memory."""
     if not isinstance(data, Mapping) or not isinstance(data.get("id"), str) or not isinstance(data.get("turns"), list):
         return None
     turns = []
@@ -86,7 +87,7 @@ def _load_answer(stored: Mapping[str, Any], find: Callable[[str], Answer | None]
         if isinstance(stored.get(name), int | float):
             setattr(answer, name, stored[name])
     if answer.state not in get_args(State) or answer.state in {"waiting", "streaming"}:
-        answer.state = "stopped"  # the ui that received it is gone
+        answer.state = "stopped"  # the process that received it has ended
     if isinstance(stored.get("fault"), str) and answer.state == "failed":
         answer.fault = Fault("interrupted")
     answer.end()

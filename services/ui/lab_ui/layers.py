@@ -1,6 +1,6 @@
-"""The inside of a forward pass: what each layer would answer, and where each token attends.
+"""Inside a forward pass: the most likely next tokens of each layer (logit lens), and the attention of each token.
 
-Knows the wire of /v1/inspect/logit-lens and /attention; does not draw.
+Knows the formats of /v1/inspect/logit-lens and /v1/inspect/attention; does not draw.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from .wire import Piece, number, piece, pieces
 
 MOST_TOKENS = 48
-TOP = 5  # tokens of each layer and place
+TOP = 5  # most likely tokens to request for each layer and place
 
 
 def lens(body: Mapping[str, Any]) -> tuple[list[Piece], list[list[list[tuple[Piece, float]]]]]:
-    """The text's tokens, and for each layer and place the most likely next tokens with their probabilities."""
+    """The tokens of the text, and for each layer and place the most likely next tokens with their probabilities."""
     layers = []
     for layer in body.get("layers") or []:
         places = []
@@ -38,7 +38,7 @@ def cells(tokens: list[Piece], layers: list[list[list[tuple[Piece, float]]]]) ->
 
 
 def pinned(layers: list[list[list[tuple[Piece, float]]]], place: int, token: Piece) -> list[tuple[str, float, str]]:
-    """(layer, probability, as text) of one token at one place; 0 where a layer does not have it among its first."""
+    """(layer, probability, as text) of one token at one place; 0 if it is not among the layer's most likely tokens."""
     rows = []
     for number_, layer in enumerate(layers):
         found = layer[place] if place < len(layer) else []
@@ -49,7 +49,7 @@ def pinned(layers: list[list[list[tuple[Piece, float]]]], place: int, token: Pie
 
 
 def attention(body: Mapping[str, Any]) -> tuple[list[Piece], list[list[list[float]]], int]:
-    """The text's tokens, for each head the rows of its attention, and how many layers there are."""
+    """The tokens of the text, for each head the rows of its attention, and the number of layers."""
     heads = [
         [[float(share) for share in row] for row in head if isinstance(row, list)]
         for head in body.get("heads") or []

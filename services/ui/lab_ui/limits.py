@@ -1,6 +1,6 @@
-"""The limits page: what a key may use, a burst with the client's back-off, prices, and what saves cost.
+"""The limits page: limits of a key, a burst with the client's back-off, the price table, and what saves cost.
 
-Knows the wire of /usage and of OpenAI's rate-limit headers. Does not draw.
+Knows the formats of /usage and of OpenAI's rate-limit headers. Does not draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .proxy import Reply
 MAX_BURST = 60
 MAX_TRIES = 4
 LONGEST_WAIT = 30.0  # seconds between two tries; a longer Retry-After ends the call
-# What people ask, as they ask it: the same again and again, easy and hard ones. (question, whether it is easy)
+# A realistic mix: some questions repeat, some are easy. (question, whether it is easy)
 QUESTIONS: tuple[tuple[str, bool], ...] = (
     ("What is the capital of France?", True),
     ("What is photosynthesis?", False),
@@ -41,7 +41,7 @@ LONG_PROMPT = (
 )
 SHORT_PROMPT = "Answer in at most two sentences."
 MAX_TOKENS = 40
-BATCH_SHARE = 0.5  # of the price: OpenAI's batch API, and this proxy's
+BATCH_SHARE = 0.5  # share of the price that a batch costs, at OpenAI and in this proxy
 
 
 # ---- what is left
@@ -49,7 +49,7 @@ BATCH_SHARE = 0.5  # of the price: OpenAI's batch API, and this proxy's
 
 @dataclass(frozen=True)
 class Gauge:
-    """A limit in a period: `name` of a text below limits.gauge."""
+    """A limit and what is left of it. `name`: key of a text below limits.gauge."""
 
     name: str
     limit: float
@@ -58,12 +58,12 @@ class Gauge:
 
     @property
     def share(self) -> float:
-        """What is left, from 0 to 1."""
+        """Share of the limit that is left, from 0 to 1."""
         return max(0.0, min(1.0, self.left / self.limit)) if self.limit else 0.0
 
 
 def gauges(headers: Mapping[str, str]) -> list[Gauge]:
-    """Requests and tokens a minute, from the headers of an answer; empty for a key without limits."""
+    """Requests and tokens per minute, from the headers of an answer; empty for a key without limits."""
     found = []
     for name in ("requests", "tokens"):
         try:
@@ -76,7 +76,7 @@ def gauges(headers: Mapping[str, str]) -> list[Gauge]:
 
 
 def budgets(usage: Mapping[str, Any]) -> list[Gauge]:
-    """Dollars a day and in all, from the body of /usage; without those that have no limit."""
+    """Dollars per day and in total, from the body of /usage; budgets without a limit are left out."""
     found = []
     budget = usage.get("budget_usd")
     for name, each in budget.items() if isinstance(budget, Mapping) else ():
@@ -101,7 +101,8 @@ class Try:
 
 
 def burst(count: int, send: Callable[[], Reply | Fault], sleep: Callable[[float], None] = time.sleep) -> list[Try]:
-    """`count` calls at once, each repeated as clients do: after a 429 it waits as long as Retry-After says."""
+    """Make `count` calls at once. As a good client does, each waits after a 429 for the seconds of Retry-After and
+    tries again, with at most MAX_TRIES requests."""
     began = time.monotonic()
 
     def call(number: int) -> list[Try]:
@@ -126,7 +127,7 @@ def burst(count: int, send: Callable[[], Reply | Fault], sleep: Callable[[float]
 
 
 def seconds(header: str | None) -> float | None:
-    """A Retry-After in seconds; None for a date or nothing."""
+    """A Retry-After header in seconds; None for a date or a missing header."""
     return float(header) if header and re.fullmatch(r"\d+(\.\d+)?", header) else None
 
 
@@ -135,7 +136,8 @@ def seconds(header: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class Asked:
-    """What one question of the set took, in tokens; `shorter_prompt`: with the short system prompt."""
+    """One question of the set. `prompt`, `completion`: tokens measured; `shorter_prompt`: prompt tokens with the short
+    system prompt."""
 
     easy: bool
     hit: bool
@@ -146,7 +148,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars of a million tokens."""
+    """US dollars per million tokens."""
 
     input: float
     output: float
@@ -156,13 +158,13 @@ class Price:
 
 
 def request(model: str, question: str, prompt: str, nonce: str) -> dict[str, Any]:
-    """`nonce` makes the set a new one, so that only its own repetitions are hits."""
+    """A request of the set. `nonce` makes the set a new one, so that only its own repetitions are hits."""
     messages = [{"role": "system", "content": f"{prompt} [{nonce}]"}, {"role": "user", "content": question}]
     return {"model": model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
 
 
 def savings(asked: Sequence[Asked], large: Price, small: Price) -> list[tuple[str, float]]:
-    """Dollars of a thousand such sets: without savings, with each of them, with all. Names of texts."""
+    """(name of a text, dollars of 1,000 such sets): without a measure, with each measure alone, with all."""
 
     def total(*, cache: bool = False, batch: bool = False, routing: bool = False, shorter: bool = False) -> float:
         cost = 0.0
@@ -184,7 +186,7 @@ def savings(asked: Sequence[Asked], large: Price, small: Price) -> list[tuple[st
 
 
 def prices(body: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
-    """Rows of the proxy's price table: model, input, cached, output, source, day of the last check."""
+    """Rows of the proxy's price table: model, input, cached input, output, source, date of the last check."""
     rows = []
     for upstream in body.get("upstreams") or []:
         if not isinstance(upstream, Mapping) or not isinstance(upstream.get("models"), Mapping):

@@ -1,7 +1,7 @@
-"""An experiment as a URL: the parameters of a page as codes, read once and written back after each run.
+"""An experiment as a URL: the parameters of a page, read once from the query and written back after each run.
 
 Knows names, defaults and ranges. Knows no widget: pages hand in Streamlit's query parameters and session state. A value
-that cannot be read is the default, so a link with nonsense opens the page as it is without.
+that cannot be read counts as the default, so a broken link opens the page with its defaults.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_TEXT = 2000  # characters of a text in a link: browsers and logs cut longer ones
+MAX_TEXT = 2000  # characters of a text in a link, because browsers and logs cut longer URLs
 
 
 @dataclass(frozen=True)
 class Text:
-    """Any text of at most `limit` characters; longer ones stay out of the link."""
+    """Any text of at most `limit` characters; a longer text is left out of the link."""
 
     default: str = ""
     limit: int = MAX_TEXT
@@ -30,7 +30,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `low` to `high`; an int if `default` is one."""
+    """A number from `low` to `high`; an int if `default` is an int."""
 
     default: float
     low: float
@@ -77,13 +77,13 @@ class Link:
         return f"{self._page}.{name}"
 
     def read(self, query: Mapping[str, str], state: MutableMapping[Any, Any]) -> None:
-        """Put the value of each parameter into the session state, unless there is one."""
+        """Put the value of each parameter into the session state, unless the state already has one."""
         for name, parameter in self._parameters.items():
             if self.key(name) not in state:
                 state[self.key(name)] = parameter.read(query[name]) if name in query else parameter.default
 
     def write(self, query: MutableMapping[str, str], state: Mapping[Any, Any]) -> None:
-        """Put each value that differs from its default into the URL, and take the others out."""
+        """Put each value that differs from its default into the URL, and remove the others."""
         for name, parameter in self._parameters.items():
             value = state.get(self.key(name), parameter.default)
             code = None if value is None or value == parameter.default else parameter.write(value)

@@ -1,4 +1,4 @@
-"""The load page: the load service's runs. Knows the wire of its API (docs/load.md); does not draw."""
+"""The load page: runs of the load service. Knows the formats of its API (docs/load.md); does not draw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .settings import Settings
 WORKLOADS = ("throughput", "caching", "stampede", "prefix", "sessions", "lengths", "abandoned", "slow", "embeddings",
              "tasks", "garbage")  # fmt: skip
 MAX_USERS, MAX_SECONDS = 64, 180
-SERIES = ("tokens_per_second", "ttft_p50", "hit_ratio", "queue")  # of a progress line; each a chart
+SERIES = ("tokens_per_second", "ttft_p50", "hit_ratio", "queue")  # fields of a progress line; each has a chart
 
 
 def call(proxy: Proxy, settings: Settings, method: str, path: str, *, key: str | None,
@@ -24,7 +24,8 @@ def call(proxy: Proxy, settings: Settings, method: str, path: str, *, key: str |
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run. Times in seconds, None without enough samples; `hit_ratio` None where nothing caches."""
+    """A finished run. `requests`, `tokens`: per second. `ttft`, `e2e`: medians in seconds, None without enough samples.
+    `hit_ratio`: None if nothing was cached."""
 
     name: str
     workload: str
@@ -39,7 +40,7 @@ class Finished:
 
 
 def read_finished(summary: Mapping[str, Any]) -> Finished | None:
-    """summary.json of a run of one workload; None for others, and for those of another version."""
+    """The figures in summary.json of a run with one workload; None for other runs and other versions of the file."""
     try:
         ((workload, figures),) = summary["results"].items()
         metrics = figures["metrics"]
@@ -54,7 +55,7 @@ def read_finished(summary: Mapping[str, Any]) -> Finished | None:
 
 
 def series(progress: list[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(second of the run, value) of the progress lines that have one."""
+    """(seconds since the start, value) of each progress line that has the value."""
     return [
         (float(line["seconds"]), float(line[name]))
         for line in progress
@@ -63,5 +64,5 @@ def series(progress: list[Mapping[str, Any]], name: str) -> list[tuple[float, fl
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
-    """b / a - 1, for two runs beside each other."""
+    """Relative change from `a` to `b`: b / a - 1."""
     return None if a is None or b is None or a == 0 else b / a - 1

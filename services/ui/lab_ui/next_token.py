@@ -1,6 +1,6 @@
-"""The next-token page: candidates before and after the sampling parameters, the guess and its score.
+"""The next-token page: probabilities of tokens before and after the sampling parameters, the guess and its score.
 
-Knows the wire of /v1/inspect/next-token; does not draw.
+Knows the format of /v1/inspect/next-token; does not draw.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ PROMPTS = (
     "The opposite of hot is",
 )
 MAX_PROMPT = 2000  # characters
-TOP = 100  # candidates that are asked for; the bars show the first of them
-BARS = 12
+TOP = 100  # candidates to request
+BARS = 12  # candidates to show
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may come next: its probability by the model, after temperature, and after the filters."""
+    """A token that can come next. `probability`: the model's; `heated`: after temperature; `final`: after the filters;
+    `cut_by`: the filter that removed it."""
 
     piece: Piece
     probability: float
@@ -37,7 +38,7 @@ class Candidate:
 
 @dataclass
 class Score:
-    """Of the guesses: rounds, how many were the most likely token, how many among the five most likely."""
+    """Counts of guesses: all, those that were the most likely token, those among the five most likely."""
 
     rounds: int = 0
     first: int = 0
@@ -50,7 +51,7 @@ class Score:
 
 
 def candidates(body: Mapping[str, Any]) -> list[Candidate]:
-    """In the order of their probability."""
+    """The candidates of an answer, the most likely first."""
     found = []
     for entry in objects(body, "tokens"):
         token = piece(entry)
@@ -64,7 +65,8 @@ def candidates(body: Mapping[str, Any]) -> list[Candidate]:
 
 
 def rank_of(guess: str, found: Sequence[Candidate]) -> int | None:
-    """1 for the most likely. The beginning of the guessed word counts, since words may have several tokens."""
+    """Rank of the guessed word, 1 for the most likely; None if it is not among the candidates. A token that is the
+    beginning of the word counts, because a word can have several tokens."""
     word = _plain(guess)
     for rank, each in enumerate(found, 1):
         text = _plain(each.piece.text or "")
@@ -74,7 +76,7 @@ def rank_of(guess: str, found: Sequence[Candidate]) -> int | None:
 
 
 def text_after(text: str, chosen: Sequence[Piece]) -> str:
-    """The prompt with the chosen tokens behind it."""
+    """The prompt followed by the chosen tokens."""
     data = b"".join(each.data or (each.text or "").encode() for each in chosen)
     return text + data.decode(errors="replace")
 

@@ -1,4 +1,4 @@
-"""The table of pages: file, icon and section of each, in the order of the navigation. The first one is at /."""
+"""The table of pages: file, icon and section of each, in the order of the navigation. The first page is at /."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 class Page:
     """`section`: key of a text below nav.sections."""
 
-    name: str  # of the file in app_pages, of its texts and of its title in nav
+    name: str  # of its file in app_pages, of its texts file, and of its title in nav.yaml
     icon: str
     section: str
 
     @property
     def file(self) -> str:
-        """Beside this file; AppTest.switch_page takes the same."""
+        """Path relative to this file, as AppTest.switch_page takes it."""
         return f"app_pages/{self.name}.py"
 
     @property
     def url_path(self) -> str:
-        """The first page's is not used: it is at /."""
+        """Path of the page's URL. Streamlit does not use that of the first page, which is at /."""
         return self.name
 
 

@@ -1,8 +1,8 @@
-"""Every HTTP call to the proxy: chat answers, and one JSON answer to one request. Errors become Faults.
+"""All HTTP calls to the proxy: streamed answers, and requests with one JSON answer. Errors become Faults.
 
-Knows the OpenAI API. Knows nothing of Streamlit, languages or pages. Answers are received in one thread with one event
-loop, so that a stop closes the connection at once, also before the first token. `key` is the reader's key for the
-proxy, sent as `Authorization: Bearer`; without one the proxy decides by its settings.
+Knows the OpenAI API. Knows nothing of Streamlit, languages or pages. One thread with one event loop receives all
+streamed answers, so that a stop closes the connection at once, also before the first token. `key` is the reader's key
+for the proxy, sent as `Authorization: Bearer`; None: the proxy's settings decide whether it answers without a key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .answer import Alternative, Answer, Fault, Token
 from .settings import Settings
 from .surprise import text_of
 
-# The proxy's error code, else its status -> kind of fault.
+# Error code of the proxy, or HTTP status -> kind of fault. The code is looked up first.
 KINDS: dict[str | int | None, str] = {
     "context_length_exceeded": "too_long", "model_not_allowed": "model_not_allowed", "host_not_allowed": "wrong_host",
     "origin_not_allowed": "wrong_host", "rate_limit_exceeded": "limited", "insufficient_quota": "budget",
@@ -34,12 +34,12 @@ KINDS: dict[str | int | None, str] = {
     "upstream_error": "upstream_error", 401: "key_invalid", 403: "refused", 404: "unknown_model", 413: "too_long",
     421: "wrong_host", 429: "busy", 503: "model_down", 504: "timeout",
 }  # fmt: skip
-REMEMBERED = 500  # answers that a reloaded page may find again
+REMEMBERED = 500  # answers kept in memory, so that a reloaded page finds them again
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A JSON object that the proxy answered with, its headers (lower case), and the seconds it took."""
+    """A JSON answer of the proxy: its object, its headers (names in lower case), and the seconds it took."""
 
     body: Mapping[str, Any]
     headers: Mapping[str, str]
@@ -74,9 +74,8 @@ class Proxy:
         headers: Mapping[str, str] | None = None,
         begun: Sequence[Token] = (),
     ) -> Answer:
-        """Send `request` and return at once. Its body is that of a chat completion without the stream's fields.
-
-        With `prompt` it is that of a completion; `begun`: tokens that stand before what it adds.
+        """Send `request` and return at once. `request`: body of a chat completion, or, if it has `prompt`, of a
+        completion; without `stream` and `stream_options`. `begun`: tokens that come before the text of the completion.
         """
         with self._lock:
             if not self._thread.is_alive():
@@ -89,7 +88,7 @@ class Proxy:
         return answer
 
     def answer(self, id: str) -> Answer | None:  # noqa: A002 - the field's name
-        """One of the last 500 answers, by its id: for a page that was reloaded."""
+        """One of the last REMEMBERED answers, by its id, for a page that was reloaded."""
         return self._answers.get(id)
 
     def models(self, key: str | None = None) -> dict[str, Any] | Fault:
@@ -111,8 +110,8 @@ class Proxy:
         seconds: float | None = None,
         base: str | None = None,
     ) -> Reply | Fault:
-        """One request and its JSON answer; `seconds`: the longest silence, by default that of an answer. `base`: URL of
-        another service than the proxy."""
+        """One request and its JSON answer. `seconds`: longest silence, by default `answer_timeout_seconds`. `base`:
+        base URL of another service than the proxy."""
         settings = self._settings
         silence = settings.answer_timeout_seconds if seconds is None else seconds
         timeout = httpx2.Timeout(silence, connect=settings.connect_timeout_seconds)
@@ -133,12 +132,12 @@ class Proxy:
         return Reply(answered, dict(response.headers), took, response.status_code)
 
     def calls(self, count: int, at_once: int, one: Callable[[int], Reply | Fault]) -> list[Reply | Fault]:
-        """`count` calls of `one`, at most `at_once` side by side, in their order."""
+        """Results of `count` calls of `one`, in their order; at most `at_once` run at the same time."""
         with ThreadPoolExecutor(at_once, thread_name_prefix="calls") as pool:
             return list(pool.map(one, range(count)))
 
     def close(self) -> None:
-        """End the thread and every request in it."""
+        """Cancel all requests and end the thread."""
 
         async def end() -> None:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -158,7 +157,7 @@ class Proxy:
     def _body(self, path: str, key: str | None) -> dict[str, Any] | Fault:
         reply = self.call("GET", path, key, seconds=self._settings.status_timeout_seconds)
         if isinstance(reply, Fault):
-            # No model of that name: of a GET it is no proxy either.
+            # A GET names no model, so this 404 does not come from the proxy.
             return Fault("not_the_proxy", reply.status) if reply.kind == "unknown_model" else reply
         return dict(reply.body)
 
@@ -168,7 +167,7 @@ class Proxy:
             answer.state = "done" if answer.finish_reason else "failed"
             if not answer.finish_reason:  # the connection ended between two events
                 answer.fault = Fault("interrupted")
-        except Exception as error:  # whatever an upstream sends becomes the answer's fault and does not end the thread
+        except Exception as error:  # any error becomes the answer's fault; the thread goes on
             answer.state = "failed"
             answer.fault = fault(error, answer, key)
 
@@ -205,8 +204,8 @@ class Proxy:
             timeout = httpx2.Timeout(silence, connect=self._settings.connect_timeout_seconds)
             self._client = openai.AsyncOpenAI(
                 base_url=self._settings.proxy_url + "/v1",
-                api_key="local",  # the client insists on one; the proxy without keys ignores it
-                max_retries=0,  # a retry would hide the fault that the page shows
+                api_key="local",  # the client requires one; a proxy without keys ignores it
+                max_retries=0,  # a retry would hide a fault that the page should show
                 timeout=timeout,
                 http_client=httpx2.AsyncClient(trust_env=False, timeout=timeout),
             )
@@ -214,7 +213,7 @@ class Proxy:
 
 
 def _tokens(logprobs: Any) -> list[Token]:
-    """Of a chat completion's chunk, or of a completion's, whose older format has no bytes."""
+    """Tokens of a chunk's logprobs: of a chat completion, or of a completion, whose older format has no bytes."""
     if logprobs is None:
         return []
     if content := getattr(logprobs, "content", None):
@@ -242,7 +241,7 @@ def _authorization(key: str | None) -> dict[str, str]:
 
 
 def cache_state(header: str | None) -> str | None:
-    """RFC 9211's Cache-Status in one word: `hit`, `stale`, `collapsed`, or the reason for forwarding."""
+    """The Cache-Status header (RFC 9211) in one word: `hit`, `collapsed`, or the value of `fwd`; None without one."""
     if not header:
         return None
     parts = [part.strip() for part in re.sub(r'"(?:[^"\\]|\\.)*"', '""', header).split(",")[-1].split(";")]
@@ -261,7 +260,7 @@ def kind(status: int, code: str | None, key: str | None) -> str:
 
 
 def _refusal(response: httpx2.Response, key: str | None) -> Fault:
-    """An error answer; without OpenAI's envelope it is not the proxy's."""
+    """The Fault of an error answer. An answer without OpenAI's error object does not come from the proxy."""
     headers = dict(response.headers)
     try:
         error = response.json()["error"]
@@ -275,7 +274,7 @@ def _refusal(response: httpx2.Response, key: str | None) -> Fault:
 
 
 def fault(error: Exception, answer: Answer | None = None, key: str | None = None) -> Fault:
-    """The kind of failure, and the proxy's own words where it sent any."""
+    """The Fault of an exception, with the proxy's message if it sent one."""
     begun = answer is not None and answer.first is not None
     if isinstance(error, openai.APIStatusError):
         headers = dict(error.response.headers)
@@ -293,4 +292,4 @@ def fault(error: Exception, answer: Answer | None = None, key: str | None = None
         return Fault("interrupted" if begun else "proxy_down")
     if isinstance(error, openai.APIError):  # an error event inside the stream
         return Fault("interrupted" if begun else "model_down", message=error.message)
-    return Fault("not_the_proxy")  # neither JSON nor events: another program uses that port
+    return Fault("not_the_proxy")  # neither JSON nor an event stream: another program uses that port

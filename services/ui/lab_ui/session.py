@@ -1,4 +1,4 @@
-"""What app.py hands to each page of a reader's session. Holds no state of its own."""
+"""The parts that app.py hands to each page. Holds no state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_KEY = 512  # characters
 
 @dataclass(frozen=True)
 class Session:
-    """`key`: the key for the proxy, passed with every call; None: the proxy decides by its settings."""
+    """`key`: the key for the proxy, sent with every call; None: calls have no key."""
 
     settings: Settings
     proxy: Proxy

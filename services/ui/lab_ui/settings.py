@@ -1,4 +1,4 @@
-"""Settings of the ui from environment variables. Nothing else in the package reads the environment."""
+"""Settings of the ui, from environment variables. No other module of the package reads the environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Settings(BaseSettings):
-    """Every field is the variable `UI_<NAME>`. Lists are separated by commas, times are seconds."""
+    """Each field is the environment variable `UI_<NAME>`. Lists are separated by commas, times are in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="UI_", env_ignore_empty=True, extra="ignore")
 
@@ -19,33 +19,33 @@ class Settings(BaseSettings):
     port: int = Field(default=8501, ge=1, le=65535, description="Port the ui listens on.")
     allow_anonymous: bool = Field(
         default=False,
-        description="Listen on other than loopback although readers need no password. Without it such a start fails.",
+        description="Permit a `UI_HOST` beyond loopback. The ui has no password, so without this the start fails.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Host names browsers may use beside loopback's and `ui`; `*` for any. Guards against rebinding.",
+        description="Host names that browsers may use, besides loopback and `ui`; `*`: any. Prevents DNS rebinding.",
     )
     proxy_url: str = Field(default="http://127.0.0.1:8080", description="Base URL of the proxy, as the ui reaches it.")
     public_proxy_url: str | None = Field(
         default=None,
-        description="Base URL of the proxy in “Show the code”, as the reader reaches it; left out: `UI_PROXY_URL`.",
+        description="Base URL of the proxy that readers use, shown in “Show the code”. Default: `UI_PROXY_URL`.",
     )
     load_url: str = Field(
         default="http://127.0.0.1:8090", description="Base URL of the load service's API, as the ui reaches it."
     )
     api_key: SecretStr | None = Field(
         default=None,
-        description="Key for the proxy that all readers share; a key of their own in the sidebar overrides it.",
+        description="Key for the proxy that all readers share. A key that a reader enters in the sidebar overrides it.",
     )
     language: Literal["auto", "en", "ko"] = Field(
         default="auto",
         description="Language of the pages; `auto`: the browser's. `?lang=` and the switch in the sidebar override it.",
     )
     connect_timeout_seconds: float = Field(
-        default=2, gt=0, le=60, description="Longest wait for a connection to the proxy."
+        default=2, gt=0, le=60, description="Timeout for a connection to the proxy."
     )
     answer_timeout_seconds: float = Field(
-        default=150, gt=0, description="Longest silence of the proxy before or inside an answer."
+        default=150, gt=0, description="Longest time without data from the proxy, before or during an answer."
     )
     status_timeout_seconds: float = Field(
         default=2, gt=0, le=30, description="Longest wait for the proxy's status and list of models."
@@ -80,12 +80,12 @@ class Settings(BaseSettings):
     def _check(self) -> Settings:
         if self.host not in LOOPBACK and not self.allow_anonymous:
             raise ValueError(
-                f"UI_HOST={self.host} lets others use the proxy without a password, on your key: listen on 127.0.0.1, "
-                "or set UI_ALLOW_ANONYMOUS=true where something else guards the port"
+                f"UI_HOST={self.host} lets others use the proxy with your key and without a password: listen on "
+                "127.0.0.1, or set UI_ALLOW_ANONYMOUS=true if readers enter their own keys or the port is protected"
             )
         return self
 
     @property
     def shown_proxy_url(self) -> str:
-        """What “Show the code” prints."""
+        """Base URL of the proxy in “Show the code”."""
         return self.public_proxy_url or self.proxy_url

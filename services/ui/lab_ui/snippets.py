@@ -1,6 +1,6 @@
-"""The same request as code that runs: Python, curl in a POSIX shell, JavaScript, LangChain.
+"""A request as code that runs: Python, curl in a POSIX shell, JavaScript, LangChain.
 
-Knows quoting. The code holds nothing but the request: no key, no name of this machine but the proxy's public URL.
+Knows quoting. The code contains the request and the proxy's public URL, and no key.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def python(request: Mapping[str, Any], proxy_url: str) -> str:
-    """A script that prints the answer as it comes. Every JSON string is a Python string as well."""
+    """A script that prints the answer while it arrives. Every JSON string is also a Python string."""
     lines = ["from openai import OpenAI", "", f'client = OpenAI(base_url={_json(proxy_url + "/v1")}, api_key="local")']
     call = "completions" if "prompt" in request else "chat.completions"
     lines += [f"stream = client.{call}.create("]
@@ -28,7 +28,7 @@ def python(request: Mapping[str, Any], proxy_url: str) -> str:
 
 
 def curl(request: Mapping[str, Any], proxy_url: str) -> str:
-    """One command; `-N` shows each event as it comes."""
+    """One command; `-N` prints each event when it arrives."""
     body = json.dumps({**request, "stream": True}, ensure_ascii=False, indent=1)
     path = "/v1/completions" if "prompt" in request else "/v1/chat/completions"
     return (
@@ -39,7 +39,7 @@ def curl(request: Mapping[str, Any], proxy_url: str) -> str:
 
 
 def javascript(request: Mapping[str, Any], proxy_url: str) -> str:
-    """An ES module for Node with the `openai` package. JSON is JavaScript."""
+    """An ES module for Node with the `openai` package. JSON is valid JavaScript."""
     call = "completions" if "prompt" in request else "chat.completions"
     body = json.dumps({**request, "stream": True}, ensure_ascii=False, indent=2)
     piece = "chunk.choices[0]?.text" if "prompt" in request else "chunk.choices[0]?.delta?.content"
@@ -53,7 +53,7 @@ def javascript(request: Mapping[str, Any], proxy_url: str) -> str:
 
 
 def langchain(request: Mapping[str, Any], proxy_url: str) -> str:
-    """A script with `langchain-openai`, which streams the same request."""
+    """A script with `langchain-openai` that streams the same request."""
     names = {"system": "system", "user": "human", "assistant": "ai"}
     options = {name: value for name, value in request.items() if name not in {"messages", "prompt", "model"}}
     lines = ["from langchain_openai import ChatOpenAI", "", "model = ChatOpenAI("]
@@ -61,7 +61,7 @@ def langchain(request: Mapping[str, Any], proxy_url: str) -> str:
     lines += ['    api_key="local",', *(f"    {name}={_python(value)}," for name, value in options.items()), ")"]
     lines += ["messages = ["]
     for message in request.get("messages", []):
-        if message.get("tool_calls") or message["role"] not in names:  # LangChain takes OpenAI's messages as well
+        if message.get("tool_calls") or message["role"] not in names:  # LangChain also accepts OpenAI's messages
             lines.append(f"    {_python(message)},")
         else:
             lines.append(f"    ({_json(names[message['role']])}, {_json(message['content'])}),")
@@ -74,7 +74,7 @@ def _json(value: Any) -> str:
 
 
 def _python(value: Any) -> str:
-    """JSON as Python: only true, false and null differ."""
+    """A JSON value as a Python literal; only true, false and null differ."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_json(name)}: {_python(each)}" for name, each in value.items()) + "}"
     if isinstance(value, list):

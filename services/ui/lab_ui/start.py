@@ -1,4 +1,4 @@
-"""The start page: what runs, what is wrong, and where to go. Knows the status report; does not draw."""
+"""The start page: services, problems, links to the pages. Knows the status report; does not draw."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ STEPS = ("chat", "next_token", "cache")  # pages, in the order of the first less
 
 
 def services(report: Report, texts: Texts) -> list[tuple[str, str, str, str]]:
-    """(name, state, the state's text, what it does), in the order in which a request meets them."""
+    """(name, state, the state's text, the service's purpose), in the order in which a request meets them."""
     return [
         (each.name, each.state, texts(f"status.{each.state}"), texts(f"status.{each.name}")) for each in report.services
     ]
 
 
 def findings(report: Report, texts: Texts) -> list[str]:
-    """What is not well and what to do, in Markdown, the most important first."""
+    """Problems and what to do, in Markdown, the most important first."""
     found = [
         f"**{each.name}**: {' '.join(each.advice(texts))}"
         for each in report.services

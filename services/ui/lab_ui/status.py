@@ -1,6 +1,6 @@
-"""The state of every service, read from the proxy's GET /status. Without a proxy, redis and model are unknown.
+"""The state of every service, from the proxy's GET /status. Without a proxy, redis and model are unknown.
 
-Knows the shape of that body and accepts any other. Knows nothing of HTTP and does not draw: app_pages/status.py does.
+Knows the format of that body and tolerates others. Knows nothing of HTTP and does not draw; app_pages/status.py does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .texts import Texts
 from .untrusted import plain, span
 
 State = Literal["up", "down", "loading", "unknown", "unloaded", "absent"]
-# Of a model, as the service names them.
+# State of a model, as the model service reports it -> state as the page shows it.
 MODEL_STATES: Mapping[str, State] = {
     "ready": "up", "loading": "loading", "unloaded": "unloaded", "absent": "absent", "failed": "down",
     "done": "up",
@@ -30,7 +30,7 @@ MAX_DETAIL = 300  # characters
 
 @dataclass(frozen=True)
 class Service:
-    """`facts`: name of a text under `status.facts` -> Markdown. `detail`: the proxy's own words about a failure."""
+    """`facts`: key of a text below `status.facts` -> Markdown. `detail`: the proxy's message about a failure."""
 
     name: str
     state: State
@@ -39,7 +39,7 @@ class Service:
     fault: Fault | None = None
 
     def advice(self, texts: Texts) -> list[str]:
-        """What it means and what to do, if the service is not well."""
+        """Meaning of the state and what to do, in Markdown; empty if the service is up."""
         lines = [texts("status.through_proxy")] if self.state == "unknown" else []
         if self.fault and self.fault.kind != "proxy_down":
             lines.append(texts(f"faults.{self.fault.kind}.what"))
@@ -52,9 +52,9 @@ class Service:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the model service; `line`: kind, context and revision; `facts`: what is known of its size and licence.
+    """A model of the model service. `line`: kind, context length and revision. `facts`: size, languages and licence.
 
-    `step`: what its loading does now; `share`: how far it is, from 0 to 1. `action`: `load` or `unload`, if possible.
+    `step`: current step of its loading; `share`: progress from 0 to 1. `action`: `load` or `unload`, empty if neither.
     """
 
     id: str
@@ -73,7 +73,7 @@ class Model:
 
 
 class Report:
-    """One body of GET /status, or the Fault that came instead."""
+    """One body of GET /status, or the Fault of the request."""
 
     def __init__(self, seen: Mapping[str, Any] | Fault, settings: Settings, texts: Texts) -> None:
         self._seen: Mapping[str, Any] = {} if isinstance(seen, Fault) else seen
@@ -105,13 +105,13 @@ class Report:
 
     @property
     def adding(self) -> Model | None:
-        """The model that is being fetched and added, or whose adding failed."""
+        """The model that is being downloaded and added, or that could not be added."""
         adding = self._part("model", "adding")
         return _model({"id": adding.get("name"), **adding}, self._texts) if adding else None
 
     @property
     def cache(self) -> dict[str, str] | None:
-        """Figures by name of their text; empty if the cache is off, None if the proxy does not report one."""
+        """Key of a text below `status` -> figure; empty if the cache is off, None if the proxy reports none."""
         cache = self._part("cache")
         if not cache:
             return None
@@ -126,7 +126,7 @@ class Report:
 
     @property
     def versions(self) -> str:
-        """Markdown; empty without an answer of the proxy."""
+        """Versions of all parts, in Markdown; empty without an answer of the proxy."""
         if not self._seen:
             return ""
         proxy, of_model = self._part("proxy"), self._part("model", "versions")
@@ -201,7 +201,7 @@ def _model(entry: Mapping[str, Any], texts: Texts) -> Model:
 
 
 def _facts(entry: Mapping[str, Any], texts: Texts) -> str:
-    """Parameters, bytes on disk and in memory, languages and licence, as far as the card has them. Markdown."""
+    """Parameters, bytes on disk and in memory, languages and licence, as far as they are known. Markdown."""
     found = []
     if isinstance(count := entry.get("parameters"), int | float):
         found.append(texts("status.card.parameters", count=number(count / 1e6)))

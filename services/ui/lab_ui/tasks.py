@@ -1,6 +1,6 @@
-"""The tasks page: pipelines as they were written in 2023, what they do today, and the same through the lab.
+"""The tasks page: pipelines in code of 2023, what that code does today, and the same task run by the lab.
 
-Knows the wire of /v1/tasks. The exceptions are those of the versions that the lab installs; a test raises them again.
+Knows the formats of /v1/tasks. The exceptions are those of the versions that the lab installs; a test checks them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_LINES, MAX_TEXT = 100, 20_000
 
 @dataclass(frozen=True)
 class Then:
-    """2023's `code`, whether it still `works`, the exception that it raises, and today's code."""
+    """`code`: of 2023; `works`: whether it still runs; `error`: the exception that it raises; `now`: today's code."""
 
     code: str
     works: bool
@@ -93,7 +93,7 @@ LESSONS: dict[str, Then] = {
     ),
 }
 
-# Written for this page: (text, whether it is positive). The same sentences in both languages.
+# Sentences written for this page, the same in both languages: (text, whether it is positive).
 SENTENCES: dict[str, tuple[tuple[str, bool], ...]] = {
     "en": (
         ("I love learning about large language models!", True),
@@ -143,7 +143,7 @@ class Label:
 
 
 def labels(body: Mapping[str, Any]) -> list[list[Label]]:
-    """For each input its labels, the best first; those without a name or a score are left out."""
+    """The labels of each input, the best first; labels without a name or a score are left out."""
     results = body.get("results")
     return [
         [
@@ -156,13 +156,13 @@ def labels(body: Mapping[str, Any]) -> list[list[Label]]:
 
 
 def accuracy(found: Sequence[Sequence[Label]], wanted: Sequence[bool]) -> tuple[int, int]:
-    """How many of how many texts have the right best label."""
+    """Number of texts whose best label is correct, and number of texts that have a label."""
     pairs = [(row[0].name.upper() == "POSITIVE", want) for row, want in zip(found, wanted, strict=False) if row]
     return sum(got == want for got, want in pairs), len(pairs)
 
 
 def answer(body: Mapping[str, Any]) -> tuple[str, float]:
-    """The first answer and its score; an empty one says that the context has none."""
+    """The first answer and its score; the answer is empty if the context has none."""
     for each in objects(body, "results"):
         score = each.get("score")
         return str(each.get("answer") or ""), float(score) if isinstance(score, int | float) else 0.0
@@ -174,5 +174,5 @@ def generated(body: Mapping[str, Any]) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The batch editor's inputs: a line each, empty ones left out, at most 100."""
+    """The inputs in the batch editor: one per line, without empty lines, at most MAX_LINES."""
     return [line.strip() for line in text.splitlines() if line.strip()][:MAX_LINES]

@@ -1,6 +1,6 @@
-"""The texts of the pages: texts/LANGUAGE/PAGE.yaml, the same keys and placeholders in each language.
+"""The texts of the pages, from texts/LANGUAGE/PAGE.yaml; all languages have the same keys and placeholders.
 
-Knows no page. A text is a string.Template: `$seconds` is a placeholder, `$$` a dollar sign. Numbers arrive formatted.
+Knows no page. A text is a string.Template: `$seconds` is a placeholder, `$$` a dollar sign. Callers format numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ LANGUAGES = {"en": "English", "ko": "한국어"}
 
 
 class Texts:
-    """The texts of one language: `texts("chat.waiting", seconds="3.0")`; KeyError: unknown key, or value missing."""
+    """The texts of one language: `texts("chat.waiting", seconds="3.0")`. Raises KeyError for an unknown key or a
+    missing value."""
 
     def __init__(self, language: str, texts: Mapping[str, str]) -> None:
         self.language = language
@@ -31,13 +32,13 @@ class Texts:
 
     @property
     def placeholders(self) -> dict[str, set[str]]:
-        """The names of the placeholders by key."""
+        """Key -> names of the text's placeholders."""
         return {key: set(template.get_identifiers()) for key, template in self._templates.items()}
 
 
 @functools.cache
 def load(language: str) -> Texts:
-    """Texts of `en` or `ko`. Keys are the file's name and the nested keys, joined by dots."""
+    """The texts of `en` or `ko`. A key is the file's name and the nested keys, joined by dots."""
     texts: dict[str, str] = {}
     for file in resources.files("lab_ui").joinpath("texts", language).iterdir():
         page = file.name.removesuffix(".yaml")
@@ -46,7 +47,7 @@ def load(language: str) -> Texts:
 
 
 def choose(asked: str | None, setting: str, browser: str | None) -> str:
-    """`asked` by the reader, else the setting's language, else the browser's if it is Korean, else English."""
+    """The language that the reader asked for, else the setting's, else Korean if the browser's is, else English."""
     for language in (asked, setting):
         if language and language in LANGUAGES:
             return language

@@ -1,4 +1,5 @@
-"""The tokens page: texts cut by several tokenizers, sizes and their ratio. Knows the wire; does not draw."""
+"""The tokens page: two texts cut by several tokenizers, and the ratio of their tokens. Knows the format of
+/v1/inspect/tokenize; does not draw."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from typing import Any
 
 from .wire import TOKENIZERS, Piece, pieces
 
-MAX_TEXT = 5000  # characters of a text: what a page can show
-SHOWN = 1500  # tokens that are drawn
-PAIRS = {  # the same said in Korean and in English
+MAX_TEXT = 5000  # characters of a text
+SHOWN = 1500  # tokens to draw
+PAIRS = {  # the same text in Korean and in English
     "model": ("대규모 언어 모델은 다음 토큰을 예측합니다.", "Large language models predict the next token."),
     "weather": ("오늘은 비가 오고 바람이 세게 붑니다.", "It is raining and windy today."),
     "history": (
@@ -23,7 +24,7 @@ PAIRS = {  # the same said in Korean and in English
 
 @dataclass(frozen=True)
 class Cut:
-    """One text as one tokenizer cuts it."""
+    """The tokens of one text by one tokenizer."""
 
     tokenizer: str
     count: int
@@ -33,12 +34,12 @@ class Cut:
 
     @property
     def split(self) -> int:
-        """Tokens that are only a part of a character."""
+        """Number of tokens that are only a part of a character."""
         return sum(piece.text is None for piece in self.pieces)
 
 
 def tokenizers(listing: Mapping[str, Any]) -> list[str]:
-    """Names that /v1/inspect/tokenize takes: the catalogue's models, one a tokenizer, and OpenAI's."""
+    """Names that /v1/inspect/tokenize accepts: the ready models of the lab, and OpenAI's tokenizers."""
     entries = [each for each in listing.get("data") or [] if isinstance(each, Mapping)]
     local = [
         str(each["id"])
@@ -60,5 +61,5 @@ def cut(tokenizer: str, text: str, answer: Mapping[str, Any]) -> Cut:
 
 
 def ratio(one: Cut, other: Cut) -> float | None:
-    """How many times as many tokens `one` has; None without tokens."""
+    """Tokens of `one` divided by tokens of `other`; None if `other` has none."""
     return one.count / other.count if other.count else None

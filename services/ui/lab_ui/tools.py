@@ -1,4 +1,5 @@
-"""The tools page: functions as JSON Schema, the model's call, its result, the answer. Knows the wire; does not draw."""
+"""The tools page: functions as JSON Schema, the model's call, its result, the answer. Knows the format of tool calls;
+does not draw."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _CAPITALS = {"france": "Paris", "korea": "Seoul", "south korea": "Seoul", "germa
 
 @dataclass(frozen=True)
 class Example:
-    """A function: its schema, a question that needs it, and what it does with the arguments."""
+    """A function: its schema, a question that needs it, and `run`, which computes its result from the arguments."""
 
     schema: Mapping[str, Any]
     question: str
@@ -40,7 +41,7 @@ def _schema(name: str, about: str, **properties: str) -> dict[str, Any]:
 
 
 def calculate(text: str) -> float:
-    """A sum of numbers with + - * / and brackets. Raises ValueError."""
+    """Value of an expression of numbers, + - * / and parentheses. Raises ValueError for anything else."""
 
     def value(node: ast.AST) -> float:
         match node:
@@ -52,7 +53,7 @@ def calculate(text: str) -> float:
                 return _OPERATORS[type(node.op)](value(node.left), value(node.right))
             case ast.UnaryOp() if type(node.op) in _OPERATORS:
                 return _OPERATORS[type(node.op)](value(node.operand))
-        raise ValueError("only numbers, + - * / and brackets")
+        raise ValueError("only numbers, + - * / and parentheses are allowed")
 
     try:
         return value(ast.parse(text[:200], mode="eval"))
@@ -89,7 +90,7 @@ CHOICES = ("auto", "required", "none")
 
 @dataclass(frozen=True)
 class Call:
-    """The model's call of a function; `arguments` is None where they are no JSON object."""
+    """The model's call of a function. `text`: arguments as received; `arguments`: None if not a JSON object."""
 
     id: str
     name: str
@@ -98,7 +99,7 @@ class Call:
 
 
 def parse_schema(text: str) -> dict[str, Any] | None:
-    """A function's schema; None: it is no JSON object with a name."""
+    """A function's schema; None if `text` is not a JSON object with a `name`."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):
@@ -115,7 +116,7 @@ def request(model: str, question: str, schema: Mapping[str, Any], choice: str) -
 
 
 def message(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The assistant's message of an answer; empty without one."""
+    """The assistant's message of an answer; empty if there is none."""
     try:
         found = body["choices"][0]["message"]
     except (KeyError, IndexError, TypeError):
@@ -124,7 +125,7 @@ def message(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def call_of(message: Mapping[str, Any]) -> Call | None:
-    """The first call in a message."""
+    """The first call in a message; None if there is none."""
     try:
         call = message["tool_calls"][0]
         name, text, id_ = str(call["function"]["name"]), str(call["function"]["arguments"]), str(call["id"])
@@ -138,7 +139,7 @@ def call_of(message: Mapping[str, Any]) -> Call | None:
 
 
 def with_result(request: Mapping[str, Any], message: Mapping[str, Any], call: Call, result: str) -> dict[str, Any]:
-    """The second request: the call and its result behind the question. The model may now only answer."""
+    """The second request: the question, the call and its result. `tool_choice` is `none`, so the model must answer."""
     calls = {"role": "assistant", "content": message.get("content"), "tool_calls": message["tool_calls"][:1]}
     answer = {"role": "tool", "tool_call_id": call.id, "content": result}
     return {**request, "messages": [*request["messages"], calls, answer], "tool_choice": "none"}

@@ -1,6 +1,6 @@
-"""Text of models and of the proxy as Markdown that loads nothing.
+"""Makes untrusted text, of models and of the proxy, safe to show as Markdown: it loads nothing.
 
-Knows Streamlit's Markdown: images, formulas and directives. Knows nothing of where a text comes from.
+Knows Streamlit's Markdown: images, formulas and directives. Does not know where a text comes from.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ _SPECIAL = re.compile(r"(?<!`)(?P<code>(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`
 
 
 def plain(text: str) -> str:
-    """Markdown in which `![…](…)`, `$…$` and `:red[…]` are shown as they are written.
+    """Markdown in which `![…](…)`, `$…$` and `:red[…]` are shown literally.
 
-    Code stays as it is: fences that begin in the first column, and spans within a line. The server's content security
-    policy forbids remote images as well, whatever else a parser may read.
+    Code is left unchanged: fences that begin in the first column, and spans within a line. If a parser still finds an
+    image, the server's content security policy blocks remote ones.
     """
     shown = ""
     fence = ""
@@ -30,13 +30,13 @@ def plain(text: str) -> str:
             fence = mark[0]
             shown += line + "\n"
         else:
-            # Two spaces keep the line's end: a poem stays a poem.
+            # Two spaces keep the line break, as in a poem.
             shown += _SPECIAL.sub(_escaped, line) + ("  \n" if line.strip() else "\n")
     return shown.rstrip()
 
 
 def quote(text: str) -> str:
-    """`plain` as a block quote. Every line has the mark, so that no part of the text leaves the quote."""
+    """`plain(text)` as a block quote. Every line has the mark, so that no part of the text ends the quote."""
     return "\n".join(f"> {line}" for line in plain(text).split("\n"))
 
 

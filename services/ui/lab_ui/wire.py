@@ -1,4 +1,4 @@
-"""Tokens as /v1/inspect gives them. What has another shape is left out: the proxy's answer is data, not a promise."""
+"""Reads tokens from answers of /v1/inspect. Entries of another shape are left out: answers are not trusted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from .answer import Alternative, Token
 
-TOKENIZERS = ("cl100k_base", "o200k_base")  # OpenAI's, which the model service has beside those of its models
+TOKENIZERS = ("cl100k_base", "o200k_base")  # OpenAI's tokenizers, which the model service has too
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of a text. `text` is None where its bytes are no whole characters."""
+    """A token of a text. `text` is None if its bytes are not whole characters."""
 
     id: int
     text: str | None
@@ -23,7 +23,7 @@ class Piece:
 
     @property
     def label(self) -> str:
-        """Its text with visible white space, or its bytes in hexadecimal."""
+        """The token's text with visible white space, or its bytes in hexadecimal."""
         if self.text is None:
             return self.data.hex(" ")
         return self.text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"
@@ -60,7 +60,7 @@ def _alternative(entry: Mapping[str, Any]) -> Alternative | None:
 
 
 def scored(body: Mapping[str, Any], name: str) -> list[tuple[Token, list[int]]]:
-    """The tokens of a score or of steps, each with the ids of its alternatives."""
+    """The tokens in the list `name`, each with the ids of its alternatives."""
     found = []
     for entry in objects(body, name):
         token = _alternative(entry)

@@ -1,1 +1,1 @@
-"""The pages as Streamlit scripts: they draw and keep session state, and leave logic to the modules beside app.py."""
+"""The pages as Streamlit scripts: they draw and hold session state; the logic is in the modules next to app.py."""

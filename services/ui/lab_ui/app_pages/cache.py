@@ -1,4 +1,4 @@
-"""The cache page: one request X-rayed, two requests compared, one question asked many times, many at once."""
+"""The cache page: the phases of one request, two requests compared, one question sent many times in turn or at once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def draw_live() -> None:
-    """The hit ratio of the whole proxy, anew every few seconds."""
+    """The hit ratio of the whole proxy, refreshed every few seconds."""
     status = proxy.status(session.key)
     figures = Report(status, settings, texts).cache
     if figures:
@@ -106,7 +106,7 @@ def draw_xray(model: str, question: str) -> None:
     words = texts("cache.waterfall_alt", phases=", ".join(f"{name} {text}" for name, _, _, text in rows))
     draw_chart(spans(rows, words=words, label=texts("cache.phases"), value="ms"), texts, "xray-chart")
     st.markdown(quote(answer.text[:400]))
-    # 2. What the headers say.
+    # 2. The headers.
     st.subheader(texts("cache.headers"), anchor=False)
     status = answer.headers.get("cache-status", "")
     draw_table(
@@ -194,7 +194,7 @@ def draw_repeat(model: str, question: str) -> None:
     st.markdown(texts("cache.repeat.about"))
     times = st.slider(texts("cache.times"), 2, cache.MAX_CALLS, key=link.key("times"))
     if st.button(texts("cache.repeat.button", times=times), type="primary", icon=":material/replay:"):
-        # A question of its own, so that the first call is a miss.
+        # A new question each time, so that the first call is a miss.
         body = cache.chat_body(model, f"{question} ({secrets.token_hex(3)})", max_tokens=16)
         with st.spinner(texts("cache.waiting")):
             replies = proxy.calls(times, 1, lambda _: proxy.call("POST", cache.PATHS["chat"], session.key, body=body))

@@ -18,14 +18,14 @@ from lab_ui.formats import number
 from lab_ui.session import Session
 from lab_ui.untrusted import plain, span
 
-PACE = 0.1  # seconds between two drawings of growing answers; more for very long ones, see `draw_growing`
+PACE = 0.1  # seconds between two redraws of growing answers; more for very long ones, see `draw_growing`
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
 state = st.session_state
 
 
 def _column(column: int) -> dict[str, links.Parameter]:
-    """The settings of one column: `model`, of the second one `model2`."""
+    """The parameters of one column; in the second column `model` is `model2`, and so on."""
     mark = str(column + 1) if column else ""
     parameters: dict[str, links.Parameter] = {
         "model": links.Text("", 200), "temperature": links.Number(0.0, 0.0, 2.0), "top_p": links.Number(1.0, 0.05, 1.0),
@@ -49,7 +49,7 @@ def main() -> None:
     turns: list[chat.Turn] = state.setdefault("turns", [])
     state.setdefault("chat_id", uuid.uuid4().hex)
 
-    # 1. The models. A list once received is kept: if the proxy goes away, the next answer reports it.
+    # 1. The models. A list that was received is kept; if the proxy stops, the next answer reports it.
     listing = proxy.models(session.key)
     if not isinstance(listing, Fault) or "models" not in state:
         state.models = {} if isinstance(listing, Fault) else chat.chat_models(listing)
@@ -73,7 +73,8 @@ def main() -> None:
     with st.sidebar:
         draw_stored(turns, len(columns))
 
-    # 3. The conversation. What a rerun may drop is in `st.empty()`: else it stays, dimmed, while an answer grows.
+    # 3. The conversation. Parts that a rerun can drop are in `st.empty()`, else Streamlit keeps showing them, dimmed,
+    #    while an answer grows.
     draw_head(turns)
     welcome = st.empty()
     if not models:
@@ -94,7 +95,7 @@ def main() -> None:
                 with space, st.chat_message("assistant", avatar=":material/science:"):
                     growing += draw_answer(place, column, turn)
 
-    # 4. Answers that grow; then once more, with all that belongs below them.
+    # 4. Show the growing answers until they end, then rerun to draw the figures and buttons below them.
     link.write(st.query_params, linked(len(columns), models))
     if growing:
         draw_growing(growing)
@@ -105,7 +106,7 @@ def main() -> None:
 
 
 def linked(columns: int, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What goes into the URL: neither the first model, which is the default, nor columns that are not shown."""
+    """Values for the URL, without the first model, which is the default, and without columns that are not shown."""
     first = next(iter(models), "")
     names = ["q", "columns", *(name for column in range(columns) for name in _column(column))]
     values = {link.key(name): state.get(link.key(name)) for name in names}
@@ -210,7 +211,7 @@ def draw_column(column: int, models: dict[str, dict[str, Any]]) -> None:
 
 
 def read_column(column: int, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a column, also of one whose widgets are not drawn now."""
+    """The settings of a column, also if its widgets are not drawn now."""
     model, temperature, top_p, max_tokens, system = (state[link.key(name)] for name in _column(column))
     if model not in models:
         model = next(iter(models), "")
@@ -221,7 +222,7 @@ def read_column(column: int, models: dict[str, dict[str, Any]]) -> dict[str, Any
 
 
 def draw_stored(turns: list[chat.Turn], columns: int) -> None:
-    """Conversations in the browser's storage."""
+    """List the conversations in the browser's storage, and load the one that the reader opens."""
     st.subheader(texts("history.title"), anchor=False)
     fresh = not turns and not state.get("started")
     opened = draw_history(history.dump(state.chat_id, turns, columns), state.chat_id, texts, fresh=fresh)
@@ -230,7 +231,7 @@ def draw_stored(turns: list[chat.Turn], columns: int) -> None:
     loaded = history.load(opened, proxy.answer)
     state.started = True
     asked = state.get(link.key("q"))
-    # A link's question comes before the conversation that this tab had.
+    # The question of a link has priority over the conversation that this tab had.
     if loaded and not (fresh and asked and asked != loaded[1][0].question):
         for turn in turns:
             turn.stop()
@@ -261,7 +262,7 @@ def draw_question(place: int, turn: chat.Turn, models: dict[str, dict[str, Any]]
 
 
 def draw_answer(place: int, column: int, turn: chat.Turn) -> list[tuple[Answer, Any, Any]]:
-    """Draw one answer; what is still growing is returned with the places of its text and of its progress line."""
+    """Draw one answer. If it is still growing, return it with the placeholders of its text and its progress line."""
     answer = turn.answer(column)
     if answer is None:
         return []
@@ -331,7 +332,7 @@ def draw_surprise(place: int, column: int, turn: chat.Turn, answer: Answer) -> N
 
 
 def draw_growing(growing: list[tuple[Answer, Any, Any]]) -> None:
-    """Draw the answers until their end. Streamlit may end this run in each drawing, for the rerun after a Stop."""
+    """Redraw the answers until they end. Streamlit can end this run at each redraw, for the rerun after a Stop."""
     drawn = [0] * len(growing)
     while running := [answer for answer, _, _ in growing if answer.running]:
         running[0].wait(max(PACE, sum(drawn) / 100_000))
@@ -350,8 +351,8 @@ def draw_growing(growing: list[tuple[Answer, Any, Any]]) -> None:
 
 
 def rerun_with_models(drawn: float) -> None:
-    """While the lab starts: draw the page anew as soon as there is a model to ask."""
-    if time.monotonic() - drawn < 0.5:  # the page itself has just asked
+    """While the lab starts: rerun the page as soon as there is a chat model."""
+    if time.monotonic() - drawn < 0.5:  # the page itself has just requested the list
         return
     listing = proxy.models(session.key)
     if not isinstance(listing, Fault) and chat.chat_models(listing):
@@ -370,7 +371,7 @@ def edit(place: int | None) -> None:
 
 
 def ask_edited(place: int) -> None:
-    """Ask the edited question in a conversation of its own: the one before stays in the browser's storage."""
+    """Ask the edited question in a new conversation; the old one stays in the browser's storage."""
     question = str(state[f"edit-text-{place}"]).strip()
     state.edited = None
     if not question:
@@ -383,7 +384,7 @@ def ask_edited(place: int) -> None:
 
 
 def regenerate(place: int, column: int) -> None:
-    """Another answer beside the one shown: not from the cache."""
+    """Ask again without the cache; the new answer is a sibling of the one shown."""
     turn: chat.Turn = state.turns[place]
     answer = turn.answer(column)
     if answer is not None:
@@ -392,7 +393,8 @@ def regenerate(place: int, column: int) -> None:
 
 
 def continue_from(turn: chat.Turn, column: int, answer: Answer, at: int, rank: int) -> Fault | None:
-    """Go on behind the alternative of a token; the new answer is a sibling. The Fault that prevents it."""
+    """Continue the answer from an alternative of a token; the new answer is a sibling. Returns the Fault that prevents
+    it, else None."""
     first = turn.answers[column][0].request
     begun = [*answer.tokens[:at], surprise.chosen(answer.tokens[at], rank)]
     text = surprise.text_of(begun)

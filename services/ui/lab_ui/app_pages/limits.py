@@ -1,4 +1,4 @@
-"""The limits page: what is left of a key's limits, a burst, prices, and what saves cost."""
+"""The limits page: what is left of a key's limits, a burst, measures that save cost, the price table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def draw_model() -> str | None:
-    """The first chat model; without one its fault is drawn."""
+    """The first chat model; if there is none, draws the fault and returns None."""
     listing = proxy.models(session.key)
     models = {} if isinstance(listing, Fault) else chat.chat_models(listing)
     if not models:
@@ -156,7 +156,7 @@ def draw_savings(model: str) -> None:
 
 
 def measure(model: str) -> list[limits.Asked] | Fault:
-    """Ask the set one after the other, and count the shorter prompt's tokens."""
+    """Ask the questions of the set in turn, and count the tokens of the shorter prompt."""
     nonce, asked = secrets.token_hex(3), []
     for question, easy in limits.QUESTIONS:
         body = limits.request(model, question, limits.LONG_PROMPT, nonce)

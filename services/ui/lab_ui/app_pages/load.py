@@ -1,4 +1,4 @@
-"""The load page: starts a load test, shows it as it runs, and puts two finished ones side by side."""
+"""The load page: starts a load test, shows it while it runs, and compares two finished ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def load_key() -> str | None:
-    """LOAD_ADMIN_KEY as the reader entered it: the key for the proxy is not sent to another service."""
+    """LOAD_ADMIN_KEY as the reader entered it. The key for the proxy is not sent to the load service."""
     return st.session_state.get("load_key") or None
 
 
@@ -76,7 +76,7 @@ def draw_refusal(reply: Reply | Fault) -> None:
 
 
 def draw_live() -> None:
-    """The running or last test, anew each second."""
+    """The running or last test, refreshed each second."""
     reply = load.call(proxy, settings, "GET", "/runs/current", key=load_key())
     if isinstance(reply, Fault):
         return
@@ -102,7 +102,7 @@ def draw_live() -> None:
 
 
 def draw_finished(listed: Reply) -> None:
-    """The last runs, and two of them side by side."""
+    """A table of the last runs, and a comparison of two of them."""
     names = [str(run["name"]) for run in listed.body.get("runs", ()) if isinstance(run, dict)][:SHOWN]
     found = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""The next-token page: guess, then see the probabilities; bend them; step through a generation."""
+"""The next-token page: guess, see the probabilities, change them, step through a generation, look into the layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main() -> None:
         key=link.key("view"), required=True, label_visibility="collapsed",
     )  # fmt: skip
     model = local[0]
-    if len(local) > 1:  # another model's tokens mean nothing to this one
+    if len(local) > 1:  # on a change of the model the chosen tokens are dropped: models have different token ids
         model = st.selectbox(texts("settings.model"), local, key="next-model", on_change=begin)
     with st.container(horizontal=True):
         for place, prompt in enumerate(next_token.PROMPTS):
@@ -116,7 +116,7 @@ def draw_guess(model: str, text: str) -> None:
     draw_score(score)
     draw_sliders()
     draw_bars(found, reply.body)
-    # Go on with one of them.
+    # Continue with one of them.
     st.caption(texts("next_token.go_on"))
     with st.container(horizontal=True):
         for each in found[:8]:
@@ -200,7 +200,7 @@ def generate(model: str, text: str, begun: list[int]) -> None:
 
 
 def draw_lens(model: str, text: str) -> None:
-    """What each layer would answer; one token pinned over the layers."""
+    """The most likely next tokens of each layer, and the probability of one token in all layers."""
     st.markdown(texts("next_token.lens_about", most=str(layers.MOST_TOKENS)))
     if st.button(texts("next_token.look_inside"), type="primary", icon=":material/layers:", key="lens-go"):
         state.lens = inspect("logit-lens", {"model": model, "text": text, "top": layers.TOP})

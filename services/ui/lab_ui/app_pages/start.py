@@ -1,4 +1,4 @@
-"""The start page: what runs, three first steps, what is wrong, and a link to every page."""
+"""The start page: services and problems, three first steps, and a link to every page."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def main() -> None:
     st.title(texts("status.title"), anchor=False)
     st.caption(texts("status.intro", seconds=short(settings.refresh_seconds)))
     st.fragment(draw, run_every=settings.refresh_seconds)()
-    draw_form()  # not in the fragment, whose refresh would come between the keys
+    draw_form()  # not in the fragment, because its refresh would interrupt typing
 
 
 def draw() -> None:
@@ -81,7 +81,7 @@ def draw_model(model: Model) -> None:
 
 
 def operate(action: str, name: str) -> None:
-    """Have the model service `load`, `unload` or `add` a model: with the admin key, or without keys on this machine."""
+    """Let the model service `load`, `unload` or `add` a model. Needs the admin key, if the lab has one."""
     reply = session.proxy.call(
         "POST", f"/admin/models/{action}", session.key, body={"model": name}, seconds=settings.status_timeout_seconds
     )
@@ -98,7 +98,7 @@ def draw_progress(model: Model) -> None:
 
 
 def draw_adding(report: Report) -> None:
-    """How far the model is that was last added."""
+    """Progress of the model that was added last."""
     adding = report.adding
     if adding is not None:
         with st.container(border=True, gap="xsmall"):
@@ -108,7 +108,7 @@ def draw_adding(report: Report) -> None:
 
 
 def draw_form() -> None:
-    """Fetch a model and add it to the catalogue."""
+    """A form that downloads a model and adds it to the catalogue."""
     with st.form("add", border=False, clear_on_submit=True):
         with st.container(horizontal=True, vertical_alignment="bottom"):
             name = st.text_input(texts("status.add.label"), max_chars=200, placeholder="korean")

@@ -1,4 +1,4 @@
-"""The tasks page: the lecture's pipelines then and today, run by the lab; a batch editor; accuracy by language."""
+"""The tasks page: the lecture's pipelines in 2023 and today, run by the lab; a batch editor; accuracy by language."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def run(task: str, body: dict[str, object], name: str) -> Reply | None:
-    """The task's answer once its button was pressed; a fault is drawn."""
+    """Draw the button of a task and run it when pressed. Returns the last answer; draws a fault and returns None."""
     if st.button(texts("tasks.button"), type="primary", icon=":material/play_arrow:", key=f"run-{name}"):
         with st.spinner(texts("cache.waiting")):
             state[f"task-{name}"] = proxy.call("POST", f"/v1/tasks/{task}", session.key, body=body)
@@ -76,7 +76,7 @@ def run(task: str, body: dict[str, object], name: str) -> Reply | None:
 
 
 def draw_source(reply: Reply) -> None:
-    """Which model answered, and how."""
+    """Draw which model answered, and by which method."""
     st.caption(texts("tasks.source", model=plain(str(reply.body.get("model", ""))),
                      method=plain(str(reply.body.get("method", "")))))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The tools page: a function's schema, the model's call, the reader runs it, the answer that follows."""
+"""The tools page: the schema of a function, the model's call, its result from the reader, the model's answer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def draw_call(example: tools.Example) -> None:
-    """The model's call, or its answer where it made none; then the result and the second answer."""
+    """Draw the model's call, or its answer if it made none; then the result and the second answer."""
     first, request = state.tools_first, state.tools_request
     if isinstance(first, Fault):
         draw_fault(session, first, "tools")

@@ -1,5 +1,5 @@
-// Conversations in the browser's own storage (localStorage); the tab's current one in sessionStorage, so that a reload
-// finds it. Nothing of it is sent anywhere but to this page's own script when it is opened.
+// Conversations are in the browser's localStorage. The id of the tab's current one is in sessionStorage, so that a reload
+// finds it. A conversation leaves the browser only when the reader opens it: then the ui receives it.
 const STORE = "llm-lab-conversations", CURRENT = "llm-lab-conversation", MOST = 40, ROOM = 3_000_000;
 
 function read() {
@@ -10,7 +10,7 @@ function read() {
 }
 
 function write(list) {
-  // The oldest give way: to the number that is kept, to the room that browsers grant.
+  // The oldest are dropped, beyond MOST conversations or beyond the space that browsers permit.
   list = list.slice(0, MOST);
   while (list.length) {
     try {
@@ -35,7 +35,7 @@ export default function (component) {
     }
   }
   try {
-    // A new session that has nothing to show asks for the conversation of this tab, once.
+    // A new session that has nothing to show gets the conversation of this tab, once.
     const current = sessionStorage.getItem(CURRENT);
     const found = list.find((each) => each.id === current);
     if (data.fresh && found) setTriggerValue("opened", found);

@@ -1,1 +1,1 @@
-"""Parts that several pages draw: faults, the key, code, charts, tokens. Knows Streamlit; has no logic of a topic."""
+"""Parts that several pages draw: faults, the key, code, charts, tokens. Knows Streamlit; has no logic of a page."""

@@ -1,4 +1,4 @@
-"""A chart with its alt text, and the same numbers as a table that opens below it."""
+"""Draws a chart with its alt text, and below it a table with the same numbers, collapsed at first."""
 
 from __future__ import annotations
 

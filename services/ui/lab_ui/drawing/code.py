@@ -1,4 +1,4 @@
-"""A request as code, in tabs."""
+"""Draws a request as code, one tab for each language."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABS = {
 
 
 def draw_code(session: Session, request: Mapping[str, Any], key: str) -> None:
-    """Collapsed; the code is made when it is opened."""
+    """A collapsed section; the code is generated when the reader opens it."""
     texts = session.texts
     box = st.expander(texts("code.title"), icon=":material/code:", type="compact", key=key, on_change="rerun")
     if not box.open:

@@ -1,6 +1,6 @@
-"""Components with a script of their own: clickable tokens, conversations in the browser's storage, an announcement.
+"""Components with JavaScript: clickable tokens, conversations in the browser's storage, an announcement.
 
-Their scripts and styles are files in components/. They set texts by textContent; nothing is read as HTML.
+Their scripts and styles are files in components/. The scripts set text by textContent, so nothing is parsed as HTML.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def _component(name: str, html: str) -> Any:
 def draw_tokens(
     tokens: Sequence[Mapping[str, Any]], texts: Texts, key: str, *, continues: bool = False
 ) -> tuple[int, int] | None:
-    """Tokens of surprise.view. With `continues` an alternative can be picked: its token's place and its rank."""
+    """Draw the tokens of surprise.view. With `continues` the reader can pick an alternative: returns the place of its
+    token and its rank, else None."""
     labels = {name: texts(f"surprise.{name}") for name in ("token", "go", "hint")}
     component = _component("tokens", '<div class="strip" role="group"></div><div class="panel" hidden></div>')
     result = component(
@@ -49,9 +50,10 @@ def draw_tokens(
 
 
 def draw_history(save: Mapping[str, Any], current: str, texts: Texts, *, fresh: bool) -> Any:
-    """The list of stored conversations, in which `save` is kept. The one that the reader opened, else None.
+    """Store the conversation `save` in the browser and draw the list of stored ones. Returns the conversation that the
+    reader opened, else None.
 
-    `fresh`: the session has no conversation yet and takes that of its tab, after a reload.
+    `fresh`: the session has no conversation yet; after a reload it gets that of its tab.
     """
     labels = {name: texts(f"history.{name}") for name in ("none", "forget")}
     component = _component("history", '<div class="history"></div>')
@@ -64,7 +66,7 @@ def draw_history(save: Mapping[str, Any], current: str, texts: Texts, *, fresh: 
 
 
 def announce(text: str) -> None:
-    """One sentence for screen readers, once."""
+    """Let screen readers read a sentence aloud once."""
     hidden = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
     html = f'<div aria-live="polite" style="{hidden}"></div>'
     _component("announce", html)(key="announce", data={"text": text}, height=1)

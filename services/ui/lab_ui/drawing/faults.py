@@ -1,4 +1,4 @@
-"""A fault in the reader's language: cause, what to do, the proxy's message, the request's id; and the key's field."""
+"""Draws a fault: cause, what to do, the proxy's message, the request's id. Also draws the field for the key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ KEY = "reader_key"  # in the session state: the key that this reader entered
 
 
 def draw_fault(session: Session, fault: Fault, place: str, again: Callable[[], None] | None = None) -> None:
-    """`place`: unique on the page. `again`: what the button does; without it there is none."""
+    """Draw a fault. `place`: a name that is unique on the page. `again`: callback of the button “Try again”; None: no
+    button."""
     texts = session.texts
     what, do = texts_of(fault, texts)
     st.error(do, title=what, icon=":material/error:")
@@ -37,7 +38,7 @@ def draw_fault(session: Session, fault: Fault, place: str, again: Callable[[], N
 
 
 def draw_key_field(texts: Texts, place: str) -> None:
-    """A password field whose text becomes the session's key. An empty text takes it away."""
+    """A password field whose text becomes the session's key. An empty text removes the key."""
 
     def change() -> None:
         text = str(st.session_state[place]).strip()
@@ -57,7 +58,7 @@ def draw_key_field(texts: Texts, place: str) -> None:
 
 
 def draw_key(session: Session) -> None:
-    """The sidebar's part: whether a key is in use, and its field."""
+    """The section of the sidebar that shows whether a key is in use, with its field."""
     texts = session.texts
     own = KEY in st.session_state
     label = texts("key.own" if own else "key.shared" if session.key else "key.none")
@@ -74,7 +75,7 @@ def _forget() -> None:
 
 
 def draw_unexpected(texts: Texts, error: Exception) -> None:
-    """An error of the ui itself: logged with an id that the reader can name."""
+    """Draw an error of the ui itself and log it with an id that the reader can report."""
     number = uuid.uuid4().hex[:12]
     logger.error("a page failed, id %s", number, exc_info=error)
     st.error(texts("faults.unexpected.do"), title=texts("faults.unexpected.what"), icon=":material/error:")

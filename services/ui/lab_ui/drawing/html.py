@@ -1,4 +1,4 @@
-"""Small pieces of HTML for st.html, which cleans it and loads no script. Every value is escaped here."""
+"""Small pieces of HTML for st.html, which sanitizes it and runs no script. Every value is escaped here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import streamlit as st
 
 from ..wire import Piece
 
-COLOURS = ("#0f766e40", "#b4530940", "#6d28d940", "#1d4ed840", "#be185d40")  # of tokens side by side
+COLOURS = ("#0f766e40", "#b4530940", "#6d28d940", "#1d4ed840", "#be185d40")  # of successive tokens, in turn
 
 
 def draw_flow(parts: Iterable[tuple[str, str, str, str]]) -> None:
-    """The services in the order of a request: (name, state, state's text, what it does)."""
+    """Boxes of the services in the order of a request: (name, state, state's text, purpose)."""
     boxes = "".join(
         f'<div><b><span class="lab-dot {html.escape(state)}" aria-hidden="true"></span>{html.escape(name)}</b>'
         f"<small>{html.escape(shown)}</small><small>{html.escape(about)}</small></div>"
@@ -23,7 +23,7 @@ def draw_flow(parts: Iterable[tuple[str, str, str, str]]) -> None:
 
 
 def draw_strip(facts: Mapping[str, str], highlighted: str = "") -> None:
-    """Figures side by side: what -> value, or what alone where the value is empty."""
+    """Figures in a row: label -> value; with an empty value the label alone."""
     marks = "".join(
         f'<span class="{"hit" if name == highlighted else ""}">{html.escape(name)}'
         f"{f' <b>{html.escape(value)}</b>' if value else ''}</span>"
@@ -35,7 +35,7 @@ def draw_strip(facts: Mapping[str, str], highlighted: str = "") -> None:
 def draw_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), label: str = ""
 ) -> None:
-    """A plain table. `numbers`: columns that are aligned to the right."""
+    """A table. `numbers`: indexes of columns that are aligned to the right. `label`: its accessible name."""
     right = set(numbers)
 
     def cells(tag: str, values: Sequence[str]) -> str:
@@ -54,7 +54,7 @@ def draw_table(
 
 
 def draw_pieces(pieces: Iterable[Piece]) -> None:
-    """Tokens side by side, in colours that repeat. A token whose bytes are no text is shown as its bytes."""
+    """Tokens of a text, each in a colour; colours repeat. A token that is not text is shown as its bytes."""
     spans = []
     for place, piece in enumerate(pieces):
         mark = f'style="background:{COLOURS[place % len(COLOURS)]}" title="{piece.id}"'
