@@ -1,3 +1,3 @@
-"""Load on the lab, by Locust."""
+"""Load tests of the lab, with Locust."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""`python -m lab_load COMMAND`: a run of one workload, Locust's web page, or a command made of several runs.
+"""`python -m lab_load COMMAND`: a run of one workload, Locust's web page, or a command that does several runs.
 
-Exit codes: 0 fine, 1 requests failed or nothing was measured, 2 a wrong setting, 3 nothing to put load on, 4 the sums
-of client and servers differ, 5 the figures cannot be trusted.
+Exit codes: 0 success, 1 requests failed or nothing was measured, 2 a wrong setting, 3 no server to put load on, 4 the
+sums of client and servers differ, 5 the figures cannot be trusted.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from pydantic import ValidationError
 from .settings import Settings, complaint
 from .workloads.workload import WORKLOADS
 
-# Command -> purpose. A module of `commands` each, with `main(settings, arguments) -> exit code`.
+# Command -> purpose. Each is a module of `commands` with `main(settings, arguments) -> exit code`.
 COMMANDS = {
     "knee": "open loop at rising rates until goodput falls",
-    "table": "what the cache saves: Zipf 0.6, 0.9, 1.2, with and without it",
-    "faults": "redis paused, the proxy restarted, the model killed, under load",
-    "compare": "two runs, or groups of runs, of one workload: faster, slower or undecided",
-    "report": "write report.html and report.md of a finished run again",
-    "calibrate": "the generator before a mock with known times",
+    "table": "effect of the cache: Zipf 0.6, 0.9, 1.2, with and without it",
+    "faults": "pause redis, restart the proxy, kill a model replica, under load",
+    "compare": "compare two runs, or groups of runs, of one workload: faster, slower or undecided",
+    "report": "write report.html and summary.md of a finished run again",
+    "calibrate": "check the generator against a mock with known times",
     "api": "HTTP API that starts one bounded run at a time",
 }
 
 
-# Locust's clock starts before its first user's: a schedule gets this much more, and ends with its last answer.
+# Locust's run time starts before its first user, so a scheduled workload gets this many seconds more. It ends with its
+# last answer.
 SPARE_SECONDS = 5
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         epilog=f"workloads: {', '.join(WORKLOADS)}\n{names}",
     )  # fmt: skip
     parser.add_argument("command", choices=[*WORKLOADS, "web", *COMMANDS], metavar="COMMAND")
-    parser.add_argument("arguments", nargs="*", help="of the command")
+    parser.add_argument("arguments", nargs="*", help="arguments of the command")
     options = parser.parse_args(argv)
     try:
         settings = Settings()
@@ -55,8 +56,8 @@ def main(argv: list[str]) -> int:
 
 
 def run(what: str, settings: Settings) -> int:
-    """One run by Locust, or its web page. Ends the process with Locust's exit code."""
-    # Importing locust makes sockets and time cooperative: only here, and before anything else has used them.
+    """Start a run by Locust, or its web page. Ends the process with Locust's exit code."""
+    # Importing locust patches sockets and time (gevent), so it happens only here, before other code has used them.
     import locust  # noqa: PLC0415
     import locust.main  # noqa: PLC0415
 
@@ -70,7 +71,7 @@ def run(what: str, settings: Settings) -> int:
     except TargetError as error:
         return _stop(str(error), 3)
     hooks.attach(locust.events)
-    gc.freeze()  # the workload and the libraries stay: no collection during the run looks through them
+    gc.freeze()  # the workload and the libraries stay in memory, so collections during the run need not scan them
     gc.set_threshold(100_000)
     sys.argv = ["locust", *locust_arguments(what, settings)]
     locust.main.main()  # type: ignore[no-untyped-call] # ends by sys.exit
@@ -78,7 +79,7 @@ def run(what: str, settings: Settings) -> int:
 
 
 def locust_arguments(what: str, settings: Settings) -> list[str]:
-    """Locust's own command line. What it takes from LOCUST_* variables or files comes after these."""
+    """Arguments for Locust's command line. They override its LOCUST_* variables and its configuration files."""
     scheduled = what != "web" and (settings.rate is not None or what in {"stampede", "herd"})
     users = settings.processes if scheduled else settings.users
     common = [

@@ -1,4 +1,4 @@
-"""What the environment may say to the load. Nothing else in the package reads it."""
+"""Settings of the load tests, from environment variables. No other module of the package reads the environment."""
 
 from __future__ import annotations
 
@@ -15,82 +15,82 @@ MAX_WORDS = 20_000_000  # of all questions of a run
 
 
 class Settings(BaseSettings):
-    """Every field is the variable `LOAD_<NAME>`. Lists are separated by commas, times are seconds."""
+    """Each field is the environment variable `LOAD_<NAME>`. Lists are separated by commas, times are in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="LOAD_", env_ignore_empty=True, extra="ignore")
 
-    host: str = Field("http://127.0.0.1:8080", description="Base URL of what is put under load: the proxy, as a rule.")
-    api_key: SecretStr | None = Field(None, description="Key sent to it.")
-    model: str | None = Field(None, description="Model that answers; left out: the first chat model it lists.")
-    users: int = Field(8, ge=1, description="Users at once; each asks again when its answer is complete.")
+    host: str = Field("http://127.0.0.1:8080", description="Base URL of the target, usually the proxy.")
+    api_key: SecretStr | None = Field(None, description="Key for the target.")
+    model: str | None = Field(None, description="Model to use. Default: the first chat model that the target lists.")
+    users: int = Field(8, ge=1, description="Users at once; each sends its next request when its answer is complete.")
     spawn_rate: float | None = Field(
-        None, gt=0, le=1000, description="Users that start in each second; left out: 8, or all within 2 seconds."
+        None, gt=0, le=1000, description="Users that start in each second. Default: 8, or all within 2 seconds."
     )
     seconds: int = Field(30, ge=1, description="Length of a run.")
-    warmup_seconds: float = Field(0, ge=0, description="Time after all users are there that no figure counts.")
+    warmup_seconds: float = Field(0, ge=0, description="Warm-up after all users have started; figures leave it out.")
     requests: int = Field(2000, ge=1, le=1_000_000, description="Most requests of a run: lines of its workload file.")
     rate: float | None = Field(
-        None, gt=0, le=10_000, description="Open loop: requests that start in each second, whatever the answers do."
+        None, gt=0, le=10_000, description="Open loop: requests that start in each second, without waiting for answers."
     )
     burstiness: float = Field(
-        1.0, ge=0, le=100, description="Open loop: squared coefficient of variation of the gaps; 1: Poisson, 0: even."
+        1.0, ge=0, le=100, description="Open loop: squared coefficient of variation of the gaps; 1: Poisson, 0: constant."
     )
     shape: Literal["constant", "ramp", "spike", "diurnal"] = Field(
         "constant", description="Open loop: how the rate changes over the run."
     )
     processes: int = Field(1, ge=1, le=64, description="Generator processes; their records are merged.")
     cache: bool = Field(
-        True, description="False sends `Cache-Control: no-store`: no answer from the cache, none stored."
+        True, description="`false` sends `Cache-Control: no-store`: answers neither come from the cache nor are stored."
     )
     slo_ttft_seconds: float = Field(1.0, gt=0, description="Goodput: longest TTFT.")
     slo_tpot_seconds: float = Field(0.2, gt=0, description="Goodput: longest TPOT.")
     ttl_seconds: float | None = Field(
         None,
         gt=0,
-        description="TTL of the proxy under load, for `herd` and the expected hit ratio; left out: no limit.",
+        description="TTL of the target's cache, for `herd` and the expected hit ratio. Default: no limit.",
     )
     capacity: int | None = Field(
-        None, ge=1, description="Entries that its cache holds, for the expected hit ratio; left out: no limit."
+        None, ge=1, description="Entries that the target's cache holds, for the expected hit ratio. Default: no limit."
     )
     language: Literal["en", "ko", "both"] = Field("en", description="Language of the questions.")
-    prefix_groups: int = Field(4, ge=1, le=1000, description="Shared system messages of a `prefix` run.")
+    prefix_groups: int = Field(4, ge=1, le=1000, description="Number of shared system messages in a `prefix` run.")
     proxy_urls: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Proxy processes whose counters are compared; left out: LOAD_HOST."
+        (), description="URLs of the proxy processes whose counters are compared. Default: LOAD_HOST."
     )
     proxy_counters: bool = Field(
         True,
-        description="False: behind LOAD_HOST are several proxies, compared if LOAD_PROXY_URLS names each.",
+        description="`false`: LOAD_HOST leads to several proxies, which are compared if LOAD_PROXY_URLS names each.",
     )
     model_urls: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Model services whose counters are compared; left out: none."
+        (), description="URLs of the model services whose counters are compared. Default: none."
     )
-    think_seconds: float = Field(0, ge=0, le=600, description="How long a user waits between two questions.")
-    max_users: int = Field(256, ge=1, description="More users are refused, in the web page too.")
-    max_seconds: int = Field(3600, ge=1, description="Longer runs are refused, in the web page too.")
+    think_seconds: float = Field(0, ge=0, le=600, description="Time a user waits between two questions.")
+    max_users: int = Field(256, ge=1, description="Most users; more are refused, also in the web page.")
+    max_seconds: int = Field(3600, ge=1, description="Longest run; longer ones are refused, also in the web page.")
     answer_timeout_seconds: float = Field(120, gt=0, description="An answer that takes longer is a failure.")
-    drain_seconds: int = Field(30, ge=0, description="How long running answers may go on after the end of a run.")
+    drain_seconds: int = Field(30, ge=0, description="Time for running answers to end after the end of a run.")
     prompt_words: int = Field(40, ge=1, le=10_000, description="Length of a question in words.")
     max_tokens: int = Field(64, ge=1, le=100_000, description="Longest answer in tokens.")
-    prompts: int = Field(100, ge=1, le=1_000_000, description="Different questions of a `caching` run.")
+    prompts: int = Field(100, ge=1, le=1_000_000, description="Number of different questions in a `caching` run.")
     zipf_exponent: float = Field(
-        1.0, ge=0, le=10, description="How unevenly they are asked: question k has weight k^-s; 0: all alike."
+        1.0, ge=0, le=10, description="Exponent s of Zipf's law: question k has the weight k^-s; 0: all are equal."
     )
-    seed: int = Field(1, ge=0, description="Same seed, same questions in the same order.")
+    seed: int = Field(1, ge=0, description="The same seed gives the same questions in the same order.")
     salt: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
-        description="Word at the head of each question; left out: a new one each run, so that the cache starts cold.",
+        description="Word at the start of each question. Default: a new one for each run, so that the cache is cold.",
     )
-    runs_dir: Path = Field(Path("runs"), description="Folder in which each run makes its own.")
-    web_host: str = Field("127.0.0.1", description="Address the web page listens on.")
+    runs_dir: Path = Field(Path("runs"), description="Folder in which each run creates its own folder.")
+    web_host: str = Field("127.0.0.1", description="Address that the web page and the API listen on.")
     admin_key: SecretStr | None = Field(
-        None, description="Key for the API that starts runs; left out: it answers callers on loopback alone."
+        None, description="Key for the API that starts runs. Default: none; then only callers on loopback are answered."
     )
     api_port: int = Field(8090, ge=1, le=65535, description="Port of the API that starts runs.")
-    port: int = Field(8089, ge=1, le=65535, description="Port the web page listens on.")
+    port: int = Field(8089, ge=1, le=65535, description="Port of the web page.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Host names browsers may use beside loopback's and `load`; `*` for any. Guards against rebinding.",
+        description="Host names that browsers may use, besides loopback and `load`; `*`: any. Prevents DNS rebinding.",
     )
 
     @field_validator("allowed_hosts", "proxy_urls", "model_urls", mode="before")
@@ -115,16 +115,16 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _bounded(self) -> Settings:
         if self.users > self.max_users:
-            raise ValueError(f"LOAD_USERS={self.users} is over LOAD_MAX_USERS={self.max_users}")
+            raise ValueError(f"LOAD_USERS={self.users} is more than LOAD_MAX_USERS={self.max_users}")
         if self.seconds > self.max_seconds:
-            raise ValueError(f"LOAD_SECONDS={self.seconds} is over LOAD_MAX_SECONDS={self.max_seconds}")
+            raise ValueError(f"LOAD_SECONDS={self.seconds} is more than LOAD_MAX_SECONDS={self.max_seconds}")
         if self.requests * self.prompt_words > MAX_WORDS:
-            raise ValueError(f"LOAD_REQUESTS x LOAD_PROMPT_WORDS is over {MAX_WORDS:,} words: they lie in memory")
+            raise ValueError(f"LOAD_REQUESTS x LOAD_PROMPT_WORDS is more than {MAX_WORDS:,} words, too many for memory")
         return self
 
     @property
     def longest_schedule(self) -> int:
-        """Seconds: the last arrival of an open loop is before; `herd` waits for the TTL twice."""
+        """Longest duration of a run's schedule in seconds; `herd` waits for the TTL twice."""
         return self.seconds + math.ceil(2 * ((self.ttl_seconds or 0) + 2) if self.rate is None else 0)
 
     @property
@@ -133,12 +133,12 @@ class Settings(BaseSettings):
                      self.prompts, self.zipf_exponent, self.prefix_groups, self.ttl_seconds)  # fmt: skip
 
 
-# What the web page offers beside Locust's own fields (users, spawn rate, host, run time).
+# Settings that the web page offers in addition to Locust's own fields (users, spawn rate, host, run time).
 EDITABLE = ("model", "prompt_words", "max_tokens", "prompts", "zipf_exponent", "think_seconds", "seed", "salt")
 
 
 def complaint(error: ValidationError) -> str:
-    """The first fault in a line that names its variable."""
+    """The first error in one line that names its variable."""
     first = error.errors()[0]
     variable = "".join(f"LOAD_{str(part).upper()}: " for part in first["loc"][:1])
     return f"{variable}{first['msg'].removeprefix('Value error, ')}"

@@ -1,4 +1,4 @@
-"""The numbers that a workload is made from; its seed and these decide every byte of it."""
+"""The parameters of a workload; together with the seed they determine every byte of it."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ FAILURES = {
     "no-done": "stream without [DONE]",
     "error-event": "error in the stream: server_error",
     "empty": "answer without content",
-    "json": "answer that is no stream",
-    "junk": "event that is not JSON",
+    "json": "answer is not a stream",
+    "junk": "event is not JSON",
 }
 SILENCES = {"stall": "timeout", "hang": "timeout"}  # after the first token, and from the start; neither ends
 REFUSALS = {"500": (500, "server_error"), "429": (429, "rate_limit_error"), "redirect": (307, None)}

@@ -1,18 +1,18 @@
-"""HTTP API that starts, watches and stops one bounded run at a time. Runs are processes; this one stays small.
+"""HTTP API that starts, watches and stops one bounded run at a time. Each run is a process, so this one stays small.
 
 | request | effect |
 |---|---|
 | GET /health | 200 |
 | GET /workloads | the workloads, and the settings that a run may change |
 | GET /runs | the finished runs, newest first, and the running one |
-| POST /runs | start: {"workload": "caching", "users": 8, "seconds": 30, …}; 409 while one runs |
-| GET /runs/current | what it does: state, its progress lines, the end of its output |
-| DELETE /runs/current | stop it as Ctrl-C does: its report is written |
+| POST /runs | start one: {"workload": "caching", "users": 8, "seconds": 30, …}; 409 while one runs |
+| GET /runs/current | the running or the last run: state, progress lines, the end of its output |
+| DELETE /runs/current | stop the run as Ctrl-C does: its report is written |
 | GET /runs/NAME | summary.json |
 | GET /runs/NAME/report.html and other FILES | the files |
 
-With LOAD_ADMIN_KEY every request but /health needs `Authorization: Bearer`. Without it only
-loopback's names are answered. No page of another origin may call it.
+With LOAD_ADMIN_KEY every request except /health needs `Authorization: Bearer`. Without it only callers that use a
+loopback host name are answered. Pages of other origins are refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from . import runs
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MOST_BODY = 64 * 1024
-# Settings that a caller may change; the target, the folder and the bounds stay the operator's.
+# Settings that a caller may change. Only the operator sets the target, the folder and the bounds.
 CHANGEABLE = ("users", "seconds", "requests", "rate", "burstiness", "shape", "think_seconds", "warmup_seconds", "cache",
               "model", "prompt_words", "max_tokens", "prompts", "zipf_exponent", "prefix_groups", "ttl_seconds",
               "language", "seed", "salt")  # fmt: skip
@@ -57,7 +57,7 @@ class ApiError(Exception):
 
 
 class Runner:
-    """One run at a time. Safe for threads."""
+    """Starts and stops runs, one at a time. Thread-safe."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -66,17 +66,18 @@ class Runner:
         self._asked: dict[str, Any] = {}
         self._began = 0.0
         self._output = ""
-        self._name: str | None = None  # of its folder
+        self._name: str | None = None  # of the run's folder
         self._code: int | None = None
 
     def start(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Raises ApiError: 400 for a field that is wrong, 409 while a run goes on."""
+        """Start a run with the requested settings. Raises ApiError: 400 for a wrong field, 409 while another run is
+        going on."""
         workload = asked.get("workload")
         if workload not in WORKLOADS:
-            raise ApiError(400, f"workload: one of {', '.join(WORKLOADS)}")
+            raise ApiError(400, f"workload must be one of {', '.join(WORKLOADS)}")
         changed = {name: value for name, value in asked.items() if name != "workload"}
         if unknown := sorted(set(changed) - set(CHANGEABLE)):
-            raise ApiError(400, f"{unknown[0]}: no such field; there are {', '.join(CHANGEABLE)}")
+            raise ApiError(400, f"{unknown[0]} is not a field; fields: {', '.join(CHANGEABLE)}")
         try:
             settings = Settings(**(self._settings.model_dump(exclude_unset=True) | changed))
             WORKLOADS[workload](replace(settings.workload_shape, requests=1))
@@ -86,7 +87,7 @@ class Runner:
             raise ApiError(400, str(error)) from None
         with self._lock:
             if self._popen is not None and self._code is None:
-                raise ApiError(409, "a run is under way: DELETE /runs/current stops it")
+                raise ApiError(409, "another run is going on: DELETE /runs/current stops it")
             try:
                 popen = runs.start(workload, self._settings, **changed)
             except (OSError, ValueError) as error:
@@ -105,28 +106,28 @@ class Runner:
         self._code = popen.wait()
 
     def current(self) -> dict[str, Any]:
-        """The running or the last run. Raises ApiError 404 where there was none."""
+        """The running or the last run. Raises ApiError 404 if none was started."""
         if self._popen is None:
             raise ApiError(404, "no run was started yet")
         progress = self._settings.runs_dir / self._name / "progress.jsonl" if self._name else None
         lines = progress.read_text("utf-8").splitlines() if progress and progress.exists() else []
         moments = []
         for line in lines:
-            with contextlib.suppress(ValueError):  # the last one may be half written
+            with contextlib.suppress(ValueError):  # the last line may be incomplete
                 moments.append(json.loads(line))
         return {"state": "running" if self._code is None else "ended", "code": self._code, "asked": self._asked,
                 "began": self._began, "name": self._name, "progress": moments,
                 "output": self._output}  # fmt: skip
 
     def stop(self) -> dict[str, Any]:
-        """Ask the run to end. Raises ApiError 409 where none is under way."""
+        """Ask the run to end. Raises ApiError 409 if none is going on."""
         if self._popen is None or self._code is not None:
-            raise ApiError(409, "no run is under way")
+            raise ApiError(409, "no run is going on")
         self._popen.send_signal(signal.SIGTERM)
         return self.current()
 
     def end(self) -> None:
-        """Of the service: stop the run and wait for its report."""
+        """Stop the run and wait for its report; called when the service ends."""
         if self._popen is not None and self._code is None:
             self._popen.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -135,7 +136,7 @@ class Runner:
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """The runs of a folder, newest first."""
+    """The finished runs in a folder, newest first."""
     found = []
     for path in sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -146,7 +147,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
                 "workloads": {name: figures["workload"]["sha256"] for name, figures in result["results"].items()},
             })  # fmt: skip
         except (OSError, ValueError, KeyError):
-            continue  # of an earlier version
+            continue  # written by an earlier version
     return found
 
 
@@ -165,7 +166,7 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
         timeout = 30
 
         def log_message(self, *_: object) -> None:
-            """No line for each look of a page."""
+            """Logs nothing: a page polls each second."""
 
         def answer(self) -> None:
             path = urlsplit(self.path).path
@@ -190,15 +191,15 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
             key = settings.admin_key
             origin, host = self.headers.get("origin"), self.headers.get("host", "")
             if origin and urlsplit(origin).netloc != host:
-                raise ApiError(403, "a page from elsewhere may not do this")
+                raise ApiError(403, "pages of another origin are refused")
             if key is not None:
                 given = self.headers.get("authorization", "").removeprefix("Bearer ")
                 if not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
-                    raise ApiError(401, "LOAD_ADMIN_KEY is needed: Authorization: Bearer …")
+                    raise ApiError(401, "send the key LOAD_ADMIN_KEY: Authorization: Bearer …")
                 return
             name = (urlsplit(f"//{host}").hostname or "").lower()
             if name not in LOOPBACK or self.client_address[0] not in LOOPBACK:
-                raise ApiError(403, "without LOAD_ADMIN_KEY only callers on loopback are answered")
+                raise ApiError(403, "only callers on loopback are answered, because LOAD_ADMIN_KEY is not set")
 
         def _body(self) -> Any:
             """Raises ApiError."""
@@ -208,18 +209,18 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
             text = self.headers.get("content-length") or "0"
             if not text.isdecimal() or int(text) > MOST_BODY:
                 self.close_connection = True
-                raise ApiError(413, f"a body has at most {MOST_BODY} bytes")
+                raise ApiError(413, f"the body has more than {MOST_BODY} bytes")
             raw = self.rfile.read(int(text))
             if self.command != "POST":
                 return None
             if self.headers.get_content_type() != "application/json":
-                raise ApiError(415, "send application/json")  # a form of another page cannot
+                raise ApiError(415, "send application/json")  # an HTML form of another page cannot
             try:
                 body = json.loads(raw)
             except ValueError:
                 raise ApiError(400, "the body is not JSON") from None
             if not isinstance(body, dict):
-                raise ApiError(400, "the body is not an object")
+                raise ApiError(400, "the body is not a JSON object")
             return body
 
         def _file(self, path: str) -> None:
@@ -229,11 +230,11 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
             if parts[0] != "runs" or len(parts) not in {2, 3} or not NAME.fullmatch(parts[1]) or (
                 len(parts) == 3 and file not in FILES
             ):  # fmt: skip
-                raise ApiError(404, f"there is nothing at {path[:200]} for {self.command}")
+                raise ApiError(404, f"{self.command} {path[:200]} is not part of this API")
             try:
                 content = (settings.runs_dir / parts[1] / file).read_bytes()
             except OSError:
-                raise ApiError(404, f"there is no run {parts[1]}, or it has no {file}") from None
+                raise ApiError(404, f"run {parts[1]} does not exist or has no {file}") from None
             self._send(200, content, FILES.get(file, "application/json"))
 
         def _json(self, status: int, found: Any) -> None:
@@ -253,7 +254,7 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """Serves until SIGTERM or Ctrl-C; a run under way is stopped then."""
+    """Serve until SIGTERM or Ctrl-C, then stop a run that is going on. Raises ValueError for a wrong setting."""
     if arguments:
         raise ValueError("api takes no arguments")
     if settings.admin_key is None and settings.web_host not in LOOPBACK:

@@ -1,8 +1,8 @@
-"""`load-calibrate`: the generator before a mock whose times are known.
+"""`load-calibrate`: checks the generator against a mock whose times are known.
 
-1. Times: TTFT, E2E and TPOT of each kind of stream within 3 % or 1 ms of what the mock wrote down, at a rate far below
-   the capacity. In-band errors and broken connections must be counted as failures.
-2. Capacity: answers per second of one process, beside a bare loop that only reads lines and stamps them.
+1. Times: TTFT, E2E and TPOT of each kind of stream must be within 3 % or 1 ms of the times that the mock recorded, at a
+   rate far below the capacity. Errors inside a stream and broken connections must be counted as failures.
+2. Capacity: answers per second of one process, compared with a bare loop that only reads lines and takes their time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BARE_SECONDS = 2
 
 @dataclass(frozen=True)
 class Line:
-    """One comparison of a kind of stream: means in seconds."""
+    """One comparison for a kind of stream; means in seconds."""
 
     kind: str
     metric: str
@@ -45,7 +45,7 @@ class Line:
 
 @contextmanager
 def mock() -> Iterator[str]:
-    """A mock in a process of its own. Yields its URL."""
+    """Run a mock as a process. Yields its URL."""
     with subprocess.Popen([sys.executable, "-m", "lab_load.commands.mock"], stdout=subprocess.PIPE, text=True) as popen:
         assert popen.stdout is not None  # noqa: S101
         try:
@@ -55,7 +55,7 @@ def mock() -> Iterator[str]:
 
 
 def times(settings: Settings, kind: str, requests: int) -> tuple[list[Line], str]:
-    """Lines of one kind, and what is wrong otherwise (empty: nothing)."""
+    """Comparisons for one kind of stream, and a description of any other problem (empty: none)."""
     with mock() as url:
         done = runs.run(
             "throughput",
@@ -99,7 +99,7 @@ def times(settings: Settings, kind: str, requests: int) -> tuple[list[Line], str
 
 
 def bare(url: str, seconds: float, users: int = USERS) -> float:
-    """Answers per second of a loop that only reads lines and stamps them, with the same client library."""
+    """Answers per second of a loop that only reads lines and takes their time, with the same client library."""
     code = f"""
 import gevent, gevent.monkey; gevent.monkey.patch_all()
 import time
@@ -125,9 +125,9 @@ print(done / (time.perf_counter() - began))
 
 
 def capacity(settings: Settings, rounds: int = 3) -> tuple[float, float]:
-    """Answers/s of one generator process, and of the bare loop, in turns before mocks without delays.
+    """Answers/s of one generator process and of the bare loop, measured in turns with mocks that have no delays.
 
-    The best of each: whatever else the machine does can only take from them.
+    The best round of each counts, because other work of the machine can only lower the figures.
     """
     ours, loops = [], []
     for _ in range(rounds):
@@ -142,7 +142,7 @@ def capacity(settings: Settings, rounds: int = 3) -> tuple[float, float]:
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """`arguments`: requests of each kind, 40 by default. Returns 1 where a figure is off, 5 where capacity is."""
+    """`arguments`: number of requests of each kind, default 40. Returns 1 if a figure is off, 5 if the capacity is."""
     requests, wrong = int((arguments or ["40"])[0]), 0
     began = time.monotonic()
     sys.stdout.write(f"{'stream':<11}{'metric':<7}{'measured, ms':>14}{'known, ms':>12}\n")
@@ -156,7 +156,7 @@ def main(settings: Settings, arguments: list[str]) -> int:
             )
         if problem or kind in FAILING:
             wrong += bool(problem)
-            sys.stdout.write(f"{kind:<11}{problem or 'counted as a failure, each'}\n")
+            sys.stdout.write(f"{kind:<11}{problem or 'all counted as failures'}\n")
         sys.stdout.flush()
     ours, loop = capacity(settings)
     sys.stdout.write(

@@ -1,4 +1,4 @@
-"""`load-compare`: two runs, or groups of runs with commas between them."""
+"""`load-compare`: compares two runs, or two groups of runs separated by commas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..settings import Settings
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """`arguments`: group A, group B. Raises ValueError."""
+    """`arguments`: group A, group B. Raises ValueError for wrong arguments or runs that cannot be compared."""
     if len(arguments) != 2:
         raise ValueError("compare needs two runs or groups of runs: make load-compare A=RUN,RUN,RUN B=RUN,RUN,RUN")
     left, right = ([_folder(settings, name) for name in group.split(",") if name] for group in arguments)

@@ -1,13 +1,13 @@
-"""`load-faults`: faults of one service at a time under load. Failures are counted, recovery is measured.
+"""`load-faults`: makes one service at a time fail under load, counts failures and measures the recovery.
 
-| fault | what must hold |
+| fault | must hold |
 |---|---|
-| redis paused (SIGSTOP) for 5 s | no request fails; the ledger has every charge after it goes on |
-| the proxy restarted (SIGTERM) | requests fail only while it is away; it serves again |
-| a model replica killed (SIGKILL) | it serves again; failures are counted |
+| redis paused (SIGSTOP) for 5 s | no request fails; after redis continues, the ledger has every charge |
+| the proxy restarted (SIGTERM) | requests fail only until it serves again |
+| a model replica killed (SIGKILL) | the model serves again; failures are counted |
 
-Arguments: NAME=PID of `redis`, `proxy` and `model`, as `make load-faults` gives them from the running lab. A service
-without a PID is left out. The supervisor (make lab, compose, Kubernetes) starts what was ended.
+Arguments: NAME=PID of `redis`, `proxy` and `model`; `make load-faults` takes them from the running lab. A service
+without a PID is left out. The supervisor (make lab, compose, Kubernetes) restarts what was ended.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Outcome:
 
 
 def recovery(records: list[dict[str, Any]]) -> tuple[float, bool]:
-    """Seconds without service, and whether it came back. `records` of one run, in the order of their starts."""
+    """Seconds without service, and whether the service recovered. `records`: of one run, in the order of their
+    starts."""
     failed = [each["started"] for each in records if each["error"]]
     if not failed:
         return 0.0, bool(records)
@@ -73,7 +74,7 @@ def inject(fault: str, pid: int) -> None:
 
 
 def replica_of(pid: int) -> int | None:
-    """A replica that computes answers, below the model service's process; None where there is none."""
+    """Process id of a replica that computes answers, a descendant of the model service; None if there is none."""
     children = psutil.Process(pid).children(recursive=True)
     found = [
         child.pid
@@ -84,7 +85,7 @@ def replica_of(pid: int) -> int | None:
 
 
 def outcome(fault: str, done: runs.Run) -> Outcome:
-    """Raises ValueError where the run gave nothing."""
+    """The outcome of a run with a fault. Raises ValueError if the run has no result."""
     figures = runs.result(done)
     assert done.folder is not None  # noqa: S101 result() looked
     assert done.summary is not None  # noqa: S101
@@ -103,7 +104,7 @@ def outcome(fault: str, done: runs.Run) -> Outcome:
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """Raises ValueError. Returns 1 where something does not hold."""
+    """`arguments`: NAME=PID. Returns 1 if a promise of the table above is broken. Raises ValueError for others."""
     pids: dict[str, int] = {}
     for argument in arguments:
         name, _, pid = argument.partition("=")
@@ -117,7 +118,7 @@ def main(settings: Settings, arguments: list[str]) -> int:
         if replica is not None:
             pids["model"] = replica
         else:
-            sys.stdout.write("model: no replica's process was found; left out\n")
+            sys.stdout.write("model: no process of a replica was found; skipped\n")
     faults = {"redis": "redis paused", "proxy": "proxy restarted", "model": "replica killed"}
     found = []
     for name, fault in faults.items():

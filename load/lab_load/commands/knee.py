@@ -1,7 +1,7 @@
-"""`load-knee`: open loop at rising rates, until the service no longer keeps up.
+"""`load-knee`: runs an open loop at rising rates until the service no longer keeps up.
 
-It stops when goodput falls under the best so far, or TTFT rises within a run (its regression over the start times has
-a slope that is significant and matters), or the generator itself can no longer be trusted.
+The search stops if goodput falls below the best so far, if TTFT rises within a run (the slope of its regression over
+the start times is significant and large enough to matter), or if the generator itself can no longer be trusted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..reports import html
 from ..settings import Settings
 from . import runs
 
-FACTOR = 1.5  # from one rate to the next
-MOST = 8  # rates
-SECONDS = 15  # of each, where LOAD_SECONDS is not shorter
-FALL = 0.9  # of the best goodput
-SIGNIFICANT = 3.0  # t statistic of the slope
-MATTERS = 0.5  # growth of TTFT over a run, as a share of its mean
+FACTOR = 1.5  # each rate, divided by the one before
+MOST = 8  # rates to try
+SECONDS = 15  # of each rate, unless LOAD_SECONDS is shorter
+FALL = 0.9  # goodput below this share of the best one has fallen
+SIGNIFICANT = 3.0  # t statistic of a significant slope
+MATTERS = 0.5  # growth of TTFT over a run that matters, as a share of its mean
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def rises(points: Sequence[tuple[float, float]]) -> bool:
-    """Whether TTFT grows over a run: significantly, and by a share of its mean that matters."""
+    """Whether TTFT grows over a run, significantly and by at least MATTERS of its mean. points: (start, TTFT) in
+    seconds."""
     rise, t = slope(points)
     if t < SIGNIFICANT:
         return False
@@ -62,7 +63,7 @@ def rises(points: Sequence[tuple[float, float]]) -> bool:
 
 
 def stop_reason(steps: Sequence[Step]) -> str:
-    """Why the search ends after these steps; empty: it goes on."""
+    """Reason why the search ends after these steps; empty if it continues."""
     last, best = steps[-1], max(step.goodput for step in steps)
     if not last.trusted:
         return "the generator is at its limit"
@@ -74,7 +75,7 @@ def stop_reason(steps: Sequence[Step]) -> str:
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """`arguments`: the workload, `throughput` by default. LOAD_RATE is the first rate, 1/s by default."""
+    """`arguments`: the workload, default `throughput`. LOAD_RATE is the first rate, default 1/s."""
     workload, rate = (arguments or ["throughput"])[0], settings.rate or 1.0
     seconds = min(settings.seconds, SECONDS)
     steps: list[Step] = []

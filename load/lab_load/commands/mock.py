@@ -1,7 +1,7 @@
 """A server with known times, for the calibration: `python -m lab_load.commands.mock`.
 
-It answers /v1/models and streams chat answers. The model's name chooses what a stream looks like: `KINDS`. Where times
-are set, event k leaves `ttft + k * gap` seconds after the request was read, and the server writes down when it left.
+It answers /v1/models and streams chat answers. The model's name chooses the kind of stream, one of `KINDS`. If times
+are set, event k is sent `ttft + k * gap` seconds after the request was read, and the server records when it was sent.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 EVENTS = 20
 KINDS = {
-    "plain": "a token an event",
-    "role": "a frame with the role and no text first, at once",
+    "plain": "one token in each event",
+    "role": "first, at once, an event with the role and no text",
     "reasoning": "half of the tokens are reasoning",
-    "three": "three tokens an event",
-    "crlf": "lines end with CRLF, comments between them",
+    "three": "three tokens in each event",
+    "crlf": "lines end with CRLF, with comments between them",
     "split": "Korean text; each event is written in two parts, cut inside a character",
     "error": "an error event after three tokens",
     "reset": "the connection breaks after three tokens",
@@ -29,7 +29,7 @@ KINDS = {
 
 @dataclass
 class Mock:
-    """`left`: for each request (by the number at the head of its question) when its events left, time.perf_counter."""
+    """The server. `left`: number at the start of a question -> times when its events were sent (time.perf_counter)."""
 
     ttft: float = 0.05
     gap: float = 0.01
@@ -125,7 +125,7 @@ def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 
 def _fast() -> bytes:
-    """A whole answer: the capacity is measured with it, so the mock must cost little."""
+    """The bytes of a whole answer, made once: the measurement of the capacity needs a mock that costs little."""
     parts = [*[_event({"content": "word "}, "\n\n")] * EVENTS, _usage(EVENTS, "\n\n"), b"data: [DONE]\n\n"]
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 

@@ -1,4 +1,4 @@
-"""One run as a process of its own: started with settings, waited for, its summary read."""
+"""One run as a process: start it with settings, wait for it, read its summary."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..settings import Settings
 class Run:
     code: int
     output: str
-    summary: dict[str, Any] | None  # None where nothing ran
+    summary: dict[str, Any] | None  # None if nothing ran
     folder: Path | None
 
 
 def environment(settings: Settings, changed: Mapping[str, Any]) -> dict[str, str]:
-    """This process's environment with `changed` settings (without LOAD_, None: left out)."""
+    """This process's environment with other settings. `changed`: names without LOAD_; None removes a setting."""
     environ = dict(os.environ)
     for name, value in {"host": settings.host, "runs_dir": settings.runs_dir, **changed}.items():
         environ[f"LOAD_{name.upper()}"] = "" if value is None else str(value)
@@ -38,7 +38,7 @@ def start(workload: str, settings: Settings, **changed: Any) -> subprocess.Popen
 
 
 def finish(popen: subprocess.Popen[str]) -> Run:
-    """Wait for the end of a run. A run is bounded by its own settings."""
+    """Wait for the end of a run. Needs no timeout, because a run's own settings bound it."""
     output, _ = popen.communicate()
     folder = next((Path(line.strip().split(": report.html")[0]) for line in output.splitlines()
                    if ": report.html" in line), None)  # fmt: skip
@@ -51,7 +51,7 @@ def run(workload: str, settings: Settings, **changed: Any) -> Run:
 
 
 def result(done: Run) -> dict[str, Any]:
-    """The figures of a run of one workload. Raises ValueError with its output where there are none."""
+    """The figures of a run of one workload. Raises ValueError with the run's output if it has none."""
     if done.summary is None or not done.summary["results"]:
         raise ValueError(f"a run ended with code {done.code} and no result:\n{done.output}")
     found: dict[str, Any] = next(iter(done.summary["results"].values()))

@@ -1,4 +1,4 @@
-"""`load-table`: what the cache saves. Zipf's law with three exponents, with the cache and without it, repeated."""
+"""`load-table`: measures the effect of the cache, for three exponents of Zipf's law, with and without it, repeated."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MINUTES = 20
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """`arguments`: seconds of each run, by default so many that all runs take 20 minutes."""
+    """`arguments`: seconds of each run; by default all runs together take 20 minutes."""
     each = int(arguments[0]) if arguments else MINUTES * 60 // (len(EXPONENTS) * 2 * REPEATS)
     found: dict[tuple[float, bool], list[dict[str, Any]]] = {}
     worst = 0
-    for repeat in range(REPEATS):  # in turns, so that a slow drift of the machine meets all of them alike
+    for repeat in range(REPEATS):  # in turns, so that a slow drift of the machine affects all alike
         for exponent in EXPONENTS:
             for cache in (True, False):
                 done = runs.run(
@@ -64,7 +64,7 @@ def _mean(results: list[dict[str, Any]], name: str) -> float:
 
 
 def _row(exponent: float, cache: bool, results: list[dict[str, Any]]) -> list[str]:
-    """Means over the repeats, rates with their range."""
+    """One row of the table: means over the repeats, rates with their range."""
 
     def span(name: str) -> str:
         values = [float(result[name]) for result in results]

@@ -1,1 +1,1 @@
-"""Locust: users that send the workload and read the answers. Knows HTTP; judges nothing."""
+"""Locust: users that send the workload and read the answers. Knows HTTP; does not evaluate figures."""

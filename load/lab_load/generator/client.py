@@ -1,4 +1,4 @@
-"""A user that sends requests and reads the answers as they come. Knows HTTP and Locust's statistics, no workload."""
+"""A user that sends requests and reads answers while they arrive. Knows HTTP and Locust's statistics, no workload."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ..measures.record import AnswerError, Record, cache_state, error_kind, read
 from ..measures.trial import Timed, Trial
 from ..workloads.workload import Item
 
-LONGEST_PAUSE = 5.0  # seconds a user waits after a failure, whatever Retry-After asks for
+LONGEST_PAUSE = 5.0  # seconds a user waits after a failure, at most, even if Retry-After is longer
 FAILURES = (OSError, gevent.Timeout, HTTPParseError)  # of a connection
-CONCURRENCY = 10_000  # connections of one process: never the limit that a request waits for
+CONCURRENCY = 10_000  # connections of one process; so many that no request waits for one
 
 
 class Client(User):
-    """Closed loop: sends a group of requests, each after the last one's answer, then takes the next group.
+    """Closed loop: sends the requests of a group, each after the answer to the one before, then takes the next group.
 
-    Open loop: the one user of its process starts each request at its time, whatever the answers do. Locust's own
-    FastHttpUser takes as long for a request as all else here together, so this one has geventhttpclient to itself.
+    Open loop: the process has one user, which starts each request at its time, without waiting for answers. Uses
+    geventhttpclient directly: Locust's FastHttpUser takes as much time for a request as all other code here together.
     """
 
     abstract = True
     scenario: ClassVar[str]
-    trial: ClassVar[Trial]  # handed in when a run starts
+    trial: ClassVar[Trial]  # set when a run starts
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
@@ -45,7 +45,7 @@ class Client(User):
             settings.host, concurrency=CONCURRENCY if self.trial.open_loop(self.scenario) else 1,
             connection_timeout=settings.answer_timeout_seconds, network_timeout=settings.answer_timeout_seconds,
         )  # fmt: skip
-        # identity: a compressed body arrives in blocks, and the first token with the block
+        # identity: a compressed body arrives in blocks, so the first token would arrive late
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if not settings.cache:
             self._headers["cache-control"] = "no-store"
@@ -54,9 +54,8 @@ class Client(User):
 
     @task
     def work(self) -> None:
-        """The whole run of this user: Locust's own turn between two tasks takes as long as reading an answer.
-
-        Raises StopUser when the workload is used up.
+        """The whole run of this user is one task, because Locust's work between two tasks takes as long as reading an
+        answer. Raises StopUser when the workload is used up.
         """
         timed = self.trial.timed(self.scenario)
         if timed is not None:
@@ -82,10 +81,11 @@ class Client(User):
                 running.start(gevent.Greenlet(self.send, item, began + at))
             running.join()
         finally:
-            running.kill(block=False)  # cut off: counted as unfinished
+            running.kill(block=False)  # the cut requests count as unfinished
 
     def send(self, item: Item, intended: float | None = None) -> None:
-        """One request to its end, as a record of the trial. `intended`: its time in an open loop."""
+        """Send one request, read its answer and add a record to the trial. `intended`: its start time in an open
+        loop."""
         trial = self.trial
         body = item.payload(trial.salt, trial.target.model)
         trial.sent += 1
@@ -120,13 +120,13 @@ class Client(User):
         if record.status != 200:
             raise AnswerError(f"status {record.status}: {error_kind(_json(response))}")
         if self.trial.workloads[self.scenario].once and record.cache == "none":
-            raise AnswerError("answer without Cache-Status: nothing caches there")
+            raise AnswerError("answer without Cache-Status: the server has no cache")
         if not item.body.get("stream"):
             self._whole(record, response)
             return
         if not _header(response, "content-type").startswith("text/event-stream"):
-            raise AnswerError("answer that is no stream")
-        # readline returns a line with the packet that brought it. Locust's own iter_lines waits for 1,024 bytes.
+            raise AnswerError("answer is not a stream")
+        # readline returns a line as soon as its packet arrives. Locust's iter_lines would wait for 1,024 bytes.
         try:
             read_stream(record, partial(response.readline, b"\n"), time.perf_counter, stop_after=item.stop_after,
                         pause=(lambda: gevent.sleep(item.pause)) if item.pause else None)  # fmt: skip
@@ -139,7 +139,7 @@ class Client(User):
         if not 400 <= record.status < 500:
             raise AnswerError(f"garbage answered with status {record.status}")
         if error_kind(body) == "unknown":
-            raise AnswerError(f"status {record.status} without an error that says why")
+            raise AnswerError(f"status {record.status} without an error message")
 
     def _whole(self, record: Record, response: HTTPSocketPoolResponse) -> None:
         body = _json(response)
@@ -149,7 +149,8 @@ class Client(User):
         take_usage(record, body["usage"])
 
     def _count(self, record: Record, item: Item) -> None:
-        """Into the trial, and into Locust's statistics: requests by path and cache state, TTFT in lines of its own."""
+        """Add the record to the trial and to Locust's statistics, there by path and cache state, with TTFT as a
+        separate line."""
         self.trial.records.append(record)
         name = f"{item.path} ({record.state})"
         self.environment.events.request.fire(
@@ -167,13 +168,13 @@ def _header(response: HTTPSocketPoolResponse, name: str) -> str:
 
 
 def _broken(error: BaseException) -> str:
-    # geventhttpclient wraps a timeout, though it retries nothing
+    # geventhttpclient wraps a timeout in its error for retries, though it does not retry
     error = getattr(error, "original", error)
     return "timeout" if isinstance(error, TimeoutError | gevent.Timeout) else type(error).__name__
 
 
 def _json(response: HTTPSocketPoolResponse) -> Any:
-    """The body, or None where it is no JSON. Raises AnswerError where it breaks off."""
+    """The body, or None if it is not JSON. Raises AnswerError if it breaks off."""
     try:
         return orjson.loads(response.read() or b"null")
     except orjson.JSONDecodeError:
@@ -183,5 +184,5 @@ def _json(response: HTTPSocketPoolResponse) -> Any:
 
 
 def _pause(record: Record) -> float:
-    """Seconds: a server in trouble is not asked again at once."""
+    """Seconds to wait after a failure, so that a server in trouble is not asked again at once."""
     return min(max(float(record.retry_after), 1.0), LONGEST_PAUSE) if record.retry_after.isdecimal() else 1.0

@@ -1,4 +1,4 @@
-"""Between Locust's events and a trial: what a run starts with, what it leaves, and who may start one in the browser."""
+"""Connects Locust's events with a trial: prepares a run, writes its results, checks requests of the web page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .target import TargetError, examine
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 PROGRESS_SECONDS = 5
-SETTLE_SECONDS = 10  # for the servers' counters after the last answer, and for what they still run
+SETTLE_SECONDS = 10  # after the last answer, for the servers' counters and for requests that still run
 STILL_SECONDS = 2
 LOOK_SECONDS = 0.1
 # Exit codes of a run. 2 and 3: see __main__.
@@ -41,7 +41,7 @@ FAILED, SUMS_DIFFER, NOT_TRUSTED = 1, 4, 5
 
 
 class Hooks:
-    """One process, one run at a time. `prepare` comes before each run."""
+    """The hooks of one process, for one run at a time. Call `prepare` before each run."""
 
     def __init__(self, settings: Settings) -> None:
         self._defaults = self._settings = settings
@@ -54,10 +54,10 @@ class Hooks:
         self._folder = Path()
         self._page = ""
         self._watches: list[gevent.Greenlet] = []
-        self._reported = 0  # records of this process that the master has
+        self._reported = 0  # records of this process that were sent to the master
 
     def attach(self, events: Any) -> None:
-        """To Locust's events."""
+        """Add the hooks to Locust's events."""
         events.init_command_line_parser.add_listener(self._parser)
         events.init.add_listener(self._init)
         events.test_start.add_listener(self._start)
@@ -70,16 +70,16 @@ class Hooks:
         events.quit.add_listener(self._quit)
 
     def prepare(self, names: list[str], settings: Settings) -> None:
-        """Raises TargetError, and ValueError for a workload that cannot be made."""
+        """Prepare a run of these workloads. Raises TargetError, and ValueError for a workload that cannot be made."""
         workloads = make_workloads(names, settings)
         kinds = {workload.kind for workload in workloads.values()}
         if len(kinds) > 1:
-            raise ValueError(f"{', '.join(names)} need models of different kinds: run them one after the other")
+            raise ValueError(f"{', '.join(names)} need models of different kinds: use one run for each")
         target = examine(settings, kinds.pop())
         try:
             settings.runs_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise TargetError(f"LOAD_RUNS_DIR={settings.runs_dir} cannot be made: {error.strerror}") from None
+            raise TargetError(f"LOAD_RUNS_DIR={settings.runs_dir} cannot be created: {error.strerror}") from None
         if not os.access(settings.runs_dir, os.W_OK):
             raise TargetError(f"LOAD_RUNS_DIR={settings.runs_dir} cannot be written to")
         self._settings, self._target, self._workloads, self._salt = settings, target, workloads, new_salt(settings)
@@ -87,7 +87,7 @@ class Hooks:
     # -- Locust's command line and web page
 
     def _parser(self, parser: LocustArgumentParser) -> None:
-        """Locust shows its own arguments in the page's form; so it does with these."""
+        """Add the settings that Locust shows in the form of its web page."""
         for name in EDITABLE:
             default = getattr(self._defaults, name)
             parser.add_argument(
@@ -101,15 +101,15 @@ class Hooks:
             web_ui.app.before_request(self._guard)
 
     def _guard(self) -> flask.typing.ResponseReturnValue | None:
-        """No page from elsewhere may put load on anything, and nobody more than the settings allow."""
+        """Refuse requests of pages of another origin, and runs beyond the bounds of the settings."""
         request = flask.request
         name = (urlsplit(f"//{request.host}").hostname or "").lower()
         allowed = LOOPBACK | {"load"} | set(self._defaults.allowed_hosts)
         if name not in allowed and "*" not in allowed:
-            return f"{name} is none of this page's names: LOAD_ALLOWED_HOSTS\n", 403
+            return f"the host name {name} is not allowed: add it to LOAD_ALLOWED_HOSTS\n", 403
         origin = request.headers.get("origin")
         if origin and urlsplit(origin).netloc != request.host:
-            return "a page from elsewhere may not do this\n", 403
+            return "pages of another origin are refused\n", 403
         if request.method != "POST" or not request.path.endswith("/swarm"):
             return None
         classes = request.form.getlist("user_classes") or ["Throughput"]
@@ -124,12 +124,12 @@ class Hooks:
     def _wanted(self, form: dict[str, str]) -> Settings:
         """The settings that the page's form asks for. Raises ValueError (ValidationError is one)."""
         if form.get("host", self._defaults.host).rstrip("/") != self._defaults.host:
-            raise ValueError(f"this page loads {self._defaults.host} alone; elsewhere: LOAD_HOST")
+            raise ValueError(f"this page puts load on {self._defaults.host} only; another target: LOAD_HOST")
         wanted: dict[str, Any] = {name: form[name] for name in EDITABLE if form.get(name)}
         for field, name in {"user_count": "users", "spawn_rate": "spawn_rate"}.items():
             if form.get(field):
                 wanted[name] = form[field]
-        # Locust lets a run without a time go on for ever; ours ends at the bound.
+        # Without a time Locust would run forever; here such a run ends at the bound.
         wanted["seconds"] = parse_timespan(form["run_time"]) if form.get("run_time") else self._defaults.max_seconds
         return Settings(**wanted)
 
@@ -168,7 +168,7 @@ class Hooks:
         return Source(settings.host, proxies, settings.model_urls, key, routes)
 
     def _progress(self, trial: Trial) -> None:
-        """A line each few seconds for the terminal, one each second in progress.jsonl for charts."""
+        """Print a line every few seconds, and write one to progress.jsonl each second, for charts."""
         source, beat = self._source(trial), 0
         with (self._folder / "progress.jsonl").open("w", encoding="utf-8") as file:
             while True:
@@ -179,18 +179,18 @@ class Hooks:
                 if beat % PROGRESS_SECONDS:
                     continue
                 failed = sum(bool(record.error) for record in trial.records)
-                state = "  (the last answers)" if trial.stopped else ""
+                state = "  (waiting for the last answers)" if trial.stopped else ""
                 _say(f"    {time.perf_counter() - trial.began:4.0f} s  {len(trial.records)} answers, {failed} failed"
                      f"{state}")  # fmt: skip
 
     def _end_in_time(self, environment: Environment, trial: Trial) -> None:
-        """The bound that holds however the run was started: Locust's own timer can be left out of the form."""
-        gevent.sleep(trial.settings.longest_schedule + 6)  # past Locust's own end
+        """End the run at the bound, even if the form of the web page set no time."""
+        gevent.sleep(trial.settings.longest_schedule + 6)  # later than Locust's own timer
         if environment.runner and trial.stopped is None:
             gevent.spawn(environment.runner.stop)
 
     def _end_when_used_up(self, environment: Environment, trial: Trial) -> None:
-        """A run ends before its time when every request of the workload has its answer."""
+        """End the run early when every request of the workload has its answer."""
         runner = environment.runner
         while runner is not None:
             gevent.sleep(LOOK_SECONDS)
@@ -237,7 +237,7 @@ class Hooks:
             return
         gevent.killall(self._watches, block=False)
         if isinstance(environment.runner, WorkerRunner):
-            return  # its last report comes after this event
+            return  # a worker's last report comes after this event
         self._trial = None
         table = self._sums(trial)
         result = summary.summarize(trial, table)
@@ -255,9 +255,8 @@ class Hooks:
             _say(f"\n{self._page}\n")
 
     def _sums(self, trial: Trial) -> Table:
-        """The table of sums, once the servers have counted the last answers.
-
-        Where it does not hold: once they have counted nothing for STILL_SECONDS, or after SETTLE_SECONDS.
+        """The table of sums, as soon as it holds. If it does not hold: after the servers have counted nothing more for
+        STILL_SECONDS, or after SETTLE_SECONDS.
         """
         source, began = self._source(trial), time.perf_counter()
         last, changed = Counters(), began
@@ -273,13 +272,13 @@ class Hooks:
             gevent.sleep(0.2)
 
     def _quit(self, **_: Any) -> None:
-        """After Locust's own tables."""
+        """Print the summary after Locust's own tables."""
         if self._environment and not self._environment.web_ui and self._page:
             _say(f"\n{self._page}")
 
 
 def expected(trial: Trial) -> Expected:
-    """What the workloads of a run promise of the cache."""
+    """What the workloads of a run promise about the cache."""
     settings, records = trial.settings, [record for record in trial.records if not record.error]
     workloads = list(trial.workloads.values())
     if len(workloads) > 1 or not settings.cache:
@@ -289,13 +288,14 @@ def expected(trial: Trial) -> Expected:
     if workload.zipf is None or not records:
         return Expected(workload.cold, workload.once, fetches)
     draws = len(records)
-    # A set salt may find answers of an earlier run; a TTL or a capacity makes questions be fetched again.
+    # With a fixed salt, answers of an earlier run can be in the cache. With a TTL or a capacity, questions are fetched
+    # again.
     once = workload.once and settings.salt is None and not settings.ttl_seconds and not settings.capacity
     return Expected(workload.cold, once, fetches, None if settings.salt else summary.expected_hits(trial, draws))
 
 
 def exit_code(result: dict[str, Any]) -> int:
-    """0 fine, 1 requests failed, 4 sums differ, 5 the figures cannot be trusted."""
+    """0 success, 1 requests failed, 4 the sums differ, 5 the figures cannot be trusted."""
     if any(scenario["failed"] for scenario in result["results"].values()):
         return FAILED
     if not result["sums"]["holds"]:

@@ -1,4 +1,4 @@
-"""What is put under load: whether it answers, which model, which versions. Asked once, before a run."""
+"""Examines the target before a run: whether it answers, which model it has, which versions."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 from ..measures.trial import Target
 from ..settings import Settings
 
-SECONDS = 10  # for each question here
+SECONDS = 10  # timeout of each request here
 
 
 class TargetError(Exception):
-    """Nothing there to put load on. The message says what to do."""
+    """There is no usable target. The message has a remedy."""
 
 
 def examine(settings: Settings, kind: str = "chat") -> Target:
-    """`kind` of the model that is needed; "": the endpoint chooses. Raises TargetError."""
+    """The target of a run. `kind`: of the model that the workload needs; "": the endpoint chooses one. Raises
+    TargetError."""
     try:
         listed, server = _get(settings, "/v1/models")
     except urllib.error.HTTPError as error:
         raise TargetError(
-            f"{settings.host}/v1/models answers {error.code}: is it the proxy, and ready (make status)?"
+            f"{settings.host}/v1/models answers {error.code}: check that it is the proxy and ready (make status)"
         ) from None
     except (OSError, ValueError) as error:
         raise TargetError(
@@ -31,7 +32,7 @@ def examine(settings: Settings, kind: str = "chat") -> Target:
             "or make start), or name another target: LOAD_HOST=http://…"
         ) from None
     models = listed.get("data") if isinstance(listed, dict) else None
-    # A model that is named need not be listed: the proxy lists its own, and serves those of paid upstreams too.
+    # A model that LOAD_MODEL names need not be listed: the proxy also serves models of paid upstreams.
     named = settings.model
     if named is None and kind:
         fitting = [
@@ -43,7 +44,7 @@ def examine(settings: Settings, kind: str = "chat") -> Target:
         ]
         if not fitting:
             raise TargetError(
-                f"{settings.host} lists no {kind} model (it may still be loading): make status, or LOAD_MODEL=…"
+                f"{settings.host} lists no {kind} model (it may still be loading): see make status, or set LOAD_MODEL"
             )
         named = fitting[0]
     return Target(settings.host, named, server, _status(settings))
@@ -64,7 +65,7 @@ def _get(settings: Settings, path: str) -> tuple[Any, str]:
     request = urllib.request.Request(settings.host + path)  # noqa: S310 Settings take http(s) only
     if settings.api_key:
         request.add_header("authorization", f"Bearer {settings.api_key.get_secret_value()}")
-    # Without `http_proxy`, as the load itself: Locust's client connects directly.
+    # Ignores `http_proxy`, as Locust's client does.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(request, timeout=SECONDS) as answer:
         return json.load(answer), answer.headers.get("server", "")

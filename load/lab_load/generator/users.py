@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-# By the package's name: Locust runs this file by its path.
+# Import by the package's name, because Locust runs this file by its path.
 from lab_load.generator.client import Client
 from lab_load.workloads.workload import WORKLOADS
 
 for _name, _make in WORKLOADS.items():
     _class = type(_name.capitalize(), (Client,), {"scenario": _name, "__doc__": _make.__doc__, "__module__": __name__})
     globals()[_class.__name__] = _class
-del _name, _make, _class, Client  # Locust lists every class of users that it finds here
+del _name, _make, _class, Client  # Locust offers every user class that it finds in this module

@@ -1,1 +1,1 @@
-"""What was measured: one record a request, histograms, the servers' counters, the sums that must agree."""
+"""Measurements: one record for each request, histograms, the servers' counters, the sums that must agree."""

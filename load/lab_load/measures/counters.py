@@ -1,6 +1,6 @@
-"""The servers' own counters: the proxy's and the model's /metrics and the ledger's /usage, read before and after a run.
+"""The servers' own counters: /metrics of proxy and model and the ledger's /usage, read before and after a run.
 
-Several processes of one service are added up. What a service does not have is None and is not compared.
+The counters of several processes of one service are added. A service without counters is None and is not compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-SECONDS = 10  # for each page
+SECONDS = 10  # timeout of each page
 LEDGER = ("requests", "upstream_calls", "prompt_tokens", "completion_tokens", "hits", "collapsed",
           "hit_prompt_tokens", "hit_completion_tokens", "collapsed_prompt_tokens", "collapsed_completion_tokens",
           "estimated_calls")  # fmt: skip
@@ -35,12 +35,12 @@ class Counters:
     proxy: Counts | None = None
     model: Counts | None = None
     ledger: Counts | None = None
-    in_flight: float | None = None  # at the proxy
-    running: float | None = None  # at the model, waiting ones included
+    in_flight: float | None = None  # requests at the proxy
+    running: float | None = None  # requests at the model, including waiting ones
     missing: list[str] = field(default_factory=list)  # pages that could not be read, and why
 
     def since(self, before: Counters) -> Counters:
-        """What was counted after `before`. A counter that fell shows as a negative number."""
+        """The counts since `before`. A counter that fell gives a negative number."""
 
         def less(now: Counts | None, then: Counts | None) -> Counts | None:
             if now is None or then is None:
@@ -53,16 +53,16 @@ class Counters:
 
     @property
     def fell(self) -> list[str]:
-        """Of a difference: counters that are lower than before, so a process was restarted or its counter was reset."""
+        """Names of counters in a difference that fell, because a process was restarted or a counter was reset."""
         sides = {"proxy": self.proxy, "model": self.model, "ledger": self.ledger}
         return [f"{side} {name}" for side, counts in sides.items() for name, n in (counts or {}).items() if n < 0]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the counters are. `routes`: the paths of the workload; requests to others do not count.
+    """URLs of the counters. `routes`: paths of the workload; requests to other paths do not count.
 
-    `ledger`: any proxy's URL, since all share one ledger.
+    `ledger`: URL of any proxy, because all share one ledger.
     """
 
     ledger: str
@@ -72,7 +72,7 @@ class Source:
     routes: frozenset[str]
 
     def read(self) -> Counters:
-        """Never raises: a page that cannot be read is named in `missing`."""
+        """Read all counters. Never raises; `missing` names pages that could not be read."""
         found = Counters()
         for url in self.proxies:
             if (page := self._page(found, f"{url}/metrics")) is not None and "lab_proxy_" in page:

@@ -1,4 +1,4 @@
-"""Mergeable histograms of times (HdrHistogram), and which percentiles so many samples can support."""
+"""Mergeable histograms of times (HdrHistogram), and the number of samples that a percentile needs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped] # it shi
 
 MICROSECONDS = 1_000_000
 LONGEST = 3_600 * MICROSECONDS
-DIGITS = 3  # each value is kept within 0.1 %
-SAMPLES = {"p50": 1, "p95": 200, "p99": 1_000}  # fewer samples: no such percentile
+DIGITS = 3  # significant digits: each value is stored within 0.1 %
+SAMPLES = {"p50": 1, "p95": 200, "p99": 1_000}  # samples that each percentile needs
 
 
 class Times:
-    """Histogram of times in seconds, kept in microseconds. Histograms of several processes or runs add up."""
+    """Histogram of times in seconds, stored in microseconds. Histograms of several processes or runs can be added."""
 
     def __init__(self, seconds: Iterable[float] = ()) -> None:
         self._histogram = HdrHistogram(1, LONGEST, DIGITS)
@@ -38,7 +38,7 @@ class Times:
         return float(self._histogram.get_value_at_percentile(float(name[1:]))) / MICROSECONDS
 
     def figures(self) -> dict[str, Any]:
-        """Count, mean, percentiles, largest value, and the histogram itself (base64) to merge with others."""
+        """Count, mean, percentiles, largest value, and the histogram itself (base64), to merge with others."""
         if not self.count:
             return {"count": 0}
         return {
@@ -58,7 +58,7 @@ class Times:
         return merged
 
     def cumulative(self, points: int = 200) -> list[tuple[float, float]]:
-        """(seconds, share of the samples up to it), for a chart."""
+        """(seconds, share of the samples up to this time), for a chart."""
         total = self.count
         values = [(self._histogram.get_value_at_percentile(100 * k / points) / MICROSECONDS, k / points)
                   for k in range(points + 1)] if total else []  # fmt: skip

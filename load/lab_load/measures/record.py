@@ -1,4 +1,4 @@
-"""One request: events in, times and tokens out. Knows SSE and OpenAI's chunks; nothing of HTTP or Locust."""
+"""One request: turns events into times and tokens. Knows SSE and OpenAI's chunks; nothing of HTTP or Locust."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ CHANNELS = (
 
 
 class AnswerError(Exception):
-    """A failed answer. The message is its kind: few different ones, so that they can be counted."""
+    """A failed answer. The message is the kind of failure; there are few kinds, so that they can be counted."""
 
 
 @dataclass(slots=True)
 class Record:
     """One request. Times are seconds of one monotonic clock.
 
-    `intended`: when the arrival process wanted the request to start; in a closed loop it is `started`. All latencies
-    count from it, so that a request that waits inside the generator is slow, not absent. `events`: arrivals of events
-    with content in any channel. An event may hold several tokens, so TPOT takes the number of tokens from the usage.
+    `intended`: start time by the arrival process; in a closed loop it equals `started`. All latencies count from it, so
+    that time spent waiting inside the generator counts. `events`: arrival times of events with content in any channel.
+    An event can hold several tokens, so TPOT takes the number of tokens from the usage.
     """
 
     scenario: str
-    number: int  # line of the workload file
+    number: int  # line number in the workload file
     question: int
     intended: float
     started: float
@@ -46,12 +46,12 @@ class Record:
     status: int = 0  # 0: no response came
     retry_after: str = ""
     replica: str = ""
-    abandoned: bool = False  # closed by the workload's wish, before the end
+    abandoned: bool = False  # the workload closed the stream before its end
     error: str = ""
 
     @property
     def lag(self) -> float:
-        """Schedule lag: real start minus intended start."""
+        """Schedule lag in seconds: real start minus intended start."""
         return self.started - self.intended
 
     @property
@@ -64,18 +64,18 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """End to end: to the last event with content. A failure and an answer without events: to its end."""
+        """End-to-end seconds: to the last event with content; of a failure or an answer without events, to its end."""
         last = self.events[-1] if self.events and not self.error else self.ended
         return last - self.intended
 
     @property
     def gaps(self) -> list[float]:
-        """Inter-token latency (ITL): times between events with content."""
+        """Inter-token latencies (ITL): seconds between events with content."""
         return [b - a for a, b in zip(self.events, self.events[1:], strict=False)]
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; None up to one token."""
+        """Seconds per output token after the first; None for at most one token."""
         if len(self.events) < 1 or self.completion_tokens <= 1:
             return None
         return (self.events[-1] - self.events[0]) / (self.completion_tokens - 1)
@@ -86,7 +86,7 @@ class Record:
         return self.cache.partition(":")[0]
 
     def to_wire(self) -> dict[str, Any]:
-        """For Locust's messages between processes."""
+        """The record as a message between Locust's processes."""
         return {name: list(self.events) if name == "events" else getattr(self, name) for name in self.__slots__}
 
     @classmethod
@@ -94,7 +94,7 @@ class Record:
         return cls(**{**fields, "events": array("d", fields["events"])})
 
     def line(self, began: float, *, steady: bool) -> dict[str, Any]:
-        """The record as a line of records.jsonl. Times: seconds after `began`, the start of the run."""
+        """The record as a line of records.jsonl. Times are seconds since `began`, the start of the run."""
         gaps = sorted(self.gaps)
 
         def since(moment: float | None) -> float | None:
@@ -121,7 +121,7 @@ def read_stream(
     stop_after: int | None = None,
     pause: Callable[[], None] | None = None,
 ) -> None:
-    """Read a stream to its end. `readline` returns one line as soon as it is there, b"" at the end.
+    """Read a stream to its end. `readline` returns one line as soon as it arrives, b"" at the end.
 
     `stop_after`: abandon the stream after this many events with content. `pause`: called after each of them, for slow
     readers. Raises AnswerError for an error event, a stream without [DONE], and an answer without content or usage.
@@ -129,17 +129,17 @@ def read_stream(
     done = False
     usage: dict[str, Any] | None = None
     while line := readline():
-        now = clock()  # before parsing: parsing is our own time
+        now = clock()  # before parsing, which is not the server's time
         if not line.startswith(b"data:"):
             continue  # an empty line, a comment, `event:`
         data = line[5:].strip()
         if data == b"[DONE]":
             done = True
-            continue  # to the end of the body: only then the connection can be used again
+            continue  # read to the end of the body, so that the connection can be used again
         try:
             event = orjson.loads(data)
         except orjson.JSONDecodeError:
-            raise AnswerError("event that is not JSON") from None
+            raise AnswerError("event is not JSON") from None
         if "error" in event:
             raise AnswerError(f"error in the stream: {error_kind(event)}")
         if take_event(record, event, now):
@@ -162,7 +162,7 @@ def read_stream(
 
 
 def take_event(record: Record, event: Mapping[str, Any], now: float) -> bool:
-    """Note an event's arrival. False for one without content: a frame with the role alone, the end, the usage."""
+    """Record an event's arrival. False if it has no content: only the role, the end, or the usage."""
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or choice  # /v1/completions has `text` in the choice itself
         visible = bool(delta.get("content") or delta.get("text"))
@@ -175,14 +175,14 @@ def take_event(record: Record, event: Mapping[str, Any], now: float) -> bool:
 
 
 def take_usage(record: Record, usage: Mapping[str, Any]) -> None:
-    """Tokens of an answer, from OpenAI's usage object."""
+    """Take the numbers of tokens from OpenAI's usage object."""
     record.prompt_tokens = int(usage.get("prompt_tokens") or 0)
     record.completion_tokens = int(usage.get("completion_tokens") or 0)
     record.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
 
 def error_kind(body: Any) -> str:
-    """Code or type of OpenAI's error envelope; never its message, which may differ each time."""
+    """Code or type of OpenAI's error object; not its message, which can differ each time."""
     error = body.get("error") if isinstance(body, dict) else None
     kind = (error.get("code") or error.get("type")) if isinstance(error, dict) else None
     return str(kind or "unknown")

@@ -1,4 +1,4 @@
-"""One run in one process: what was set, what is sent next, what came back. Knows nothing of HTTP or Locust."""
+"""One run in one process: settings, next requests, records. Knows nothing of HTTP or Locust."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Timed = list[tuple[float, Item]]  # seconds after the start of the run, request
 
 @dataclass(frozen=True)
 class Target:
-    """`status` is the proxy's /status or else the model service's /ready: versions, models, device; empty elsewhere."""
+    """`status`: the proxy's /status, else the model service's /ready, with versions, models, device; else empty."""
 
     host: str
-    model: str | None  # None: the workload's endpoints choose
+    model: str | None  # None: the endpoints choose a model
     server: str = ""
     status: dict[str, Any] = field(default_factory=dict)
 
@@ -31,7 +31,7 @@ class Target:
 class Trial:
     """Times are seconds of `time.perf_counter`, which all processes of a machine share; `started` is UTC.
 
-    Of `processes` processes number `index` sends every `processes`-th group of the workload.
+    The process with number `index` sends every `processes`-th group of the workload.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Trial:
     index: int = 0
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     began: float = field(default_factory=time.perf_counter)
-    full: float | None = None  # when all users were there
-    stopped: float | None = None  # from here on nothing new is sent
-    users: int = 0  # most at once
+    full: float | None = None  # time at which all users had started
+    stopped: float | None = None  # time from which no new request is sent
+    users: int = 0  # largest number at one time
     sent: int = 0
-    sent_by: dict[str, int] = field(default_factory=dict)  # of each worker process
+    sent_by: dict[str, int] = field(default_factory=dict)  # worker process -> requests
     records: list[Record] = field(default_factory=list)
     cpu_began: float = field(default_factory=time.process_time)
-    cpu_most: float = 0.0  # percent of a core, the highest that Locust saw in 5 s in any process
+    cpu_most: float = 0.0  # percent of a core: highest value over 5 s of any process
 
     def __post_init__(self) -> None:
         self.salt = self.salt or new_salt(self.settings)
         self._groups: dict[str, Iterator[list[Item]]] = {}
 
     def next_group(self, scenario: str) -> list[Item] | None:
-        """The requests that one user sends next, in order; None when the workload is used up."""
+        """The requests that a user sends next, in order; None when the workload is used up."""
         if scenario not in self._groups:
             self._groups[scenario] = iter(self.workloads[scenario].groups[self.index :: self.settings.processes])
         return next(self._groups[scenario], None)
@@ -78,7 +78,7 @@ class Trial:
         return self.settings.rate is not None or self.workloads[scenario].scheduled
 
     def used_up(self, scenario: str) -> bool:
-        """Open loop with more arrivals than the workload has requests: the rate was not held to the end."""
+        """Whether an open loop had more arrivals than the workload has requests, so that the rate was not kept."""
         workload, settings = self.workloads[scenario], self.settings
         if settings.rate is None or workload.scheduled:
             return False
@@ -88,7 +88,7 @@ class Trial:
 
     @property
     def steady(self) -> tuple[float, float]:
-        """From the end of the warm-up to the end of sending. Figures are of requests that began in it."""
+        """Window from the end of the warm-up to the end of sending. Figures count requests that began in it."""
         since = (self.full or self.began) + self.settings.warmup_seconds
         until = self.stopped or time.perf_counter()
         # An open loop's arrivals end before its last answer, which is when the run is stopped.
@@ -96,15 +96,15 @@ class Trial:
 
     @property
     def unfinished(self) -> int:
-        """Sent, and cut off when the time to drain was over."""
+        """Number of requests that were cut off when the drain timeout was over."""
         return self.sent - len(self.records)
 
 
 def new_salt(settings: Settings) -> str:
-    """The word at the head of each text: the set one, or a new one, so that every cache is cold for the run."""
+    """The word at the start of each text: LOAD_SALT, else a new one, so that the cache is cold for the run."""
     return settings.salt or secrets.token_hex(4)
 
 
 def make_workloads(names: list[str], settings: Settings) -> dict[str, Workload]:
-    """Raises ValueError for settings that a workload cannot be made from."""
+    """The workloads by name. Raises ValueError if a workload cannot be made from these settings."""
     return {name: WORKLOADS[name](settings.workload_shape) for name in names}

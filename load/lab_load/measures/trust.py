@@ -1,4 +1,4 @@
-"""When a run's figures may not be read as the server's: reasons to refuse them."""
+"""Decides whether a run's figures can be trusted: reasons why they measure the generator instead of the server."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ LAG_SECONDS = 0.010
 
 @dataclass(frozen=True)
 class Conduct:
-    """How the generator itself behaved. Lags and CPU are those of its worst process."""
+    """Behaviour of the generator. Lag and CPU are those of its worst process."""
 
     users_wanted: int
     users_most: int
     all_spawned: bool
     cpu_percent: float
-    lag: float | None = None  # p99 in seconds; of few requests the largest
+    lag: float | None = None  # p99 in seconds; with few requests the maximum
     answers: int = 0
 
 
 def reasons(conduct: Conduct) -> list[str]:
-    """Why this run's figures cannot be trusted; empty if they can."""
+    """Reasons why this run's figures cannot be trusted; empty if they can."""
     found = []
     if not conduct.answers:
         found.append("no answer came back")

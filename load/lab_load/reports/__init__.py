@@ -1,1 +1,1 @@
-"""A run's figures as JSON, text, Markdown and HTML, and two runs compared. Knows records; sends nothing."""
+"""Figures of a run as JSON, text, Markdown and HTML; comparison of runs. Knows records; sends nothing."""

@@ -1,6 +1,6 @@
-"""Two groups of runs of one workload, paired by request: the median's difference with a bootstrap interval.
+"""Compares two groups of runs of one workload, paired by request: difference of medians with a bootstrap interval.
 
-Both the requests and the runs of each group are drawn again, because runs differ from each other, too.
+The bootstrap resamples the requests and the runs of each group, because runs differ too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPEATS = 3  # runs of each group, at least: fewer say nothing of how runs differ
+REPEATS = 3  # least number of runs in a group; fewer do not show how runs differ
 DRAWS = 1000
-MOST_PAIRS = 1000  # requests that are compared; of more a sample
+MOST_PAIRS = 1000  # requests to compare; if there are more, a sample of them
 FIELDS = {"ttft": "TTFT", "e2e": "end to end", "tpot": "TPOT"}
 
 Values = dict[int, float]  # number of the request -> seconds
@@ -23,7 +23,7 @@ Values = dict[int, float]  # number of the request -> seconds
 
 @dataclass(frozen=True)
 class Difference:
-    """B minus A in seconds: the median of the pairs, and its 95 % interval."""
+    """B minus A in seconds: median of the pairs, and its 95 % interval."""
 
     field: str
     pairs: int
@@ -42,19 +42,20 @@ class Difference:
 
 
 def sha_of(folder: Path) -> dict[str, str]:
-    """Scenario -> SHA-256 of its workload. Raises ValueError where there is no run."""
+    """Scenario -> SHA-256 of its workload. Raises ValueError if the folder has no finished run."""
     try:
         results = json.loads((folder / "summary.json").read_text("utf-8"))["results"]
     except (OSError, ValueError, KeyError):
-        raise ValueError(f"{folder} holds no finished run") from None
+        raise ValueError(f"{folder} is not the folder of a finished run") from None
     return {name: figures["workload"]["sha256"] for name, figures in results.items()}
 
 
 def differences(a: Sequence[Path], b: Sequence[Path]) -> list[Difference]:
-    """Raises ValueError for runs of different workloads, and where no request is in both groups."""
+    """Differences for each metric. Raises ValueError for runs of different workloads, and if the groups share no
+    request."""
     shas = [sha_of(folder) for folder in [*a, *b]]
     if any(sha != shas[0] for sha in shas):
-        raise ValueError("the runs have different workloads (SHA-256): only runs of one workload file can be compared")
+        raise ValueError("the runs have different workloads (SHA-256); only runs of one workload file can be compared")
     found = []
     for field in FIELDS:
         left, right = [_values(folder, field) for folder in a], [_values(folder, field) for folder in b]
@@ -62,12 +63,12 @@ def differences(a: Sequence[Path], b: Sequence[Path]) -> list[Difference]:
         if both:
             found.append(bootstrap(field, left, right, sorted(both)))
     if not found:
-        raise ValueError("no request was answered in all of these runs outside warm-up and cool-down")
+        raise ValueError("no request was answered in all of these runs (warm-up and cool-down do not count)")
     return found
 
 
 def bootstrap(field: str, a: Sequence[Values], b: Sequence[Values], numbers: Sequence[int]) -> Difference:
-    """`numbers`: requests that all runs answered."""
+    """The difference for one metric. `numbers`: requests that were answered in all runs."""
     chosen = random.Random(7)  # noqa: S311 reproducible, not secret
     sample = list(numbers) if len(numbers) <= MOST_PAIRS else chosen.sample(list(numbers), MOST_PAIRS)
 
@@ -89,7 +90,7 @@ def bootstrap(field: str, a: Sequence[Values], b: Sequence[Values], numbers: Seq
 
 
 def _values(folder: Path, field: str) -> Values:
-    """Of requests that succeeded, outside warm-up and cool-down."""
+    """Values of requests that succeeded, without warm-up and cool-down."""
     found: Values = {}
     for line in (folder / "records.jsonl").read_text("utf-8").splitlines():
         record: dict[str, Any] = json.loads(line)

@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file without scripts or outside resources: charts are SVG, each with its numbers."""
+"""The report of a run as one HTML file without scripts or external resources. Charts are SVG, each with its numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STYLE = (
 
 
 def page(result: dict[str, Any], folder: Path) -> str:
-    """`folder` holds the run's progress.jsonl and records.jsonl."""
+    """The HTML page of a run. `folder`: contains its progress.jsonl and records.jsonl."""
     target = result["target"]
     body = [
         f"<h1>{escape(result['name'])}</h1>",
@@ -62,7 +62,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def chart(title: str, unit: str, lines: Mapping[str, Points], *, x_unit: str = "s") -> str:
-    """Lines over one x axis from 0; the y axis starts at 0. The alternative text gives each line's last point."""
+    """Lines in one chart whose axes start at 0. The alternative text gives the last point of each line."""
     points = [point for line in lines.values() for point in line]
     if len(points) < 2:
         return ""
@@ -115,7 +115,7 @@ def _distributions(figures: dict[str, Any]) -> list[str]:
 
 
 def _hit_ratio(folder: Path, scenario: str, figures: dict[str, Any]) -> str:
-    """Hits so far over hits, misses and collapsed so far, by the end of each request."""
+    """Chart of the cumulative hit ratio: hits over hits, misses and collapsed requests, at the end of each request."""
     path = folder / "records.jsonl"
     if not figures.get("hit_ratio") or not path.exists():
         return ""

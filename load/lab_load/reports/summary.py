@@ -1,4 +1,4 @@
-"""What a run measured: figures, the page of text, the files. Knows nothing of HTTP or Locust."""
+"""The results of a run: figures, summary as text, files. Knows nothing of HTTP or Locust."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from ..measures.sums import Table
 from ..measures.trial import Trial
 from ..workloads.workload import perfect_hits
 
-METRICS = {  # the definitions, printed in every report
+METRICS = {  # metric -> definition, printed in every report
     "schedule_lag_seconds": "real start − intended start of a request",
     "ttft_seconds": "first event with content in any channel − intended start (closed loop: start)",
     "first_visible_seconds": "first text of the answer − intended start",
     "end_to_end_seconds": "last event with content − intended start; a failure counts with the time until it failed",
-    "tpot_seconds": "(end of content − first event) / (tokens − 1), one value a request; tokens from the usage",
-    "inter_token_seconds": "gaps between events with content, of all requests together",
+    "tpot_seconds": "(last event − first event) / (tokens − 1), one value per request; tokens from the usage",
+    "inter_token_seconds": "gaps between events with content, over all requests",
 }
 GROUPS = ("hit", "miss", "collapsed", "other")
 CLOSED_LOOP = (
-    "Closed loop: a user sends again only when its answer is complete, so a slow server is asked less often. Read the "
-    "times as those of this many users, not of arrivals at a fixed rate (coordinated omission); LOAD_RATE sets one."
+    "Closed loop: a user sends its next request only after its answer is complete, so a slow server gets fewer "
+    "requests. The times are those of this number of users, not of arrivals at a fixed rate (coordinated omission). "
+    "LOAD_RATE sets a fixed rate."
 )
 
 
@@ -46,7 +47,7 @@ def group_of(record: Record) -> str:
 
 
 def times(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """The metrics of some requests. Failures are in the end-to-end times, with at least the time they took."""
+    """The metrics of some requests. End-to-end times include failures, with at least the time they took."""
     fine = [each for each in records if not each.error and not each.abandoned]
 
     def known(values: Iterable[float | None]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def times(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def rates(trial: Trial, records: Sequence[Record]) -> dict[str, Any]:
-    """Per second of the steady window; an answer across its edge counts with its events inside."""
+    """Rates per second of the steady window. An answer that is partly inside counts with its events inside."""
     since, until = trial.steady
     length = max(until - since, 1e-9)
     fine = [each for each in records if not each.error and not each.abandoned]
@@ -81,16 +82,19 @@ def rates(trial: Trial, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def meets_slo(trial: Trial, record: Record) -> bool:
-    """TTFT and TPOT within LOAD_SLO_…; what has none of them, such as a vector, by its end-to-end time."""
+    """Whether TTFT and TPOT are within LOAD_SLO_…; for an answer that has neither, such as an embedding, its end-to-end
+    time counts."""
     settings = trial.settings
     first = record.seconds if record.ttft is None else record.ttft
     return first <= settings.slo_ttft_seconds and (record.tpot or 0.0) <= settings.slo_tpot_seconds
 
 
 def expected_hits(trial: Trial, draws: int) -> tuple[float, float] | None:
-    """Expected share of answers without an upstream call and its standard deviation, by Zipf's law; None without.
+    """Expected share of answers without an upstream call and its standard deviation; None if the workload does not
+    follow Zipf's law.
 
-    With a TTL or a capacity: the long-run ratio of that limit; its deviation is a binomial's, and the cold start's.
+    With a TTL or a capacity: the long-run ratio under that limit, with the deviation of a binomial distribution and
+    of the cold start.
     """
     (workload,) = trial.workloads.values()
     if workload.zipf is None or draws == 0:
@@ -112,7 +116,7 @@ def expected_hits(trial: Trial, draws: int) -> tuple[float, float] | None:
 def _scenario(trial: Trial, name: str, records: list[Record]) -> dict[str, Any]:
     since, until = trial.steady
     workload = trial.workloads[name]
-    # The answer of a scheduled workload is the whole of it; of the others only the steady window counts.
+    # A scheduled workload counts as a whole; for the others only the steady window counts.
     steady = records if workload.scheduled else [each for each in records if since <= each.intended <= until]
     errors = Counter(each.error for each in records if each.error)
     fine = [each for each in records if not each.error]
@@ -144,7 +148,7 @@ def _scenario(trial: Trial, name: str, records: list[Record]) -> dict[str, Any]:
 
 
 def summarize(trial: Trial, table: Table) -> dict[str, Any]:
-    """All that summary.json holds: what ran, against what, where, what came out, and whether it can be trusted."""
+    """The content of summary.json: settings, target, machine, figures, and whether they can be trusted."""
     now = time.perf_counter()
     cpu = 100 * (time.process_time() - trial.cpu_began) / max(now - trial.began, 1e-9)
     results: dict[str, Any] = {}
@@ -156,7 +160,7 @@ def summarize(trial: Trial, table: Table) -> dict[str, Any]:
     open_loop = all(trial.open_loop(name) for name in trial.workloads)
     lag = Times(record.lag for record in trial.records)
     wanted = settings.processes if open_loop else settings.users
-    # Users of a workload that is used up stop; those that the run did not reach were never started.
+    # Users stop when the workload is used up; users that the run did not reach were never started.
     conduct = trust.Conduct(
         users_wanted=wanted, users_most=trial.users, all_spawned=trial.full is not None,
         cpu_percent=max(cpu, trial.cpu_most), answers=len(trial.records),
@@ -164,7 +168,7 @@ def summarize(trial: Trial, table: Table) -> dict[str, Any]:
     )  # fmt: skip
     reasons = trust.reasons(conduct)
     if any(trial.used_up(name) for name in trial.workloads):
-        reasons.append("the workload has fewer requests than arrive at this rate: more LOAD_REQUESTS")
+        reasons.append("the workload has fewer requests than arrive at this rate: raise LOAD_REQUESTS")
     return {
         "name": trial.name,
         "started": trial.started.isoformat(timespec="seconds"),
@@ -189,7 +193,7 @@ def summarize(trial: Trial, table: Table) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where the generator ran. On loopback that is the server's machine too."""
+    """The generator's machine. If the target is on loopback, it is also the server's."""
     frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
     return {
         "system": platform.platform(),
@@ -209,7 +213,7 @@ def _processor() -> str:
 
 
 def moment(trial: Trial, counters: Counters) -> dict[str, Any]:
-    """One line of progress.jsonl: the last second, for live charts. `queue`: requests at the model."""
+    """One line of progress.jsonl, for live charts: figures of the last second. `queue`: requests at the model."""
     now = time.perf_counter()
     last = [record for record in trial.records[-2000:] if record.ended >= now - 1]
     first = [record.ttft for record in last if record.ttft is not None]
@@ -225,11 +229,11 @@ def moment(trial: Trial, counters: Counters) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# -- the page of text
+# -- the summary as text
 
 
 def page(result: dict[str, Any]) -> str:
-    """The summary for the person at the terminal."""
+    """The summary for the terminal."""
     target, settings = result["target"], result["settings"]
     lines = [f"load: {result['name']}: {target['model']} at {target['host']}, {result['users']} users, "
              f"{result['loop']} loop, {result['seconds']:.0f} s, seed {settings['seed']}"]  # fmt: skip
@@ -246,7 +250,7 @@ def page(result: dict[str, Any]) -> str:
             *(f"  - {why}" for why in result["reasons"]),
         ]
     if result["unfinished"]:
-        lines.append(f"  {result['unfinished']} answers were cut off after LOAD_DRAIN_SECONDS and are in no time")
+        lines.append(f"  {result['unfinished']} answers were cut off after LOAD_DRAIN_SECONDS; no time includes them")
     lines += ["", *sums(result["sums"])]
     if result["loop"] == "closed":
         lines += ["", f"  {CLOSED_LOOP}"]
@@ -262,7 +266,7 @@ LABELS = {
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and numbers of each row of a scenario's table: all requests, then by cache state where there are some."""
+    """Label and numbers of each row of a scenario's table: all requests, then by cache state if there are several."""
     found = [(label, figures["metrics"][name]) for name, label in LABELS.items()]
     if len(figures["by_cache"]) > 1:
         found += [(f"{group}: {LABELS[name]}", metrics[name]) for group, metrics in figures["by_cache"].items()
@@ -271,7 +275,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def cell(numbers: dict[str, Any], column: str) -> str:
-    """A number, or why there is none: a percentile needs samples."""
+    """A number as text, or the reason why a percentile has none: too few samples."""
     value = numbers.get(column)
     if value is None:
         return f"n<{SAMPLES[column]}" if column in SAMPLES else "–"
@@ -309,7 +313,7 @@ def sums(table: dict[str, Any]) -> list[str]:
 
 
 def verdict(table: dict[str, Any]) -> str:
-    """The table of sums in a sentence."""
+    """The result of the table of sums in a sentence."""
     if not table["holds"]:
         return "THE SUMS DIFFER: client and servers did not count the same"
     sides = {side for row in table["rows"] for side, value in row["values"].items() if value is not None}
@@ -322,7 +326,7 @@ def _number(value: float | None) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as a Markdown document."""
+    """The summary as a Markdown document."""
     lines = [f"# {result['name']}", "", f"`{result['target']['model']}` at {result['target']['host']}, "
              f"{result['users']} users, {result['loop']} loop, {result['seconds']:.0f} s", ""]  # fmt: skip
     lines += [f"- **not trusted**: {why}" for why in result["reasons"]]
@@ -339,7 +343,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write(folder: Path, trial: Trial, result: dict[str, Any]) -> None:
-    """summary.json, summary.md, and every request in records.jsonl."""
+    """Write summary.json, summary.md, and records.jsonl with all requests."""
     (folder / "summary.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "summary.md").write_text(markdown(result), encoding="utf-8")
     since, until = trial.steady

@@ -1,1 +1,1 @@
-"""What is sent and when: seeded workload files, expected hit ratios, arrival times. Knows nothing of HTTP or Locust."""
+"""Seeded workload files, expected hit ratios, arrival times. Knows nothing of HTTP or Locust."""

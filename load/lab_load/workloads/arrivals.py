@@ -7,9 +7,9 @@ import math
 import random
 from collections.abc import Callable
 
-STEP = 0.01  # seconds, of the grid on which the rate is summed
+STEP = 0.01  # seconds between grid points at which the rate is summed
 
-# Shape -> rate at a share 0…1 of the run, as a multiple of the set rate.
+# Shape -> rate at a share 0…1 of the run, as a multiple of LOAD_RATE.
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
     "ramp": lambda share: share,
@@ -19,7 +19,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def arrivals(rate: float, seconds: float, *, shape: str, burstiness: float, seed: int) -> list[float]:
-    """Seconds after the start, rising.
+    """Arrival times in seconds after the start, in ascending order.
 
     Gaps of a unit-rate gamma process with shape 1 / `burstiness` are stretched by the summed rate (time rescaling).
     `burstiness` is the squared coefficient of variation of the gaps: 1 is Poisson, more is burstier, 0 is even.

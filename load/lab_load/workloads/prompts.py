@@ -1,4 +1,4 @@
-"""Questions and how often they are asked. A question is a function of seed, salt, number and language."""
+"""Questions and their popularity. A question is a function of seed, salt, number and language."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ KOREAN = (
 def question(seed: int, salt: str, number: int, words: int, language: str = "en") -> str:
     """Question `number` of a run. `language`: `en`, `ko`, or `both`: odd numbers in Korean.
 
-    Salt and number come first: questions of one run then share no beginning that a prefix cache could keep, and
-    questions of two runs share none either.
+    Salt and number come first, so that questions, of one run or of two, share no prefix that a prefix cache could keep.
     """
     korean = language == "ko" or (language == "both" and number % 2 == 1)
     chosen = " ".join(_words(seed, number, words, KOREAN if korean else WORDS))
@@ -34,7 +33,7 @@ def question(seed: int, salt: str, number: int, words: int, language: str = "en"
 
 
 def sentence(seed: int, number: int, words: int) -> str:
-    """A text that stands for an earlier answer of a conversation."""
+    """A text that is used as an earlier answer of a conversation."""
     return " ".join(_words(seed, -number - 1, words, WORDS)) + "."
 
 
@@ -43,7 +42,7 @@ def _words(seed: int, number: int, words: int, vocabulary: tuple[str, ...]) -> l
 
 
 class Zipf:
-    """Numbers 1…n, number k with probability k^-s / Σ i^-s: how unevenly people ask (Breslau et al., 1999)."""
+    """Draws numbers 1…n, number k with probability k^-s / Σ i^-s, as in web requests (Breslau et al., 1999)."""
 
     def __init__(self, n: int, s: float, seed: int) -> None:
         weights = [k**-s for k in range(1, n + 1)]
@@ -53,11 +52,11 @@ class Zipf:
         self._random = random.Random(f"zipf/{seed}")  # noqa: S311 as above
 
     def draw(self) -> int:
-        """The next number: the i-th draw depends on the seed alone."""
+        """The next number. The i-th draw depends on the seed only."""
         return bisect.bisect_right(self._cumulative, self._random.random() * self._cumulative[-1]) + 1
 
     def expected_hits(self, draws: int) -> tuple[float, float]:
-        """Hits of a cold cache that forgets nothing: the mean, and an upper bound of the standard deviation.
+        """Hits of an unlimited cache that is cold at first: mean, and an upper bound of the standard deviation.
 
         A miss is the first draw of a number, so E[hits] = n − Σ (1 − (1 − p_k)^n). Whether k was drawn is a Bernoulli
         variable, and these are negatively associated, so the variance is at most the sum of theirs.

@@ -1,6 +1,6 @@
-"""Workloads: a list of requests made from a seed, as a file with a SHA-256. Two runs of one file can be compared.
+"""Workloads: lists of requests made from a seed, as files with a SHA-256. Runs of the same file can be compared.
 
-The model's name and the salt are put in when a request is sent, so that the file is the same for every run.
+The model's name and the salt are inserted when a request is sent, so that the file is the same for every run.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from .prompts import Zipf, question, sentence
 SALT = "@salt@"  # stands for the run's salt in every text
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 ZERO_SHOT, SENTIMENT = "/v1/tasks/zero-shot-classification", "/v1/tasks/sentiment-analysis"
-OVERSIZED = 64 * 2**20  # bytes of a body that no service takes
+OVERSIZED = 64 * 2**20  # bytes of a body that no service accepts
 
 
 @dataclass(frozen=True)
 class Item:
-    """One request. Items of one group are sent by one user, in order, each after the last one's answer."""
+    """One request. One user sends the items of a group in order, each after the answer to the one before."""
 
     number: int
     question: int  # items with the same question have the same body
     path: str
     body: dict[str, Any]
     group: int
-    at: float | None = None  # seconds after the start, where the workload itself says when
+    at: float | None = None  # seconds after the start, if the workload has a schedule
     stop_after: int | None = None  # close the stream after this many events with content
     pause: float = 0.0  # seconds that a slow reader waits after each event
-    raw: str | None = None  # sent in place of the body, a character a byte: garbage
-    repeat: int = 1  # how often `raw` is repeated
-    refused: bool = False  # the right answer is a status from 400 to 499
+    raw: str | None = None  # sent instead of the body, one byte for each character: an invalid body
+    repeat: int = 1  # number of repetitions of `raw`
+    refused: bool = False  # whether the right answer is a status from 400 to 499
 
     def payload(self, salt: str, model: str | None) -> bytes:
-        """The bytes to send."""
+        """The bytes of the body."""
         if self.raw is not None:
             return self.raw.encode("latin-1") * self.repeat
         body = self.body if model is None else {"model": model, **self.body}
@@ -56,9 +56,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Workload:
-    """`cold`: no answer may come from a cache. `once`: each question costs one upstream call, however often it comes.
+    """`cold`: no answer may come from a cache. `once`: each question costs one upstream call, however often it is sent.
 
-    `perfect` counts hits of a cold cache that forgets nothing: every item whose question was sent before.
+    `perfect`: hits of an unlimited cache that is cold at first, one for each item whose question was sent before.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Workload:
 
     @cached_property
     def scheduled(self) -> bool:
-        """The workload itself says when each request starts."""
+        """Whether the workload itself has the start time of each request."""
         return any(item.at is not None for item in self.items)
 
 
@@ -107,7 +107,7 @@ def asked(shape: Shape, number: int, words: int | None = None) -> str:
 
 
 def _plain(name: str, about: str, bodies: Sequence[tuple[int, str, dict[str, Any]]], **more: Any) -> Workload:
-    """A group for each item; `bodies`: question, path, body."""
+    """A workload with one group for each item. `bodies`: (question, path, body)."""
     items = tuple(Item(n, q, path, body, group=n) for n, (q, path, body) in enumerate(bodies))
     return Workload(name, items, about, **more)
 
@@ -118,7 +118,7 @@ def throughput(shape: Shape) -> Workload:
 
 
 def lengths(shape: Shape) -> Workload:
-    """Log-normal lengths: medians as set, sigma 0.7, at most eight times the median."""
+    """Log-normal lengths: medians from the settings, sigma 0.7, at most eight times the median."""
     chosen = random.Random(f"lengths/{shape.seed}")  # noqa: S311 reproducible, not secret
 
     def draw(median: int) -> int:
@@ -138,7 +138,7 @@ def caching(shape: Shape) -> Workload:
 
 
 def prefix(shape: Shape) -> Workload:
-    """Groups of questions with the same long system message: what the model's prefix cache saves."""
+    """Groups of questions with the same long system message, which the model's prefix cache can keep."""
     bodies = []
     for n in range(shape.requests):
         group = n % shape.prefix_groups
@@ -149,7 +149,7 @@ def prefix(shape: Shape) -> Workload:
 
 
 def sessions(shape: Shape) -> Workload:
-    """Conversations of four turns. The answers in between are part of the file, so that every run sends the same."""
+    """Conversations of four turns. The file also has the answers in between, so that every run sends the same."""
     items = []
     for n in range(shape.requests):
         session, turn = divmod(n, 4)
@@ -163,16 +163,16 @@ def sessions(shape: Shape) -> Workload:
 
 
 def stampede(shape: Shape) -> Workload:
-    """`users` identical requests at once: single flight makes one upstream call of them."""
+    """`users` identical requests at once. Single flight makes one upstream call for all."""
     body = chat(asked(shape, 1), shape)
     items = tuple(Item(n, 1, CHAT, body, group=n, at=0.0) for n in range(shape.users))
     return Workload("stampede", items, f"{shape.users} identical requests at the same time", once=True)
 
 
 def herd(shape: Shape) -> Workload:
-    """The stampede again each time that the stored answer has expired. Raises ValueError without the TTL."""
+    """A stampede, repeated each time the stored answer has expired. Raises ValueError without a TTL."""
     if shape.ttl_seconds is None:
-        raise ValueError("LOAD_TTL_SECONDS: the TTL of the proxy under load is needed for `herd`")
+        raise ValueError("LOAD_TTL_SECONDS is not set: `herd` needs the TTL of the target's cache")
     body, waves = chat(asked(shape, 1), shape), 3
     items = tuple(Item(wave * shape.users + n, wave, CHAT, body, group=wave * shape.users + n,
                        at=wave * (shape.ttl_seconds + 2.0))
@@ -182,14 +182,14 @@ def herd(shape: Shape) -> Workload:
 
 
 def abandoned(shape: Shape) -> Workload:
-    """Every second client closes its stream after three events: the model must stop computing for it."""
+    """Every second client closes its stream after three events; the model must stop computing for it."""
     items = tuple(Item(n, n, CHAT, chat(asked(shape, n + 1), shape), group=n, stop_after=3 if n % 2 else None)
                   for n in range(shape.requests))  # fmt: skip
     return Workload("abandoned", items, "distinct questions; every second stream is closed after three events")
 
 
 def slow(shape: Shape) -> Workload:
-    """Every fourth client waits 0.2 s after each event: it must not hold up the others."""
+    """Every fourth client waits 0.2 s after each event; it must not slow down the others."""
     items = tuple(Item(n, n, CHAT, chat(asked(shape, n + 1), shape), group=n, pause=0.0 if n % 4 else 0.2)
                   for n in range(shape.requests))  # fmt: skip
     return Workload("slow", items, "distinct questions; every fourth client reads slowly", cold=True)
@@ -209,7 +209,7 @@ def garbage(shape: Shape) -> Workload:
             items.append(Item(n, n, CHAT, **{"body": {}, **wrong[n // 2 % len(wrong)]}, group=n, refused=True))
         else:
             items.append(Item(n, n, CHAT, chat(asked(shape, n + 1), shape), group=n))
-    return Workload("garbage", tuple(items), "oversized and meaningless bodies between good ones")
+    return Workload("garbage", tuple(items), "oversized and invalid bodies between valid ones")
 
 
 def embeddings(shape: Shape) -> Workload:
@@ -234,5 +234,5 @@ WORKLOADS: dict[str, Callable[[Shape], Workload]] = {
 
 
 def perfect_hits(questions: Sequence[int]) -> int:
-    """Hits of a cold cache that forgets nothing."""
+    """Hits of an unlimited cache that is cold at first."""
     return len(questions) - len(Counter(questions))
