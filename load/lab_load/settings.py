@@ -33,7 +33,7 @@ class Settings(BaseSettings):
         None, gt=0, le=10_000, description="Open loop: requests that start in each second, without waiting for answers."
     )
     burstiness: float = Field(
-        1.0, ge=0, le=100, description="Open loop: squared coefficient of variation of the gaps; 1: Poisson, 0: constant."
+        1.0, ge=0, le=100, description="Open loop: squared variation coefficient of the gaps; 1: Poisson, 0: constant."
     )
     shape: Literal["constant", "ramp", "spike", "diurnal"] = Field(
         "constant", description="Open loop: how the rate changes over the run."
