@@ -193,11 +193,7 @@ def _follow(lab: Lab) -> None:
             now = {state.name: state.pid for state in states.values()}
             for name, pid in now.items():
                 if pid != pids.get(name, pid):
-                    say(
-                        f"lab: {name} was restarted (pid {pid})"
-                        if pid
-                        else f"lab: {name} died and is being restarted"
-                    )
+                    say(f"lab: {name} was restarted (pid {pid})" if pid else f"lab: {name} died and is being restarted")
             given_up = {state.name for state in states.values() if state.state in GIVEN_UP}
             for name in sorted(given_up - dead):
                 say(f"lab: {name} died too often and is no longer restarted; make start in another terminal starts it")

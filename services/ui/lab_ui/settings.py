@@ -41,9 +41,7 @@ class Settings(BaseSettings):
         default="auto",
         description="Language of the pages; `auto`: the browser's. `?lang=` and the switch in the sidebar override it.",
     )
-    connect_timeout_seconds: float = Field(
-        default=2, gt=0, le=60, description="Timeout for a connection to the proxy."
-    )
+    connect_timeout_seconds: float = Field(default=2, gt=0, le=60, description="Timeout for a connection to the proxy.")
     answer_timeout_seconds: float = Field(
         default=150, gt=0, description="Longest time without data from the proxy, before or during an answer."
     )
