@@ -782,7 +782,7 @@ def test_without_a_network_the_install_says_what_is_missing(root: Path) -> None:
     with installing(root, PIP_INDEX_URL=f"http://127.0.0.1:{free_port()}/simple") as process:
         said, _ = process.communicate(timeout=60)
     assert process.returncode == Exit.INSTALL, said
-    assert "pip could not fetch a package" in said
+    assert "pip could not download a package" in said
     assert "setuptools" in said
     assert not (root / ".venv" / ".stamp").exists()
 

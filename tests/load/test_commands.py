@@ -58,7 +58,7 @@ def test_runs_of_different_workloads_are_not_compared(tmp_path: Path) -> None:
     assert [each.median for each in differences([a], [b])] == [1, 1]
     with pytest.raises(ValueError, match="SHA-256"):
         differences([a], [other])
-    with pytest.raises(ValueError, match="no finished run"):
+    with pytest.raises(ValueError, match="not the folder of a finished run"):
         differences([a], [tmp_path])
 
 

@@ -325,7 +325,7 @@ def test_a_class_of_keys_from_a_csv_in_one_command(school: School, tmp_path: Pat
     roster.write_text("\ufeffName,rpm\n" + "".join(f"{name},{'7' if name == names[0] else ''}\n" for name in names))
     out = tmp_path / "keys.csv"
     done = school.command("keys", "import", str(roster), "--out", str(out), "--rpm", "20", "--budget-total-usd", "2")
-    assert "30 keys made" in done.stderr
+    assert "30 keys created" in done.stderr
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
     assert [row["name"] for row in rows] == names

@@ -407,7 +407,7 @@ def test_money_is_exact() -> None:
     assert money.shown(10**18 + 1) == "1000000.000000000001"
     assert money.from_usd(Decimal("0.000001")) == 10**6
     for wrong in ("0.0000001", "-1", "NaN"):
-        with pytest.raises(ValueError, match="no amount"):
+        with pytest.raises(ValueError, match="not an amount"):
             money.from_usd(Decimal(wrong))
 
 

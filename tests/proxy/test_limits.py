@@ -460,7 +460,7 @@ def test_x1_limits_fail_as_configured_and_say_so(school: School, tmp_path: Path)
                     assert code(answer) == (503, "limits_unavailable")
                     assert answer.headers["retry-after"] == "2"
                 assert free.chat().status_code == 200  # a key without limits never asks redis
-            said = "let through unlimited" if policy == "open" else "are refused"
+            said = "admitted without limits" if policy == "open" else "are refused"
             log = started[policy].proxy.log
             eventually(lambda log=log, said=said: said in log.read_text(), what=f"{said!r} in the log")
 

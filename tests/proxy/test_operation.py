@@ -111,7 +111,7 @@ def test_a_removed_setting_is_named_at_the_start(filed: Filed) -> None:
     """One line of the log says that it is ignored, and what to use instead."""
     told = [line for line in filed.bench.proxy.log.read_text().splitlines() if "PROXY_WORKERS" in line]
     assert len(told) == 1
-    assert "gone and ignored" in told[0]
+    assert "was removed, it is ignored" in told[0]
     assert "compose.scale.yaml" in told[0]
 
 
@@ -390,7 +390,7 @@ def test_sigterm_ends_within_its_bound(bench: Bench, tmp_path: Path) -> None:
         assert other.proxy.popen.wait(60) == 0
         eventually(lambda: bench.calls()["left"] == 1)
         log = other.proxy.log.read_text()
-        assert "PROXY_DRAIN_TIMEOUT_SECONDS are over" in log
+        assert "cut off after PROXY_DRAIN_TIMEOUT_SECONDS" in log
         assert text not in log
 
 

@@ -332,7 +332,7 @@ def test_every_wait_for_an_upstream_or_a_caller_has_a_bound(bench: Bench, tmp_pa
         assert answer.status_code == 504
         assert error(answer)["code"] == "upstream_timeout"
         assert "retry-after" not in answer.headers
-    assert "silent for too long" in events(stalled.result())[-1]["error"]["message"]
+    assert "sent no data for too long" in events(stalled.result())[-1]["error"]["message"]
     got = events(endless.result())
     assert len(got) > 1
     assert got[-1]["error"]["code"] == "upstream_timeout"

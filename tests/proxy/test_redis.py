@@ -100,8 +100,8 @@ async def test_scripts_run_also_where_redis_has_forgotten_them(server: Process) 
 async def test_a_redis_that_is_not_there_or_refuses_is_one_error(server: Process) -> None:
     """RedisError, which says why; a client that is stopped raises it, too."""
     for url, why in ((f"redis://127.0.0.1:{free_port()}/0", "no connection"),
-                     (redis_url(server).replace("//", "//nobody:wrong@"), "it refuses"),
-                     (f"redis://127.0.0.1:{server.port}/99", "it refuses")):  # fmt: skip
+                     (redis_url(server).replace("//", "//nobody:wrong@"), "redis refuses the connection"),
+                     (f"redis://127.0.0.1:{server.port}/99", "redis refuses the connection")):  # fmt: skip
         async with redis_client(url) as client:
             with pytest.raises(RedisError, match=why):
                 await client.execute("PING")

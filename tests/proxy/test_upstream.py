@@ -556,7 +556,7 @@ def test_responses_pass_through_as_a_stream(bench: Bench, sdk: openai.OpenAI) ->
 
 
 def test_half_a_stream_of_responses_is_an_error(bench: Bench, sdk: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIError, match="broke its answer off"):
+    with pytest.raises(openai.APIError, match="broke off its answer"):
         list(sdk.responses.create(model="gpt-mock-reset", input="x", stream=True))
 
 
@@ -579,7 +579,7 @@ def test_responses_are_refused_by_name_elsewhere(bench: Bench, once: Bench) -> N
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"upstreams": {"x": {"kind": "openai"}}}, "exactly one upstream is of the kind `model`"),
+        ({"upstreams": {"x": {"kind": "openai"}}}, "exactly one upstream must be of the kind `model`"),
         ({"routes": [{"upstream": "model", "fallbacks": [{"upstream": "y", "model": "m"}]}]}, "'y'"),
         ({"routes": [{"upstream": "model", "samples": 0}]}, "samples"),
         ({"routes": [{"upstream": "model", "stale_if_error_seconds": -1}]}, "stale_if_error_seconds"),

@@ -1,4 +1,5 @@
-"""`python -m lab_proxy`: settings, parts, server. A wrong setting ends it with one line and exit code 2."""
+"""`python -m lab_proxy`: reads settings, builds the parts, runs the server. A wrong setting ends it with one line and
+exit code 2."""
 
 import logging
 import signal
@@ -49,10 +50,10 @@ log = logging.getLogger("lab_proxy")
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """The server; with arguments the operator's commands, which start none. Returns the exit code."""
+    """Run the server, or, with arguments, one of the operator's commands. Returns the exit code."""
     if not argv:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the reloader handles it
-    # 1. Settings and files: checked before anything starts.
+    # 1. Check settings and files before anything starts.
     try:
         settings = Settings()
         if argv:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] = ()) -> int:
         Address(settings.redis_url)
         secret = load_secret(settings.cache_secret_file) if settings.cache_enabled else bytes(32)
         if settings.otlp_endpoint and not installed():
-            raise ValueError("PROXY_OTLP_ENDPOINT wants the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
+            raise ValueError("PROXY_OTLP_ENDPOINT needs the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
     except ValueError as error:
         why = _first_error(error) if isinstance(error, ValidationError) else error
         print(f"proxy: {why}", file=sys.stderr)  # noqa: T201 - before the log starts
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] = ()) -> int:
     try:
         listener = listen(settings)
     except OSError as error:
-        print(f"proxy: PROXY_HOST and PROXY_PORT cannot be listened on: {error}", file=sys.stderr)  # noqa: T201 - as above
+        print(f"proxy: cannot listen on PROXY_HOST and PROXY_PORT: {error}", file=sys.stderr)  # noqa: T201 - as above
         return 1
     # 2. The server.
     start_log(settings)
@@ -88,7 +89,7 @@ def _first_error(error: ValidationError) -> str:
 
 
 def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> tuple[App, Traffic]:
-    """The app, from its parts, room by room."""
+    """Build the app from its parts, room by room."""
     metrics = Metrics()
 
     def on_redis_error(operation: str) -> None:

@@ -38,7 +38,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _refused(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     if not isinstance(value, dict):
-        raise _refused("it is not an object")
+        raise _refused("it is not a JSON object")
     if "\\u" in text:
         _refuse_surrogates(value)
     _refuse_depth(text, value)

@@ -38,11 +38,11 @@ Work = Callable[[argparse.Namespace, Client], Awaitable[None]]
 
 
 class UsageError(Exception):
-    """A mistake of the user; it ends the command with one line."""
+    """A wrong command. It ends the command with one line."""
 
 
 def run(argv: Sequence[str], settings: Settings) -> int:
-    """Returns the exit code: 0, 1 if redis fails, 2 for a wrong command."""
+    """Run a command. Returns the exit code: 0, 1 if redis fails, 2 for a wrong command."""
     args = _parser().parse_args(argv)
     try:
         asyncio.run(_bounded(args, settings))
@@ -81,28 +81,29 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(work=work, warns=warns)
         return made
 
-    create = command("create", _create, "make a key; it is shown once", warns=True)
-    create.add_argument("--owner", required=True, help="whose it is: cached answers and usage are kept by owner")
+    create = command("create", _create, "create a key; it is shown once", warns=True)
+    create.add_argument("--owner", required=True, help="owner of the key; cached answers and usage belong to an owner")
     _add_spec_options(create)
     listed = command("list", _list, "show all keys, without their secrets")
-    listed.add_argument("--owner", help="only this owner's")
-    listed.add_argument("--all", action="store_true", help="revoked and expired ones, too")
-    change = command("change", _change, "give a key other limits; `none` takes one away")
+    listed.add_argument("--owner", help="only keys of this owner")
+    listed.add_argument("--all", action="store_true", help="include revoked and expired keys")
+    change = command("change", _change, "change a key's limits; the value `none` removes a limit")
     change.add_argument("id")
     _add_spec_options(change)
-    rotate = command("rotate", _rotate, "make a new secret for a key; it is shown once")
+    rotate = command("rotate", _rotate, "give a key a new secret; it is shown once")
     rotate.add_argument("id")
-    rotate.add_argument("--grace", type=float, default=0, metavar="SECONDS", help="how long the old one goes on (0)")
-    revoke = command("revoke", _revoke, "end keys for ever, within a second everywhere")
+    rotate.add_argument("--grace", type=float, default=0, metavar="SECONDS", help="the old secret works so long (0)")
+    revoke = command("revoke", _revoke, "end keys permanently, within a second in all proxy processes")
     revoke.add_argument("id", nargs="+")
-    many = command("import", _import, "a key for each line of a CSV file, all or none", warns=True)
+    many = command("import", _import, "create a key for each line of a CSV file, all or none", warns=True)
     many.add_argument("file", type=Path, help="columns: owner (or name), and any of: " + ", ".join(SPEC_FIELDS[1:]))
-    many.add_argument("--out", type=Path, help="new file for the keys, readable by you alone; left out: stdout")
-    many.add_argument("--again", action="store_true", help="also for owners that have an active key")
+    many.add_argument("--out", type=Path, help="new file for the keys, readable only by you; default: stdout")
+    many.add_argument("--again", action="store_true", help="also create keys for owners that have an active key")
     _add_spec_options(many)
 
     usage = areas.add_parser("usage", help="tokens and cost by day, owner and model")
-    for name, meaning in (("from", "first day, as 2026-11-01 (30 days ago)"), ("to", "last day (today, UTC)")):
+    days = (("from", "first day, such as 2026-11-01 (default: 30 days ago)"), ("to", "last day (default: today, UTC)"))
+    for name, meaning in days:
         usage.add_argument(f"--{name}", dest=f"{name}_day", type=date.fromisoformat, help=meaning)
     for name in ("owner", "model"):
         usage.add_argument(f"--{name}", help=f"only this {name}")
@@ -115,14 +116,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_spec_options(parser: argparse.ArgumentParser) -> None:
     options = {
-        "name": "a label of its own",
-        "models": "names or shell patterns, separated by commas (all)",
-        "rpm": "requests a minute",
-        "tpm": "tokens a minute",
-        "concurrency": "requests at once",
-        "budget-per-day-usd": "dollars a day (UTC)",
-        "budget-total-usd": "dollars in all",
-        "expires": "2026-12-31, a time with zone, or 30d",
+        "name": "label of the key",
+        "models": "allowed models: names or shell patterns, separated by commas (default: all)",
+        "rpm": "requests per minute",
+        "tpm": "tokens per minute",
+        "concurrency": "concurrent requests",
+        "budget-per-day-usd": "budget per day (UTC) in dollars",
+        "budget-total-usd": "total budget in dollars",
+        "expires": "expiry: 2026-12-31, a time with zone, or 30d",
         "namespace": "share cached answers with all keys of this namespace",
     }
     for name, meaning in options.items():
@@ -166,7 +167,7 @@ async def _import(args: argparse.Namespace, client: Client) -> None:
     if not args.again:
         have = {key.owner for key in await store.list() if key.public_fields()["state"] == "active"}
         if twice := sorted({each.owner for each in specs} & have):
-            why = "have an active key already: --again makes another; nothing was changed"
+            why = "already have an active key: --again creates another; nothing was changed"
             raise UsageError(f"{', '.join(twice[:5])} {why}")
     with contextlib.ExitStack() as undo:
         # Create the file before the keys: a key that cannot be written is lost.
@@ -175,7 +176,7 @@ async def _import(args: argparse.Namespace, client: Client) -> None:
             try:
                 descriptor = os.open(args.out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             except OSError as error:
-                raise UsageError(f"--out {args.out} cannot be made: {error.strerror}; nothing was changed") from None
+                raise UsageError(f"--out {args.out} cannot be created: {error.strerror}; nothing was changed") from None
             out = os.fdopen(descriptor, "w", encoding="utf-8", newline="")
             undo.callback(args.out.unlink)
             undo.callback(out.close)
@@ -191,7 +192,7 @@ async def _import(args: argparse.Namespace, client: Client) -> None:
         if isinstance(out, io.StringIO):
             _print(out.getvalue().rstrip())
     out.close()
-    _note(f"{len(rows)} keys made" + (f": {args.out} holds them, and nothing else does" if args.out else ""))
+    _note(f"{len(rows)} keys created" + (f": only {args.out} has their secrets; keep it" if args.out else ""))
 
 
 def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
@@ -212,7 +213,7 @@ def _read_class(path: Path, defaults: dict[str, Any]) -> list[Any]:
         except ProxyError as error:
             raise UsageError(f"{path} line {number}: {error.message}; nothing was changed") from None
     if not specs:
-        raise UsageError(f"{path} holds no line below its header")
+        raise UsageError(f"{path} has no line below its header")
     return specs
 
 
@@ -220,7 +221,7 @@ async def _usage(args: argparse.Namespace, client: Client) -> None:
     last = args.to_day or datetime.now(UTC).date()
     first = args.from_day or max(last, date.min + timedelta(days=29)) - timedelta(days=29)
     if not timedelta(0) <= last - first < timedelta(days=usage.MAX_DAYS):
-        raise UsageError(f"--from to --to are 1 to {usage.MAX_DAYS} days")
+        raise UsageError(f"--from to --to must span 1 to {usage.MAX_DAYS} days")
     rows = await usage.usage(client, first, last, owner=args.owner, model=args.model)
     if args.json:
         return _print_json({"total": usage.total(rows), "rows": rows})
@@ -248,7 +249,7 @@ def _show_secret(args: argparse.Namespace, key: Key, secret: str) -> None:
         return _print_json(key.public_fields() | {"key": secret})
     _print_table(COLUMNS, [key.public_fields()])
     _print(secret)
-    return _note("this is the only time that the key is shown")
+    return _note("the key is shown only this once")
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

@@ -15,12 +15,12 @@ Fields = Mapping[str, Any]  # request field -> default value
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What the rooms need to know about one endpoint."""
+    """Properties of one endpoint."""
 
     path: str
     operation: str  # `gen_ai.operation.name` of the trace
     handler: Literal["completions", "embeddings", "tasks", "responses"]  # name of the executor's handler
-    kinds: frozenset[str]  # kinds of models of the model service that it takes
+    kinds: frozenset[str]  # kinds of the model service's models that it accepts
     cacheable: bool = True
     batchable: bool = True  # a batch may name it
     generates: bool = True  # the answer's length is not known before, so tokens are reserved for it
@@ -29,7 +29,7 @@ class Endpoint:
     per_input: bool = False  # the cache keeps one entry for each input, so an answer may mix cached and fetched ones
     max_inputs: int | None = None  # inputs of one request
     input_field: str = "input"  # the field that holds them
-    default_kinds: tuple[str, ...] = ()  # kinds of the model that answers where `model` is left out; (): it is needed
+    default_kinds: tuple[str, ...] = ()  # kinds of the model that answers if `model` is left out; (): it is required
     defaults: Mapping[str, Fields] = field(default_factory=dict)  # table -> fields; `openai` or `lab`
 
 
@@ -39,11 +39,11 @@ _INSPECT = "/v1/inspect/"
 
 
 def _inspect(name: str, *kinds: str, generates: bool = False) -> Endpoint:
-    """An endpoint that shows a model's inside: its answers are metered and passed on, not cached."""
+    """An endpoint that inspects a model: its answers are metered and passed on, not cached."""
     return Endpoint(
         _INSPECT + name,
         operation="inspect",
-        handler="embeddings",  # that is how it treats what it may not cache
+        handler="embeddings",  # this handler passes on answers that may not be cached
         cacheable=False,
         batchable=False,
         kinds=frozenset(kinds),
@@ -107,7 +107,7 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             handler="embeddings",
             kinds=frozenset({"embedding"}),
             generates=False,
-            fallback="same_model",  # vectors of two models do not compare
+            fallback="same_model",  # vectors of two models cannot be compared
             per_input=True,
             max_inputs=2048,  # OpenAI's limit
             defaults={"openai": _EMBEDDINGS, "lab": _EMBEDDINGS},

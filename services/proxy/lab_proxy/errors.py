@@ -58,7 +58,7 @@ class ClientDisconnected(InvalidRequest, status=499, type="client_gone"):
 
 
 class BodyTimeout(InvalidRequest, status=408, code="request_timeout"):
-    """The body did not come in time."""
+    """The body did not arrive in time."""
 
 
 class SlowReader(InvalidRequest, status=408, code="read_too_slowly"):
@@ -74,7 +74,7 @@ class HostNotAllowed(InvalidRequest, status=421, code="host_not_allowed"):
 
 
 class OriginNotAllowed(InvalidRequest, status=403, code="origin_not_allowed"):
-    """A web page of a foreign origin calls."""
+    """The request comes from a web page of another origin."""
 
 
 class PathNotFound(InvalidRequest, status=404, code="not_found"):
@@ -118,11 +118,11 @@ class DeadlineExceeded(ProxyError, status=504, code="deadline_exceeded"):
 
     def __init__(self) -> None:
         # OpenAI's clients would try again.
-        super().__init__("The time that x-request-timeout-ms gave is over.", headers={"x-should-retry": "false"})
+        super().__init__("The deadline of x-request-timeout-ms has passed.", headers={"x-should-retry": "false"})
 
 
 class InvalidKey(InvalidRequest, status=401, code="invalid_api_key"):
-    """No key, or an unknown, revoked or expired one. The message reveals nothing that its holder does not know."""
+    """No key, or an unknown, revoked or expired one. The message tells the caller nothing new about the key."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers={"www-authenticate": "Bearer"})
@@ -162,7 +162,7 @@ class LimitsUnavailable(ProxyError, status=503, code="limits_unavailable"):
 
 
 class CacheUnavailable(ProxyError, status=503, code="cache_unavailable"):
-    """Redis is down or refuses a flush, which must not be lost."""
+    """Redis is down or refuses a flush. A flush must not be lost, so the caller has to repeat it."""
 
 
 class Draining(ProxyError, status=503, code="draining"):
@@ -181,7 +181,7 @@ class CircuitOpen(UpstreamDown, code="upstream_circuit_open"):
 
 
 class UpstreamTimeout(ProxyError, status=504, code="upstream_timeout"):
-    """The upstream's answer did not come in time."""
+    """The upstream's answer did not arrive in time."""
 
 
 class UpstreamBroken(ProxyError, status=502, code="upstream_error"):

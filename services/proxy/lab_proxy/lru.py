@@ -1,4 +1,4 @@
-"""The most recently used values, within a limit of bytes. Knows weights; not what the values are."""
+"""An LRU cache with a limit in bytes. Knows the weights of values, not their meaning."""
 
 from collections import OrderedDict
 from typing import Any, Generic, TypeVar

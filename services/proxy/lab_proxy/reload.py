@@ -1,6 +1,6 @@
-"""Reload of files that may change while the proxy runs: at SIGHUP, or when a watcher of their folders sees a change.
+"""Reload of files while the proxy runs: at SIGHUP, or when a watcher of their folders sees a change.
 
-Knows paths and faults of files; their readers know the content. A faulty file changes nothing: the old content stays.
+Knows paths and faults of files; their readers know the content. If a file is faulty, its old content stays in use.
 """
 
 import asyncio
@@ -113,7 +113,7 @@ class Reloader:
         try:
             each.read.reload()
         except Exception as error:  # whatever a file holds, the old content stays
-            each.trouble = str(error) if isinstance(error, ValueError) else f"it cannot be read: {error!r}"
+            each.trouble = str(error) if isinstance(error, ValueError) else f"the file cannot be read: {error!r}"
             self._on_reload(name, "refused")
             log.error("%s: the file is faulty, its previous content stays in use: %s", name, error)  # noqa: TRY400
             return

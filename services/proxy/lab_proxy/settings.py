@@ -52,15 +52,15 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     port: int = Field(8080, ge=1, le=65535)
     """Port the proxy listens on."""
     allow_anonymous: bool = False
-    """Allow listening beyond loopback without keys. Otherwise such a start is refused."""
+    """Permit a `PROXY_HOST` beyond loopback although no keys are required. Otherwise such a start fails."""
     admin_key: SecretStr | None = None
-    """Key of the operator's pages. If set, every caller needs a virtual key. A weak key is refused."""
+    """Admin key of the operator's pages. If set, every caller needs a virtual key. A weak admin key is refused."""
     admin_key_file: Path | None = None
     """File with the admin key; an empty file means no key."""
     require_keys: bool = False
     """Require a virtual key from every caller, even without an admin key."""
     metrics_public: bool = False
-    """Where keys are required: answer `/metrics` and `/status` without a key too, as Prometheus asks."""
+    """If keys are required: answer `/metrics` and `/status` without a key too, as Prometheus needs."""
     limits_when_redis_is_down: Literal["open", "closed"] = "open"
     """Requests of limited keys while redis is down: `open` admits them, `closed` answers 503."""
     prices_file: Path | None = None
@@ -76,7 +76,7 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     model_url: str = "http://127.0.0.1:8000"
     """Base URL of the model service."""
     model_poll_seconds: float = Field(1.5, gt=0, le=60)
-    """Interval at which the model service's ids and revisions are read."""
+    """Interval at which the model service's list of models is read."""
     openai_api_key: SecretStr | None = None
     """API key of the OpenAI upstream; without one this upstream is off."""
     openai_api_key_file: Path | None = None
@@ -100,7 +100,7 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     cache_secret_file: Path = Path(".state/cache-secret")
     """File with the secret of the cache keys; created at the first start."""
     files_enabled: bool = True
-    """Offer /v1/files and /v1/batches. Off where replicas share no folder; then both answer 501."""
+    """Offer /v1/files and /v1/batches. Switch it off if replicas share no folder; then both answer 501."""
     files_dir: Path | None = None
     """Folder of uploaded files and batches, shared by replicas. Default: `files` beside the secret."""
     files_max_bytes: int = Field(64 * 1024 * 1024, ge=1024)
@@ -158,9 +158,9 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
                 raise ValueError(f"PROXY_{name.upper()} and PROXY_{name.upper()}_FILE are both set: keep one")
         if not (self.keys_required or self.allow_anonymous or self.host in LOOPBACK):
             raise ValueError(
-                f"PROXY_HOST={self.host} lets others in without a key and spends yours: listen on 127.0.0.1, "
-                "ask for virtual keys (PROXY_ADMIN_KEY_FILE), "
-                "or set PROXY_ALLOW_ANONYMOUS=true where something else guards the port"
+                f"PROXY_HOST={self.host} lets others use the proxy, and your upstream key, without a key: listen on "
+                "127.0.0.1, require virtual keys (PROXY_ADMIN_KEY_FILE), "
+                "or set PROXY_ALLOW_ANONYMOUS=true if the port is protected"
             )
         return self
 
@@ -203,7 +203,7 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
 
 def removed_settings() -> list[str]:
     """A line for each variable of the environment that is no longer a setting, with what replaces it."""
-    return [f"{name} is gone and ignored: {instead}" for name, instead in REMOVED.items() if os.environ.get(name)]
+    return [f"{name} was removed, it is ignored: {why}" for name, why in REMOVED.items() if os.environ.get(name)]
 
 
 def admin_key_weakness(admin_key: str) -> str | None:
@@ -220,7 +220,7 @@ def admin_key_weakness(admin_key: str) -> str | None:
         return "it repeats itself"
     steps = [ord(b) - ord(a) for a, b in itertools.pairwise(lower)]
     if sum(step in {-1, 0, 1} for step in steps) > len(steps) / 2:
-        return "it runs through the alphabet or the digits"
+        return "it is a sequence of letters or digits"
     counts = Counter(admin_key)
     if len(counts) < 10 or max(counts.values()) > len(admin_key) / 3:
         return "it uses too few different characters"

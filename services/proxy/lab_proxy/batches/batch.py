@@ -1,4 +1,4 @@
-"""One batch on disk: its state, its files, and how it is created. Knows files of an owner; not requests or HTTP."""
+"""One batch on disk: its state, its files, its creation. Knows the files of an owner; knows no requests and no HTTP."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _NULL_FIELDS = ("cancelled_at", "cancelling_at", "completed_at", "error_file_id"
 
 
 class BatchFolder:
-    """The files of one batch, beside its owner's files."""
+    """The files of one batch, in the folder of its owner's files."""
 
     def __init__(self, home: Path, batch_id: str) -> None:
         self.home = home
@@ -39,7 +39,7 @@ class BatchFolder:
             if ID.fullmatch(self.id):
                 loaded: dict[str, Any] = orjson.loads(self.state.read_bytes())
                 return loaded
-        raise BatchNotFound(f"There is no batch {self.id[:80]} here.", param="batch_id")
+        raise BatchNotFound(f"Batch {self.id[:80]} does not exist.", param="batch_id")
 
     def public(self) -> dict[str, Any]:
         """The wire object, including a cancellation that its worker has not seen yet."""
@@ -57,8 +57,8 @@ class BatchFolder:
 def create(
     files: FileStore, owner: str, key_id: str | None, *, endpoint: str, file_id: str, metadata: Any, kept: int
 ) -> dict[str, Any]:
-    """Write a new batch to disk, and return its wire object. `kept`: seconds that its output files are kept. It links
-    its input, whose file may be deleted. The `open` mark comes last."""
+    """Write a new batch to disk and return its wire object. `kept`: seconds for which its output files are kept. The
+    batch has a hard link to its input, so that the input file can be deleted. The `open` mark is written last."""
     now, home = int(time.time()), files.home(owner)
     folder = BatchFolder(home, f"batch_{secrets.token_hex(16)}")
     batch = {
@@ -78,7 +78,7 @@ def create(
     content = files.content(home, file_id)
     try:
         os.link(content, folder.input)
-    except OSError:  # a disk without links
+    except OSError:  # a file system without hard links
         shutil.copyfile(content, folder.input)
     write(folder.state, orjson.dumps(state))
     folder.open.parent.mkdir(mode=0o700, exist_ok=True)

@@ -1,7 +1,7 @@
 """Files on disk, uploaded for batches or written by them, with OpenAI's file objects.
 
-Each owner has a folder, named by a hash, so that other owners' files cannot be found. A file exists once its
-description does, which is written last. Knows nothing of the content.
+Each owner has a folder, named by a hash, so that other owners' files cannot be found. A file exists as soon as its
+description exists, which is written last. Knows nothing of the content.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ log = logging.getLogger("lab_proxy.files")
 DAY = 86_400
 KEPT_SECONDS = 30 * DAY  # OpenAI's default for files of batches, and its maximum
 MIN_KEPT_SECONDS = 3600
-MAX_FILES = 2_000  # of one owner
+MAX_FILES = 2_000  # files of one owner
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 
@@ -54,7 +54,7 @@ class FileStore:
     def add(
         self, home: Path, draft: Path, *, filename: str, purpose: str, kept: int = KEPT_SECONDS, name: str = ""
     ) -> dict[str, Any]:
-        """Turn a draft into a file, and return its object. `name`: an id chosen before."""
+        """Turn a draft into a file and return its object. `name`: an id that was chosen before."""
         file_id = name or f"file-{secrets.token_hex(16)}"
         now = int(time.time())
         made = {"id": file_id, "object": "file", "bytes": draft.stat().st_size, "created_at": now,
@@ -71,7 +71,7 @@ class FileStore:
                 found: dict[str, Any] = orjson.loads((home / f"{file_id}.json").read_bytes())
                 if found["expires_at"] > time.time():
                     return found
-        raise UploadNotFound(f"There is no file {file_id[:80]} here.", param="file_id")
+        raise UploadNotFound(f"File {file_id[:80]} does not exist.", param="file_id")
 
     def listed(self, home: Path) -> list[dict[str, Any]]:
         """The owner's files, the oldest first."""
@@ -106,8 +106,8 @@ class FileStore:
         files = self.listed(home)
         if len(files) >= MAX_FILES or sum(each["bytes"] for each in files) + size > self.max_total_bytes:
             raise StorageFull(
-                f"Your files are full: at most {MAX_FILES} of {self.max_total_bytes} bytes together "
-                "(PROXY_FILES_TOTAL_BYTES). Delete some."
+                f"Your storage is full: at most {MAX_FILES} files with {self.max_total_bytes} bytes in total "
+                "(PROXY_FILES_TOTAL_BYTES). Delete some files."
             )
 
 
@@ -129,7 +129,7 @@ def on_disk() -> Iterator[None]:
         yield
     except OSError as error:
         log.warning("files cannot be written: %s", error.strerror)
-        why = "The disk takes no more files: the operator's log says why (PROXY_FILES_DIR)."
+        why = "The file cannot be written: the operator's log has the reason (PROXY_FILES_DIR)."
         raise StorageFull(why, status=507) from None
 
 
@@ -141,5 +141,5 @@ def lifetime(given: Any, name: str) -> int:
         seconds = given["seconds"]
         if type(seconds) is int and MIN_KEPT_SECONDS <= seconds <= KEPT_SECONDS:
             return seconds
-    why = f"is an object of `anchor: created_at` and `seconds` from {MIN_KEPT_SECONDS} to {KEPT_SECONDS}."
+    why = f"must be an object with `anchor: created_at` and `seconds` from {MIN_KEPT_SECONDS} to {KEPT_SECONDS}."
     raise InvalidRequest(f"`{name}` {why}", param=name)

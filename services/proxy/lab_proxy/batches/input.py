@@ -1,4 +1,4 @@
-"""The input file of a batch: its lines, and their validation. Knows JSON; not what answers a line."""
+"""The input file of a batch: its lines, and their validation. Knows JSON; does not answer lines."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ def validate(path: Path, endpoint: str, max_line_bytes: int) -> tuple[list[dict[
             if isinstance(body := item.get("body"), dict):
                 models.add(str(body.get("model")))
     if not total:
-        errors.append(_error(None, "empty_file", "The file holds no request."))
+        errors.append(_error(None, "empty_file", "The file contains no request."))
     if total > MAX_LINES:
-        errors.append(_error(None, "too_many_requests", f"The file holds more than {MAX_LINES} requests."))
+        errors.append(_error(None, "too_many_requests", f"The file contains more than {MAX_LINES} requests."))
     return errors[:MAX_ERRORS], total, models
 
 
@@ -67,17 +67,17 @@ def _line_errors(item: Mapping[str, Any], endpoint: str, ids: set[str]) -> Itera
     """The errors of one line; `ids`: of the lines before it."""
     custom_id, body = item.get("custom_id"), item.get("body")
     if not isinstance(custom_id, str) or not custom_id or len(custom_id) > 512:
-        yield "missing_required_parameter", "`custom_id` is a text that you know the line by.", "custom_id"
+        yield "missing_required_parameter", "`custom_id` must be a text that identifies the line.", "custom_id"
     elif custom_id in ids:
-        yield "duplicate_custom_id", f"`custom_id` {custom_id[:80]} came before.", "custom_id"
+        yield "duplicate_custom_id", f"An earlier line has the `custom_id` {custom_id[:80]}.", "custom_id"
     if item.get("method") != "POST":
-        yield "invalid_method", "`method` is POST.", "method"
+        yield "invalid_method", "`method` must be POST.", "method"
     if item.get("url") != endpoint:
-        yield "invalid_url", f"`url` is the batch's endpoint, {endpoint}.", "url"
+        yield "invalid_url", f"`url` must be the batch's endpoint, {endpoint}.", "url"
     if not isinstance(body, dict):
-        yield "missing_required_parameter", "`body` is the request.", "body"
+        yield "missing_required_parameter", "`body` must be the request, a JSON object.", "body"
         return
     if not isinstance(body.get("model"), str) or not body["model"]:
-        yield "missing_required_parameter", "`model` is the name of a model.", "body.model"
+        yield "missing_required_parameter", "`model` must be the name of a model.", "body.model"
     if body.get("stream"):
-        yield "invalid_request", "A batch's answers are not streamed.", "body.stream"
+        yield "invalid_request", "`stream` must be false: answers of a batch are not streamed.", "body.stream"

@@ -1,4 +1,4 @@
-"""A batch in work: its state, and the journal of finished lines, from which another worker can go on."""
+"""A running batch: its state, and the journal of finished lines, from which another worker can continue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAVE_SECONDS = 0.25  # between two writes of a batch's progress
 
 
 class LeaseLostError(Exception):
-    """Another worker may own the batch by now: nothing more may be written."""
+    """Another worker may own the batch, so this one must not write any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class LineResult:
 
 class Job:
     def __init__(self, folder: BatchFolder, files: FileStore, until: float) -> None:
-        """`until`: time.monotonic() up to which this worker certainly holds the lease."""
+        """`until`: time.monotonic() until which this worker certainly holds the lease."""
         self.folder, self.until = folder, until
         self._files = files
         self.state = folder.load()
@@ -59,7 +59,7 @@ class Job:
             raise
 
     def end_status(self) -> str | None:
-        """The status with which the batch ends before its last line; None: it goes on."""
+        """The status with which the batch ends before its last line; None: it continues."""
         if self.state.get("refused"):
             return "failed"
         if self.folder.cancel.exists():
@@ -92,14 +92,14 @@ class Job:
         entry = {"line": line.number, "ok": ok, "prompt": result.prompt, "completion": result.completion, "row": row}
         descriptor = os.open(self.folder.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "ab") as journal:
-            journal.write(b"\n" + orjson.dumps(entry) + b"\n")  # the first: a crash may have cut the line before
+            journal.write(b"\n" + orjson.dumps(entry) + b"\n")  # leading break: a crash may have cut the last line
         self._results[line.number] = result
         self.batch["request_counts"]["completed" if ok else "failed"] += 1
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
     def close(self) -> None:
-        """No further line is processed."""
+        """Process no further line."""
         whole = len(self._results) == self.batch["request_counts"]["total"]
         self.state["ending"] = None if whole else self.end_status()
         self.batch |= {"status": "finalizing", "finalizing_at": int(time.time())}
@@ -152,7 +152,7 @@ class Job:
         self.folder.close()
 
     def _read_journal(self) -> None:
-        """Of two answers to a line the first counts. A line that a crash cut off is skipped."""
+        """If a line has two answers, the first one counts. A journal line that a crash cut off is skipped."""
         self._results, at = {}, 0
         with contextlib.suppress(FileNotFoundError), self.folder.journal.open("rb") as journal:
             for raw in journal:

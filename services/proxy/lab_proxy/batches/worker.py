@@ -1,8 +1,8 @@
-"""The batch worker: runs open batches behind interactive traffic, and records each line at most once.
+"""The batch worker: runs open batches with lower priority than interactive traffic, and records each line at most once.
 
-The state of a batch lies in files beside its owner's: `.json` is its state, written by its worker alone; `.journal` has
-a line for each answer. A worker owns a batch by a lease in redis. After a restart or a crash the next owner reads the
-journal and goes on with the remaining lines. Lines go through the executor like any request: with the owner's
+The files of a batch are in its owner's folder: `.json` is its state, which only its worker writes; `.journal` has one
+line for each answer. A worker owns a batch by a lease in redis. After a restart or a crash the next owner reads the
+journal and continues with the remaining lines. Lines go through the executor like any request, with the owner's
 permissions, limits and cache.
 """
 
@@ -39,12 +39,12 @@ log = logging.getLogger("lab_proxy.batches")
 
 LEASE = "lab:batch:lease:"
 BUSY = "lab:batch:busy"
-LEASE_SECONDS = 5.0  # after a crash another worker takes the batch within this time
+LEASE_SECONDS = 5.0  # after a crash another worker takes over the batch within this time
 POLL_SECONDS = 0.5
-YIELD_SECONDS = 1.0  # a line waits at most so long for interactive requests to end
-PAUSE_SECONDS = 30.0  # after a fault, before a batch is tried again
-RETRIES = 3  # of a line whose upstream fails
-MAX_BATCHES = 2  # owned by one worker at a time
+YIELD_SECONDS = 1.0  # longest time that a line waits for interactive requests to end
+PAUSE_SECONDS = 30.0  # pause after a fault, before a batch is tried again
+RETRIES = 3  # retries of a line whose upstream fails
+MAX_BATCHES = 2  # batches that one worker owns at a time
 
 _OWN = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end "
 _RENEW = Script(_OWN + "return redis.call('PEXPIRE', KEYS[1], ARGV[2])")
@@ -69,7 +69,7 @@ class BufferedResponse:
         await self.send(body, {})
 
     async def start_stream(self, headers: Mapping[str, str]) -> None:
-        raise TypeError("a batch's line does not stream")
+        raise TypeError("a line of a batch is not streamed")
 
     async def write(self, data: bytes) -> None: ...
 
@@ -77,7 +77,7 @@ class BufferedResponse:
 
 
 class BatchWorker:
-    """A part: start and stop it."""
+    """Runs open batches. A part: start and stop it."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class BatchWorker:
         self._owned: dict[str, asyncio.Task[None]] = {}
         self._paused_until: dict[str, float] = {}
         self._woken = asyncio.Event()
-        self.wake = self._woken.set  # to be called when a batch is created or cancelled
+        self.wake = self._woken.set  # call it when a batch is created or cancelled
         self._order = asyncio.Lock()
         self._seen = 0  # value of traffic.started at the last poll
         self._busy_elsewhere = False
@@ -108,7 +108,7 @@ class BatchWorker:
             self._task = supervise("batches", self._poll_forever)
 
     async def stop(self) -> None:
-        """Running lines are cancelled: the batch's next owner runs them again."""
+        """Stop. Running lines are cancelled; the batch's next owner runs them again."""
         await end(self._task, *self._owned.values())
 
     # ---- ownership
@@ -151,7 +151,7 @@ class BatchWorker:
                     self._own(mark, began + LEASE_SECONDS)
         except RedisError as error:
             if self._up:
-                log.warning("batches wait for redis: %s", error)
+                log.warning("batches: waiting for redis: %s", error)
             self._up = self._busy_elsewhere = False
         else:
             self._up = True
@@ -207,7 +207,7 @@ class BatchWorker:
 
     async def _run(self, job: Job) -> None:
         batch = job.batch
-        # 1. Validate all lines before the first one costs anything.
+        # 1. Validate all lines before the first one is run.
         if batch["status"] == "validating":
             what = (job.folder.input, batch["endpoint"], self._settings.max_body_bytes)
             errors, total, models = await asyncio.to_thread(validate, *what)
@@ -240,8 +240,8 @@ class BatchWorker:
             await self._run_line(job, line)
 
     async def _yield_to_traffic(self) -> None:
-        """Wait while interactive requests are in flight, here or in another worker, for at most YIELD_SECONDS. So a
-        batch behind constant traffic still ends. While the proxy drains it waits without a bound."""
+        """Wait while interactive requests are in flight, here or in another worker, for at most YIELD_SECONDS, so that
+        a batch ends under constant traffic too. While the proxy drains, wait without a bound."""
         async with self._order:
             traffic, deadline = self._traffic, time.monotonic() + YIELD_SECONDS
             while traffic.draining or (  # noqa: ASYNC110 - an event would cost every interactive request
@@ -266,7 +266,7 @@ class BatchWorker:
         if key_id is not None:
             return await self._keys.identity_of(key_id)
         if self._keys.required:
-            raise InvalidKey("The batch is of a time when no key was asked for.")
+            raise InvalidKey("The batch was created while the proxy required no keys.")
         return LOCAL
 
     async def _run_line(self, job: Job, line: InputLine) -> None:
@@ -294,7 +294,7 @@ class BatchWorker:
     async def _attempt(
         self, job: Job, line: InputLine, response: BufferedResponse
     ) -> tuple[RequestRecord, float | None]:
-        """Answer a line once. The record, and the seconds before a retry; None: no retry."""
+        """Answer a line once. Returns the record, and the seconds before a retry; None: no retry."""
         record, began, request_id = RequestRecord(), time.perf_counter(), response.headers["x-request-id"]
         retry_after: float | None = None
         try:
@@ -310,6 +310,6 @@ class BatchWorker:
         except Exception as error:
             record.error = type(error).__name__
             log.error("batch: fault in the proxy: %s", record.error)  # noqa: TRY400 - its text may contain a prompt
-            await response.send(ProxyError("A fault in the proxy.", code="proxy_fault").body(), {}, status=500)
+            await response.send(ProxyError("The proxy has a fault.", code="proxy_fault").body(), {}, status=500)
         self._observer.observe("/v1/batches", request_id, record, response.status, time.perf_counter() - began)
         return record, retry_after

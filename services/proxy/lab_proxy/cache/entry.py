@@ -33,8 +33,8 @@ class PreparedHit:
 
 @dataclass(slots=True)
 class Entry:
-    """A stored answer. `body` is JSON, served by splicing: a chat or text answer without `id` and `created`, or one
-    vector. `metadata` is what else a hit needs: `usage`, and for embeddings the answer without its vectors."""
+    """A stored answer. `body`: JSON, either a chat or text answer without `id` and `created`, which are spliced in, or
+    one vector. `metadata`: `usage`, and for embeddings the answer without its vectors."""
 
     body: bytes
     ttl: int

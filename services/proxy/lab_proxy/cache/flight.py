@@ -1,8 +1,8 @@
-"""One flight: the answer to identical concurrent requests on its way from one upstream call to all of them.
+"""One flight: carries the answer of one upstream call to all identical concurrent requests.
 
-A flight is a sequence of parts (bytes) and a result. It belongs to no single request: a task of its own fetches the
-answer, each request that wants it is a subscriber, and the task is cancelled when the last subscriber leaves. Knows
-neither HTTP nor what the parts mean, nor which requests may share an answer.
+A flight is a sequence of parts (bytes) and a result. No single request owns it: a separate task fetches the answer,
+each request is a subscriber, and the task is cancelled when the last subscriber leaves. Knows no HTTP, does not know
+what the parts mean or which requests may share an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..redis.connection import Command
 from .entry import Entry
 
 LEASE = "lab:flight:"
-LEASE_SECONDS = 2.5  # after it, followers of a killed leader go on
+LEASE_SECONDS = 2.5  # a lease's lifetime; after it, followers of a killed leader continue
 
 # KEYS: the lease, then the names of the entries. ARGV: own token, milliseconds, token of a dead leader.
 # '' if all entries exist by now; otherwise the leader's token, which is the own one if the lease was free.
@@ -35,7 +35,7 @@ _TOKEN = re.compile(rb"[0-9a-f]{16}\.[0-9]{1,18}")  # process and number
 
 
 class FlightLost(Exception):  # noqa: N818 - as in errors
-    """The flight ended without a result: a request that has sent nothing of it may join another one."""
+    """The flight ended without a result. A request that has sent nothing of it may join another flight."""
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class FlightResult:
         if error is None:
             return {"outcome": self.outcome}
         if not isinstance(error, ProxyError):
-            error = ProxyError("A fault in the proxy that asked: its log tells more.", code="proxy_fault")
+            error = ProxyError("The leading proxy process has a fault: see its log.", code="proxy_fault")
         fields = {"status": error.status, "code": error.code or error.type, "headers": error.headers}
         return {"error": fields | {"body": error.body().decode()}}
 
@@ -98,9 +98,9 @@ OnFlight = Callable[["Flight"], None]
 
 @dataclass(eq=False)
 class Flight:
-    """One answer on its way. Its task writes it; each subscriber reads it at its own pace."""
+    """One answer while it arrives. Its task writes it; each subscriber reads it at its own pace."""
 
-    name: str  # empty if nobody may join
+    name: str  # empty if no request may join
     token: str
     limit: int  # bytes kept for subscribers
     on_end: OnFlight
@@ -146,7 +146,7 @@ class Flight:
         self.notify()
 
     async def append(self, part: bytes) -> None:
-        """Add a part. Waits while even the fastest reader is behind by more than the limit."""
+        """Add a part. Waits while even the fastest reader is more than the limit behind."""
         self.add(part)
         while self._bytes - self._fastest() > self.limit and (self.subscribers or self.remote_subscribers):
             await self._changed.wait()
@@ -210,7 +210,7 @@ class Flight:
     def parts_after(self, taken: int) -> list[bytes]:
         """The parts after the first `taken`. Raises SlowReader if some of them were dropped."""
         if taken < self._dropped_parts:
-            raise SlowReader("The client read the answer too slowly to share it with others: retry.")
+            raise SlowReader("The client read the shared answer too slowly: retry.")
         return self._parts[taken - self._dropped_parts :]
 
     async def wait_change(self) -> None:
@@ -262,7 +262,7 @@ class Subscriber:
         return Lease(self.flight, () if anyway else entry_names)
 
     def start(self, lease: Lease | None, fetch: Callable[[Flight], Awaitable[None]]) -> None:
-        """The cache had nothing: follow the leader, or lead. `fetch` calls the upstream: begin, append, end."""
+        """The cache had no entry: follow the leader, or lead. `fetch` calls the upstream: begin, append, end."""
         self.on_start(self.flight, lease.holder if lease else None, fetch)
 
     async def cached_entries(self) -> list[Entry] | None:
@@ -282,7 +282,7 @@ class Subscriber:
         return self.flight.head
 
     async def parts(self) -> AsyncIterator[list[bytes]]:
-        """All parts from the first on, as they come. Raises the flight's error, FlightLost, or SlowReader."""
+        """All parts from the first on, as they arrive. Raises the flight's error, FlightLost, or SlowReader."""
         flight = self.flight
         while True:
             if fresh := flight.parts_after(self.taken):

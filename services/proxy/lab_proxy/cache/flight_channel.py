@@ -1,8 +1,8 @@
 """Flights across processes: messages between leaders and followers by redis pub/sub, and the renewal of leases.
 
-Each process has a channel. A follower joins by a message to the leader's channel, then gets the flight from its first
-part on. Parts exist only in the leader's memory: a follower that missed some asks for them again, so that nothing is
-lost or repeated. Knows flights by token; not which requests share one, nor what starts or ends them.
+Each process has a channel. A follower joins by a message to the leader's channel and then gets the flight from its
+first part on. Parts exist only in the leader's memory; a follower that missed some requests them again, so that no part
+is lost or repeated. Knows flights by token; does not know which requests share one, or what starts and ends them.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ CHANNEL = "lab:flight:to:"
 BEAT_SECONDS = 0.4  # between signs of life, of leaders (lease, ping) and of followers (join)
 SILENCE_SECONDS = 1.2  # three beats: a leader without lease and without a message is dead
 DEAF_SECONDS = 5.0  # a leader with lease but without a message, or a follower without a beat, is dead
-PATIENCE_SECONDS = 10.0  # a follower that has sent a part of the answer waits so long for redis to return
-GRACE_SECONDS = 0.2  # a flight without subscribers goes on so long: another process may be about to join
-TIMEOUT_SECONDS = 0.5  # of one round trip to redis; only followers wait for it
+PATIENCE_SECONDS = 10.0  # longest wait for redis of a follower that has already sent a part of the answer
+GRACE_SECONDS = 0.2  # a flight without subscribers continues for this time: another process may be about to join
+TIMEOUT_SECONDS = 0.5  # timeout of one round trip to redis; only followers wait for it
 MESSAGE_BYTES = 256 * 1024
 
 _RENEW = Script("""
@@ -154,7 +154,7 @@ class FlightChannel:
         self._send(("PUBLISH", CHANNEL + process, _message(fields)))
 
     async def _send_forever(self) -> None:
-        """Send all that is queued in one round trip, then what was queued meanwhile."""
+        """Send all queued commands in one round trip, then those queued meanwhile, and so on."""
         while True:
             await self._wake.wait()
             self._wake.clear()

@@ -1,4 +1,4 @@
-"""Cache keys: what of a request counts, its canonical form, and the HMAC of that form. Knows no redis and no models."""
+"""Cache keys: the fields of a request that count, its canonical form, the HMAC of it. Knows no redis and no models."""
 
 import contextlib
 import functools
@@ -25,8 +25,8 @@ UNKEYED = frozenset({
 def comparable(
     body: Mapping[str, Any], model: str, defaults: Mapping[str, bytes], *, local: bool = False
 ) -> dict[str, Any]:
-    """The fields of a request body that are part of the key: not UNKEYED, not null, not equal to their default; of two
-    spellings of the same request one.
+    """The fields of a request body that are part of the key: not UNKEYED, not null, not equal to their default. Two
+    spellings of the same request give the same fields.
 
     `defaults` maps a field to the canonical bytes of its documented default. `local`: a model of the model service
     answers, to which `max_completion_tokens` and `max_tokens` are the same.
@@ -81,7 +81,7 @@ def key_of(secret: bytes, of: bytes) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _keyed(secret: bytes) -> hmac.HMAC:
-    """To be copied: making one takes longer than the HMAC of a request."""
+    """An HMAC object to be copied, because creating one takes longer than the HMAC of a request."""
     return hmac.new(secret, digestmod="sha256")
 
 
@@ -116,9 +116,9 @@ def load_secret(path: Path) -> bytes:
                 draft.unlink()
         secret = path.read_bytes().strip()
     except OSError as error:
-        raise ValueError(f"PROXY_CACHE_SECRET_FILE cannot be read or made: {error}") from None
+        raise ValueError(f"PROXY_CACHE_SECRET_FILE cannot be read or created: {error}") from None
     if len(secret) < 32:
-        raise ValueError(f"PROXY_CACHE_SECRET_FILE {path} holds fewer than 32 bytes: remove it and a new one is made")
+        raise ValueError(f"PROXY_CACHE_SECRET_FILE {path} has fewer than 32 bytes: remove it, and a new one is created")
     return secret
 
 
@@ -126,7 +126,8 @@ _PARTS = ("version", "tenant", "upstream", "model", "revision", "endpoint")  # o
 
 
 def differences(one: bytes, two: bytes) -> list[str]:
-    """Where two canonical forms differ: paths of the body (`messages[0].content`), or names of the parts before it."""
+    """Paths at which two canonical forms differ: paths in the body (`messages[0].content`), or names of the parts
+    before it."""
     mine, other = canonical.parse(b'{"form":%s}' % one)["form"], canonical.parse(b'{"form":%s}' % two)["form"]
     named = [name for name, a, b in zip(_PARTS, mine, other, strict=False) if a != b]
     bodies = [{"body": form[len(_PARTS)], "input": form[len(_PARTS) + 1 :]} for form in (mine, other)]

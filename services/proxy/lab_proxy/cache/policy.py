@@ -1,4 +1,4 @@
-"""What may be cached: the caller's directives (RFC 9111), requests that bypass the cache, answers that are not stored.
+"""Rules of caching: the caller's directives (RFC 9111), requests that bypass the cache, answers that are not stored.
 
 Knows parsed bodies and answers. Knows nothing of redis or HTTP.
 """
@@ -45,7 +45,7 @@ NO_DIRECTIVES = CacheControl()
 
 
 def bypass_reason(endpoint: str, body: Mapping[str, Any], default_temperature: Any, store_sampled: bool) -> str | None:
-    """Why this request bypasses the cache, as a word for `detail=`; None: it does not."""
+    """Reason why this request bypasses the cache, as a word for `detail=`; None: it does not."""
     if body.get("store") is True:
         return "store"
     if body.get("background") is True:
@@ -109,7 +109,7 @@ def _typed(fields: Mapping[str, Any]) -> bool:
 
 
 def unstorable_reason(endpoint: str, body: Mapping[str, Any], answer: Any) -> str | None:
-    """Why this answer to `body` must not be stored, as a word for `detail=`; None: it may."""
+    """Reason why this answer to `body` must not be stored, as a word for `detail=`; None: it may be stored."""
     if not isinstance(answer, dict) or answer.get("error") is not None:
         return "error"
     if not is_well_formed(answer):

@@ -1,8 +1,8 @@
 """Single flight: of identical concurrent requests one calls the upstream, in this process and across processes.
 
-Redis holds a lease for each name. The command that takes it is sent with the cache's read, so that a lone miss costs no
-extra round trip. A process that finds the lease taken follows its holder (flight_channel). Without redis each process
-leads for itself. Knows names and flights; which requests share a name is decided by the planner.
+Redis holds a lease for each name. The command that takes it is sent with the cache's read, so that a single miss costs
+no extra round trip. A process that finds the lease taken follows its holder (flight_channel). Without redis each
+process leads its own flights. Knows names and flights; the planner decides which requests share a name.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ class SingleFlight:
     """The flights of this process. A part: start and stop it."""
 
     def __init__(self, url: str | None, *, limit: int, drain: float = 0, on_error: OnError = lambda _: None) -> None:
-        """`url`: of redis; None: flights within this process only. `limit`: bytes that a flight keeps; nobody joins a
-        longer one. `drain`: seconds in which `stop` lets other processes get the rest of what they follow. Raises
-        ValueError for a URL with unsupported options."""
+        """`url`: of redis; None: flights within this process only. `limit`: bytes that a flight keeps; no request joins
+        a longer one. `drain`: seconds for which `stop` waits until other processes have received the flights that they
+        follow. Raises ValueError for a URL with unsupported options."""
         self._limit, self._drain = limit, drain
         self.channel = FlightChannel(
             url, limit=limit, on_error=on_error, on_end=self._on_end, on_deserted=self._abandon
@@ -49,7 +49,8 @@ class SingleFlight:
     # ---- subscribers
 
     def join(self, name: str) -> Subscriber:
-        """Subscribe to the flight of this name, or to a new one: `first` says which. Without a name: a flight alone."""
+        """Subscribe to the flight of this name, or to a new one (then `first` is true). Without a name the flight is
+        not shared."""
         flight, channel = self._joinable.get(name), self.channel
         first = flight is None
         if flight is None:

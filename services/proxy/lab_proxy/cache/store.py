@@ -1,7 +1,7 @@
 """Cache storage: entries in redis, and local copies of them in this process.
 
-Redis may be absent, down, slow or full: requests then go on without it, delayed by at most one timeout, and a probe
-every second detects its return. Knows entries under keys; not what is in them or what may be stored.
+If redis is absent, down, slow or full, requests continue without it, delayed by at most one timeout, and a probe every
+second detects its return. Knows entries under keys; does not know their content or what may be stored.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ PREFIX = "lab:entry:"
 BATCH = 64  # keys in one command: redis serves other clients in between
 EPOCHS = "lab:epoch"
 POLL_SECONDS = 0.25  # between reads of the epochs
-TRUSTED_SECONDS = 1.0  # after redis's last reply: local copies are not served beyond that
+TRUSTED_SECONDS = 1.0  # after redis's last reply, local copies are served for at most this time
 MAX_EPOCHS = 10_000
 
 
@@ -38,7 +38,7 @@ class Cache:
     """Entries in redis, and local copies (L1). A part. Only `flush` raises when redis fails.
 
     A local copy is served only if redis has replied within the last second on the connection that also carries its
-    invalidations. So no copy outlives a change by more than that, even if redis is unreachable.
+    invalidations. So a copy is served for at most a second after a change, even if redis is unreachable.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Cache:
         on_error: OnError = lambda _: None,
         on_time: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
-        """`enabled`: otherwise it never connects, and holds nothing. `timeout`: of one read or write, in seconds.
+        """`enabled`: if false, it never connects and holds no entry. `timeout`: of one read or write, in seconds.
         `near_bytes`: limit of the local copies. `on_error` gets each failed operation, `on_time` each round trip with
         its seconds. Raises ValueError for a URL with unsupported options."""
         self.enabled, self.secret = enabled, secret
@@ -114,8 +114,8 @@ class Cache:
     async def read(
         self, keys: Sequence[str], *piggyback: PipelinedCommand, epoch: str = ""
     ) -> list[Entry | None] | None:
-        """An entry or None for each key; None if redis is unavailable. What is no valid entry counts as none. One round
-        trip for the keys without a local copy and for the `piggyback` commands, which may raise ProxyErrors."""
+        """An entry or None for each key; None as a whole if redis is unavailable. An invalid entry counts as missing.
+        The keys without a local copy and the `piggyback` commands, which may raise ProxyErrors, share a round trip."""
         now = time.time()
         found = [self.get_local(key, epoch, now) for key in keys]
         missing = [place for place, entry in enumerate(found) if entry is None]
@@ -205,7 +205,7 @@ class Cache:
         where, token = scope(tenant, model), secrets.token_hex(8)
         pipeline = await self._execute([("HSET", EPOCHS, where, token)], "flush")
         if pipeline is None or isinstance(pipeline.replies[0], CommandError):
-            raise CacheUnavailable("Redis does not take the flush: nothing was deleted. Try again in a moment.")
+            raise CacheUnavailable("Redis did not accept the flush: nothing was deleted. Try again in a moment.")
         self._set_epochs(self._epochs | {where: token})
 
     def _set_epochs(self, epochs: dict[str, str]) -> None:
@@ -256,13 +256,13 @@ class Cache:
             self._confirmed = sent
 
     async def report(self) -> dict[str, Any]:
-        """For the status page: `state`, and what redis reports of itself."""
+        """For the status page: `state`, and what redis reports about itself."""
         started = time.perf_counter()
         pong = await self._execute([("PING",)], "report")
         latency = (time.perf_counter() - started) * 1000
         pipeline = await self._execute([("INFO",), ("DBSIZE",)], "report") if pong else None
         if pipeline is None or any(isinstance(reply, CommandError) for reply in pipeline.replies):
-            return {"state": "down", "detail": self._detail or "it does not tell of itself"}
+            return {"state": "down", "detail": self._detail or "redis does not answer INFO"}
         info = dict(line.split(":", 1) for line in str(pipeline.replies[0], "utf-8").splitlines() if ":" in line)
         server = "valkey" if "valkey_version" in info else "redis"
         about = {"state": "up", "server": server, "version": info.get(f"{server}_version")}

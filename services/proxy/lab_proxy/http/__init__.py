@@ -1,1 +1,1 @@
-"""HTTP: the ASGI app, guards, pages, response writing, the draining server. Does not know how answers are made."""
+"""HTTP: the ASGI app, guards, pages, response writing, the draining server. Does not produce answers."""

@@ -1,6 +1,6 @@
 """The ASGI app: guards, authentication, dispatch to pages and to the executor, errors, and the record of each request.
 
-Raw ASGI, because this is the hot path. Knows HTTP; not how an answer is made.
+Raw ASGI, because this is the hot path. Knows HTTP; does not produce answers.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Part(Protocol):
-    """What the app's lifespan starts and stops."""
+    """A part that the app's lifespan starts and stops."""
 
     async def start(self) -> None: ...
 
@@ -124,7 +124,7 @@ class App:
             status, record.error = 500, type(error).__name__
             where = "".join(traceback.format_tb(error.__traceback__))  # not the message: it may contain a prompt
             log.error("fault in the proxy: %s\n%s", record.error, where)  # noqa: TRY400
-            fault = ProxyError(f"A fault in the proxy: its log names {request_id}.", code="proxy_fault")
+            fault = ProxyError(f"The proxy has a fault: see its log for {request_id}.", code="proxy_fault")
             with suppress(TimeoutError):
                 async with asyncio.timeout(STALLED_CLIENT_SECONDS):
                     if not response.started:
@@ -162,10 +162,10 @@ class App:
             except RedisError:
                 if response.started:
                     raise
-                why = "Redis is down or refuses: keys and usage lie there."
+                why = "Redis is down or refuses commands, and it stores the keys and the usage."
                 raise errors.KeysUnavailable(why, headers={"retry-after": "2"}) from None
         if method != "POST":
-            raise errors.MethodNotAllowed(f"{path} takes POST.", headers={"allow": "POST"})
+            raise errors.MethodNotAllowed(f"{path} allows POST only.", headers={"allow": "POST"})
         check_json(headers)
         # 3. The request.
         deadline = read_deadline(headers[DEADLINE], response.started_at) if DEADLINE in headers else None
@@ -205,9 +205,9 @@ class App:
         pages = {verb: page for (verb, place), page in self._pages.items() if place == path}
         pages = pages or {verb: page for (verb, place), page in self._prefixes.items() if path.startswith(place)}
         if not pages:
-            why = f"There is nothing at {path[:200]}: see /v1/models, /v1/chat/completions, /status."
+            why = f"{path[:200]} is not a path of this proxy: see /v1/models, /v1/chat/completions, /status."
             raise errors.PathNotFound(why)
         if method not in pages:
             allowed = ", ".join(sorted(pages))
-            raise errors.MethodNotAllowed(f"{path[:200]} takes {allowed}.", headers={"allow": allowed})
+            raise errors.MethodNotAllowed(f"{path[:200]} allows {allowed} only.", headers={"allow": allowed})
         return pages[method]

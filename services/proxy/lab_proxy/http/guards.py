@@ -1,4 +1,4 @@
-"""Guards of incoming requests: host, origin, content type, body, deadline, query. Knows HTTP; not what is requested."""
+"""Checks of requests: host, origin, content type, body, deadline, query. Knows HTTP, not what a request means."""
 
 import asyncio
 import ipaddress
@@ -20,12 +20,12 @@ from .uvicorn_internals import received_body
 DEADLINE = "x-request-timeout-ms"
 CODINGS = "gzip, deflate"
 MAX_CODINGS = 2
-MAX_MEMBERS = 64  # of one gzip body: each costs a copy of what follows it
+MAX_MEMBERS = 64  # members of one gzip body; each costs a copy of the bytes after it
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
 
 class CallerGuard:
-    """Which hosts and origins may call: a web page must not spend the user's key."""
+    """Checks host and origin, so that a web page cannot use the user's key."""
 
     def __init__(self, settings: Settings) -> None:
         self._origins = set(settings.allowed_origins)
@@ -39,16 +39,16 @@ class CallerGuard:
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts and "*" not in self._hosts and not _is_address(name):
-            raise errors.HostNotAllowed("No such host here: use localhost, or name it in PROXY_ALLOWED_HOSTS.")
+            raise errors.HostNotAllowed("This host name is not allowed: use localhost or set PROXY_ALLOWED_HOSTS.")
         if origin is None or self.allows_origin(origin):
             return
         if origin.lower().partition("://")[2] != host:
-            why = "A web page of this origin may not call the proxy: PROXY_ALLOWED_ORIGINS lists who may."
+            why = "Web pages of this origin may not call the proxy: add the origin to PROXY_ALLOWED_ORIGINS."
             raise errors.OriginNotAllowed(why)
 
 
 def _is_address(name: str) -> bool:
-    """An IP address: how Prometheus names a pod. No DNS, so no rebinding."""
+    """Whether the name is an IP address, as Prometheus uses for pods. Without DNS there is no DNS rebinding."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -85,15 +85,15 @@ class BodyReader:
         except TimeoutError:
             if left < self._timeout:
                 raise errors.DeadlineExceeded from None
-            raise errors.BodyTimeout("The body did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+            raise errors.BodyTimeout("The body did not arrive in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
         return b"".join(parts)
 
 
 def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
-    """The content that `raw` stands for. codings: of the header Content-Encoding (RFC 9110, section 8.4).
+    """The decoded content of `raw`. codings: of the header Content-Encoding (RFC 9110, section 8.4).
 
-    Raises UnsupportedMediaType for an unknown coding, BodyTooLarge for content of over `limit` bytes, InvalidRequest
-    where the body is not what the header says.
+    Raises UnsupportedMediaType for an unknown coding, BodyTooLarge for content of more than `limit` bytes,
+    InvalidRequest if the body does not have these codings.
     """
     names = [name for part in codings.split(",") if (name := part.strip().lower()) not in {"", "identity"}]
     if len(names) > MAX_CODINGS:
@@ -107,7 +107,7 @@ def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
         kinds = (zlib.MAX_WBITS, -zlib.MAX_WBITS) if name == "deflate" else (zlib.MAX_WBITS + 16,)
         found = next((out for kind in kinds if (out := _inflate(raw, kind, limit)) is not None), None)
         if found is None:
-            why = f"The body is not {name}, which its header Content-Encoding names."
+            why = f"The header Content-Encoding says {name}, but the body is not {name}."
             raise InvalidRequest(why, param="content-encoding", code="invalid_value")
         raw = found
     return raw
@@ -143,7 +143,7 @@ async def receive_body(
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise errors.ClientDisconnected("The caller left before the body was whole.")
+            raise errors.ClientDisconnected("The client disconnected before the body was complete.")
         data, more = message.get("body", b""), message.get("more_body", False)
         size += len(data)
         if size > limit:
@@ -154,7 +154,7 @@ async def receive_body(
 def check_transfer(headers: Mapping[str, str]) -> None:
     """Raises InvalidRequest (501) for a transfer coding other than chunked: RFC 9112, section 6.1."""
     if headers.get("transfer-encoding", "chunked").strip().lower() != "chunked":
-        why = "The only transfer coding here is chunked."
+        why = "The only supported transfer coding is chunked."
         raise InvalidRequest(why, status=501, headers={"connection": "close"})
 
 
@@ -184,22 +184,22 @@ def read_query(page: PageRequest, known: Collection[str]) -> dict[str, str]:
         raise InvalidRequest("The query has more than 50 fields.", param="query") from None
     for name in fields:
         if name not in known:
-            raise InvalidRequest(f"`{name[:60]}` is not known here: {', '.join(sorted(known))}.", param=name[:60])
+            raise InvalidRequest(f"Unknown field `{name[:60]}`. Fields: {', '.join(sorted(known))}.", param=name[:60])
     return {name: values[-1] for name, values in fields.items()}
 
 
 def read_deadline(value: str, started_at: float) -> float:
     """time.perf_counter() of the caller's deadline, by the header DEADLINE. Raises InvalidRequest."""
     if not (value.isascii() and value.isdecimal() and len(value) < 10 and 0 < int(value) <= MAX_DEADLINE_MS):
-        why = f"The header {DEADLINE} is whole milliseconds from 1 to {MAX_DEADLINE_MS}."
+        why = f"The header {DEADLINE} must be whole milliseconds from 1 to {MAX_DEADLINE_MS}."
         raise InvalidRequest(why, param=DEADLINE, code="invalid_value")
     return started_at + int(value) / 1000
 
 
 def check_operator(headers: Mapping[str, str], keys: Authenticator, *, local: bool = False) -> None:
     """The operator's pages need the admin key, and no web page may call them, whatever its origin. Raises
-    OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey. local: a page that needs no key where no
-    keys are required and only this machine reaches the proxy."""
+    OriginNotAllowed, PathNotFound while there is no admin key, and InvalidKey. local: the page needs no key if no keys
+    are required and only this machine can reach the proxy."""
     if "origin" in headers:
         raise errors.OriginNotAllowed("Web pages may not call the operator's pages.")
     if local and not keys.required:
@@ -207,4 +207,4 @@ def check_operator(headers: Mapping[str, str], keys: Authenticator, *, local: bo
     if not keys.has_admin:
         raise errors.PathNotFound("The operator's pages are off: set PROXY_ADMIN_KEY_FILE.")
     if not keys.is_admin(headers):
-        raise errors.InvalidKey("The operator's pages want the admin key: `Authorization: Bearer …`.")
+        raise errors.InvalidKey("The operator's pages need the admin key: `Authorization: Bearer …`.")

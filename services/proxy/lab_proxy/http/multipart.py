@@ -1,4 +1,4 @@
-"""Multipart forms with one file, parsed as they arrive. Knows forms and their limits; not where the file ends up."""
+"""Multipart forms with one file, parsed while they arrive. Knows forms and their limits; does not store files."""
 
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ class UploadForm:
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
-            why = "A file is sent as multipart/form-data, and the header `content-type` must say so."
+            why = "Send the file as multipart/form-data, with that `content-type` header."
             raise UnsupportedMediaType(why)
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
@@ -75,7 +75,7 @@ class UploadForm:
             self._is_file = True
             self.filename = (filename or b"upload").decode("utf-8", "replace")[:255]
         elif filename is not None or not self._name:
-            raise InvalidRequest("The form's file is called `file`; its other parts are fields.", param="file")
+            raise InvalidRequest("Only the part `file` may be a file; the other parts are fields.", param="file")
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
@@ -97,4 +97,4 @@ class UploadForm:
 
 
 def _malformed() -> InvalidRequest:
-    return InvalidRequest("The body is not a whole multipart form.")
+    return InvalidRequest("The body is not a complete multipart form.")

@@ -1,4 +1,4 @@
-"""Requests to pages and responses on their way out, over ASGI. Knows ASGI messages; not what is in a body."""
+"""Requests to pages, and responses, over ASGI. Knows ASGI messages; not the content of bodies."""
 
 import asyncio
 import time
@@ -30,8 +30,8 @@ class Response:
     """One HTTP response; a ResponseWriter."""
 
     def __init__(self, send: Send, headers: dict[str, str], *, chunks: bool = True) -> None:
-        """`headers`: sent with every answer to this request, `x-request-id` among them. `chunks`: the client knows
-        them; a client of HTTP/1.0 gets a stream as a whole."""
+        """`headers`: sent with every answer to this request, including `x-request-id`. `chunks`: whether the client
+        supports chunked transfer; a client of HTTP/1.0 gets a stream in one piece."""
         self._send = send
         self._whole: list[bytes] | None = None if chunks else []
         self._stream_headers: Mapping[str, str] = {}
@@ -104,8 +104,8 @@ Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path that en
 
 
 class DisconnectWatch:
-    """Cancels its `with` block when the client disconnects before the end of `response`. It starts late, because a task
-    of its own is a noticeable part of a short answer."""
+    """Cancels its `with` block when the client disconnects before the end of `response`. The watching task starts late,
+    because creating it is a noticeable part of the time of a short answer."""
 
     def __init__(self, receive: Receive, response: Response) -> None:
         self._receive, self._response = receive, response
@@ -140,12 +140,12 @@ def list_page(found: list[dict[str, Any]], query: Mapping[str, str], default: in
     """One page of a list, with the SDK's cursor: `after` names the last object of the page before."""
     limit = query.get("limit", str(default))
     if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= most):
-        raise InvalidRequest(f"`limit` is a number from 1 to {most}.", param="limit")
+        raise InvalidRequest(f"`limit` must be a number from 1 to {most}.", param="limit")
     after = query.get("after")
     ids = [each["id"] for each in found]
     if after is not None:
         if after not in ids:
-            raise InvalidRequest("`after` names nothing that is here.", param="after")
+            raise InvalidRequest("`after` is not the id of an object in this list.", param="after")
         found = found[ids.index(after) + 1 :]
     shown = found[: int(limit)]
     ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}

@@ -1,8 +1,8 @@
 """uvicorn with graceful drain: running answers finish, new requests are refused.
 
-From SIGTERM on new requests get a 503 with `connection: close` and /ready reports `draining`, while running answers
-go on for at most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. A client that reads nothing is disconnected. Knows
-connections and tasks, not what they carry.
+After SIGTERM new requests get a 503 with `connection: close`, /ready reports `draining`, and running answers continue
+for at most PROXY_DRAIN_TIMEOUT_SECONDS; then the port closes. A client that reads nothing is disconnected. Knows
+connections and tasks, not their content.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ CANCEL_SECONDS = 2  # for cancelled requests to close their upstream calls
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, with bounds on the size and time of a request's head, and errors in OpenAI's envelope."""
+    """uvicorn's connection, with bounds on the size and time of a request's head, and errors in OpenAI's format."""
 
     def __init__(self, *args: Any, head_seconds: float, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -86,11 +86,11 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(InvalidRequest("This is not a request of HTTP/1.1."))
+        self._refuse(InvalidRequest("This is not an HTTP/1.1 request."))
 
     @property
     def _answering(self) -> bool:
-        """An answer is being written: nothing may come between."""
+        """Whether an answer is being written, so that nothing else may be sent."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _too_slow(self) -> None:
@@ -98,7 +98,7 @@ class Connection(HttpToolsProtocol):
         if self._answering:
             self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
         elif self._received:
-            self._refuse(BodyTimeout("The head of the request did not come in time (PROXY_HEAD_TIMEOUT_SECONDS)."))
+            self._refuse(BodyTimeout("The head of the request did not arrive in time (PROXY_HEAD_TIMEOUT_SECONDS)."))
         else:
             self.transport.close()
 
@@ -160,9 +160,9 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         gc.collect()
-        # Small steps: most young objects live on in the cache, and a collection of 10,000 took 2 to 5 ms.
+        # A small threshold: most new objects stay in the cache, and a collection of 10,000 took 2 to 5 ms.
         gc.set_threshold(1_000, 5, 1_000)
-        gc.freeze()  # objects of the start live on: scanning them again cost 5 % of a miss
+        gc.freeze()  # objects of the start are permanent: scanning them again cost 5 % of a miss
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._traffic.draining = True
@@ -173,7 +173,7 @@ class DrainingServer(uvicorn.Server):
                 while self.server_state.tasks and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event for it
                     await asyncio.sleep(POLL_SECONDS)
         except TimeoutError:
-            log.warning("%d answers are cut off: PROXY_DRAIN_TIMEOUT_SECONDS are over", len(self.server_state.tasks))
+            log.warning("%d answers are cut off after PROXY_DRAIN_TIMEOUT_SECONDS", len(self.server_state.tasks))
             for task in list(self.server_state.tasks):
                 task.cancel()
         await super().shutdown(sockets)

@@ -1,7 +1,7 @@
 """Authentication: a virtual key becomes an identity, without a redis round trip for a key that was verified before.
 
-Verified keys are cached while redis reports no change of keys (a version, polled four times a second), and for five
-minutes while redis is down. Knows headers; not what is requested.
+Verified keys are cached as long as redis reports no change of keys (a version, polled four times a second), and for
+five minutes while redis is down. Knows headers; not the requests' meaning.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ return {id and redis.call('HGET', KEYS[2], id), redis.call('GET', KEYS[3])}
 
 
 class Authenticator:
-    """The callers' identities. A part: start and stop it."""
+    """Finds the identities of callers. A part: start and stop it."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Authenticator:
         await end(self._poller)
 
     def is_admin(self, headers: Mapping[str, str]) -> bool:
-        """The request carries the admin key. Compared in constant time."""
+        """Whether the request has the admin key. Compares in constant time."""
         given = _bearer(headers) if self._admin else None
         return given is not None and hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self._admin or b"")
 
@@ -86,7 +86,7 @@ class Authenticator:
         if secret is None:
             raise InvalidKey("This proxy requires a key: send `Authorization: Bearer sk-lab-…`.")
         if not secret.startswith(PREFIX) or len(secret) > 200:
-            raise InvalidKey("Not a key of this proxy: they begin with `sk-lab-`.")
+            raise InvalidKey("This is not a key of this proxy: its keys begin with `sk-lab-`.")
         digest = digest_of(secret)  # looked up by digest, so that timing reveals nothing of the secret
         known = self._verified.get(digest)
         if known is not None and time.monotonic() - self._confirmed < VERIFIED_SECONDS:
@@ -106,7 +106,7 @@ class Authenticator:
         """The identity of a key by its id, as currently stored: for work that runs without its caller. Raises
         InvalidKey for a revoked or expired key, KeysUnavailable while redis is down."""
         if not self.required:
-            raise InvalidKey(f"{key_id} means nothing while no key is asked for.")
+            raise InvalidKey(f"{key_id} cannot be used: the proxy does not require keys.")
         return _identity_of(await self._execute("HGET", RECORDS, key_id))[0]
 
     async def _verify(self, digest: bytes) -> Identity:
@@ -185,7 +185,7 @@ def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identi
     ours = digest.hex() if digest else key.secrets[0].digest if key else ""
     secret = next((each for each in key.secrets if hmac.compare_digest(each.digest, ours)), None) if key else None
     if key is None or secret is None:
-        raise InvalidKey("This key is not known here.")
+        raise InvalidKey("The proxy does not know this key.")
     if key.revoked is not None:
         raise InvalidKey("This key is revoked.")
     expires = key.expires.timestamp() if key.expires else None
@@ -200,6 +200,6 @@ def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identi
 
 def _unavailable() -> KeysUnavailable:
     return KeysUnavailable(
-        "Redis is down, and this key was not seen in the last 5 minutes: try again in a moment.",
+        "Redis is down, and this key was not used in the last 5 minutes: try again in a moment.",
         headers={"retry-after": "2"},
     )

@@ -1,4 +1,4 @@
-"""Who calls, and with which limits; and what an upstream allows to all callers together. Data only."""
+"""The caller with its limits, and the cap of an upstream for all callers together. Data only."""
 
 import fnmatch
 from dataclasses import dataclass

@@ -292,7 +292,7 @@ class Limits:
         self._some.set()
 
     def mark_up(self, now: int) -> None:
-        """Redis has answered. `now`: its clock, microseconds."""
+        """Redis has answered. `now`: its clock in microseconds."""
         self._skew = now / 1e6 - time.time()
         if not self._up:
             self._up = True
@@ -302,7 +302,7 @@ class Limits:
         self._on_error("limits")
         if self._up:
             self._up = False
-            fate = {"open": "let through unlimited", "closed": "refused"}[self.when_down]
+            fate = {"open": "admitted without limits", "closed": "refused"}[self.when_down]
             log.warning("limits: redis is down; requests of limited keys are %s", fate)
 
     def _put(self, who: Identity, finished: Finished) -> None:
@@ -352,7 +352,8 @@ class Limits:
             for name, members in slots.items():
                 commands.append(("ZADD", name, "XX", *(each for member in members for each in (until, member))))
                 commands.append(("EXPIRE", name, SLOT_SECONDS * 2))
-                # What the requests may still cost is held there: it must outlive long ones. The script sets less.
+                # The held cost of running requests is stored there, so it must live longer than they do. The script
+                # sets a shorter expiry.
                 commands.append(("EXPIRE", name.removesuffix(":slots"), STATE_SECONDS))
             try:
                 await self._redis.execute_all(commands)

@@ -1,4 +1,4 @@
-"""Refusals: the error, its words and its headers for each verdict of limits.lua. Knows no redis."""
+"""Refusals: the error, its message and its headers for each verdict of limits.lua. Knows no redis."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def refusal(
         return BudgetExceeded(f"This key's budget of {budget} USD is spent.", headers=headers)
     if verdict == _DAY:
         headers["retry-after"] = str(86400 - now // 1_000_000 % 86400)
-        why = f"{money.shown(who.budget_day or 0)} USD a day is spent: it begins anew at midnight UTC."
+        why = f"{money.shown(who.budget_day or 0)} USD per day is spent: it starts again at midnight UTC."
         return BudgetExceeded(f"This key's budget of {why}", headers=headers)
     if verdict == _TOO_LARGE:  # a retry does not help
         why = f"Limit {who.tpm}, Requested {requested}. Ask for fewer tokens."
@@ -53,12 +53,12 @@ def refusal(
 
 
 def _cap_refusal(who: CapShare, verdict: int, *, wait: int, now: int, requested: int) -> ProxyError:
-    """Without the headers x-ratelimit-…: those are of the caller's key."""
-    day = f"{money.shown(who.budget_day or 0)} USD a day"
+    """The error for a cap. It has no x-ratelimit-… headers: those describe the caller's key."""
+    day = f"{money.shown(who.budget_day or 0)} USD per day"
     whose = f"of all keys together for the upstream `{who.upstream}`"
     if verdict in {_DAY, _SHARE_DAY}:
         part = "This key has spent its share of the budget" if verdict == _SHARE_DAY else "The budget"
-        why = f"{part} {whose}, {day}: it begins anew at midnight UTC."
+        why = f"{part} {whose}, {day}: it starts again at midnight UTC."
         return BudgetExceeded(why, headers={"retry-after": str(86400 - now // 1_000_000 % 86400)})
     kind, limit = "requests", f"requests per min (RPM): Limit {who.rpm}"
     if verdict in {_TOKENS, _TOO_LARGE, _SHARE_TOKENS}:

@@ -54,7 +54,7 @@ def _name(value: object) -> object:
         return value
     name = unicodedata.normalize("NFC", value.strip())
     if not _NAME.fullmatch(name):
-        raise ValueError("takes 1 to 64 letters, digits, spaces and any of . @ + - _")
+        raise ValueError("must be 1 to 64 letters, digits, spaces or any of . @ + - _")
     if name in RESERVED:
         raise ValueError(f"{name!r} is the tenant of callers without keys: choose another name")
     return name
@@ -65,9 +65,9 @@ def _list(value: object) -> object:
     if isinstance(names, list | tuple):
         kept = tuple(name for name in names if name)
         if len(kept) > MAX_MODELS:
-            raise ValueError(f"takes at most {MAX_MODELS} names")
+            raise ValueError(f"must have at most {MAX_MODELS} names")
         if not all(isinstance(name, str) and _MODEL.fullmatch(name) for name in kept):
-            raise ValueError("must be names of models, or shell patterns of them")
+            raise ValueError("must be names of models or shell patterns")
         return kept or None
     return names
 
@@ -165,7 +165,7 @@ class KeyStore:
 
     def __init__(self, client: Client) -> None:
         self._redis = client
-        self._turn = asyncio.Lock()  # changes of one process do not meet each other
+        self._turn = asyncio.Lock()  # one change at a time in this process
 
     async def create(self, wanted: Sequence[KeySpec]) -> list[tuple[Key, str]]:
         """Create all keys or none. Each comes with its secret, which cannot be read again."""
@@ -192,7 +192,7 @@ class KeyStore:
     async def change(self, key_id: str, given: dict[str, Any]) -> Key:
         """Set some fields; null removes a limit. The owner cannot change, because the ledger refers to it."""
         if "owner" in given:
-            raise InvalidRequest("A key keeps its owner: revoke it and make another.", param="owner")
+            raise InvalidRequest("The owner of a key cannot change: revoke the key and create another.", param="owner")
 
         def changed(key: Key) -> Key:
             now = {name: getattr(key, name) for name in SPEC_FIELDS}
@@ -203,12 +203,12 @@ class KeyStore:
     async def rotate(self, key_id: str, grace: float = 0) -> tuple[Key, str]:
         """Add a new secret; older ones stay valid for `grace` seconds."""
         if not 0 <= grace <= MAX_GRACE:
-            raise InvalidRequest(f"The grace is 0 to {MAX_GRACE} seconds.", param="grace_seconds")
+            raise InvalidRequest(f"`grace_seconds` must be from 0 to {MAX_GRACE}.", param="grace_seconds")
         secret, stored = _new_secret()
 
         def rotated(key: Key) -> Key:
             if key.revoked is not None:
-                raise InvalidRequest(f"{key_id} is revoked: make a new key.")
+                raise InvalidRequest(f"{key_id} is revoked: create a new key.")
             now = time.time()
             old = [each for each in key.secrets if grace and (each.until or now + 1) > now]
             kept = [Secret(digest=each.digest, until=min(now + grace, each.until or now + grace)) for each in old]
@@ -217,7 +217,7 @@ class KeyStore:
         return await self._alter(key_id, rotated), secret
 
     async def revoke(self, key_id: str) -> Key:
-        """Revoke for ever. The record stays, because the ledger refers to it."""
+        """Revoke a key permanently. The record stays, because the ledger refers to it."""
         return await self._alter(
             key_id, lambda key: key if key.revoked else key.model_copy(update={"revoked": time.time()})
         )
@@ -226,7 +226,8 @@ class KeyStore:
         """Read, change, write; again if another process changed a key in between."""
         async with self._turn:
             for _ in range(100):
-                # The version comes first: if a change comes between the two, it is too old, and nothing is written.
+                # Read the version first: if a change comes between the two reads, the version is too old, and nothing
+                # is written.
                 version, raw = await self._redis.execute_all([("GET", VERSION), ("HGET", RECORDS, key_id)])
                 key = _read(raw, key_id)
                 changed = change(key)
@@ -234,7 +235,7 @@ class KeyStore:
                 fields = [*_fields(changed), *((2, digest[:32], "") for digest in old)]
                 if await self._write(version or "0", fields):
                     return changed
-        raise InvalidRequest("Somebody changes keys all the time: try again.", status=409)
+        raise InvalidRequest("Other changes of keys interfered: try again.", status=409)
 
     async def _write(self, version: bytes | str, fields: Sequence[tuple[int, str, str]]) -> int:
         command = _WRITE((RECORDS, DIGESTS, VERSION), version, *itertools.chain.from_iterable(fields))
@@ -255,5 +256,5 @@ def _fields(key: Key) -> Sequence[tuple[int, str, str]]:
 
 def _read(raw: bytes | None, key_id: str) -> Key:
     if raw is None:
-        raise KeyNotFound(f"There is no key {key_id[:60]}: `list` shows what there is.")
+        raise KeyNotFound(f"Key {key_id[:60]} does not exist: `list` shows all keys.")
     return Key.model_validate_json(raw)

@@ -25,7 +25,7 @@ def parse_usd(value: object) -> Decimal:
 def from_usd(usd: Decimal) -> int:
     """Pico-dollars. Raises ValueError for a negative amount, one above MAX_USD, or more than 6 decimals."""
     if not usd.is_finite() or not 0 <= usd <= MAX_USD or usd != round(usd, DECIMALS):
-        raise ValueError(f"{usd} is no amount in USD from 0 to {MAX_USD} with at most {DECIMALS} decimals")
+        raise ValueError(f"{usd} is not an amount in USD from 0 to {MAX_USD} with at most {DECIMALS} decimals")
     return int(usd * PICO)
 
 

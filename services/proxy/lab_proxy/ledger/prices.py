@@ -54,7 +54,7 @@ class ModelRow(Tariff):
     @model_validator(mode="after")
     def _both(self) -> ModelRow:
         if (self.above is None) != (self.long is None):
-            raise ValueError("`above` and `long` go together")
+            raise ValueError("`above` and `long` must be given together")
         return self
 
 

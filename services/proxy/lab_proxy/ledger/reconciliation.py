@@ -1,6 +1,6 @@
 """Reconciliation: the real usage of interrupted calls, read from the model service in the background.
 
-Complete answers report their own usage and need none of this. Knows call ids and token counts; not what they are for.
+Complete answers report their own usage and need no reconciliation. Knows call ids and token counts, not requests.
 """
 
 import asyncio

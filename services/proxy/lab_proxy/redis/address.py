@@ -1,4 +1,4 @@
-"""PROXY_REDIS_URL: host, user, database and TLS, and how a connection is opened. Knows nothing of other commands."""
+"""PROXY_REDIS_URL: host, user, database and TLS; opens connections. Knows no other commands."""
 
 import asyncio
 import contextlib

@@ -127,7 +127,7 @@ class Client:
                     greeting = made.execute([*self._greeting, ("PING",)], PROBE_TIMEOUT)
                     hello_replies, replies = (pipeline.replies for pipeline in await asyncio.gather(hello, greeting))
                 if refused := next((each for each in hello_replies if isinstance(each, CommandError)), None):
-                    raise RedisError(f"it refuses ({str(refused).partition(' ')[0]})")
+                    raise RedisError(f"redis refuses the connection ({str(refused).partition(' ')[0]})")
                 if made.closed:
                     raise RedisError("no connection")
             except (OSError, RedisError) as error:  # a TimeoutError is an OSError
@@ -158,7 +158,7 @@ class Client:
 
 
 class PipelinedCommand(Protocol):
-    """A command that is sent together with a cache read, so that it costs no round trip of its own. `on_reply` and
+    """A command that is sent together with a cache read, so that it costs no extra round trip. `on_reply` and
     `on_failure` may raise ProxyErrors; the read's result is used only after one of them has returned."""
 
     def command(self) -> Command: ...
@@ -170,8 +170,8 @@ class PipelinedCommand(Protocol):
 
 
 def deliver(commands: Sequence[PipelinedCommand], replies: Sequence[Any], on_error: Callable[[], None]) -> None:
-    """Give each command its reply. Raises the first ProxyError, but only after all commands got their reply: each may
-    hold something by then."""
+    """Give each command its reply. Raises the first ProxyError, but only after all commands got their replies, because
+    a command can hold resources from its reply on."""
     first: ProxyError | None = None
     for command, reply in zip(commands, replies, strict=False):
         try:

@@ -1,4 +1,4 @@
-"""A pipelined connection to redis, shared by all requests: commands of one turn of the event loop leave in one write.
+"""A pipelined connection to redis, shared by all requests: one write sends all commands of a turn of the event loop.
 
 Speaks RESP3, so that redis sends invalidations on the same connection, in order with the replies. Knows commands and
 replies, not their meaning. A failed connection is not repaired: the client opens another one.
@@ -149,7 +149,7 @@ class Connection(asyncio.Protocol):
                 self._on_push(reply)
                 continue
             if not self._waiting:
-                self.close("an answer to nothing")
+                self.close("a reply without a command")
                 return
             pipeline = self._waiting[0]
             if not pipeline.replies:

@@ -1,4 +1,4 @@
-"""Billing: each upstream call is charged by its usage, each hit and each shared answer by what it saved.
+"""Billing: each upstream call is charged by its usage; each hit and each shared answer is recorded with what it saved.
 
 Decides when a charge is recorded and when it is corrected. Knows no prices.
 """
@@ -69,7 +69,7 @@ class Billing:
         if charge.estimated and call.id:
             self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))
         elif request.admission is not None:
-            # The caller may have left before its followers.
+            # The caller may have disconnected before its followers.
             request.admission.correct(record.upstream_tokens)
         return None
 

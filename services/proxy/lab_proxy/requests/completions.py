@@ -1,4 +1,4 @@
-"""Fetch of a chat or text answer: the upstream's request, its answer, and the entry that is stored of it.
+"""Fetch of a chat or text answer: the request to the upstream, its answer, and the entry that is stored.
 
 Writes the answer into a flight; does not know the flight's subscribers.
 """
@@ -53,7 +53,7 @@ class CompletionFetch:
     ) -> UpstreamRequest:
         request = plan.request
         deadline = (plan.retried_at or request.started) + self._total
-        # Followers may wait longer for a shared answer than this caller, who then leaves the flight to them.
+        # Followers may wait longer for a shared answer than this caller: the flight continues for them.
         own = None if plan.shareable else request.caller_deadline
 
         async def admit(call: UpstreamCall, upstream: UpstreamConfig) -> None:
@@ -113,7 +113,7 @@ class CompletionFetch:
             if not policy.has_choices(answer) or canonical.too_deep(answer):
                 raise UpstreamBroken(f"The upstream `{name}` answered without OpenAI's choices.")
             if plan.stream and not policy.is_well_formed(answer):
-                raise UpstreamBroken(f"The upstream `{name}` answered with fields of other types than OpenAI's.")
+                raise UpstreamBroken(f"The upstream `{name}` answered with fields of wrong types.")
             accumulator.usage = answer.get("usage")
             record.set_usage(accumulator.usage)
             # Stored before its end is delivered, so that the next request finds it. The call is closed, and so billed,
@@ -157,8 +157,8 @@ class CompletionFetch:
                         record.set_usage(accumulator.usage)
                     await flight.append(event)
             except (ValueError, TypeError, AttributeError, KeyError):
-                raise UpstreamBroken(f"The upstream `{name}` streams something that is not OpenAI's.") from None
-        raise UpstreamBroken(f"The upstream `{name}` ended its stream without [DONE]: the answer is not whole.")
+                raise UpstreamBroken(f"The upstream `{name}` sent an invalid event in its stream.") from None
+        raise UpstreamBroken(f"The upstream `{name}` ended its stream without [DONE]: the answer is incomplete.")
 
     def _plan_for(self, plan: Plan, response: UpstreamResponse, epochs: Mapping[str, str]) -> Plan:
         """The plan for the upstream that answered: the answer of a fallback is stored as its own."""
@@ -171,7 +171,7 @@ class CompletionFetch:
         return replace(plan, target=target, bypass=bypass, epoch=epochs[target.model], canonical_form=b"", key="")
 
     async def _store(self, plan: Plan, response: UpstreamResponse, answer: Mapping[str, Any]) -> str | None:
-        """`stored`, or why the answer is not stored."""
+        """`stored`, or the reason why the answer is not stored."""
         if plan.bypass:
             return None
         unstorable = policy.unstorable_reason(plan.request.endpoint, plan.request.body, answer)

@@ -1,4 +1,4 @@
-"""One request: its context, its plan; and the traffic of all requests. Data only."""
+"""Context and plan of one request, and the traffic of all requests. Data only."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ class RequestContext:
 
 @dataclass(slots=True)
 class Plan:
-    """How one request is answered. Some fields change while it is carried out."""
+    """How one request is answered. Some fields change while the request runs."""
 
     request: RequestContext
     target: Target
     stream: bool
     include_usage: bool
-    bypass: str | None  # why the cache is not used
+    bypass: str | None  # reason why the cache is not used
     canonical_form: bytes = b""  # with the target's revision
     key: str = ""  # of `canonical_form`; empty for a bypass and for endpoints with one entry per input
     samples: int = 1  # answers that are stored side by side
     epoch: str = ""  # at the beginning of the request: its answer is stored in this epoch
-    forward: str = "miss"  # why the upstream is called: `fwd` of cache-status
+    forward: str = "miss"  # reason why the upstream is called: `fwd` of cache-status
     limits_checked: bool = False
     retried_at: float = 0.0  # time.perf_counter() of a second upstream call, made for the followers
     slot: int = 0  # which of the samples this request's answer becomes

@@ -1,4 +1,4 @@
-"""Delivery: one caller's answer, from a flight or a cache entry, as JSON or as a stream, under an id of its own.
+"""Delivery: sends one caller its answer, from a flight or a cache entry, as JSON or as a stream, with an id of its own.
 
 Knows plans and wire modes. Knows HTTP only as a ResponseWriter.
 """
@@ -22,7 +22,7 @@ STREAM_ERROR = "stream-error"  # outcome of a flight whose last event is the ups
 
 
 class ResponseWriter(Protocol):
-    """Where an answer goes: an HTTP response, or a line of a batch."""
+    """Destination of an answer: an HTTP response, or a line of a batch."""
 
     headers: dict[str, str]  # sent with every answer to this request
     started: bool

@@ -55,7 +55,7 @@ class EmbeddingFetch:
         field, most = endpoint.input_field, endpoint.max_inputs
         units = entry.inputs(plan.request.body.get(field))
         if units and most is not None and len(units) > most:
-            raise InvalidRequest(f"`{field}` holds {len(units)} inputs: at most {most} at once.", param=field)
+            raise InvalidRequest(f"`{field}` has {len(units)} inputs; at most {most} are allowed.", param=field)
         if plan.bypass or units is None:
             return None
         encoded = [canonical.encode(unit) for unit in units]
@@ -94,7 +94,7 @@ class EmbeddingFetch:
                 raw, answer, response = await self.fetch(plan, unique)
                 response.headers |= fallback
                 if response.revision != revision:
-                    raise UpstreamBroken("The model changed twice while it answered: retry.")
+                    raise UpstreamBroken("The model's revision changed twice during this request: retry.")
         fresh = self.entries(plan, answer, [unique[place] for place in missing])
         rest = self._planner.canonical_form(plan, revision, without=ENDPOINTS[plan.request.endpoint].input_field)
         for place, made in zip(missing, fresh, strict=True):
@@ -132,7 +132,7 @@ class EmbeddingFetch:
             return entry.of_vectors(answer, units, plan.target.ttl, time.time(), plan.epoch)
         except (ValueError, TypeError):  # a TypeError: nested too deep for orjson
             name = plan.target.upstream
-            raise UpstreamBroken(f"The upstream `{name}` did not answer one vector per input.") from None
+            raise UpstreamBroken(f"The upstream `{name}` did not answer with one vector for each input.") from None
 
     def join(self, kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
         """One answer from single entries, and its usage. `order`: index of the entry of each input."""

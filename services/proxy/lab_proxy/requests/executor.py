@@ -40,9 +40,9 @@ from .embeddings import EmbeddingFetch
 from .planner import Planner, check_permission
 from .tasks import TaskFetch
 
-STALLED_CLIENT_SECONDS = 5.0  # for a client to read the last event of a stream that has timed out
+STALLED_CLIENT_SECONDS = 5.0  # time for a client to read the last event of a stream that has timed out
 REFRESH = CacheControl(no_cache=True)
-MAX_FLIGHTS = 4  # that a request joins before it goes alone
+MAX_FLIGHTS = 4  # flights that a request joins before it continues without sharing
 
 Serve = Callable[[list[Entry]], Awaitable[None]]
 Fetch = Callable[[list[Entry | None], Flight], Awaitable[None]]
@@ -80,8 +80,8 @@ class Executor:
         }
 
     async def serve_local_hit(self, request: RequestContext, writer: ResponseWriter) -> bool:
-        """Answer from this process's own copies, if possible: the path of most hits. It waits for nothing but limits.
-        False: nothing was done. Raises the ProxyErrors of permission and limits."""
+        """Answer from this process's local copies if possible, as for most hits. Waits only for limits. False: nothing
+        was done. Raises the ProxyErrors of permission and limits."""
         cached = request.cached_plan
         if cached is None or not cached.key or cached.samples > 1:
             return False
@@ -155,7 +155,7 @@ class Executor:
             except TimeoutError:
                 if left < self._total:
                     raise errors.DeadlineExceeded from None
-                raise UpstreamTimeout("The answer took too long: PROXY_TOTAL_TIMEOUT_SECONDS is the limit.") from None
+                raise UpstreamTimeout("The answer took longer than PROXY_TOTAL_TIMEOUT_SECONDS.") from None
         except ProxyError as error:
             record.error = error.code or error.type
             if not writer.started:
@@ -172,7 +172,7 @@ class Executor:
             self._billing.close_request(request)
 
     def _claim(self, request: RequestContext, target: Target, *, at_once: bool = False) -> None:
-        """Check the permission and claim the limits, both before anything of the cache is served."""
+        """Check the permission and claim the limits, before an entry of the cache is served."""
         check_permission(request, target)
         what = (request.identity, request.endpoint, target.model, request.body, len(request.raw), target.upstream)
         request.admission = self._limits.admission(*what, at_once=at_once)
@@ -212,7 +212,7 @@ class Executor:
             found = [each or next(filter(None, found)) for each in found]
         if directives.only_if_cached and not all(found):
             request.record.cache = "miss"
-            why = "Nothing fresh is cached for this request, and `only-if-cached` forbids to ask an upstream."
+            why = "The cache has no fresh answer, and `only-if-cached` forbids a call of the upstream."
             raise errors.NotCached(why, headers={"cache-status": "llm-lab; detail=only-if-cached"})
         return found
 
@@ -315,7 +315,7 @@ class Executor:
         aged = bool(target.stale_while_revalidate or target.stale_if_error)
         aged = aged or plan.request.cache_control.max_age is not None
         for attempt in range(MAX_FLIGHTS + 1):
-            # 1. Join the flight of identical requests. A request whose flights were lost too often goes alone.
+            # 1. Join the flight of identical requests. After too many lost flights the request is not shared.
             plan.shareable = bool(name) and attempt < MAX_FLIGHTS
             with self._flights.join(name if attempt < MAX_FLIGHTS else "") as subscriber:
                 try:
@@ -339,7 +339,7 @@ class Executor:
                     return await deliver(plan, subscriber, writer)
                 except FlightLost:
                     if writer.started:
-                        raise UpstreamBroken("Who asked the upstream is gone: the answer is not whole.") from None
+                        raise UpstreamBroken("The leading proxy process has ended: the answer is incomplete.") from None
         raise UpstreamDown("The proxy is shutting down: retry.", headers={"retry-after": "1"})
 
     async def _fetch(self, plan: Plan, fetch: Callable[[Flight], Awaitable[None]], flight: Flight) -> None:

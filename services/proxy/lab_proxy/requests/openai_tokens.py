@@ -24,7 +24,7 @@ def decode_inputs(units: list[Any], vocabulary: str) -> list[str]:
     """The texts of `input`: a list of token ids, or a list of such lists. Raises InvalidRequest."""
     one = not isinstance(units[0], list)
     if sum(len(ids) for ids in ([units] if one else units) if isinstance(ids, list)) > MAX_IDS:
-        raise InvalidRequest(f"`input` holds more than {MAX_IDS:,} token ids.", param="input", code="invalid_value")
+        raise InvalidRequest(f"`input` has more than {MAX_IDS:,} token ids.", param="input", code="invalid_value")
     texts = []
     for place, ids in enumerate([units] if one else units):
         at = "input" if one else f"input[{place}]"
@@ -33,6 +33,6 @@ def decode_inputs(units: list[Any], vocabulary: str) -> list[str]:
         try:
             texts.append(_encoding(vocabulary).decode(ids))
         except (KeyError, OverflowError, ValueError):
-            why = f"`{at}` holds ids that {vocabulary}, the vocabulary of the named model, does not have."
+            why = f"`{at}` has ids that are not in {vocabulary}, the vocabulary of the named model."
             raise InvalidRequest(why, param=at, code="invalid_value") from None
     return texts

@@ -38,7 +38,7 @@ class Preview:
 def check_permission(request: RequestContext, target: Target) -> None:
     """Raises ModelNotAllowed."""
     if not request.identity.allows(target.model, *([target.alias] if target.alias else [])):
-        raise ModelNotAllowed(f"This key is not for the model `{target.alias or target.model}`.", param="model")
+        raise ModelNotAllowed(f"This key may not use the model `{target.alias or target.model}`.", param="model")
 
 
 class Planner:
@@ -59,7 +59,7 @@ class Planner:
         return self._routes.generation, self._models.generation
 
     def cached_plan(self, tenant: str, endpoint: str, raw: bytes) -> Plan | None:
-        """The plan of an earlier request with the same bytes, as it was made. It does not hold what was sent."""
+        """The plan of an earlier request with the same bytes, as it was made, without the state of that request."""
         if self._plans_of != self._generation:
             self._plans.clear()
             self._plans_of = self._generation
@@ -86,7 +86,7 @@ class Planner:
         try:
             generation, plan = self._generation, self._make(request)
         except ModelNotFound as unknown:
-            # Loaded since the last poll, or still loading: only the model service knows.
+            # The model was loaded since the last poll, or is still loading: ask the model service.
             await self._models.refresh(unknown.model)
             generation, plan = self._generation, self._make(request)
         target = plan.target
@@ -132,10 +132,10 @@ class Planner:
         if stream is not None and not isinstance(stream, bool):
             raise InvalidRequest("`stream` must be true or false.", param="stream")
         if options is not None and (not isinstance(options, dict) or not stream):
-            raise InvalidRequest("`stream_options` is an object and goes with `stream: true`.", param="stream_options")
+            raise InvalidRequest("`stream_options` must be an object, with `stream: true`.", param="stream_options")
         n = body.get("n")
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise InvalidRequest("`n` must be a whole number from 1.", param="n")
+            raise InvalidRequest("`n` must be a whole number, at least 1.", param="n")
         if not isinstance(body.get("store"), bool | None):
             raise InvalidRequest("`store` must be true or false.", param="store")
         # 2. The target.
@@ -149,7 +149,7 @@ class Planner:
                 request.raw = canonical.dump(body)
         kind = self._models.entries.get(target.model, {}).get("kind") if target.versioned else None
         if kind and kind not in endpoint.kinds:
-            raise InvalidRequest(f"`{model}` is of kind {kind}, which {endpoint.path} does not take.", param="model")
+            raise InvalidRequest(f"`{model}` is of kind {kind}, which {endpoint.path} does not accept.", param="model")
         # 3. The cache.
         if endpoint.handler == "responses":
             _check_responses(body, target)
@@ -169,7 +169,7 @@ class Planner:
         return plan
 
     def _default_model(self, endpoint: Endpoint) -> str | None:
-        """The first listed model of the first kind that there is; None: there is none."""
+        """The first listed model of the first kind that has one; None if there is none."""
         listed = self._models.entries
         of_kind = (name for kind in endpoint.default_kinds for name in listed if listed[name].get("kind") == kind)
         return next(of_kind, None)
@@ -223,5 +223,5 @@ def _check_responses(body: Mapping[str, Any], target: Target) -> None:
         why = "which has no Responses API: use /v1/chat/completions, or another model."
         raise InvalidRequest(f"`{target.model}` is served by `{target.upstream}`, {why}", param="model")
     if body.get("background"):
-        why = "its answer is fetched later, and the proxy hands out no kept answers."
+        why = "its answer would be fetched later, but the proxy does not store Responses."
         raise InvalidRequest(f"`background` is not supported: {why}", param="background")

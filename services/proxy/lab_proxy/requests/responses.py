@@ -28,7 +28,7 @@ async def relay(
     if not response.is_stream:
         raw, answer = await response.json()
         if not isinstance(answer, dict):
-            raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is no object.")
+            raise UpstreamBroken(f"The upstream `{name}` answered with JSON that is not an object.")
         _count(record, answer)
         return await writer.send(raw, headers)
     parser = SseParser()
@@ -45,7 +45,7 @@ async def relay(
                 last = last or kind in _LAST_EVENTS
                 events.append(response.redact(event))
         except (ValueError, TypeError, AttributeError, RecursionError):
-            raise UpstreamBroken(f"The upstream `{name}` streams something that is not OpenAI's.") from None
+            raise UpstreamBroken(f"The upstream `{name}` sent an invalid event in its stream.") from None
         if events:
             if not writer.started:
                 await writer.start_stream(headers)
@@ -53,7 +53,7 @@ async def relay(
         if last:
             await writer.end()
             return await response.drain()
-    raise UpstreamBroken(f"The upstream `{name}` ended its stream before `response.completed`: it is not whole.")
+    raise UpstreamBroken(f"The upstream `{name}` ended its stream before `response.completed`: it is incomplete.")
 
 
 def _count(record: RequestRecord, response: Mapping[str, Any]) -> None:

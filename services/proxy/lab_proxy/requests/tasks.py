@@ -33,7 +33,7 @@ class TaskFetch(EmbeddingFetch):
             ]
         except (KeyError, TypeError, ValueError):
             name = plan.target.upstream
-            raise UpstreamBroken(f"The upstream `{name}` did not answer one result per input.") from None
+            raise UpstreamBroken(f"The upstream `{name}` did not answer with one result for each input.") from None
 
     def join(self, kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
         counts = [kept[place].metadata["tokens"] for place in order]

@@ -26,13 +26,13 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokens": ("Tokens of answers, by where they came from.", ("model", "source", "kind")),
     "cost_usd": ("Cost of upstream calls in USD, by the prices of the moment.", ("upstream", "model")),
     "redis_errors": ("Operations that redis failed.", ("operation",)),
-    "upstream_calls": ("Calls that upstreams really got, retries among them.", ("upstream", "outcome")),
+    "upstream_calls": ("Calls that upstreams received, including retries.", ("upstream", "outcome")),
     "upstream_retries": ("Calls that repeated a failed one.", ("upstream",)),
-    "fallbacks": ("Answers that another upstream gave than the one that was asked for.", ("upstream", "answered")),
+    "fallbacks": ("Answers that came from a fallback instead of the requested upstream.", ("upstream", "answered")),
     "breaker_opened": ("How often a breaker opened.", ("upstream",)),
-    "reconciled": ("Calls that broke off, by whether the model reported what they used.", ("outcome",)),
+    "reconciled": ("Interrupted calls, by whether the model service reported their usage.", ("outcome",)),
     "limits_refused": ("Requests that a limit refused.", ("reason",)),
-    "reloads": ("Files read anew while the proxy ran.", ("file", "outcome")),
+    "reloads": ("Reloads of files while the proxy ran.", ("file", "outcome")),
 }
 _TIMES: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
     "request": ("Time to the end of the answer.", _BY, _SECONDS),
@@ -46,9 +46,9 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "draining": ("1 while the proxy shuts down and accepts no new requests.", ()),
     "redis_up": ("1 while redis answers.", ()),
     "breaker_open": ("1 while the breaker of an upstream is open.", ("upstream",)),
-    "task_failures": ("How often a background task failed and was started again.", ("task",)),
+    "task_failures": ("How often a background task failed and was restarted.", ("task",)),
     "generation": ("How often a file was read.", ("file",)),
-    "reload_failing": ("1 while a changed file is no good and the one before it is in use.", ("file",)),
+    "reload_failing": ("1 while a changed file is faulty and its previous content is in use.", ("file",)),
 }
 
 _SOURCES = {
@@ -105,7 +105,7 @@ class Metrics:
         for kind, tokens in (("prompt", record.prompt_tokens), ("completion", record.completion_tokens)):
             if tokens:
                 self._child("tokens", (model, _SOURCES.get(cache, "upstream"), kind)).inc(tokens)
-        # An exemplar costs as much as all else here: one a second is as good an example.
+        # An exemplar costs as much as all other work here, so each series gets one per second at most.
         now, exemplar = time.monotonic(), None
         if request_id and now >= self._next_exemplar.get(by, 0.0) and len(self._next_exemplar) < MOST_SERIES:
             exemplar, self._next_exemplar[by] = {"request_id": request_id[:100]}, now + 1  # OpenMetrics: at most 128
@@ -120,7 +120,7 @@ class Metrics:
             self.misses += 1
 
     def _request_children(self, by: tuple[str, str, str], status: int) -> tuple[Any, Any, Any]:
-        """Of each request: its counter, its overhead and its time, looked up once."""
+        """The counter, the overhead histogram and the time histogram for these labels, looked up once."""
         found = (self._child("requests", (*by, str(status))), self._child("overhead", by), self._child("request", by))
         if len(self._of_request) < MOST_SERIES:
             self._of_request[by, status] = found
@@ -149,13 +149,13 @@ class Metrics:
         self._gauges.append(gauges)
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
-        """The page and its content type: OpenMetrics, with request ids as exemplars, for who accepts it."""
+        """The page and its content type: OpenMetrics with request ids as exemplars, if `accept` names it."""
         if OPENMETRICS in accept:
             return openmetrics.generate_latest(self.registry), openmetrics.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]
         return generate_latest(self.registry), "text/plain; version=0.0.4; charset=utf-8"
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges, for the registry: their values are read where they are."""
+        """The gauges, for the registry; their values are read at each call."""
         values = [gauges() for gauges in self._gauges]
         for name, (text, labels) in _GAUGES.items():
             family = GaugeMetricFamily(f"lab_proxy_{name}", text, labels=labels)

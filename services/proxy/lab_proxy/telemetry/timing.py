@@ -11,7 +11,7 @@ KEPT_SECONDS = 300.0
 
 
 class Timings:
-    """The last requests of this process. Another tenant's are unknown to the caller."""
+    """The last requests of this process. A caller sees only those of its own tenant."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, str], tuple[float, RequestRecord, int, float]] = OrderedDict()
@@ -20,7 +20,7 @@ class Timings:
         """`seconds`: from the request's start to its end."""
         if len(self._kept) >= KEPT:
             self._kept.popitem(last=False)
-        # Few are looked up: the phases are computed then.
+        # Few requests are looked up, so the phases are computed only then.
         self._kept[record.tenant, request_id] = time.monotonic(), record, status, seconds
 
     def find(self, tenant: str, request_id: str) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ def phases(record: RequestRecord, status: int, seconds: float) -> dict[str, Any]
     """The phases that the request went through, in their order, without gaps. Times in milliseconds since its start.
 
     `first_token` lasts until the first byte of the answer: the upstream's queue and prompt; `decode` until the end.
-    Of a hit, `send` is what is left.
+    For a hit, `send` is the remaining time.
     """
     started = record.began_at
     end = started + seconds

@@ -14,8 +14,8 @@ PROBE_SECONDS = 5.0  # interval of probes while it is open
 
 
 class CircuitBreaker:
-    """Closed: all calls go. Open: one call in PROBE_SECONDS goes, and the first success closes it. A call that began
-    before the breaker opened or closed is not counted."""
+    """Closed: all calls pass. Open: one call in PROBE_SECONDS passes, and the first success closes the breaker. A call
+    that began before the breaker opened or closed is not counted."""
 
     def __init__(self, on_open: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic) -> None:
         self._on_open = on_open

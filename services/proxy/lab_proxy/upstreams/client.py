@@ -42,8 +42,8 @@ KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close id
 LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is passed on to the caller
 BACKOFF_SECONDS = 0.1  # before the first retry, doubled for each further one; half of it is jitter
 MAX_LINE_BYTES = 65_536  # status line or one header of an answer
-CALLERS_FAULT = frozenset({400, 413, 422})  # a 404 may as well be a wrong base URL
-PASSING = frozenset({502, 503, 504})  # sent by gateways before an engine: nothing was generated, so a retry is safe
+CALLERS_FAULT = frozenset({400, 413, 422})  # not 404, which can also mean a wrong base URL
+PASSING = frozenset({502, 503, 504})  # temporary errors of gateways: nothing was generated, so a retry is safe
 
 
 @dataclass(slots=True)
@@ -68,12 +68,12 @@ class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
 
 
 class _StaleConnection(aiohttp.ServerDisconnectedError):
-    """Something came on a connection that was idle: it is closed, nothing was sent."""
+    """Data arrived on an idle connection: it is closed, and nothing was sent on it."""
 
 
 class _Request(aiohttp.ClientRequest):
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
-        """aiohttp would take what came before the request for its answer."""
+        """Refuse a connection on which data arrived before the request: aiohttp would take it for the answer."""
         if conn.protocol is None or conn.protocol.should_close:
             raise _StaleConnection
         return await super().send(conn)
@@ -122,7 +122,7 @@ class UpstreamClient:
         turn = 0
         while True:
             if wait := breaker.wait():
-                why = f"The upstream `{self.config.name}` failed too often: it is asked again in {wait:.0f} s."
+                why = f"The upstream `{self.config.name}` failed too often: the proxy tries it again in {wait:.0f} s."
                 error = CircuitOpen(why, headers={"retry-after": str(max(1, round(wait + 0.499)))})
                 raise last or UpstreamFault(error, retry_after=None, fallback=True, failed=False)
             if last:
@@ -153,7 +153,7 @@ class UpstreamClient:
                 return reply
             finally:
                 if not call.answered:
-                    call.outcome = call.outcome or "cancelled"  # the caller left: no verdict on the upstream
+                    call.outcome = call.outcome or "cancelled"  # the caller disconnected: not the upstream's failure
                     self._finish_call(request, call)
             await asyncio.sleep(pause)
 
@@ -187,7 +187,7 @@ class UpstreamClient:
         try:
             return answer.status, orjson.loads(raw)
         except orjson.JSONDecodeError:
-            raise UpstreamBroken(f"`{self.config.name}` answers {path} with something that is not JSON.") from None
+            raise UpstreamBroken(f"`{self.config.name}` answers {path} without valid JSON.") from None
 
     async def _ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Answer:
         """Raises aiohttp.ClientError. A POST that may have been worked on is not repeated."""
@@ -231,7 +231,7 @@ class UpstreamClient:
                     answer.close()
         except FAILURES as error:
             unsent = isinstance(error, UNSENT)
-            # After a timeout the time is spent, and the upstream may still be working: no retry there.
+            # No retry after a timeout: no time is left, and the upstream may still be working.
             timed_out = isinstance(error, TimeoutError) and not unsent
             mapped = network_error(config.name, error)
             if unsent:
@@ -275,9 +275,9 @@ class UpstreamClient:
         elif envelope is not None:
             error = UpstreamRefused(status, raw.replace(self._key, b"[redacted]") if self._key else raw, headers)
         elif status == 429:
-            error = UpstreamLimited(f"The upstream `{name}` takes no more requests for now.", headers=headers)
+            error = UpstreamLimited(f"The upstream `{name}` has reached its rate limit.", headers=headers)
         else:
-            why = f"answered {status} with something that is not OpenAI's error: check its base URL."
+            why = f"answered {status} without OpenAI's error object: check its base URL."
             kept = {header: value for header, value in headers.items() if header == "retry-after"}
             error = UpstreamBroken(f"The upstream `{name}` {why}", headers=kept)
         # 2. Whether to retry. A 500 may have done work: only if the upstream says so itself.

@@ -31,11 +31,11 @@ class UpstreamPool:
 
     @property
     def model_config(self) -> UpstreamConfig:
-        """Of the model service."""
+        """Configuration of the model service."""
         return next(config for config in self._routes.upstreams.values() if config.kind == "model")
 
     async def ask_model(self, path: str, limit: float, body: Any = None) -> tuple[int, Any]:
-        """A GET at the model service, with a `body` a POST: see UpstreamClient.get_json."""
+        """A GET of the model service, or with a `body` a POST: see UpstreamClient.get_json."""
         client = self._client(self.model_config)
         return await (client.get_json(path, limit) if body is None else client.post_json(path, body, limit))
 
@@ -62,7 +62,7 @@ class UpstreamPool:
                 answer.headers["x-model-fallback"] = f"{target.upstream}/{target.model}"
                 self._metrics.count("fallbacks", targets[0].upstream, target.upstream)
             return answer
-        raise first_fault.error if first_fault else UpstreamDown("Nobody can be asked.")
+        raise first_fault.error if first_fault else UpstreamDown("No upstream is available for this request.")
 
     def status(self) -> list[dict[str, Any]]:
         """For the status page, without keys: all upstreams, and their open circuit breakers."""

@@ -13,11 +13,11 @@ from .routes import usable
 
 log = logging.getLogger("lab_proxy.models")
 
-ROUTING = ("kind", "revision", "context", "state")  # what a plan depends on, of an entry
-LIST_SECONDS = 1.0  # for the list of models; of a server elsewhere:
+ROUTING = ("kind", "revision", "context", "state")  # fields of an entry on which a plan depends
+LIST_SECONDS = 1.0  # timeout for the list of models; the next one is for a remote server
 ELSEWHERE_LIST_SECONDS, ELSEWHERE_POLL_SECONDS, ELSEWHERE_RETRY_SECONDS = 10.0, 60.0, 5.0
-MAX_REFRESHES = 3  # between two polls: callers may invent any number of names
-OPERATE_SECONDS = 10.0  # for the model service's answer to an operator
+MAX_REFRESHES = 3  # between two polls, because callers may invent any number of names
+OPERATE_SECONDS = 10.0  # timeout for the model service's answer to an operator
 
 
 class ModelList:
@@ -66,7 +66,7 @@ class ModelList:
         except ProxyError as error:
             return {"state": "down", "detail": error.message}
         if not isinstance(answer, dict):
-            return {"state": "down", "detail": f"/ready answered {status} with something unknown"}
+            return {"state": "down", "detail": f"/ready answered {status} without the model service's report"}
         state = "up" if status == 200 else "loading" if answer.get("status") == "loading" else "down"
         listed = answer.get("models")
         answer["models"] = [each for each in listed if _is_listed(each)] if isinstance(listed, list) else []
@@ -87,19 +87,19 @@ class ModelList:
         for each in self._reported:
             if each.get("id") == model and each.get("state") != "ready":
                 detail = f" ({each['detail']})" if each.get("detail") else ""
-                why = f"`{model}` is {each.get('state')}{detail}: /status tells when it is up, `make logs` why not."
+                why = f"`{model}` is {each.get('state')}{detail}: /status shows its state, `make logs` the cause."
                 raise UpstreamDown(why, param="model", headers={"retry-after": "2"})
 
     async def operate(self, action: str, model: str) -> tuple[int, Any]:
-        """Have the model service `load`, `unload` or `add` a model. Status and body of its answer. Raises UpstreamDown,
-        UpstreamTimeout or UpstreamBroken."""
+        """Let the model service `load`, `unload` or `add` a model. Returns status and body of its answer. Raises
+        UpstreamDown, UpstreamTimeout or UpstreamBroken."""
         answer = await self._upstreams.ask_model(f"/models/{action}", OPERATE_SECONDS, {"model": model})
         await self._read()
         return answer
 
     @property
     def _elsewhere(self) -> bool:
-        """Whether the models are those of a server elsewhere, which should not be asked every second."""
+        """Whether the models are those of a remote server, which should not be polled every second."""
         config = self._upstreams.model_config
         return not config.native and config.key is not None
 

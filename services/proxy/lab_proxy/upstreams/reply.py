@@ -16,7 +16,7 @@ from .routes import Target
 
 MAX_ERROR_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
-# Nothing of the request was sent.
+# Errors after which nothing of the request was sent.
 UNSENT = (
     aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL,
 )  # fmt: skip
@@ -25,7 +25,7 @@ _FORWARDED = {"retry-after", "x-model-revision", "x-should-retry", "openai-proce
 
 
 class UnreadableError(aiohttp.ClientPayloadError):
-    """An answer in a form that the proxy did not ask for, named in the message."""
+    """An answer in a form that the proxy did not request; the message names it."""
 
 
 class Answer:
@@ -52,8 +52,8 @@ class Answer:
             raise UnreadableError(fault)
 
     async def read(self, limit: float | None = None) -> bytes:
-        """The next bytes of the body as they come, none at its end. Raises TimeoutError after `limit` seconds without
-        any, aiohttp.ClientError if the rest cannot be read."""
+        """The next bytes of the body as they arrive, none at its end. Raises TimeoutError after `limit` seconds without
+        data, aiohttp.ClientError if the rest cannot be read."""
         piece = self._content.read_nowait()
         if not piece and not self._content.at_eof():
             # asyncio.timeout takes four times as long, and a stream waits here for each event.
@@ -69,7 +69,7 @@ class Answer:
         return piece
 
     def close(self) -> None:
-        """Close the connection unless the whole body has come: the upstream learns of it at once."""
+        """Close the connection unless the whole body has arrived, so that the upstream stops at once."""
         if self._lost is not None:
             self._lost.remove_done_callback(self._on_lost)
         self._response.close()
@@ -180,9 +180,9 @@ async def read_whole(answer: Answer, limit: int = MAX_ANSWER_BYTES) -> bytes:
 def network_error(name: str, error: Exception) -> ProxyError:
     where = "PROXY_MODEL_URL, `make logs`" if name == "model" else "its base URL and the network"
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return UpstreamTimeout(f"The upstream `{name}` took no connection in time: check {where}.")
+        return UpstreamTimeout(f"The upstream `{name}` did not accept a connection in time: check {where}.")
     if isinstance(error, TimeoutError):
-        why = "was silent for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
+        why = "sent no data for too long: ask for less, or raise PROXY_*_TIMEOUT_SECONDS."
         return UpstreamTimeout(f"The upstream `{name}` {why}")
     if isinstance(error, UNSENT):
         why = f"The upstream `{name}` cannot be reached: check {where}; `make start` starts the lab."
@@ -198,4 +198,4 @@ def network_error(name: str, error: Exception) -> ProxyError:
         return UpstreamDown(why, headers={"retry-after": "2"})
     if isinstance(error, UnreadableError):
         return UpstreamBroken(f"The upstream `{name}` answers with {str(error)[:100]}, which was not requested.")
-    return UpstreamBroken(f"The upstream `{name}` broke its answer off: check {where}.")
+    return UpstreamBroken(f"The upstream `{name}` broke off its answer: check {where}.")

@@ -78,7 +78,7 @@ class AliasRow(BaseModel, extra="forbid"):
 
 
 class AutoRow(BaseModel, extra="forbid"):
-    """What `model: "auto"` stands for. A threshold of None is ignored."""
+    """The models that `model: "auto"` chooses from. A threshold of None is ignored."""
 
     small: str
     large: str
@@ -124,7 +124,7 @@ class Table(BaseModel, extra="forbid"):
     @model_validator(mode="after")
     def _names(self) -> Table:
         if sum(row.kind == "model" for row in self.upstreams.values()) != 1:
-            raise ValueError("exactly one upstream is of the kind `model`")
+            raise ValueError("exactly one upstream must be of the kind `model`")
         for name, upstream in self.upstreams.items():
             if not upstream.native and upstream.kind != "model":
                 raise ValueError(f"upstream {name!r}: `native: false` is for the kind `model`")
@@ -135,18 +135,18 @@ class Table(BaseModel, extra="forbid"):
         for row in self.routes:
             for named in (row.upstream, *(fallback.upstream for fallback in row.fallbacks)):
                 if named not in self.upstreams:
-                    raise ValueError(f"routes name the upstream {named!r}, which is not among upstreams")
+                    raise ValueError(f"routes name the upstream {named!r}, which `upstreams` does not have")
             if row.match is None and self.upstreams[row.upstream].kind != "model":
                 raise ValueError(f"the route to {row.upstream!r} needs `match`")
         for name, upstream in self.upstreams.items():
             if upstream.defaults is not None and upstream.defaults not in self.defaults | default_tables():
-                raise ValueError(f"upstream {name!r} names the defaults {upstream.defaults!r}, which are not there")
+                raise ValueError(f"upstream {name!r} names the defaults {upstream.defaults!r}, which do not exist")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Cap:
-    """What an upstream is asked for by all keys together, at most; `day`: pico-dollars. None: no limit."""
+    """Limits of an upstream for all keys together; `day`: pico-dollars. None: no limit."""
 
     rpm: int | None
     tpm: int | None
@@ -267,9 +267,9 @@ class Routes:
                     return replace(first, auto=auto, fallbacks=others)
         if not local:  # one upstream is the model service
             why = f"The model service does not answer, so it is not known whether it has `{asked}`. "
-            why += "Start the lab with `make start`, or look at `make logs`; in containers: `docker compose ps`."
+            why += "Start the lab with `make start`, or see `make logs`; in containers: `docker compose ps`."
             raise UpstreamDown(why, param="model", headers={"retry-after": "2"})
-        raise ModelNotFound(f"The model `{asked}` does not exist here. {self._available(local)}", name)
+        raise ModelNotFound(f"The model `{asked}` does not exist. {self._available(local)}", name)
 
     def aliases(self, local: Mapping[str, Any]) -> dict[str, str]:
         """The aliases that are active now, and their models."""
@@ -301,7 +301,7 @@ class Routes:
         )
 
     def _available(self, local: Mapping[str, Any]) -> str:
-        text = [f"There is: {', '.join([*local, *self.aliases(local)])}."]
+        text = [f"Models: {', '.join([*local, *self.aliases(local)])}."]
         for route in self._now.table.routes:
             if route.match:
                 until = "" if self._now.is_on(route.upstream) else " once it has a key (PROXY_OPENAI_API_KEY)"
@@ -310,7 +310,7 @@ class Routes:
 
 
 def usable(entry: Mapping[str, Any]) -> bool:
-    """Whether a request may go to this model of the list: it is in memory, or will be when the request has come."""
+    """Whether a request may go to this model of the list: it is in memory, or is loaded by the request."""
     return entry.get("state", "ready") in ("ready", "unloaded", "loading")
 
 
@@ -323,7 +323,7 @@ def _read(settings: Settings) -> _Read:
             json.dumps(paths, allow_nan=False)
             encoded[name] = {path: {k: encode(v) for k, v in fields.items()} for path, fields in paths.items()}
         except (TypeError, AttributeError, ValueError, RecursionError):  # YAML has dates, and keys that are no strings
-            raise ValueError(f"PROXY_ROUTES_FILE is wrong at defaults.{name}: not values of JSON") from None
+            raise ValueError(f"PROXY_ROUTES_FILE is wrong at defaults.{name}: the values are not JSON") from None
     defaults, temperatures = {}, {}
     for name, row in table.upstreams.items():
         known = row.base_url or row.kind == "model" or settings.openai_base_url == OPENAI_URL

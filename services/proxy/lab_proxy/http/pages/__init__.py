@@ -1,1 +1,1 @@
-"""One module for each group of pages. Knows HTTP and the room that does the work; not the other pages."""
+"""One module for each group of pages. A module knows HTTP and the room that does the work, not the other pages."""

@@ -37,14 +37,14 @@ class BatchPages:
         # 1. The fields.
         if unknown := set(fields) - _FIELDS:
             name = min(unknown)[:60]
-            raise InvalidRequest(f"`{name}` is not known here.", param=name)
+            raise InvalidRequest(f"Unknown field `{name}`.", param=name)
         if fields.get("endpoint") not in BATCHABLE:
-            raise InvalidRequest(f"`endpoint` is one of {', '.join(BATCHABLE)}.", param="endpoint")
+            raise InvalidRequest(f"`endpoint` must be one of {', '.join(BATCHABLE)}.", param="endpoint")
         if fields.get("completion_window") != WINDOW:
-            raise InvalidRequest(f"`completion_window` is {WINDOW}.", param="completion_window")
+            raise InvalidRequest(f"`completion_window` must be {WINDOW}.", param="completion_window")
         metadata = fields.get("metadata")
         if metadata is not None and not _is_metadata(metadata):
-            raise InvalidRequest("`metadata` is an object of at most 16 short texts.", param="metadata")
+            raise InvalidRequest("`metadata` must be an object of at most 16 short texts.", param="metadata")
         kept = lifetime(fields.get("output_expires_after"), "output_expires_after")
         # 2. The input file, and the owner's open batches.
         who, file_id = request.identity, fields.get("input_file_id")
@@ -52,7 +52,7 @@ class BatchPages:
         file_id = file_id if isinstance(file_id, str) else ""
         self._files.find(home, file_id)
         if len(await asyncio.to_thread(lambda: list(home.glob("batch_*.input")))) >= MAX_OPEN:
-            raise LimitReached(f"At most {MAX_OPEN} batches that are not over.", "requests", {"retry-after": "60"})
+            raise LimitReached(f"You have {MAX_OPEN} unfinished batches, the limit.", "requests", {"retry-after": "60"})
         # 3. The batch.
         given = {"endpoint": fields["endpoint"], "file_id": file_id, "metadata": metadata, "kept": kept}
         with on_disk():
@@ -74,7 +74,7 @@ class BatchPages:
         folder = self._folder(request, batch_id if verb == "cancel" else "")
         status = folder.public()["status"]
         if status in FINAL - {"cancelled"}:
-            raise InvalidRequest(f"The batch is {status}: there is nothing to cancel.", status=409)
+            raise InvalidRequest(f"The batch is {status} and cannot be cancelled.", status=409)
         if status != "cancelled":
             folder.cancel.touch(mode=0o600)
             self._wake()

@@ -1,7 +1,7 @@
 """Pages about the cache: what it would do with a request (POST /cache/explain), and deletion (POST /cache/flush).
 
-They call no upstream and store nothing. A caller learns of its own tenant's entries only: another tenant's key looks
-like an unknown one.
+They call no upstream and store nothing. A caller sees only entries of its own tenant; another tenant's key looks like
+an unknown one.
 """
 
 import time
@@ -39,7 +39,7 @@ class CachePages:
         _refuse_unknown(fields, frozenset({"endpoint", "request", "against"}))
         endpoint, request, against = fields.get("endpoint", CHAT), fields.get("request"), fields.get("against")
         if endpoint not in CACHEABLE:
-            raise InvalidRequest(f"`endpoint` is one of {', '.join(CACHEABLE)}.", param="endpoint")
+            raise InvalidRequest(f"`endpoint` must be one of {', '.join(CACHEABLE)}.", param="endpoint")
         if not isinstance(request, dict):
             raise InvalidRequest("`request` must be the body of a request to that endpoint.", param="request")
         if against is not None and not isinstance(against, (dict, str)):
@@ -72,7 +72,7 @@ class CachePages:
             _, tenant, _, model, *_ = orjson.loads(entry.canonical_form)
             if tenant == identity.tenant and entry.epoch == self._cache.epoch(tenant, model):
                 return entry.canonical_form
-        why = "Nothing is stored under this key: the key of a hit is in its `cache-status`."
+        why = "No entry has this key. The header `cache-status` of a hit has its key."
         raise InvalidRequest(why, param="against", code="cache_key_not_found", status=404)
 
     async def _flush(self, page: PageRequest, response: Response) -> None:
@@ -83,16 +83,16 @@ class CachePages:
             if value is not None and (not isinstance(value, str) or not 0 < len(value) <= 500):
                 raise InvalidRequest(f"`{name}` must be a name.", param=name)
         if not isinstance(everything, bool) or (everything and (tenant or model)):
-            raise InvalidRequest("`all` is true or false, and goes with nothing else.", param="all")
+            raise InvalidRequest("`all` must be true or false, and no other field may be given with it.", param="all")
         model = self._planner.resolve_alias(model) if model else None
         if not self._keys.is_admin(page.headers):
             own = page.identity.tenant
             if everything or page.identity.shared or (tenant is not None and tenant != own):
-                why = "With this key only its own tenant's answers can be flushed; the admin key flushes any."
+                why = "This key may flush only its own tenant's answers; the admin key may flush any."
                 raise FlushNotAllowed(why)
             tenant = own
         elif not everything and tenant is None and model is None:
-            raise InvalidRequest('Say what to flush: {"tenant": …}, {"model": …}, both, or {"all": true}.')
+            raise InvalidRequest('Give the answers to flush: {"tenant": …}, {"model": …}, both, or {"all": true}.')
         await self._cache.flush(tenant, model)
         await response.send(orjson.dumps({"flushed": {"tenant": tenant, "model": model}}), {})
 
@@ -100,7 +100,7 @@ class CachePages:
 def _refuse_unknown(fields: Mapping[str, Any], known: frozenset[str]) -> None:
     for name in fields:
         if name not in known:
-            raise InvalidRequest(f"Unknown field: there is {', '.join(sorted(known))}.", param=name[:200])
+            raise InvalidRequest(f"Unknown field. Fields: {', '.join(sorted(known))}.", param=name[:200])
 
 
 def _context(identity: Identity, endpoint: str, body: dict[str, Any]) -> RequestContext:

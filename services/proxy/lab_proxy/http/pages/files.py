@@ -44,7 +44,7 @@ class FilePages:
                 if form.filename is None:
                     raise InvalidRequest("The form has no `file`.", param="file")
                 if form.fields.get("purpose") != "batch":
-                    raise InvalidRequest("Only files of `purpose: batch` are of use here.", param="purpose")
+                    raise InvalidRequest("`purpose` must be batch.", param="purpose")
                 kept = lifetime(_nested(form.fields, "expires_after"), "expires_after")
                 await asyncio.to_thread(self._files.room, home, form.size)
                 made = self._files.add(home, path, filename=form.filename, purpose="batch", kept=kept)
@@ -63,14 +63,14 @@ class FilePages:
             async with asyncio.timeout(self._total):
                 await receive_body(request.headers, receive, most + FORM_BYTES, why, form.feed)
         except TimeoutError:
-            raise BodyTimeout("The file did not come in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
+            raise BodyTimeout("The file did not arrive in time (PROXY_BODY_TIMEOUT_SECONDS).") from None
         form.end()
 
     async def _list(self, request: PageRequest, response: Response) -> None:
         query = read_query(request, {"after", "limit", "order", "purpose"})
         order = query.get("order", "desc")
         if order not in {"asc", "desc"}:
-            raise InvalidRequest("`order` is asc or desc.", param="order")
+            raise InvalidRequest("`order` must be asc or desc.", param="order")
         found = await asyncio.to_thread(self._files.listed, self._files.home(request.identity.owner))
         if "purpose" in query:
             found = [each for each in found if each["purpose"] == query["purpose"]]
@@ -86,7 +86,7 @@ class FilePages:
         try:
             content = self._files.content(home, file_id).open("rb")
         except OSError:
-            raise UploadNotFound(f"There is no file {file_id} here.", param="file_id") from None
+            raise UploadNotFound(f"File {file_id} does not exist.", param="file_id") from None
         with content:
             headers = {"content-length": str(os.fstat(content.fileno()).st_size)}
             return await response.send_chunks(headers, "application/octet-stream", _chunks(content))
@@ -103,8 +103,8 @@ async def _chunks(content: BinaryIO) -> AsyncIterator[bytes]:
 
 
 async def files_disabled(_: PageRequest, __: Response) -> None:
-    """In place of the pages of files and batches. Raises FilesDisabled."""
-    raise FilesDisabled("Files and batches are off here (PROXY_FILES_ENABLED).")
+    """Replaces the pages of files and batches. Raises FilesDisabled."""
+    raise FilesDisabled("Files and batches are switched off (PROXY_FILES_ENABLED).")
 
 
 def _nested(fields: Mapping[str, str], name: str) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def _nested(fields: Mapping[str, str], name: str) -> dict[str, Any] | None:
         if field == "purpose":
             continue
         if not field.startswith(f"{name}["):
-            raise InvalidRequest(f"`{field[:60]}` is not known here.", param=field[:60])
+            raise InvalidRequest(f"Unknown field `{field[:60]}`.", param=field[:60])
         number = value.isascii() and value.isdigit() and len(value) < 12
         found[field[len(name) + 1 : -1]] = int(value) if number else value
     return found or None

@@ -50,7 +50,7 @@ class HealthPages:
         }
 
     async def _health(self, _: PageRequest, response: Response) -> None:
-        # 200 in both states: the process lives. The gate sends no new requests to one that drains.
+        # 200 in both states, because the process is alive. The gate sends no new requests to a draining one.
         await response.send(b'{"status":"draining"}' if self._traffic.draining else b'{"status":"ok"}', {})
 
     async def _ready(self, _: PageRequest, response: Response) -> None:

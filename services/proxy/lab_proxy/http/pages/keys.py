@@ -63,7 +63,7 @@ class KeyPages:
         fields = await read_json(request) if request.headers.get("content-length", "0") != "0" else {}
         grace = fields.pop("grace_seconds", 0)
         if fields or isinstance(grace, bool) or not isinstance(grace, int | float):
-            raise InvalidRequest("A rotation takes `grace_seconds`, a number, and nothing else.", param="grace_seconds")
+            raise InvalidRequest("The only field is `grace_seconds`, a number.", param="grace_seconds")
         key, secret = await self._store.rotate(key_id, grace)
         log.info("key %s rotated", key.id)
         await response.send(orjson.dumps(key.public_fields() | {"key": secret}), PRIVATE)
@@ -71,8 +71,8 @@ class KeyPages:
 
 def _key_id(request: PageRequest, suffix: str = "") -> str:
     if not request.path.endswith(suffix):
-        raise MethodNotAllowed(f"POST goes to {PATH} or {PATH}/<id>/rotate.", headers={"allow": "GET, PATCH, DELETE"})
+        raise MethodNotAllowed(f"POST to {PATH} or {PATH}/<id>/rotate.", headers={"allow": "GET, PATCH, DELETE"})
     key_id = request.path.removeprefix(PATH + "/").removesuffix(suffix)
     if not re.fullmatch(r"key_[0-9a-f]{1,32}", key_id):
-        raise PathNotFound(f"Keys lie at {PATH}/key_….")
+        raise PathNotFound(f"The path of a key is {PATH}/key_….")
     return key_id

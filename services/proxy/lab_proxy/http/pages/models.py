@@ -30,11 +30,11 @@ class ModelPages:
         }
 
     async def _operate(self, request: PageRequest, response: Response) -> None:
-        """{"model"}: the model service's own answer."""
+        """POST {"model": NAME}; the answer is the model service's."""
         body = await read_json(request)
         unknown = next((name for name in body if name != "model"), None)
         if unknown is not None:
-            raise InvalidRequest(f"`{unknown[:60]}` is not known here: model.", param=unknown[:60])
+            raise InvalidRequest(f"Unknown field `{unknown[:60]}`. The only field is `model`.", param=unknown[:60])
         model = body.get("model")
         if not isinstance(model, str) or not model:
             raise InvalidRequest("`model` must be the name of a model: see /v1/models.", param="model")
@@ -52,10 +52,10 @@ class ModelPages:
             return
         entry = self._allowed(request.identity).get(name)
         if entry is None and not request.identity.allows(name):
-            raise ModelNotAllowed(f"This key is not for the model `{name[:200]}`.", param="model")
+            raise ModelNotAllowed(f"This key may not use the model `{name[:200]}`.", param="model")
         if entry is None:
-            self._routes.resolve(name, self._models.entries)  # raises ModelNotFound, unless an upstream takes the name
-            raise ModelNotFound(f"`{name[:200]}` goes to an upstream, which is not asked for its list.", name)
+            self._routes.resolve(name, self._models.entries)  # raises ModelNotFound, unless a route has the name
+            raise ModelNotFound(f"`{name[:200]}` goes to an upstream whose models are not listed here.", name)
         await response.send(orjson.dumps(entry), {})
 
     def _allowed(self, who: Identity) -> dict[str, dict[str, Any]]:

@@ -23,8 +23,8 @@ class TimingPages:
         found = self._timings.find(request.identity.tenant, id_) if name.endswith(SUFFIX) else None
         if found is None:
             raise PathNotFound(
-                "This proxy process had no such request of yours in the last 5 minutes: its id is in the answer's "
-                "`x-request-id`. Behind several proxies only the one that answered knows it."
+                "This proxy process answered no request of yours with this id in the last 5 minutes. The id is in the "
+                "answer's `x-request-id`. If there are several proxies, only the one that answered knows it."
             )
         await response.send(orjson.dumps({"id": id_, **found}), PRIVATE)
 

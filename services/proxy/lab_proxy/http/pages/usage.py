@@ -47,7 +47,7 @@ class UsagePages:
         first, last = _range(filters)
         form = filters.get("format", "json")
         if form not in {"json", "csv"}:
-            raise InvalidRequest("`format` is json or csv.", param="format")
+            raise InvalidRequest("`format` must be json or csv.", param="format")
         chosen = {name: filters.get(name) for name in ("key_id", "owner", "model")}
         rows = await self._ledger.usage(first, last, **chosen)
         if form == "csv":
@@ -63,14 +63,14 @@ def _range(filters: Mapping[str, str]) -> tuple[date, date]:
         try:
             days[name] = date.fromisoformat(filters[name]) if name in filters else None
         except ValueError:
-            raise InvalidRequest(f"`{name}` is a day, as 2026-11-23.", param=name) from None
+            raise InvalidRequest(f"`{name}` must be a day such as 2026-11-23.", param=name) from None
     last = days["to"] or datetime.now(UTC).date()
     try:
         first = days["from"] or last - timedelta(days=DEFAULT_DAYS - 1)
     except OverflowError:
-        raise InvalidRequest(f"`to` is too early: there are {DEFAULT_DAYS} days before it.", param="to") from None
+        raise InvalidRequest(f"`to` is too early: `from` defaults to {DEFAULT_DAYS} days before.", param="to") from None
     if not timedelta(0) <= last - first < timedelta(days=MAX_DAYS):
-        raise InvalidRequest(f"`from` to `to` are 1 to {MAX_DAYS} days.", param="from")
+        raise InvalidRequest(f"`from` to `to` must span 1 to {MAX_DAYS} days.", param="from")
     return first, last
 
 
