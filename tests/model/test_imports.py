@@ -17,6 +17,7 @@ ROUTING = (
     "api.http.record",
     "api.http.service",
     "api.http.usage",
+    "api.openapi",
     "models.catalogue",
     "models.fetching",
     "models.kinds",
@@ -51,8 +52,9 @@ def test_every_loader_and_path_exists() -> None:
     from importlib import import_module
 
     from lab_model.api.app import HANDLERS
+    from lab_model.api.wire.endpoints import REQUESTS
     from lab_model.models.kinds import KINDS, PATHS
 
-    assert set(PATHS) == set(HANDLERS)
+    assert set(PATHS) == set(HANDLERS) == set(REQUESTS)
     for spec in KINDS.values():
         assert callable(import_module(f"lab_model.models.{spec.loader}").load)

@@ -54,7 +54,17 @@ MODES = {
     "counting": "like slow, with the usage so far in every chunk",
 }
 
-PAGES = {"/health", "/calls", "/control", "/reset", "/ready", "/v1/models", "/models/load", "/models/add"}
+PAGES = {
+    "/health",
+    "/calls",
+    "/control",
+    "/reset",
+    "/ready",
+    "/v1/models",
+    "/models/load",
+    "/models/add",
+    "/openapi.json",
+}
 LOCAL = {"smollm2-135m-instruct": "chat", "all-minilm-l6-v2": "embedding"}
 
 Message = dict[str, Any]
@@ -75,6 +85,7 @@ class Mock:
         self.delay = 0.0
         self.state = "ready"
         self.others: dict[str, dict[str, Any]] = {}  # further models of the model service: id -> state and card
+        self.openapi: dict[str, Any] = {}  # the model service's document
         self.operated: list[list[Any]] = []  # what an operator asked for: path and body
         self.loading: list[str] = []  # ids of the model service that are not served yet
         self.script: list[int | str | dict[str, Any]] = []
@@ -214,6 +225,8 @@ class Mock:
             models += [{"id": name, "kind": "chat", **card} for name, card in self.others.items()]
             said = {"status": self.state, "device": "cpu", "models": models, "versions": {"lab_model": "mock"}}
             return await whole(send, said, status=200 if self.state == "ready" else 503)
+        elif path == "/openapi.json":
+            return await whole(send, self.openapi)
         elif path.startswith("/models/"):
             self.operated.append([path, orjson.loads(raw)])
             return await whole(send, {"id": orjson.loads(raw)["model"], "state": "loading"}, status=202)

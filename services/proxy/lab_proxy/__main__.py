@@ -21,6 +21,7 @@ from .http.pages.files import FilePages, files_disabled
 from .http.pages.health import HealthPages
 from .http.pages.keys import KeyPages
 from .http.pages.models import ModelPages
+from .http.pages.openapi import OpenApiPages
 from .http.pages.timing import TimingPages
 from .http.pages.usage import UsagePages
 from .http.response import Page, Pages
@@ -181,6 +182,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         **CachePages(executor.planner, cache, keys, limits).pages(),
         **(stored if settings.files_enabled else dict.fromkeys(stored, files_disabled)),
     }
+    pages |= OpenApiPages(models, pages).pages()
     # Stopped in reverse order: the ledger after all that record charges.
     parts: list[Part] = [traces] if traces else []
     parts += [upstreams, client, cache, models, keys, ledger, limits, reloader, reconciliation, flights, batches]

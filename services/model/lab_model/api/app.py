@@ -18,8 +18,10 @@ from .completions import completions
 from .embeddings import EncoderClient, embeddings
 from .generator import EngineClient
 from .http.service import Endpoint, HttpService, read_json
+from .wire.endpoints import REQUESTS
+from .wire.requests import parse
 
-# (the model, the request, its JSON body) -> the response; the model is the client that this path's kinds have.
+# (the model, the request, its body by REQUESTS) -> the response; the model is the client that this path's kinds have.
 Handler = Callable[[Any, HttpRequest, Any], Awaitable[Response]]
 
 HANDLERS: Mapping[str, Handler] = {
@@ -45,11 +47,13 @@ HANDLERS: Mapping[str, Handler] = {
 def create_app(
     model: EngineClient | EncoderClient, paths: Iterable[str], *, max_body_bytes: int, hosts: Collection[str] = ()
 ) -> ASGIApp:
-    def endpoint(handler: Handler) -> Endpoint:
+    def endpoint(path: str) -> Endpoint:
+        handler, shape = HANDLERS[path], REQUESTS[path]
+
         async def respond(http: HttpRequest) -> Response:
-            return await handler(model, http, await read_json(http, max_body_bytes))
+            return await handler(model, http, parse(shape, await read_json(http, max_body_bytes)))
 
         return respond
 
-    posts = {path: endpoint(HANDLERS[path]) for path in paths}
+    posts = {path: endpoint(path) for path in paths}
     return HttpService(posts, name=model.name, revision=model.revision, hosts=hosts)

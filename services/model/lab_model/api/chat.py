@@ -18,15 +18,13 @@ from .completions import generate
 from .generator import EngineClient
 from .inputs import LONG_TEXT, check_model, tokenize
 from .wire.chat import ChatRequest
-from .wire.requests import parse
 
 
-async def chat_completions(model: EngineClient, http: HttpRequest, body: Any) -> Response:
+async def chat_completions(model: EngineClient, http: HttpRequest, request: ChatRequest) -> Response:
     if model.kind != "chat":
         raise BadRequestError(
             f"{model.name} is a base model without a chat template; use /v1/completions.", param="model"
         )
-    request = parse(ChatRequest, body)
     check_model(http, request.model, model.name)
     messages = [message.plain() for message in request.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in request.callable_tools]

@@ -27,14 +27,13 @@ from .http.service import EventStream, Json, sse, until_disconnect
 from .inputs import check_model, tokenize_all
 from .inspect import score_all
 from .wire.answers import Answer, usage
-from .wire.requests import CompletionRequest, Generation, parse
+from .wire.requests import CompletionRequest, Generation
 
 T = TypeVar("T")
 COMPLETION_TOKENS = 16  # OpenAI's default at /v1/completions
 
 
-async def completions(model: EngineClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(CompletionRequest, body)
+async def completions(model: EngineClient, http: HttpRequest, request: CompletionRequest) -> Response:
     check_model(http, request.model, model.name)
     check_capacity(model, len(request.prompts), "prompt")
     prompts = await tokenize_all(model.text, model.vocab_size, request.prompts, "prompt")

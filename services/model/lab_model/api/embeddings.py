@@ -23,7 +23,7 @@ from .http.record import Record
 from .http.service import Json, until_disconnect
 from .inputs import check_model, tokenize_all
 from .wire.answers import embedding_list
-from .wire.requests import EmbeddingRequest, parse
+from .wire.requests import EmbeddingRequest
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class EncoderClient:
     kind: str = "embedding"
 
 
-async def embeddings(model: EncoderClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(EmbeddingRequest, body)
+async def embeddings(model: EncoderClient, http: HttpRequest, request: EmbeddingRequest) -> Response:
     embedder: Any = model.queue.encoder
     check_model(http, request.model, model.name)
     if request.dimensions not in (None, embedder.dimensions):

@@ -31,15 +31,13 @@ from .wire.inspect import (
     LensRequest,
     MemoryRequest,
 )
-from .wire.requests import parse
 
 log = logging.getLogger(__name__)
 Object = dict[str, Any]
 LOAD_SECONDS = 180  # the first call loads the copy
 
 
-async def logit_lens(model: EngineClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(LensRequest, body)
+async def logit_lens(model: EngineClient, http: HttpRequest, request: LensRequest) -> Response:
     ids = await _ids(model, http, request)
     layers = await _ask(http, "logit_lens", ids=ids, top=request.top or 3)
     shown = [
@@ -49,17 +47,15 @@ async def logit_lens(model: EngineClient, http: HttpRequest, body: Any) -> Respo
     return Json(_frame(model, ids) | {"layers": shown})
 
 
-async def attention(model: EngineClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(AttentionRequest, body)
+async def attention(model: EngineClient, http: HttpRequest, request: AttentionRequest) -> Response:
     ids = await _ids(model, http, request)
     layer = request.layer or 0
     count, heads = await _ask(http, "attention", ids=ids, layer=layer)
     return Json(_frame(model, ids) | {"layer": layer, "layers": count, "heads": heads})
 
 
-async def memory(model: EngineClient, http: HttpRequest, body: Any) -> Response:
+async def memory(model: EngineClient, http: HttpRequest, request: MemoryRequest) -> Response:
     """What the model takes, by formula and as measured in this process."""
-    request = parse(MemoryRequest, body)
     check_model(http, request.model or model.name, model.name)
     found = model.engine.memory()
     tokens = request.tokens or found.kv_tokens
@@ -88,9 +84,8 @@ async def memory(model: EngineClient, http: HttpRequest, body: Any) -> Response:
     return Json({"model": model.name, **parts, "usage": usage(0, 0, 0)})
 
 
-async def device(model: EngineClient, http: HttpRequest, body: Any) -> Response:
+async def device(model: EngineClient, http: HttpRequest, request: DeviceRequest) -> Response:
     """The lecture's check of the GPU, in the model's process, and measured speeds."""
-    request = parse(DeviceRequest, body)
     check_model(http, request.model or model.name, model.name)
     found = check_device()
     used = torch.device("cuda" if found["cuda_available"] else "cpu")

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..engine.request import Request, StepOutput
-from ..engine.sampling_params import Logprob
+from ..engine.sampling_params import Logprob, SamplingParams
 from ..engine.scoring import Candidate, NextToken, ScoringRequest, TokenScore, next_token, score_tokens
 from ..errors import BadRequestError, ServerError
 from ..text.choice import Piece
@@ -33,12 +33,12 @@ from .wire.inspect import (
     DEFAULT_STEPS,
     DetokenizeRequest,
     NextTokenRequest,
+    Sampled,
     ScoreRequest,
     SourceRequest,
     StepsRequest,
     TokenizeRequest,
 )
-from .wire.requests import parse
 
 Object = dict[str, Any]
 DEFAULT_ALTERNATIVES = 5
@@ -51,8 +51,7 @@ class TokenizerClient(Protocol):
     text: ModelTokenizer
 
 
-async def tokenize_text(model: TokenizerClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(TokenizeRequest, body)
+async def tokenize_text(model: TokenizerClient, http: HttpRequest, request: TokenizeRequest) -> Response:
     check_model(http, request.model or model.name, model.name)
     vocabulary = await vocabulary_of(model, request.tokenizer)
     answer: Object = {"model": model.name, "tokenizer": request.tokenizer or model.name}
@@ -68,8 +67,7 @@ async def tokenize_text(model: TokenizerClient, http: HttpRequest, body: Any) ->
     return Json(answer | sizes | {"text": text, "ids": ids, "tokens": [token_of(piece) for piece in pieces]})
 
 
-async def detokenize(model: TokenizerClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(DetokenizeRequest, body)
+async def detokenize(model: TokenizerClient, http: HttpRequest, request: DetokenizeRequest) -> Response:
     check_model(http, request.model or model.name, model.name)
     vocabulary = await vocabulary_of(model, request.tokenizer)
     check_ids(request.ids, vocabulary.vocab_size, "ids")
@@ -85,11 +83,10 @@ async def detokenize(model: TokenizerClient, http: HttpRequest, body: Any) -> Re
     return Json(answer | {"text": text, "complete": complete, "bytes": list(found), "tokens": tokens})
 
 
-async def next_tokens(model: EngineClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(NextTokenRequest, body)
+async def next_tokens(model: EngineClient, http: HttpRequest, request: NextTokenRequest) -> Response:
     check_model(http, request.model or model.name, model.name)
     ids = await source_ids(model, request, request.token_ids)
-    params, count = request.sampling(), request.top or DEFAULT_CANDIDATES
+    params, count = sampling_of(request), request.top or DEFAULT_CANDIDATES
     found: list[NextToken] = []
 
     def receive(_: int, logits: torch.Tensor) -> None:
@@ -109,8 +106,7 @@ async def next_tokens(model: EngineClient, http: HttpRequest, body: Any) -> Resp
     return Json(answer | {"usage": usage(len(ids), 0, cached)})
 
 
-async def score_text(model: EngineClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(ScoreRequest, body)
+async def score_text(model: EngineClient, http: HttpRequest, request: ScoreRequest) -> Response:
     check_model(http, request.model or model.name, model.name)
     if request.token_ids is not None:
         ids = request.token_ids
@@ -148,15 +144,14 @@ async def score_text(model: EngineClient, http: HttpRequest, body: Any) -> Respo
     return Json(answer | {"usage": usage(len(ids), 0, 0)})
 
 
-async def generate_steps(model: EngineClient, http: HttpRequest, body: Any) -> Response:
-    request = parse(StepsRequest, body)
+async def generate_steps(model: EngineClient, http: HttpRequest, request: StepsRequest) -> Response:
     check_model(http, request.model or model.name, model.name)
     ids = await source_ids(model, request, request.token_ids)
     limit = min(request.max_tokens or DEFAULT_STEPS, model.engine.context - len(ids))
     if limit < 1:
         raise too_long(model, len(ids), source_name(request))
     top = DEFAULT_ALTERNATIVES if request.top is None else request.top
-    sampling = request.sampling(logprobs=top, seed=request.seed)
+    sampling = sampling_of(request, logprobs=top, seed=request.seed)
     record: Record = http.scope["record"]
     record.prompt_tokens = len(ids)
     one = Request(ids, limit, model.stop_ids, sampling, deadline=deadline_of(http))
@@ -311,6 +306,16 @@ def check_ids(ids: Sequence[int], vocab: int, param: str) -> None:
             param=param,
             code="invalid_value",
         )
+
+
+def sampling_of(request: Sampled, **more: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=max(request.top_k or 0, 0),
+        min_p=request.min_p or 0.0,
+        **more,
+    )
 
 
 def _joined(tokenizer: ModelTokenizer, ids: Sequence[int]) -> tuple[str, list[TokenPiece]]:

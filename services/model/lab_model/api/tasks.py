@@ -30,7 +30,6 @@ from .http.record import Record
 from .http.service import Json, until_disconnect
 from .inputs import check_model, tokenize_all
 from .inspect import RawOutput
-from .wire.requests import parse
 from .wire.tasks import (
     DEFAULT_NEW_TOKENS,
     MOST_GENERATED,
@@ -64,9 +63,8 @@ ABSTAIN_SCORE = 0.02
 # ---- labels
 
 
-async def sentiment_analysis(model: EncoderClient, http: HttpRequest, body: Any) -> Response:
+async def sentiment_analysis(model: EncoderClient, http: HttpRequest, request: LabelRequest) -> Response:
     """By the classifier, or by the probe over an embedding model's vectors."""
-    request = parse(LabelRequest, body)
     check_model(http, request.model or model.name, model.name)
     if model.kind == "embedding" and model.probe is None:
         raise BadRequestError(
@@ -86,9 +84,8 @@ async def sentiment_analysis(model: EncoderClient, http: HttpRequest, body: Any)
     return Json(task_answer(model.name, method, results, [len(row) for row in rows]))
 
 
-async def zero_shot_classification(model: EncoderClient, http: HttpRequest, body: Any) -> Response:
+async def zero_shot_classification(model: EncoderClient, http: HttpRequest, request: ZeroShotRequest) -> Response:
     """By the cosine of the text's vector and that of a sentence about each label."""
-    request = parse(ZeroShotRequest, body)
     check_model(http, request.model or model.name, model.name)
     labels, parameters = request.parameters.candidate_labels, request.parameters
     template = parameters.hypothesis_template or "This text is about {}."
@@ -130,9 +127,10 @@ def ranked(scores: dict[str, float], top: int | None) -> list[Object]:
 # ---- answers
 
 
-async def question_answering(model: EncoderClient | EngineClient, http: HttpRequest, body: Any) -> Response:
+async def question_answering(
+    model: EncoderClient | EngineClient, http: HttpRequest, request: QuestionRequest
+) -> Response:
     """By the reader, or by the chat model, whose answer a grammar confines to words of the context."""
-    request = parse(QuestionRequest, body)
     check_model(http, request.model or model.name, model.name)
     parameters = request.parameters or AnswerParameters()
     if isinstance(model, EncoderClient):
@@ -238,9 +236,8 @@ def answer_of(answer: str, score: float, start: int, none: float) -> Object:
     return {"answer": answer, "score": score, "start": start, "end": start + len(answer), "abstain_score": none}
 
 
-async def text_generation(model: EngineClient, http: HttpRequest, body: Any) -> Response:
+async def text_generation(model: EngineClient, http: HttpRequest, request: GenerationRequest) -> Response:
     """The text, continued; without a chat template, also by a chat model."""
-    request = parse(GenerationRequest, body)
     check_model(http, request.model or model.name, model.name)
     parameters = request.parameters or GenerationParameters()
     check_capacity(model, len(request.texts), "inputs")

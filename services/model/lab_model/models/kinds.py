@@ -1,7 +1,8 @@
 """The kinds of models: the paths that each answers, the module that loads it, its default context.
 
 Knows names alone, and imports no torch: processes that only route read this table. A new kind is a row here and a
-module in this room; a new path is an entry here and its function in api/app.
+module in this room; a new path is an entry here, its function in api/app and its shape in
+api/wire/endpoints.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from ..api.http import usage
 from ..api.http.deadline import deadline_of
 from ..api.http.logs import start_logging
 from ..api.http.service import Endpoint, EventStream, HttpService, read_json, sse, until_disconnect
+from ..api.openapi import document
 from ..errors import BadRequestError, NotFoundError, UnavailableError, deadline_exceeded
 from ..models.kinds import KINDS, PATHS, Kind, default_model
 from .applications import Applications
@@ -111,6 +112,7 @@ class CatalogueApp(AsgiDeployment):
             "/ready": self.ready,
             "/metrics": self.metrics,
             "/v1/models": self.models,
+            "/openapi.json": self.openapi,
             "/tally": self.usage_of,
         }
         for id_, kind in ids.items():
@@ -154,6 +156,9 @@ class CatalogueApp(AsgiDeployment):
 
     async def model(self, http: HttpRequest) -> Response:
         return _json(self._listed(self._lifecycle.report()[http.url.path.rpartition("/")[2]]))
+
+    async def openapi(self, _: HttpRequest) -> Response:
+        return _json(await asyncio.to_thread(document, __version__))
 
     # ---- for the operator: reachable inside the lab alone; the proxy asks for the admin key
 

@@ -65,8 +65,8 @@ class App:
         """`parts` are started in this order, and stopped in the reverse order."""
         self._settings, self._executor, self._keys = settings, executor, keys
         self._traffic, self._observer, self._parts = traffic, observer, parts
-        self._pages = {place: page for place, page in pages.items() if not place[1].endswith("/")}
-        self._prefixes = {place: page for place, page in pages.items() if place[1].endswith("/")}
+        self._pages = {place: page for place, page in pages.items() if "{" not in place[1]}
+        self._prefixes = {(verb, path.partition("{")[0]): page for (verb, path), page in pages.items() if "{" in path}
         self._guard, self._bodies = CallerGuard(settings), BodyReader(settings)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

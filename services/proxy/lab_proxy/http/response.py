@@ -100,7 +100,7 @@ class PageRequest:
 
 
 Page = Callable[[PageRequest, Response], Awaitable[None]]
-Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path that ends with `/` includes all paths below it
+Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path with `{id}` gets all paths that begin like it
 
 
 class DisconnectWatch:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..errors import ProxyError, UpstreamDown
@@ -17,6 +18,7 @@ ROUTING = ("kind", "revision", "context", "state")  # fields of an entry on whic
 LIST_SECONDS = 1.0  # timeout for the list of models; the next one is for a remote server
 ELSEWHERE_LIST_SECONDS, ELSEWHERE_POLL_SECONDS, ELSEWHERE_RETRY_SECONDS = 10.0, 60.0, 5.0
 MAX_REFRESHES = 3  # between two polls, because callers may invent any number of names
+OPENAPI_SECONDS = 5.0  # timeout for its OpenAPI document
 OPERATE_SECONDS = 10.0  # timeout for the model service's answer to an operator
 
 
@@ -30,6 +32,7 @@ class ModelList:
         self.entries: dict[str, dict[str, Any]] = {}  # replaced as a whole, so that its identity is its version
         self._known_since: dict[str, float] = {}  # model -> time.time() at which its current revision was first seen
         self._refreshes = 0  # since the last poll
+        self._described: dict[str, Any] | None = None  # the service's OpenAPI document, since the last poll
         self._reported: list[dict[str, Any]] = []  # models by the last refresh, those that are still loading too
         self.generation = 0  # grows when the entries change: cached plans become invalid
 
@@ -97,6 +100,16 @@ class ModelList:
         await self._read()
         return answer
 
+    async def openapi(self) -> dict[str, Any]:
+        """The model service's OpenAPI document, read once between two polls; empty where it has none to give."""
+        if self._described is None:
+            found: Any = None
+            with suppress(ProxyError):
+                if self._upstreams.model_config.native:
+                    _, found = await self._upstreams.ask_model("/openapi.json", OPENAPI_SECONDS)
+            self._described = found if isinstance(found, dict) and isinstance(found.get("paths"), dict) else {}
+        return self._described
+
     @property
     def _elsewhere(self) -> bool:
         """Whether the models are those of a remote server, which should not be polled every second."""
@@ -113,7 +126,7 @@ class ModelList:
                 await asyncio.sleep(ELSEWHERE_POLL_SECONDS if self.entries else ELSEWHERE_RETRY_SECONDS)
             else:
                 await asyncio.sleep(self._interval if self.entries else min(0.3, self._interval))
-            self._refreshes = 0
+            self._refreshes, self._described = 0, None
             await self._read()
 
     async def _read(self) -> None:

@@ -6,11 +6,10 @@ Knows shapes. Knows nothing of HTTP servers, tokenizers or models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from ...engine.sampling_params import SamplingParams
 from ...errors import BadRequestError
 from .chat import Message
 from .requests import MOST_INPUTS, MOST_LOGPROBS, Checked, Text, TokenIds, Whole
@@ -72,15 +71,6 @@ class Sampled(SourceRequest):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-
-    def sampling(self, **more: Any) -> SamplingParams:
-        return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(self.top_k or 0, 0),
-            min_p=self.min_p or 0.0,
-            **more,
-        )
 
 
 class NextTokenRequest(Sampled):

@@ -28,8 +28,8 @@ class BatchPages:
         return {
             ("POST", PATH): self._create,
             ("GET", PATH): self._list,
-            ("GET", PATH + "/"): self._get,
-            ("POST", PATH + "/"): self._cancel,
+            ("GET", PATH + "/{id}"): self._get,
+            ("POST", PATH + "/{id}/cancel"): self._cancel,
         }
 
     async def _create(self, request: PageRequest, response: Response) -> None:

@@ -28,8 +28,9 @@ class FilePages:
         return {
             ("POST", PATH): self._create,
             ("GET", PATH): self._list,
-            ("GET", PATH + "/"): self._get,
-            ("DELETE", PATH + "/"): self._delete,
+            ("GET", PATH + "/{id}"): self._get,
+            ("GET", PATH + "/{id}/content"): self._get,
+            ("DELETE", PATH + "/{id}"): self._delete,
         }
 
     async def _create(self, request: PageRequest, response: Response) -> None:

@@ -25,10 +25,10 @@ class KeyPages:
         return {
             ("GET", PATH): self._list,
             ("POST", PATH): self._create,
-            ("GET", PATH + "/"): self._get,
-            ("PATCH", PATH + "/"): self._change,
-            ("DELETE", PATH + "/"): self._revoke,
-            ("POST", PATH + "/"): self._rotate,
+            ("GET", PATH + "/{id}"): self._get,
+            ("PATCH", PATH + "/{id}"): self._change,
+            ("DELETE", PATH + "/{id}"): self._revoke,
+            ("POST", PATH + "/{id}/rotate"): self._rotate,
         }
 
     async def _create(self, request: PageRequest, response: Response) -> None:

@@ -25,7 +25,7 @@ class ModelPages:
     def pages(self) -> Pages:
         return {
             ("GET", "/v1/models"): self._list,
-            ("GET", PREFIX): self._get,
+            ("GET", PREFIX + "{id}"): self._get,
             **{("POST", f"{OPERATE_MODELS}{action}"): self._operate for action in ACTIONS},
         }
 

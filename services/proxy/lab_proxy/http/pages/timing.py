@@ -15,7 +15,7 @@ class TimingPages:
         self._timings, self._prices = timings, prices
 
     def pages(self) -> Pages:
-        return {("GET", PREFIX): self._timing, ("GET", "/v1/prices"): self._list}
+        return {("GET", PREFIX + "{id}" + SUFFIX): self._timing, ("GET", "/v1/prices"): self._list}
 
     async def _timing(self, request: PageRequest, response: Response) -> None:
         name = request.path.removeprefix(PREFIX)
