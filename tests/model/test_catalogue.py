@@ -279,7 +279,7 @@ async def made(
     monkeypatch.setattr(lifecycle, "IDLE_SECONDS", 0.02)
     sizes = {"one": EACH, "two": EACH, "three": EACH, "huge": 9 * EACH}
     monkeypatch.setattr(lifecycle, "size_of", lambda entry, _: Size(1, 1, sizes[entry.id] - PROCESS_BYTES))
-    monkeypatch.setattr(Lifecycle, "_memory_budget", lambda _: 2 * EACH + EACH // 2)
+    monkeypatch.setattr(lifecycle, "memory_budget", lambda *_: 2 * EACH + EACH // 2)
     rows = [{"id": id_, "kind": "chat", "source": f"file:{folder}", "load": "demand"} for id_ in sizes]
     rows[0]["load"] = "start"
     path = tmp_path / "models.yaml"

@@ -20,6 +20,7 @@ ROUTING = (
     "api.openapi",
     "models.catalogue",
     "models.fetching",
+    "models.hub",
     "models.kinds",
     "models.progress",
     "models.sizes",

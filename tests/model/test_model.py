@@ -45,8 +45,8 @@ from lab_model.host import cores, memory_left
 from lab_model.models.catalogue import Entry, load_catalogue
 from lab_model.models.kinds import KINDS
 from lab_model.models.sources import resolve_source, revision
+from lab_model.serving.budget import gpu_share
 from lab_model.serving.launcher import relay_log
-from lab_model.serving.lifecycle import gpu_share
 from lab_model.text.choice import Piece
 from lab_model.text.decoding import IncrementalDetokenizer
 from lab_model.text.tokenizer import ModelTokenizer

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from ..engine.watchdog import Watchdog
+
 log = logging.getLogger(__name__)
 
 # Tokens of one forward, padding included: bounds the memory of activations, and the time until a cancelled request ends
@@ -82,7 +84,7 @@ class EncoderQueue:
     def __init__(self, encoder: Encoder, max_queued: int, *, step_timeout: float = 300) -> None:
         """step_timeout: seconds after which a forward counts as hanging: all requests fail, and the queue is dead."""
         self.encoder = encoder
-        self._max_queued, self._step_timeout = max_queued, step_timeout
+        self._max_queued = max_queued
         self._jobs: deque[EncoderJob] = deque()
         self._begun: list[EncoderJob] = []  # with inputs left after the last forward
         self._changed = threading.Condition()
@@ -90,14 +92,13 @@ class EncoderQueue:
         self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
         self._requests = 0  # running and waiting
         self._seconds = 0.1  # moving average from submission to result
-        self._forward_began: float | None = None  # None between forwards
         self._forwarding: list[EncoderJob] = []  # jobs of the running forward
-        self._hangs = False
+        self._watchdog = Watchdog("encoder", step_timeout, self._changed, self._fail_all)
 
     @property
     def alive(self) -> bool:
         """False once a forward has hung: its thread cannot be ended, but the process can be replaced."""
-        return not self._hangs
+        return not self._watchdog.hangs
 
     @contextlib.contextmanager
     def submit(self, rows: Sequence[Sequence[int]]) -> Iterator[EncoderJob]:
@@ -107,13 +108,13 @@ class EncoderQueue:
             raise EncoderBusyError(self._seconds)
         job, started = EncoderJob(rows), time.monotonic()
         with self._changed:
-            if self._hangs:
+            if self._watchdog.hangs:
                 raise EncoderHangsError("its computation hangs; the model starts again by itself")
             self._jobs.append(job)
             self._changed.notify()
             if self._thread.ident is None:
                 self._thread.start()
-                threading.Thread(target=self._watch, name="encoder watchdog", daemon=True).start()
+                self._watchdog.start()
         self._requests += 1
         try:
             yield job
@@ -129,9 +130,10 @@ class EncoderQueue:
                 self._changed.wait_for(lambda: self._jobs or self._begun)
                 batch = self._take()
                 jobs = list(dict.fromkeys(job for job, _ in batch))
-                self._forwarding, self._forward_began = jobs, time.monotonic() if batch else None
+                self._forwarding = jobs
             if not batch:
                 continue
+            self._watchdog.begin()
             failure: Exception | None = None
             try:
                 found = self.encoder.forward([job.rows[place] for job, place in batch])
@@ -139,8 +141,9 @@ class EncoderQueue:
                 log.exception("an encoder's forward failed; its requests end with an error")
                 failure = error
             with self._changed:
-                self._forwarding, self._forward_began = [], None
-                if self._hangs:
+                self._forwarding = []
+                self._watchdog.end()
+                if self._watchdog.hangs:
                     return  # their callers have the error
             if failure is not None:
                 self._begun = [job for job in self._begun if job not in jobs]
@@ -153,20 +156,10 @@ class EncoderQueue:
                 if not job.left and all(each is not None for each in job.found):
                     job.end()
 
-    def _watch(self) -> None:
-        """Fail all requests when a forward hangs, as the engine's scheduler does."""
-        while True:
-            time.sleep(self._step_timeout / 4)
-            with self._changed:
-                began = self._forward_began
-                if began is None or time.monotonic() - began < self._step_timeout:
-                    continue
-                self._hangs = True
-                failed = dict.fromkeys([*self._forwarding, *self._begun, *self._jobs])
-            log.error("a forward has not ended within %g s; all requests end with an error", self._step_timeout)
-            for job in failed:
-                job.end(EncoderHangsError(f"a forward did not end within {self._step_timeout:g} s"))
-            return
+    def _fail_all(self, why: str) -> None:
+        """A forward hangs: all requests fail. Called with the lock held."""
+        for job in dict.fromkeys([*self._forwarding, *self._begun, *self._jobs]):
+            job.end(EncoderHangsError(why))
 
     def _take(self) -> list[tuple[EncoderJob, int]]:
         """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind

@@ -34,6 +34,7 @@ from .request import (
 from .runner import Runner, Span
 from .sampler import SampleError, sample
 from .scoring import ScoringQueue, ScoringRequest
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,7 @@ class Scheduler:
         self._scoring = ScoringQueue(runner, self._pages, self._zero_pages, self._changed)
         self._closing = False
         self._faults_in_a_row = 0
-        self._step_timeout = step_timeout
-        self._step_began: float | None = None  # None between steps
-        self._hangs = False
-        self._ended = threading.Event()
+        self._watchdog = Watchdog("engine", step_timeout, self._changed, self._fail_all)
         self._finished_at: deque[float] = deque(maxlen=32)
         self._step_seconds = 0.1
         self._prefill_pace = 1000.0  # tokens a second
@@ -98,11 +96,11 @@ class Scheduler:
 
     def start(self) -> None:
         self._thread.start()
-        threading.Thread(target=self._watch, name="engine watchdog", daemon=True).start()
+        self._watchdog.start()
 
     def close(self, timeout: float = 10) -> None:
         """Stop after the current step; waiting and running requests get EngineClosedError."""
-        self._ended.set()
+        self._watchdog.stop()
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -121,7 +119,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        stopped = self._closing or self._hangs or not self._thread.is_alive()
+        stopped = self._closing or self._watchdog.hangs or not self._thread.is_alive()
         return not stopped and self._faults_in_a_row < MOST_FAULTS
 
     def submit(self, *requests: Request) -> None:
@@ -140,7 +138,7 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise EngineClosedError("the model is shutting down")
-            if self._hangs:
+            if self._watchdog.hangs:
                 raise EngineClosedError("its computation hangs; the model starts again by itself")
             answers = [request for request in requests if not isinstance(request, ScoringRequest)]
             scored = [request for request in requests if isinstance(request, ScoringRequest)]
@@ -205,7 +203,8 @@ class Scheduler:
                     if self._closing:
                         break
                     self._admit()
-                started = self._step_began = time.monotonic()
+                started = time.monotonic()
+                self._watchdog.begin()
                 try:
                     if self._running:
                         self._step(outputs)
@@ -217,8 +216,8 @@ class Scheduler:
                     outputs += self._fail_running(EngineFaultError(f"the model failed: {type(error).__name__}"))
                 outputs += self._scoring.step(beside=bool(self._running))
                 self._step_seconds += 0.1 * (time.monotonic() - started - self._step_seconds)
-                self._step_began = None
-                if self._hangs:
+                self._watchdog.end()
+                if self._watchdog.hangs:
                     return  # their callers have the error
                 self._emit(outputs)
         closed = EngineClosedError("the model is shutting down")
@@ -227,23 +226,11 @@ class Scheduler:
             scored = self._scoring.close(closed)
         self._emit(self._fail_running(closed) + [StepOutput(request, [], error=closed) for request in waiting] + scored)
 
-    def _watch(self) -> None:
-        """Fail all requests when a step hangs: a thread cannot be ended, but its callers need not wait for it, and a
-        dead engine's process is replaced."""
-        while not self._ended.wait(self._step_timeout / 4):
-            began = self._step_began
-            if began is None or time.monotonic() - began < self._step_timeout:
-                continue
-            log.error("a step has not ended within %g s; all requests end with an error", self._step_timeout)
-            error = EngineFaultError(f"a step did not end within {self._step_timeout:g} s")
-            with self._changed:
-                if self._step_began != began:
-                    continue
-                self._hangs = True
-                failed = [*self._running, *self._waiting]
-                scored = self._scoring.close(error)
-            self._emit([StepOutput(request, [], error=error) for request in failed] + scored)
-            return
+    def _fail_all(self, why: str) -> None:
+        """A step hangs: its requests and all that wait fail. Called with the lock held."""
+        error = EngineFaultError(why)
+        failed = [StepOutput(request, [], error=error) for request in (*self._running, *self._waiting)]
+        self._emit(failed + self._scoring.close(error))
 
     def _emit(self, outputs: list[StepOutput]) -> None:
         try:

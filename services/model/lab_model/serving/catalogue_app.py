@@ -145,7 +145,7 @@ class CatalogueApp(AsgiDeployment):
             status = "degraded" if failed or lifecycle.trouble else "ready"
         devices = sorted({model["device"] for model in models if "device" in model and model["state"] == "ready"})
         body = {"status": status, "device": ", ".join(devices) or None, "models": models, "versions": self._versions}
-        body |= {"adding": lifecycle.fetch_report()} if lifecycle.fetching else {}
+        body |= {"adding": lifecycle.downloads.report()} if lifecycle.downloads.adding else {}
         body |= {"detail": lifecycle.trouble} if lifecycle.trouble else {}
         return _json(body, 200 if status in ("ready", "degraded") else 503)
 
@@ -181,7 +181,7 @@ class CatalogueApp(AsgiDeployment):
             raise BadRequestError("'model' is a short name, or <owner>/<name> of a hub.", param="model")
         # Over HTTP owner/name is always a hub's, whatever lies in the working directory.
         self._lifecycle.add(f"hub:{name}" if "/" in name and not name.startswith("hub:") else name)
-        return _json(self._lifecycle.fetch_report(), 202)
+        return _json(self._lifecycle.downloads.report(), 202)
 
     async def _named(self, http: HttpRequest) -> str:
         name = _string(await read_json(http, self._limit), "model")

@@ -1,0 +1,91 @@
+"""Fetches models in processes of their own, by `lab_model.cli`, and tells how far they are.
+
+Knows processes and progress files. Knows nothing of hubs or packages. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..models.progress import Step, read_progress
+from .states import progress_file
+
+log = logging.getLogger(__name__)
+
+
+class Downloads:
+    """folder: of the progress files. offline: the user has forbidden downloads. settings: variables of `lab_model.cli`,
+    without those that are None."""
+
+    def __init__(self, folder: Path, *, offline: bool, settings: Mapping[str, Path | None]) -> None:
+        self._folder = folder
+        self._environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        self._environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+        self._environment |= {name: str(value) for name, value in settings.items() if value}
+        self.running: set[str] = set()  # models whose files are being fetched in order to be loaded
+        self.adding: dict[str, Any] | None = None  # the model that is being added, or was last
+
+    async def fetch(self, id_: str) -> str:
+        """The files of a model of the catalogue. Why they could not be fetched; empty: they are there."""
+        self.running.add(id_)
+        try:
+            return await self._run("fetch", id_, progress_file(self._folder, id_))
+        finally:
+            self.running.discard(id_)
+
+    @property
+    def busy(self) -> str | None:
+        """The name of the model that is being added."""
+        return self.adding["name"] if self.adding and self.adding["state"] == "loading" else None
+
+    def begin(self, name: str) -> None:
+        """From now on `busy`, until `add` has ended."""
+        self.adding = {"name": name, "state": "loading", "since": time.monotonic()}
+
+    async def add(self, name: str) -> None:
+        """Fetch a model and add it to the catalogue."""
+        why = await self._run("add", name, self._added)
+        self.adding = {"name": name, "state": "failed" if why else "ready", "detail": why}
+        log.info("%s %s", name, f"cannot be added: {why}" if why else "is added")
+
+    def report(self) -> dict[str, Any] | None:
+        """The model that is being added: name, state, and how far it is or why it failed."""
+        if self.adding is None:
+            return None
+        found = {name: value for name, value in self.adding.items() if name != "since"}
+        if found["state"] == "loading":
+            step = read_progress(self._added) or Step("begins")
+            found["progress"] = step._asdict() | {"seconds": round(time.monotonic() - self.adding["since"], 1)}
+        return found
+
+    @property
+    def _added(self) -> Path:
+        return progress_file(self._folder, "added")
+
+    async def _run(self, command: str, name: str, file: Path) -> str:
+        """Its complaint; empty: none."""
+        await asyncio.to_thread(file.unlink, missing_ok=True)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "lab_model.cli", command, name, "--progress-file", str(file),
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                env=self._environment,
+            )  # fmt: skip
+        except OSError as error:
+            return f"the download cannot be started: {error.strerror}"
+        try:
+            _, err = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+        if not process.returncode:
+            return ""
+        lines = err.decode(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("model: ") if lines else f"exit code {process.returncode}"
