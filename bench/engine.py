@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
-from bench import model_reactions
+from bench import beside, model_reactions
 from bench.processes import Server, command, cpu_seconds, free_port, server
 from bench.report import ROOT, BenchError, Row, machine, page, save, say
 from bench.streams import Round
@@ -614,6 +614,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "http": http,
     "idle": idle,
     **model_reactions.SECTIONS,
+    **beside.SECTIONS,
 }
 
 
