@@ -89,7 +89,7 @@ class Budget:
 
     def predicted(self, model: Model) -> int | None:
         """Bytes of memory of one replica; None where its size is not known."""
-        return model.size and model.size.memory(self._tokens(model.size, model.granted or None))
+        return model.size.memory(self._tokens(model.size, model.granted or None)) if model.size else None
 
     def kv_tokens(self, model: Model, size: Size) -> int:
         """Tokens of a model's KV cache: MODEL_KV_TOKENS, or as many as fit into what it was granted."""
