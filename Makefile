@@ -124,3 +124,6 @@ endif
 ifneq ($(wildcard secrets/proxy_admin_key),)
 up: export PROXY_ADMIN_KEY_FILE ?= ./secrets/proxy_admin_key
 endif
+ifneq ($(wildcard secrets/load_admin_key),)
+up: export LOAD_ADMIN_KEY_FILE ?= ./secrets/load_admin_key
+endif

@@ -22,8 +22,10 @@ from urllib.parse import urlsplit
 
 from lab.terminal import Exit, LabError
 
-# File in secrets/ -> variable of the proxy that gets it, if the file exists. `make up` does the same.
-KEY_FILES = {"proxy_admin_key": "PROXY_ADMIN_KEY", "openai_api_key": "PROXY_OPENAI_API_KEY"}
+# File in secrets/ -> variable of the service that gets it, if the file exists. `make up` does the same.
+KEY_FILES = {
+    "proxy_admin_key": "PROXY_ADMIN_KEY", "openai_api_key": "PROXY_OPENAI_API_KEY", "load_admin_key": "LOAD_ADMIN_KEY",
+}  # fmt: skip
 REMOTE_SECONDS = 60.0  # start timeout if no model is loaded
 REMOTE_ROUTES = Path(__file__).with_name("remote.yaml")
 REDIS_MEMORY = "256mb"  # an answer takes a few kB; beyond this redis evicts the least recently used answers

@@ -86,6 +86,11 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, description="Key for the API that starts runs. Default: none; then only callers on loopback are answered."
     )
+    admin_key_file: Path | None = Field(None, description="File with that key. An empty file is no key.")
+    allow_anonymous: bool = Field(
+        False,
+        description="Allows the API to listen beyond loopback without a key.",
+    )
     api_port: int = Field(8090, ge=1, le=65535, description="Port of the API that starts runs.")
     port: int = Field(8089, ge=1, le=65535, description="Port of the web page.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -120,6 +125,19 @@ class Settings(BaseSettings):
             raise ValueError(f"LOAD_SECONDS={self.seconds} is more than LOAD_MAX_SECONDS={self.max_seconds}")
         if self.requests * self.prompt_words > MAX_WORDS:
             raise ValueError(f"LOAD_REQUESTS x LOAD_PROMPT_WORDS is more than {MAX_WORDS:,} words, too many for memory")
+        return self
+
+    @model_validator(mode="after")
+    def _key_of_the_file(self) -> Settings:
+        if self.admin_key_file is None:
+            return self
+        if self.admin_key is not None:
+            raise ValueError("LOAD_ADMIN_KEY and LOAD_ADMIN_KEY_FILE are both set: keep one")
+        try:
+            key = self.admin_key_file.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"LOAD_ADMIN_KEY_FILE cannot be read: {error}") from None
+        self.admin_key, self.admin_key_file = (SecretStr(key) if key else None), None
         return self
 
     @property

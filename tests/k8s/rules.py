@@ -277,10 +277,11 @@ def _scaler(name: str, scaler: Manifest, manifests: Manifests, ports: dict[str, 
 
 def variables(manifests: Manifests) -> Iterator[str]:
     """Each variable of ours is a field of its Settings, with a value that they take, compose.yaml's if it has one."""
-    # Where Kubernetes differs: the keys, not loopback, guard the port; Secrets are variables or another path.
+    # Where Kubernetes differs: the keys, not loopback, guard the port; Secrets are variables or another path;
+    # components/load is Locust's page, without the API that starts load tests.
     other = {"PROXY_ALLOW_ANONYMOUS", "PROXY_REDIS_URL", "PROXY_ADMIN_KEY_FILE", "PROXY_OPENAI_API_KEY_FILE",
              "PROXY_ROUTES_FILE", "PROXY_PRICES_FILE", "MODEL_CATALOGUE_FILE", "UI_PUBLIC_PROXY_URL",
-             "MODEL_DEVICE"}  # fmt: skip
+             "MODEL_DEVICE", "UI_LOAD_URL", "LOAD_ALLOW_ANONYMOUS", "LOAD_ADMIN_KEY_FILE"}  # fmt: skip
     for pod in pods(manifests):
         if pod.service not in SETTINGS or pod.name.startswith(("ray-", "Job/")):
             continue

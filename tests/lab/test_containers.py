@@ -41,6 +41,7 @@ NOT_GIVEN = {
     "model": {"MODEL_HOST", "MODEL_PORT"},
     "load": {"LOAD_PORT", "LOAD_API_PORT", "LOAD_WEB_HOST", "LOAD_RUNS_DIR", "LOAD_ADMIN_KEY"},
 }
+STARTED = {"ui": 8501, "proxy": 8080, "model": None, "redis": None, "load": 8090}  # by `make up` -> published port
 
 
 class ComposeLoader(yaml.SafeLoader):
@@ -65,6 +66,17 @@ def test_every_setting_can_be_given_to_its_container(service: str) -> None:
     for layer in ROOT.glob("compose.*.yaml"):
         layered = services(layer.name).get(service, {}).get("environment", {})
         assert {name for name in layered if name.startswith(prefix)} <= fields
+
+
+def test_make_up_starts_these_and_publishes_on_loopback() -> None:
+    """Services without a profile. The ui knows the load service by the port that it listens on."""
+    started = {name: service for name, service in services().items() if "profiles" not in service}
+    assert set(started) == set(STARTED)
+    for name, port in STARTED.items():
+        published = [f"127.0.0.1:${{{name.upper()}{'_API' * (name == 'load')}_PORT:-{port}}}:{port}"] if port else []
+        assert started[name].get("ports", []) == published
+    assert started["ui"]["environment"]["UI_LOAD_URL"] == "${UI_LOAD_URL:-http://load:8090}"
+    assert lab_load.settings.Settings.model_fields["api_port"].default == STARTED["load"]
 
 
 def test_behind_the_gate_no_caller_goes_past_it() -> None:

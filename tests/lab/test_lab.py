@@ -504,12 +504,14 @@ def test_addresses_follow_the_ports_unless_set(tmp_path: Path) -> None:
     assert environment({"PROXY_MODEL_URL": "http://elsewhere:1"}, chosen)["PROXY_MODEL_URL"] == "http://elsewhere:1"
 
 
-def test_key_files_reach_the_proxy_unless_a_variable_says_otherwise(tmp_path: Path) -> None:
+def test_key_files_reach_the_services_unless_a_variable_says_otherwise(tmp_path: Path) -> None:
     """Key files in secrets/ are taken where they exist; an empty variable turns one off."""
     (tmp_path / "proxy_admin_key").write_text("x")
+    (tmp_path / "load_admin_key").write_text("x")
     chosen = services({}, tmp_path)
     given = environment({}, chosen, tmp_path)
     assert given["PROXY_ADMIN_KEY_FILE"] == str(tmp_path / "proxy_admin_key")
+    assert given["LOAD_ADMIN_KEY_FILE"] == str(tmp_path / "load_admin_key")
     assert "PROXY_OPENAI_API_KEY_FILE" not in given
     assert environment({"PROXY_ADMIN_KEY_FILE": ""}, chosen, tmp_path)["PROXY_ADMIN_KEY_FILE"] == ""
     assert "PROXY_ADMIN_KEY_FILE" not in environment({"PROXY_ADMIN_KEY": "y"}, chosen, tmp_path)

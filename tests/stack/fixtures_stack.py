@@ -82,7 +82,7 @@ class Stack:
             "LAB_TAG": self.project,
             "PROXY_PORT": str(self.proxy_port),
             "UI_PORT": str(self.ui_port),
-            "LOAD_PORT": str(self.load_port),
+            "LOAD_API_PORT": str(self.load_port),
         }
         # Neither this lab's settings nor the flags of a make that runs the tests.
         ours = (

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 CHAT = "smollm2-135m-instruct"
-SERVICES = ["ui", "proxy", "model", "redis"]
+SERVICES = ["ui", "proxy", "model", "redis", "load"]
 PARIS = {
     "model": CHAT,
     "temperature": 0,
@@ -198,10 +198,10 @@ def test_every_service_is_hardened(stack: Stack, service: str) -> None:
     assert re.search(r"NoNewPrivs:\s+1\n", said)
 
 
-def test_only_ui_and_proxy_are_published_and_on_loopback(stack: Stack) -> None:
+def test_model_and_redis_are_not_published_and_the_others_on_loopback(stack: Stack) -> None:
     ports = {service: published(stack.container(service)) for service in SERVICES}
     assert ports["model"] == ports["redis"] == []
-    for service in ("ui", "proxy"):
+    for service in ("ui", "proxy", "load"):
         assert [one["HostIp"] for one in ports[service]] == ["127.0.0.1"]
 
 
@@ -296,7 +296,6 @@ def test_rays_dashboard_and_jobs_cannot_be_reached(stack: Stack) -> None:
 
 
 def test_images_are_small_and_say_what_they_are(stack: Stack, tell: Tell) -> None:
-    stack.compose("--profile=load", "build", "load", timeout=600)
     for service, limit in LIMITS.items():
         image = f"llm-lab/{service}:{stack.project}"
         size = added(stack.engine, image)
@@ -388,9 +387,25 @@ def test_the_weights_job_ends_and_says_where_they_lie(stack: Stack) -> None:
 @pytest.mark.parametrize("scenario", ["throughput", "caching"])
 def test_load_runs_to_its_end_against_the_containers(stack: Stack, scenario: str, tell: Tell) -> None:
     stack.variables |= {"LOAD_USERS": "4", "LOAD_SECONDS": "10", "LOAD_MAX_TOKENS": "16", "LOAD_PROMPTS": "10"}
-    said = stack.compose("--profile=load", "run", "--rm", "--no-deps", "load", scenario, timeout=120)
+    said = stack.compose("run", "--rm", "--no-deps", "load", scenario, timeout=120)
     assert re.search(rf"/runs/{scenario}-\S+", said)
     tell(f"load {scenario} ran to its end")
+
+
+def test_the_load_service_starts_a_test_for_the_page_and_for_no_stranger(stack: Stack) -> None:
+    """The ui reaches the API by compose's name for it, a reader by the published port; pages of other origins and
+    rebound names start nothing."""
+    code, said = stack.inside(
+        "ui", "python", "-c", "import os, httpx2; print(httpx2.get(os.environ['UI_LOAD_URL'] + '/runs').status_code)"
+    )
+    assert (code, said.strip()) == (0, "200"), said
+    url, asked = f"http://127.0.0.1:{stack.load_port}/runs", {"workload": "throughput", "users": 2, "requests": 6}
+    assert stack.http.post(url, json=asked, headers={"origin": "https://elsewhere.example"}).status_code == 403
+    assert stack.http.post(url, json=asked, headers={"host": "rebound.example"}).status_code == 403
+    assert stack.http.post(url, json=asked | {"max_tokens": 4}).status_code == 201
+    within("the end of the run", lambda: stack.http.get(f"{url}/current").json()["state"] == "ended")
+    current = stack.http.get(f"{url}/current").json()
+    assert stack.http.get(f"{url}/{current['name']}").json()["results"]["throughput"]["answers"] == 6, current
 
 
 # ---- faults

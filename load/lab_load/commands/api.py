@@ -11,8 +11,9 @@
 | GET /runs/NAME | summary.json |
 | GET /runs/NAME/report.html and other FILES | the files |
 
-With LOAD_ADMIN_KEY every request except /health needs `Authorization: Bearer`. Without it only callers that use a
-loopback host name are answered. Pages of other origins are refused.
+With LOAD_ADMIN_KEY every request except /health needs `Authorization: Bearer`. Without it only callers on loopback are
+answered; with LOAD_ALLOW_ANONYMOUS also others, if they use loopback's names, `load` or one of LOAD_ALLOWED_HOSTS. Pages
+of other origins are refused.
 """
 
 from __future__ import annotations
@@ -197,9 +198,12 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
                 if not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
                     raise ApiError(401, "send the key LOAD_ADMIN_KEY: Authorization: Bearer …")
                 return
-            name = (urlsplit(f"//{host}").hostname or "").lower()
-            if name not in LOOPBACK or self.client_address[0] not in LOOPBACK:
+            if self.client_address[0] not in LOOPBACK and not settings.allow_anonymous:
                 raise ApiError(403, "only callers on loopback are answered, because LOAD_ADMIN_KEY is not set")
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+            allowed = LOOPBACK | {"load"} | set(settings.allowed_hosts)
+            if name not in allowed and "*" not in allowed:
+                raise ApiError(403, f"{name} is not one of this service's host names; LOAD_ALLOWED_HOSTS adds names")
 
         def _body(self) -> Any:
             """Raises ApiError."""
@@ -257,8 +261,11 @@ def main(settings: Settings, arguments: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C, then stop a run that is going on. Raises ValueError for a wrong setting."""
     if arguments:
         raise ValueError("api takes no arguments")
-    if settings.admin_key is None and settings.web_host not in LOOPBACK:
-        raise ValueError(f"LOAD_WEB_HOST={settings.web_host} is not loopback: set LOAD_ADMIN_KEY")
+    if settings.admin_key is None and settings.web_host not in LOOPBACK and not settings.allow_anonymous:
+        raise ValueError(
+            f"LOAD_WEB_HOST={settings.web_host} is not loopback: set LOAD_ADMIN_KEY, or LOAD_ALLOW_ANONYMOUS=true "
+            "where something else guards the port"
+        )
     settings.runs_dir.mkdir(parents=True, exist_ok=True)
     runner = Runner(settings)
     server = ThreadingHTTPServer((settings.web_host, settings.api_port), handler(settings, runner))
