@@ -73,13 +73,14 @@ def test_ready_tells_models_device_and_versions(model_url: str) -> None:
     assert httpx2.get(f"{model_url}/health").json() == {"status": "ok"}
 
 
-def test_every_answer_carries_the_revision_of_the_list(model_url: str) -> None:
+def test_every_answer_carries_the_revision_of_the_list_and_its_replica(model_url: str) -> None:
     listed = {model["id"]: model["revision"] for model in httpx2.get(f"{model_url}/v1/models").json()["data"]}
     body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     for path in ("/v1/chat/completions", f"/m/{TINY}/v1/chat/completions"):
         for stream in (False, True):
             answer = httpx2.post(model_url + path, json=body | {"stream": stream}, timeout=60)
             assert answer.headers["x-model-revision"] == listed[TINY]
+            assert re.fullmatch(r"[0-9a-f]{8}", answer.headers["x-model-replica"])
             assert f'"system_fingerprint":"{listed[TINY]}"' in answer.text
 
 

@@ -137,7 +137,7 @@ class Mock:
         self.at.append(time.time())
         extra = {"x-request-id": headers.get("x-request-id", "up-1"), "set-cookie": "s=1", "openai-processing-ms": "5"}
         if local:
-            extra |= {"x-model-revision": self.revision}
+            extra |= {"x-model-revision": self.revision, "x-model-replica": "0a1b2c3d"}
         if self.delay:
             await asyncio.sleep(self.delay + 0.001)  # uvloop's timers end up to a millisecond early
         if await self.scripted(send, extra):

@@ -175,6 +175,14 @@ def test_cache_k5_a_redeploy_is_a_miss(bench: Bench) -> None:
     assert (state(hit), hit.json()["system_fingerprint"]) == ("hit", "r1")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_names_the_replica_that_computed_it_and_a_hit_none(bench: Bench, stream: bool) -> None:
+    text = new()
+    miss, hit = (bench.chat(text, model=CHAT_MODEL, stream=stream) for _ in range(2))
+    assert (state(miss), miss.headers["x-model-replica"]) == ("miss" if stream else "miss stored", "0a1b2c3d")
+    assert (state(hit), hit.headers.get("x-model-replica")) == ("hit", None)
+
+
 def test_cache_k5_stored_under_the_revision_of_the_answer(bench: Bench, tuned: Bench) -> None:
     """A redeploy between the key and the answer: the answer is stored under what made it, and the proxy has learned."""
     text = new()

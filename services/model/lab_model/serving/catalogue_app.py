@@ -52,7 +52,10 @@ UNLISTED = {"pid", "progress", "max_running", "max_queued", "weights_bytes", "kv
 LONGEST_NAME = 300  # characters
 MOST_IDS = 256  # in one request for usage
 # Headers of a model's answer that are forwarded. The request id is there already.
-FORWARDED = ("content-type", "retry-after", "x-should-retry", "x-model-revision", "cache-control", "x-accel-buffering")
+FORWARDED = (
+    "content-type", "retry-after", "x-should-retry", "x-model-revision", "x-model-replica", "cache-control",
+    "x-accel-buffering",
+)  # fmt: skip
 
 
 class CatalogueArgs(BaseModel):

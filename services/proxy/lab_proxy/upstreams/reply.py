@@ -21,7 +21,9 @@ UNSENT = (
     aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL,
 )  # fmt: skip
 FAILURES = (aiohttp.ClientError, TimeoutError)
-_FORWARDED = {"retry-after", "x-model-revision", "x-should-retry", "openai-processing-ms", "openai-version"}
+_FORWARDED = {
+    "retry-after", "x-model-revision", "x-model-replica", "x-should-retry", "openai-processing-ms", "openai-version",
+}  # fmt: skip
 
 
 class UnreadableError(aiohttp.ClientPayloadError):

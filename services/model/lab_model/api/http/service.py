@@ -38,7 +38,8 @@ Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 class HttpService:
     """An ASGI application of exact paths.
 
-    name, revision: of the one model that it serves; None where there are several.
+    name, revision: of the one model that it serves; None where there are several. Answers of one model name this
+    process by a random id: callers can see which of several replicas answered.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class HttpService:
         self._settling: set[asyncio.Task[None]] = set()  # a task that nothing refers to may be collected
         self._name = name
         self._hosts = {*OWN_HOSTS, *hosts}
-        self._revision = [(b"x-model-revision", revision.encode())] if revision else []
+        self._about = [(b"x-model-revision", revision.encode())] if revision else []
+        self._about += [(b"x-model-replica", secrets.token_hex(4).encode())] if name else []
 
     def set_endpoints(self, posts: Mapping[str, Endpoint], gets: Mapping[str, Endpoint]) -> None:
         """Replace all endpoints, by path."""
@@ -83,7 +85,7 @@ class HttpService:
             nonlocal started, complete
             if message["type"] == "http.response.start":
                 started, record.status = True, message["status"]
-                message["headers"] = [*message["headers"], *self._revision]
+                message["headers"] = [*message["headers"], *self._about]
             elif not message.get("more_body"):
                 complete = True
             if scope["method"] == "HEAD" and message["type"] == "http.response.body":
