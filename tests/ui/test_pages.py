@@ -107,7 +107,8 @@ class LoadService(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         self.asked.append((self.command, self.path, json.loads(body) if body else None))
-        line = {"answers": 12, "failed": 1, "tokens_per_second": 80, "ttft_p50": 0.2, "hit_ratio": None, "queue": 3}
+        line = {"answers": 12, "failed": 1, "tokens_per_second": 80, "ttft_p50": 0.2, "hit_ratio": None, "queue": 3,
+                "replicas": {"0a1b2c3d": 9, "4e5f6a7b": 3}}  # fmt: skip
         figures = {
             "workload": {"sha256": "ab"}, "requests_per_second": 3, "output_tokens_per_second": 40.5,
             "metrics": {"ttft_seconds": {"p50": 0.25}, "end_to_end_seconds": {"p50": 1.5}},
@@ -138,6 +139,9 @@ def test_the_load_page_starts_shows_and_compares_tests(app: Callable[..., AppTes
         assert page.selectbox[1].options == ["throughput-2", "throughput-1"]
         tables = " ".join(each.proto.body for each in page.get("html"))
         assert "the counts agree" in tables
+        charts = [str(each.proto) for each in page.get("vega_lite_chart")]
+        assert len(charts) == 4
+        assert "4e5f6a7b" in charts[-1], "a line for each replica of the model"
         assert "+0.0%" in tables, "both runs beside each other"
         next(button for button in page.button if button.label == "Start").click().run()
         assert not page.exception

@@ -126,6 +126,28 @@ def lines(points: Sequence[tuple[float, float]], *, words: str, x: str, y: str) 
     return Chart(picture, words, (x, y), [(f"{at:.0f}", f"{value:.3g}") for at, value in points], (0, 1))
 
 
+def lines_of(points: Sequence[tuple[float, float, str]], *, words: str, x: str, y: str, series: str) -> Chart:
+    """Several lines over time: (x, y, name of the line). Both axes start at 0."""
+    import altair as alt  # noqa: PLC0415
+
+    names = list(dict.fromkeys(name for _, _, name in points))
+    picture = (
+        alt.Chart(_data([{"x": at, "y": value, "series": name} for at, value, name in points]))
+        .mark_line()
+        .encode(
+            x=alt.X("x:Q", title=x, scale=alt.Scale(zero=True)),
+            y=alt.Y("y:Q", title=y, scale=alt.Scale(zero=True)),
+            color=alt.Color("series:N", sort=names, title=series, scale=alt.Scale(range=[PRIMARY, SECOND, MUTED]),
+                            legend=alt.Legend(orient="top")),
+            tooltip=[alt.Tooltip("x:Q", title=x, format=".0f"), alt.Tooltip("y:Q", title=y, format=".3~g"),
+                     alt.Tooltip("series:N", title=series)],
+        )
+        .properties(height=180)
+    )  # fmt: skip
+    rows = [(f"{at:.0f}", f"{value:.3g}", name) for at, value, name in points]
+    return Chart(picture, words, (x, y, series), rows, (0, 1))
+
+
 def dots(
     rows: Sequence[tuple[int, float, str, str]], *, words: str, x: str, y: str, series: str, logarithmic: bool = False
 ) -> Chart:

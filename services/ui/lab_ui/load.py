@@ -63,6 +63,19 @@ def series(progress: list[Mapping[str, Any]], name: str) -> list[tuple[float, fl
     ]
 
 
+def replicas(progress: list[Mapping[str, Any]]) -> list[tuple[float, float, str]]:
+    """(second of the run, answers in that second, replica), for each replica that answered at all."""
+    found = [(line["seconds"], line["replicas"]) for line in progress
+             if isinstance(line.get("replicas"), Mapping) and isinstance(line.get("seconds"), int | float)]  # fmt: skip
+    names = sorted({str(name) for _, counts in found for name in counts})
+    return [
+        (float(second), float(count), name)
+        for second, counts in found
+        for name in names
+        if isinstance(count := counts.get(name, 0), int | float)
+    ]
+
+
 def ratio(a: float | None, b: float | None) -> float | None:
     """Relative change from `a` to `b`: b / a - 1."""
     return None if a is None or b is None or a == 0 else b / a - 1

@@ -6,7 +6,7 @@ import streamlit as st
 
 from lab_ui import chat, links, load
 from lab_ui.answer import Fault
-from lab_ui.charts import lines
+from lab_ui.charts import lines, lines_of
 from lab_ui.drawing.charts import draw_chart
 from lab_ui.drawing.faults import draw_fault
 from lab_ui.drawing.html import draw_strip, draw_table
@@ -97,6 +97,13 @@ def draw_live() -> None:
             words = texts("load.alt", what=label, last=f"{points[-1][1]:.3g}")
             with columns[place % 2]:
                 draw_chart(lines(points, words=words, x=texts("load.axis"), y=label), texts, f"load-{name}")
+    answered = load.replicas(progress)
+    if len(progress) > 1 and answered:
+        label, replica = texts("load.replicas"), texts("load.replica")
+        count = number(len({name for *_, name in answered}))
+        chart = lines_of(answered, words=texts("load.replicas_alt", count=count), x=texts("load.axis"), y=label,
+                         series=replica)  # fmt: skip
+        draw_chart(chart, texts, "load-replicas")
     if not running and reply.body.get("code"):
         st.warning(texts(f"load.code.{reply.body['code']}" if reply.body["code"] in {1, 4, 5} else "load.code.other"))
 
