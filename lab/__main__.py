@@ -273,12 +273,27 @@ def load(lab: Lab, command: str, arguments: Sequence[str]) -> int:
     # Load on this lab also compares the model's counters.
     if given["LOAD_HOST"] == running.get("proxy") and "model" in running:
         given.setdefault("LOAD_MODEL_URLS", running["model"])
-    if command == "faults" and not arguments and running:
-        arguments = [
-            f"{name}={state.pid}" for name, state in lab.states().items() if name in {"redis", "proxy", "model"}
-        ]
+    if command == "faults" and not arguments:
+        disturbed = ("redis", "proxy", "model")
+        if running:
+            states = lab.states()
+            arguments = [f"{name}={states[name].pid}" for name in disturbed if name in states]
+        else:
+            found = {name: container(lab.root, name) for name in disturbed}
+            arguments = [f"{name}=container:{id_}" for name, id_ in found.items() if id_]
     argv = [sys.executable, "-m", "lab_load", command, *arguments]
     return os.execve(sys.executable, argv, given)  # noqa: S606
+
+
+def container(root: Path, service: str) -> str | None:
+    """Id of a running container of `make up`; None where there is none, or no Docker."""
+    try:
+        done = subprocess.run(
+            ["docker", "compose", "ps", "--quiet", service], cwd=root, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return next(iter(done.stdout.split()), None) if done.returncode == 0 else None
 
 
 def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:

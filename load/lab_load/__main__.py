@@ -1,7 +1,7 @@
 """`python -m lab_load COMMAND`: a run of one workload, Locust's web page, or a command that does several runs.
 
 Exit codes: 0 success, 1 requests failed or nothing was measured, 2 a wrong setting, 3 no server to put load on, 4 the
-sums of client and servers differ, 5 the figures cannot be trusted.
+sums of client and servers differ, 5 the figures cannot be trusted, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import importlib
 import sys
 from pathlib import Path
 
+import psutil
 from pydantic import ValidationError
 
+from .commands.runs import RunError
+from .generator.target import TargetError
 from .settings import Settings, complaint
 from .workloads.workload import WORKLOADS
 
@@ -32,6 +35,7 @@ COMMANDS = {
 # Locust's run time starts before its first user, so a scheduled workload gets this many seconds more. It ends with its
 # last answer.
 SPARE_SECONDS = 5
+INTERRUPTED_SECONDS = 60  # for a run that is interrupted to end
 
 
 def main(argv: list[str]) -> int:
@@ -40,36 +44,45 @@ def main(argv: list[str]) -> int:
         prog="python -m lab_load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"workloads: {', '.join(WORKLOADS)}\n{names}",
     )  # fmt: skip
-    parser.add_argument("command", choices=[*WORKLOADS, "web", *COMMANDS], metavar="COMMAND")
+    parser.add_argument("command", metavar="COMMAND")
     parser.add_argument("arguments", nargs="*", help="arguments of the command")
     options = parser.parse_args(argv)
+    known = [*WORKLOADS, "web", *COMMANDS]
     try:
+        if options.command not in known:
+            raise ValueError(f"there is no workload or command {options.command}: {', '.join(known)}")
         settings = Settings()
         if options.command in COMMANDS:
             command = importlib.import_module(f".commands.{options.command}", __package__)
             return int(command.main(settings, options.arguments))
+        if options.arguments:
+            raise ValueError(f"{options.command} takes no arguments; settings are variables, such as LOAD_USERS")
         return run(options.command, settings)
     except ValidationError as error:
         return _stop(complaint(error), 2)
     except ValueError as error:
         return _stop(str(error), 2)
+    except TargetError as error:
+        return _stop(str(error), 3)
+    except RunError as error:
+        return _stop(str(error), error.code)
+    except KeyboardInterrupt:
+        # A run that a command has started ends by the same Ctrl-C, and writes its report.
+        psutil.wait_procs(psutil.Process().children(), timeout=INTERRUPTED_SECONDS)
+        return _stop("interrupted", 130)
 
 
 def run(what: str, settings: Settings) -> int:
-    """Start a run by Locust, or its web page. Ends the process with Locust's exit code."""
+    """Start a run by Locust, or its web page. Ends the process with Locust's exit code. Raises TargetError, ValueError."""
     # Importing locust patches sockets and time (gevent), so it happens only here, before other code has used them.
     import locust  # noqa: PLC0415
     import locust.main  # noqa: PLC0415
 
     from .generator.hooks import Hooks  # noqa: PLC0415
-    from .generator.target import TargetError  # noqa: PLC0415
 
     hooks = Hooks(settings)
-    try:
-        if what != "web":
-            hooks.prepare([what], settings)
-    except TargetError as error:
-        return _stop(str(error), 3)
+    if what != "web":
+        hooks.prepare([what], settings)
     hooks.attach(locust.events)
     gc.freeze()  # the workload and the libraries stay in memory, so collections during the run need not scan them
     gc.set_threshold(100_000)

@@ -27,11 +27,12 @@ import pytest
 from fixtures_load import LONG, NOT_TRUSTED, Run, begin, finish, load, load_until
 from lab_load.measures.counters import Counters
 from lab_load.measures.histogram import Times
+from lab_load.measures.prefix import SharedPrefix, expected_cached
 from lab_load.measures.record import AnswerError, Record, cache_state, read_stream
 from lab_load.measures.sums import Expected, compare
 from lab_load.measures.trial import Target, Trial, make_workloads
 from lab_load.measures.trust import Conduct, reasons
-from lab_load.reports import summary
+from lab_load.reports import html, summary
 from lab_load.settings import Settings, complaint
 from lab_load.shape import Shape
 from lab_load.workloads.arrivals import arrivals
@@ -399,6 +400,56 @@ def test_a_generator_at_its_limit_cannot_be_trusted(changed: dict[str, Any], rea
     assert reasons(Conduct(**fine)) == []
     (found,) = reasons(Conduct(**fine | changed))
     assert reason in found
+
+
+# -- prefix cache and replicas
+
+
+def test_cached_tokens_are_expected_between_what_must_and_what_may_be_shared() -> None:
+    """Of each group and replica: a request after another one's first token must find the prefix, one after another
+    one's start may. A prefix is shared in whole pages."""
+    shared = SharedPrefix({0: 70, 1: 31}, page=32)  # 64 tokens of group 0 are whole pages, none of group 1
+    first = record(0, 4, 2, 4, number=0, replica="a")
+    beside = record(1, 4, 3, 4, number=2, replica="a")  # started before any first token
+    after = record(3, 6, 5, 6, number=4, replica="a")
+    elsewhere = record(4, 7, 6, 7, number=6, replica="b")  # the first at its replica
+    hit = record(5, 6, 6, number=8, replica="", cache="hit")  # of the response cache: the model computed nothing
+    failed = record(6, 7, number=10, replica="a", error="timeout")
+    other = record(7, 9, 8, 9, number=1, replica="a")
+    everything = [first, beside, after, elsewhere, hit, failed, other]
+    assert expected_cached(everything, shared, lambda each: each.number % 2) == (64, 128)
+
+
+def test_a_prefix_run_shows_its_cached_tokens_beside_the_expected_ones() -> None:
+    run = trial("prefix", prefix_groups=2)
+    run.began, run.full, run.stopped = 0, 0, 50
+    run.shared = SharedPrefix({0: 70, 1: 70}, page=32)
+    run.records = [record(at, at + 2, at + 1, at + 2, scenario="prefix", number=at, cached_tokens=64 * (at > 3),
+                          replica="b" if at % 4 == 1 else "a") for at in range(0, 16, 4)]  # fmt: skip
+    result = summary.summarize(run, compare(run.records, 0, Counters(), Expected()))
+    assert result["results"]["prefix"]["prefix"] == {
+        "cached_tokens": 192, "expected_least": 192, "expected_most": 192,
+    }  # fmt: skip
+    assert "192 prompt tokens from the prefix cache, expected 192 to 192\n" in summary.markdown(result)
+    run.records[3].cached_tokens = 0
+    result = summary.summarize(run, compare(run.records, 0, Counters(), Expected()))
+    assert "128 prompt tokens from the prefix cache, expected 192 to 192: fewer" in summary.markdown(result)
+
+
+def test_answers_are_counted_by_replica_in_the_summary_and_each_second(tmp_path: Path) -> None:
+    """Hits come from no replica."""
+    run = trial()
+    now = time.perf_counter()
+    run.began, run.full, run.stopped = now - 9, now - 9, now
+    replicas = ["a", "b", "a", ""]
+    run.records = [record(now - 5, now - 0.1, now - 1, now - 0.1, replica=each) for each in replicas]
+    result = summary.summarize(run, compare(run.records, 0, Counters(), Expected()))
+    assert result["results"]["throughput"]["replicas"] == {"a": 2, "b": 1}
+    assert "answers by replica: a 2, b 1" in summary.markdown(result)
+    moments = [summary.moment(run, Counters()) for _ in range(2)]
+    assert moments[0]["replicas"] == {"a": 2, "b": 1}
+    (tmp_path / "progress.jsonl").write_text("".join(json.dumps(each) + "\n" for each in moments))
+    assert "Answers of each replica of the model: a ends at 2 /s; b ends at 1 /s" in html.page(result, tmp_path)
 
 
 # -- whole runs

@@ -2,12 +2,12 @@
 
 | fault | must hold |
 |---|---|
-| redis paused (SIGSTOP) for 5 s | no request fails; after redis continues, the ledger has every charge |
-| the proxy restarted (SIGTERM) | requests fail only until it serves again |
-| a model replica killed (SIGKILL) | the model serves again; failures are counted |
+| redis paused for 5 s (SIGSTOP, `docker pause`) | no request fails; after redis continues, the ledger has every charge |
+| the proxy restarted (SIGTERM, `docker restart`) | requests fail only until it serves again |
+| a replica of the model killed (SIGKILL) | the model serves again; failures are counted |
 
-Arguments: NAME=PID of `redis`, `proxy` and `model`; `make load-faults` takes them from the running lab. A service
-without a PID is left out. The supervisor (make lab, compose, Kubernetes) restarts what was ended.
+Arguments: `redis`, `proxy` and `model`, each =PID or =container:ID; `make load-faults` takes them from the running lab. A
+service that is not named is left out. The supervisor (make lab, Docker) restarts what was ended.
 """
 
 from __future__ import annotations
@@ -15,21 +15,128 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
+from ..generator.target import examine
 from ..settings import Settings
 from . import runs
 
 PAUSE_SECONDS = 5.0
 BEFORE_SECONDS = 8.0
-SECONDS = 40
-REPLICA = "ray::"  # process title of Ray Serve's replicas
+LEAST_SECONDS = 20
+FAULTS = {  # service -> fault, seconds of its run. A replica reads its weights again.
+    "redis": ("redis paused", 30), "proxy": ("proxy restarted", 40), "model": ("replica killed", 60),
+}  # fmt: skip
+
+
+class Service(Protocol):
+    """Where one service runs, and the faults that it can be given."""
+
+    def pause(self, seconds: float) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def replica(self, model: str) -> int | None:
+        """Process id of one of the model's replicas, None where there is none."""
+
+    def kill(self, pid: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Process:
+    """A service as a process of this machine, such as `make lab` starts."""
+
+    pid: int
+
+    def pause(self, seconds: float) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def replica(self, model: str) -> int | None:
+        for child in psutil.Process(self.pid).children(recursive=True):
+            if is_replica(" ".join(child.cmdline()), model):
+                return child.pid
+        return None
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+
+# Prints id and title of each process; a container has no `ps`.
+PROCESSES = """
+import pathlib
+for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+        print(file.parent.name, file.read_bytes().replace(bytes(1), b" ").decode("utf-8", "replace"))
+    except OSError:
+        pass
+"""
+KILL = "import os, sys; os.kill(int(sys.argv[1]), 9)"
+
+
+@dataclass(frozen=True)
+class Container:
+    """A service as a container of Docker, such as `make up` starts."""
+
+    id: str
+
+    def pause(self, seconds: float) -> None:
+        self._docker("pause", self.id)
+        try:
+            time.sleep(seconds)
+        finally:
+            self._docker("unpause", self.id)
+
+    def restart(self) -> None:
+        self._docker("restart", self.id)
+
+    def replica(self, model: str) -> int | None:
+        for line in self._docker("exec", self.id, "python", "-c", PROCESSES).splitlines():
+            pid, _, title = line.partition(" ")
+            if is_replica(title, model):
+                return int(pid)
+        return None
+
+    def kill(self, pid: int) -> None:
+        self._docker("exec", self.id, "python", "-c", KILL, str(pid))
+
+    def _docker(self, *arguments: str) -> str:
+        """Raises ValueError with what Docker answers."""
+        try:
+            done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
+        except OSError as error:
+            raise ValueError(f"docker cannot be run: {error.strerror}") from None
+        if done.returncode:
+            raise ValueError(f"docker {arguments[0]}: {done.stderr.strip()[-300:]}")
+        return done.stdout
+
+
+def is_replica(title: str, model: str) -> bool:
+    """By Ray Serve's title of the process, `ray::ServeReplica:<application>:<deployment>`."""
+    return title.startswith("ray::") and f"ServeReplica:{model}" in title
+
+
+def service_of(argument: str) -> tuple[str, Service]:
+    """Name and place in NAME=PID or NAME=container:ID. Raises ValueError."""
+    name, _, place = argument.partition("=")
+    kind, _, found = place.rpartition(":")
+    if name in FAULTS and kind == "container" and found:
+        return name, Container(found)
+    if name in FAULTS and place.isdecimal():
+        return name, Process(int(place))
+    raise ValueError(f"{argument}: faults takes {', '.join(FAULTS)}, each =PID or =container:ID")
 
 
 @dataclass(frozen=True)
@@ -60,32 +167,8 @@ def recovery(records: list[dict[str, Any]]) -> tuple[float, bool]:
     return (min(back) - failed[0], True) if back else (records[-1]["ended"] - failed[0], False)
 
 
-def inject(fault: str, pid: int) -> None:
-    if fault == "redis paused":
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            time.sleep(PAUSE_SECONDS)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-    elif fault == "proxy restarted":
-        os.kill(pid, signal.SIGTERM)
-    else:
-        os.kill(pid, signal.SIGKILL)
-
-
-def replica_of(pid: int) -> int | None:
-    """Process id of a replica that computes answers, a descendant of the model service; None if there is none."""
-    children = psutil.Process(pid).children(recursive=True)
-    found = [
-        child.pid
-        for child in children
-        if "replica" in (title := " ".join(child.cmdline()).lower()) and title.startswith(REPLICA)
-    ]
-    return found[0] if found else None
-
-
 def outcome(fault: str, done: runs.Run) -> Outcome:
-    """The outcome of a run with a fault. Raises ValueError if the run has no result."""
+    """The outcome of a run with a fault. Raises RunError if the run has no result."""
     figures = runs.result(done)
     assert done.folder is not None  # noqa: S101 result() looked
     assert done.summary is not None  # noqa: S101
@@ -104,42 +187,48 @@ def outcome(fault: str, done: runs.Run) -> Outcome:
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """`arguments`: NAME=PID. Returns 1 if a promise of the table above is broken. Raises ValueError for others."""
-    pids: dict[str, int] = {}
-    for argument in arguments:
-        name, _, pid = argument.partition("=")
-        if name not in {"redis", "proxy", "model"} or not pid.isdecimal():
-            raise ValueError(f"{argument}: faults takes redis=PID, proxy=PID, model=PID")
-        pids[name] = int(pid)
-    if not pids:
-        raise ValueError("faults needs the process of a service: redis=PID, proxy=PID, model=PID")
-    if "model" in pids:
-        replica = replica_of(pids.pop("model"))
-        if replica is not None:
-            pids["model"] = replica
-        else:
-            sys.stdout.write("model: no process of a replica was found; skipped\n")
-    faults = {"redis": "redis paused", "proxy": "proxy restarted", "model": "replica killed"}
+    """Returns 1 if a promise of the table above is broken. Raises ValueError, TargetError, RunError."""
+    services = dict(service_of(argument) for argument in arguments)
+    if not services:
+        raise ValueError("no lab is running here: make start or make up; or name its processes: "
+                         "python -m lab_load faults redis=PID proxy=PID model=PID")  # fmt: skip
+    chosen = settings.seconds if "seconds" in settings.model_fields_set else None
+    if chosen is not None and chosen < LEAST_SECONDS:
+        raise ValueError(f"LOAD_SECONDS={chosen}: a run with a fault takes at least {LEAST_SECONDS} s")
+    model = examine(settings).model or ""
     found = []
-    for name, fault in faults.items():
-        if name not in pids:
+    for name, (fault, seconds) in FAULTS.items():
+        if name not in services:
             continue
-        popen = runs.start(
-            "caching",
-            settings,
-            seconds=min(settings.seconds, SECONDS) if name == "redis" else SECONDS,
-            requests=100_000,
-        )
+        service, replica = services[name], None
+        if name == "model" and (replica := service.replica(model)) is None:
+            _say(f"{fault}: no process of a replica of {model} was found; left out")
+            continue
+        _say(f"{fault}: {chosen or seconds} s of load, the fault after {BEFORE_SECONDS:.0f} s")
+        popen = runs.start("caching", settings, seconds=chosen or seconds, requests=100_000)
         time.sleep(BEFORE_SECONDS)
-        inject(fault, pids[name])
+        if popen.poll() is None:
+            if name == "redis":
+                service.pause(PAUSE_SECONDS)
+            elif replica is None:
+                service.restart()
+            else:
+                service.kill(replica)
         each = outcome(fault, runs.finish(popen))
         found.append(each)
         ledger = {True: "the ledger has every charge", False: "THE LEDGER LACKS CHARGES", None: "ledger not read"}
-        sys.stdout.write(
-            f"{fault}: {each.answers} answers, {each.failed} failed {json.dumps(each.errors)}, without service "
-            f"for {each.recovery:.1f} s, {'back' if each.recovered else 'NOT BACK'}, "
-            f"{ledger[each.ledger_holds]}: {'ok' if each.holds else 'NOT OK'}\n"
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in each.errors.items())
+        _say(
+            f"    {each.answers} answers, {each.failed} failed{f' ({kinds})' if kinds else ''}; without service for "
+            f"{each.recovery:.1f} s, {'back' if each.recovered else 'NOT BACK'}; {ledger[each.ledger_holds]}: "
+            f"{'ok' if each.holds else 'NOT OK'}"
         )
-        sys.stdout.flush()
-    Path(settings.runs_dir / "faults.json").write_text(json.dumps([vars(each) for each in found], indent=1), "utf-8")
+    file = settings.runs_dir / "faults.json"
+    file.write_text(json.dumps([vars(each) for each in found], indent=1) + "\n", "utf-8")
+    _say(f"  {file}")
     return 0 if found and all(each.holds for each in found) else 1
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -114,14 +114,11 @@ def _write(path: Path, steps: Sequence[Step], text: str) -> None:
     }
     times = {"mean TTFT": [(step.rate, step.ttft) for step in steps]}
     rows = [[f"{step.rate:.2f}", f"{step.goodput:.2f}", f"{step.ttft:.4f}"] for step in steps]
-    path.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Knee</title><style>{html.STYLE}</style>'
-        "<h1>Knee</h1>"
-        f"<p>{text}</p>"
+    body = (
+        f"<h1>Knee</h1><p>{text}</p>"
         + html.chart("Goodput over the offered rate", "/s", lines, x_unit="/s")
         + html.chart("TTFT over the offered rate", "s", times, x_unit="/s")
         + html.table(["rate, /s", "goodput, /s", "mean TTFT, s"], rows)
-        + "</html>\n",
-        encoding="utf-8",
     )
+    path.write_text(html.document("Knee", body), encoding="utf-8")
     sys.stdout.write(f"  {path}\n")

@@ -22,6 +22,15 @@ class Run:
     folder: Path | None
 
 
+class RunError(Exception):
+    """A run without figures. `code`: its exit code, never 0. The message is the last line of what it printed."""
+
+    def __init__(self, done: Run) -> None:
+        lines = [line.strip() for line in done.output.splitlines() if line.strip()]
+        super().__init__(lines[-1].removeprefix("load: ") if lines else f"a run ended with code {done.code}")
+        self.code = done.code or 1
+
+
 def environment(settings: Settings, changed: Mapping[str, Any]) -> dict[str, str]:
     """This process's environment with other settings. `changed`: names without LOAD_; None removes a setting."""
     environ = dict(os.environ)
@@ -51,8 +60,8 @@ def run(workload: str, settings: Settings, **changed: Any) -> Run:
 
 
 def result(done: Run) -> dict[str, Any]:
-    """The figures of a run of one workload. Raises ValueError with the run's output if it has none."""
+    """The figures of a run of one workload. Raises RunError if it has none."""
     if done.summary is None or not done.summary["results"]:
-        raise ValueError(f"a run ended with code {done.code} and no result:\n{done.output}")
+        raise RunError(done)
     found: dict[str, Any] = next(iter(done.summary["results"].values()))
     return found

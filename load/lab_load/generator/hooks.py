@@ -29,7 +29,7 @@ from ..reports import html, summary
 from ..settings import EDITABLE, Settings, complaint
 from ..workloads.workload import Workload
 from .client import Client
-from .target import TargetError, examine
+from .target import TargetError, examine, shared_prefix
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 PROGRESS_SECONDS = 5
@@ -154,6 +154,9 @@ class Hooks:
             workload.write(self._folder / f"workload-{name}.jsonl")
             _say(f"load: workload {name}: {workload.about}; {len(workload.items)} requests, seed "
                  f"{self._settings.seed}, SHA-256 {workload.sha256}")  # fmt: skip
+        if len(self._workloads) == 1 and self._settings.salt is None:  # another run's salt may find its pages
+            (workload,) = self._workloads.values()
+            trial.shared = shared_prefix(self._settings, self._target, workload, trial.salt)
         self._before = self._source(trial).read()
         trial.began = time.perf_counter()
         _say(f"load: {trial.name}: {trial.target.model} at {trial.target.host}, {trial.settings.users} users, "

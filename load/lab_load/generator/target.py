@@ -7,10 +7,13 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from ..measures.prefix import SharedPrefix
 from ..measures.trial import Target
 from ..settings import Settings
+from ..workloads.workload import Workload
 
 SECONDS = 10  # timeout of each request here
+MOST_GROUPS = 64  # whose shared tokens are counted, by two requests each
 
 
 class TargetError(Exception):
@@ -23,6 +26,11 @@ def examine(settings: Settings, kind: str = "chat") -> Target:
     try:
         listed, server = _get(settings, "/v1/models")
     except urllib.error.HTTPError as error:
+        if error.code in {401, 403}:
+            raise TargetError(
+                f"{settings.host} does not accept the key (status {error.code}): LOAD_API_KEY=sk-lab-…, a virtual key "
+                "of the proxy (make keys)"
+            ) from None
         raise TargetError(
             f"{settings.host}/v1/models answers {error.code}: check that it is the proxy and ready (make status)"
         ) from None
@@ -47,7 +55,29 @@ def examine(settings: Settings, kind: str = "chat") -> Target:
                 f"{settings.host} lists no {kind} model (it may still be loading): see make status, or set LOAD_MODEL"
             )
         named = fitting[0]
-    return Target(settings.host, named, server, _status(settings))
+    page = next((model.get("page_tokens") for model in models or () if model.get("id") == named), None)
+    return Target(settings.host, named, server, _status(settings), page if isinstance(page, int) else None)
+
+
+def shared_prefix(settings: Settings, target: Target, workload: Workload, salt: str) -> SharedPrefix | None:
+    """How many tokens the prompts of each group share, by the target's own tokenizer; None where it cannot tell."""
+    groups = workload.prefix_groups
+    if not groups or groups > MOST_GROUPS or target.page_tokens is None:
+        return None
+    found: dict[int, int] = {}
+    try:
+        for group in range(min(groups, len(workload.items) - groups)):
+            prompts = []
+            for item in (workload.items[group], workload.items[group + groups]):
+                messages = json.loads(item.payload(salt, target.model))["messages"]
+                body = json.dumps({"model": target.model, "messages": messages}).encode()
+                answer, _ = _get(settings, "/v1/inspect/tokenize", body)
+                prompts.append(answer["ids"])
+            pairs = enumerate(zip(*prompts, strict=False))
+            found[group] = next((n for n, (a, b) in pairs if a != b), min(map(len, prompts)))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return SharedPrefix(found, target.page_tokens)
 
 
 def _status(settings: Settings) -> dict[str, Any]:
@@ -61,8 +91,11 @@ def _status(settings: Settings) -> dict[str, Any]:
     return {}
 
 
-def _get(settings: Settings, path: str) -> tuple[Any, str]:
-    request = urllib.request.Request(settings.host + path)  # noqa: S310 Settings take http(s) only
+def _get(settings: Settings, path: str, body: bytes | None = None) -> tuple[Any, str]:
+    """JSON of the answer, and who answered. `body`: JSON to POST. Raises OSError, ValueError."""
+    request = urllib.request.Request(settings.host + path, body)  # noqa: S310 Settings take http(s) only
+    if body is not None:
+        request.add_header("content-type", "application/json")
     if settings.api_key:
         request.add_header("authorization", f"Bearer {settings.api_key.get_secret_value()}")
     # Ignores `http_proxy`, as Locust's client does.

@@ -12,6 +12,7 @@ from typing import Any
 from ..settings import Settings
 from ..workloads.arrivals import arrivals
 from ..workloads.workload import WORKLOADS, Item, Workload
+from .prefix import SharedPrefix
 from .record import Record
 
 Timed = list[tuple[float, Item]]  # seconds after the start of the run, request
@@ -25,6 +26,7 @@ class Target:
     model: str | None  # None: the endpoints choose a model
     server: str = ""
     status: dict[str, Any] = field(default_factory=dict)
+    page_tokens: int | None = None  # of the model's prefix cache; None: it does not say
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Trial:
     sent: int = 0
     sent_by: dict[str, int] = field(default_factory=dict)  # worker process -> requests
     records: list[Record] = field(default_factory=list)
+    shared: SharedPrefix | None = None  # of a workload with shared beginnings, where the target can count tokens
     cpu_began: float = field(default_factory=time.process_time)
     cpu_most: float = 0.0  # percent of a core: highest value over 5 s of any process
 

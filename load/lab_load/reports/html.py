@@ -39,7 +39,8 @@ def page(result: dict[str, Any], folder: Path) -> str:
             f"{figures['workload']['sha256']}</code>. {figures['answers']} answers, {figures['failed']} failed.</p>",
         ]
         if result["trusted"]:
-            body += [_times(figures), *_distributions(figures)]
+            body += [_times(figures), *(f"<p>{escape(fact)}</p>" for fact in summary.facts(figures))]
+            body += _distributions(figures)
             body.append(_hit_ratio(folder, name, figures))
     body.append(_progress(folder))
     body += ["<h2>Sums</h2>", _sums(result["sums"]), "<h2>Definitions</h2>", "<dl>"]
@@ -49,9 +50,14 @@ def page(result: dict[str, Any], folder: Path) -> str:
         f"</dl><p>Generator: {escape(json.dumps(generator['versions']))}, {escape(generator['machine']['system'])}, "
         f"{generator['machine']['cores']} cores, {generator['cpu_percent_mean']:.0f} % of a core</p>"
     )
+    return document(result["name"], "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """`body`: HTML."""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(result["name"])}</title>'
-        f"<style>{STYLE}</style>{''.join(body)}</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style>{body}</html>\n"
     )
 
 
@@ -91,6 +97,39 @@ def chart(title: str, unit: str, lines: Mapping[str, Points], *, x_unit: str = "
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg role="img" aria-label="{escape(title)}: {escape(alt)}" '
         f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">{axes}{"".join(drawn)}</svg></figure>'
+    )
+
+
+def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """An SVG picture that can stand alone: a group of bars for each label, series -> value, each with its number."""
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    top = max((value for values in groups.values() for value in values.values()), default=0.0) or 1.0
+    base, wide = HEIGHT - BOTTOM, (WIDTH - 40) / max(len(groups), 1)
+    bar = min(60.0, 0.8 * wide / max(len(names), 1))
+    drawn = [
+        f'<text x="{20 + 130 * number}" y="38" fill="{COLOURS[number % len(COLOURS)]}">{escape(name)}</text>'
+        for number, name in enumerate(names)
+    ]
+    for place, (label, values) in enumerate(groups.items()):
+        middle = 20 + (place + 0.5) * wide
+        drawn.append(f'<text x="{middle:.0f}" y="{base + 20}" text-anchor="middle">{escape(label)}</text>')
+        for number, name in enumerate(names):
+            if name not in values:
+                continue
+            left, height = middle + (number - len(names) / 2) * bar, values[name] / top * (base - 70)
+            drawn.append(
+                f'<rect x="{left:.1f}" y="{base - height:.1f}" width="{bar - 4:.1f}" height="{height:.1f}" '
+                f'fill="{COLOURS[number % len(COLOURS)]}"/>'
+                f'<text x="{left + bar / 2 - 2:.1f}" y="{base - height - 5:.1f}" '
+                f'text-anchor="middle">{values[name]:.3g}</text>'
+            )
+    alt = "; ".join(f"{label}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+                    for label, values in groups.items())  # fmt: skip
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{escape(title)}. {escape(alt)}" '
+        f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13" '
+        f'fill="#222"><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/><text x="20" y="20">{escape(title)}</text>'
+        f'<path d="M20 {base}H{WIDTH - 20}" stroke="#666"/>{"".join(drawn)}</svg>'
     )
 
 
@@ -140,10 +179,13 @@ def _progress(folder: Path) -> str:
     queue = [(each["seconds"], float(each["queue"])) for each in moments if each["queue"] is not None]
     flight = [(each["seconds"], float(each["in_flight"])) for each in moments if each["in_flight"] is not None]
     running = {name: line for name, line in (("at the proxy", flight), ("at the model", queue)) if line}
+    names = sorted({name for each in moments for name in each.get("replicas", ())})
+    replicas = {name: [(each["seconds"], float(each["replicas"].get(name, 0))) for each in moments] for name in names}
     return (
         "<h2>Over time</h2>"
         + chart("Output tokens of the answers that ended in each second", "/s", {"tokens": throughput})
         + chart("Requests in flight", "", running)
+        + chart("Answers of each replica of the model", "/s", replicas)
     )
 
 

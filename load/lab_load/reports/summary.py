@@ -21,6 +21,7 @@ from .. import __version__
 from ..measures import trust
 from ..measures.counters import Counters
 from ..measures.histogram import SAMPLES, Times
+from ..measures.prefix import expected_cached
 from ..measures.record import Record
 from ..measures.sums import Table
 from ..measures.trial import Trial
@@ -134,7 +135,11 @@ def _scenario(trial: Trial, name: str, records: list[Record]) -> dict[str, Any]:
                      for group in GROUPS if any(group_of(each) == group for each in steady if not each.error)},
         "tokens": {kind: sum(getattr(each, f"{kind}_tokens") for each in fine)
                    for kind in ("prompt", "completion", "cached")},
+        "replicas": dict(sorted(Counter(each.replica for each in fine if each.replica).items())),
     }  # fmt: skip
+    if trial.shared is not None and workload.prefix_groups:
+        least, most = expected_cached(records, trial.shared, lambda record: record.number % workload.prefix_groups)
+        found["prefix"] = {"cached_tokens": found["tokens"]["cached"], "expected_least": least, "expected_most": most}
     if decided:
         questions = [each.question for each in fine]
         found["hit_ratio"] = {
@@ -226,6 +231,7 @@ def moment(trial: Trial, counters: Counters) -> dict[str, Any]:
         "ttft_p50": statistics.median(first) if first else None,
         "hit_ratio": states["hit"] / decided if decided else None,
         "in_flight": counters.in_flight, "queue": counters.running,
+        "replicas": dict(sorted(Counter(record.replica for record in last if record.replica).items())),
     }  # fmt: skip
 
 
@@ -289,12 +295,32 @@ def _figures(figures: dict[str, Any]) -> list[str]:
     lines.append(f"  {figures['output_tokens_per_second']:.1f} tokens/s, "
                  f"{figures['requests_per_second']:.2f} requests/s, goodput {figures['goodput_per_second']:.2f}/s, "
                  f"over {figures['window_seconds']:.1f} s")  # fmt: skip
+    return lines + [f"  {fact}" for fact in facts(figures)]
+
+
+def facts(figures: dict[str, Any]) -> list[str]:
+    """What a run shows beside its times, a sentence each: prefix cache, replicas, hit ratio."""
+    found = []
+    if prefix := figures.get("prefix"):
+        found.append(f"{prefix['cached_tokens']} prompt tokens from the prefix cache, expected "
+                     f"{prefix['expected_least']} to {prefix['expected_most']}{_judged(prefix)}")  # fmt: skip
+    if len(replicas := figures.get("replicas", {})) > 1:
+        found.append("answers by replica: " + ", ".join(f"{name} {count}" for name, count in replicas.items()))
     if ratio := figures.get("hit_ratio"):
         expected = (f", expected {ratio['expected']:.3f} ± {3 * ratio['expected_deviation']:.3f}"
                     if "expected" in ratio else "")  # fmt: skip
-        lines.append(f"  hit ratio {ratio['measured']:.3f}, with collapsed {ratio['with_collapsed']:.3f}; "
+        found.append(f"hit ratio {ratio['measured']:.3f}, with collapsed {ratio['with_collapsed']:.3f}; "
                      f"a perfect cache {ratio['perfect']:.3f}{expected}")  # fmt: skip
-    return lines
+    return found
+
+
+def _judged(prefix: dict[str, int]) -> str:
+    """Of a `prefix` run: why its cached tokens may be others than expected; empty where they are not."""
+    if prefix["cached_tokens"] > prefix["expected_most"]:
+        return ": more, so prompts were in the cache before the run"
+    if prefix["cached_tokens"] < prefix["expected_least"]:
+        return ": fewer, so the cache evicted some of them (memory for keys and values)"
+    return ""
 
 
 SIDES = ("client", "proxy", "model", "ledger", "answers", "server")
@@ -336,7 +362,7 @@ def markdown(result: dict[str, Any]) -> str:
             lines += [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
             lines += [f"| {label} | {' | '.join(cell(numbers, column) for column in COLUMNS)} |"
                       for label, numbers in rows(figures)]  # fmt: skip
-            lines.append("")
+            lines += ["", *(f"- {fact}" for fact in facts(figures)), ""]
     lines += ["```", *sums(result["sums"]), "```", ""]
     lines += [f"- `{name}`: {text}" for name, text in result["definitions"].items()]
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +68,7 @@ class Workload:
     once: bool = False
     zipf: Zipf | None = None
     kind: str = "chat"  # of the model that answers
-    parameters: dict[str, Any] = field(default_factory=dict)
+    prefix_groups: int = 0  # item n begins like all items of group n mod prefix_groups; 0: no shared beginnings
 
     @cached_property
     def sha256(self) -> str:
@@ -145,7 +145,7 @@ def prefix(shape: Shape) -> Workload:
         shared = {"role": "system", "content": asked(shape, 1_000_000 + group, 5 * shape.prompt_words)}
         bodies.append((n, CHAT, chat(asked(shape, n + 1), shape, None, shared)))
     about = f"{shape.prefix_groups} system messages of {5 * shape.prompt_words} words, shared by distinct questions"
-    return _plain("prefix", about, bodies)
+    return _plain("prefix", about, bodies, prefix_groups=shape.prefix_groups)
 
 
 def sessions(shape: Shape) -> Workload:

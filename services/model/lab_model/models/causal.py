@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from ..api.app import create_app
 from ..api.generator import EngineClient
+from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.request import Request, StepOutput
 from ..engine.scheduler import Scheduler
 from ..errors import CatalogueError
@@ -66,6 +67,8 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
         "weights_bytes": runner.bytes,
         "context": engine.context,
         "kv_tokens": tokens,
+        # Prompts share their beginning in pages; a runner that is not batch invariant shares only some of them.
+        "page_tokens": PAGE_TOKENS if runner.batch_invariant else None,
         "kv_bytes": tokens * runner.token_bytes,
         "max_running": args.max_running,
         "max_queued": args.max_queued,
