@@ -147,7 +147,7 @@ async def test_150_unseen_keys_and_admin_calls_at_once_are_all_served(school: Sc
         for each, upload in zip(keys, uploads, strict=True)
     ])  # fmt: skip
     assert [each.status_code for each in batches] == [200] * 150
-    listed = {each["id"]: each["rpm"] for each in school.admin("GET", "keys").json()["data"]}
+    listed = {each["id"]: each["rpm"] for each in school.admin("GET", "keys?limit=1000").json()["data"]}
     assert all(listed[each["id"]] == 7 for each in keys[:75])
     assert listed[keys[75]["id"]]
 
@@ -291,6 +291,32 @@ def test_keys_are_created_listed_changed_and_shown_once(school: School) -> None:
         answer = school.admin("POST", "keys", json={"owner": new()} | wrong)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
     assert code(school.admin("DELETE", "keys/key_0123456789abcdef")) == (404, "key_not_found")
+
+
+def test_keys_are_listed_by_pages(school: School) -> None:
+    """A hundred at once unless more are asked for; `after` goes on where a page ended; a wrong field is named."""
+    owner = new()
+    made = [school.key(owner).id for _ in range(5)]
+    seen: list[str] = []
+    after = ""
+    while True:
+        page = school.admin("GET", f"keys?owner={owner}&limit=2{after}").json()
+        seen += [each["id"] for each in page["data"]]
+        assert page["last_id"] == seen[-1]
+        if not page["has_more"]:
+            break
+        assert len(page["data"]) == 2
+        after = f"&after={page['last_id']}"
+    assert seen == made
+    school.db.hset(store.RECORDS, mapping={f"key_{n:032x}": school.db.hget(store.RECORDS, made[0]) for n in range(150)})
+    try:
+        everyone = school.admin("GET", "keys").json()
+        assert (len(everyone["data"]), everyone["has_more"]) == (100, True)
+    finally:
+        school.db.hdel(store.RECORDS, *(f"key_{n:032x}" for n in range(150)))
+    for wrong in ("limit=0", "limit=1001", "after=key_0"):
+        answer = school.admin("GET", f"keys?{wrong}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, wrong.partition("=")[0])
 
 
 def test_a_key_is_nowhere_but_with_its_holder(school: School) -> None:

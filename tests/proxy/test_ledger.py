@@ -239,7 +239,7 @@ async def all_booked(made: Ledger) -> None:
 
 async def calls_booked(made: Ledger) -> int:
     today = datetime.now(UTC).date()
-    return int(ledger_usage.total(await made.usage(today, today))["upstream_calls"])
+    return int((await made.usage(today, today, limit=1)).total["upstream_calls"])
 
 
 @pytest.mark.usefixtures("hurried")
@@ -372,7 +372,7 @@ async def test_a_torn_line_of_the_spool_costs_only_itself(server: Process, tmp_p
     async with book(server, tmp_path) as made:
         await made.flush()
         day = datetime(2026, 11, 23, tzinfo=UTC).date()
-        assert ledger_usage.total(await made.usage(day, day))["requests"] == 1
+        assert (await made.usage(day, day, limit=1)).total["requests"] == 1
     assert not path.exists()
 
 
@@ -483,6 +483,45 @@ def test_usage_as_csv(school: School) -> None:
     risky = {"day": "2026-11-23", "key_id": None, "owner": "kim", "upstream": "u", "model": "=cmd()"}
     shown = ledger_usage.as_csv([risky | ledger_usage.total([])])
     assert ",'=cmd()," in shown
+
+
+def test_usage_is_read_by_pages(school: School) -> None:
+    """Each row once, in order, with the sums of all on every page; CSV alike, and never cut off without a word."""
+    holder = school.key()
+    days = [f"2021-03-{day:02}" for day in range(1, 29)]
+    models = [f"m{number:03}" for number in range(400)]
+    for day in days:
+        row = {json.dumps(["kim", "u", model, "requests"], separators=(",", ":")): 1 for model in models}
+        school.db.hset(f"{ledger_usage.ROWS}{day}:{holder.id}", mapping=row)
+        school.db.sadd(ledger_usage.DAYS + day, holder.id)
+    where, count = "from=2021-03-01&to=2021-03-31", len(days) * len(models)
+    seen: list[dict[str, Any]] = []
+    more = ""
+    while True:
+        page = holder.get(f"/usage?{where}&limit=5000{more}").json()
+        assert page["total"]["requests"] == count
+        seen += page["rows"]
+        if not page["has_more"]:
+            break
+        assert len(page["rows"]) == 5000
+        more = f"&after={page['last_id']}"
+    assert [(row["day"], row["model"]) for row in seen] == [(day, model) for day in days for model in models]
+    first = holder.get(f"/usage?{where}").json()
+    assert (len(first["rows"]), first["has_more"]) == (1000, True)
+    # A row that comes in before the cursor moves nothing.
+    name = json.dumps(["kim", "u", "a-first", "requests"], separators=(",", ":"))
+    school.db.hset(f"{ledger_usage.ROWS}2021-03-01:{holder.id}", name, 1)
+    assert holder.get(f"/usage?{where}&limit=1&after={first['last_id']}").json()["rows"] == [seen[1000]]
+    everyone = school.admin("GET", "usage", params={"from": days[0], "to": days[-1], "limit": 2}).json()
+    assert [row["model"] for row in everyone["rows"]] == ["a-first", "m000"]
+    cut = holder.get(f"/usage?{where}&format=csv")
+    assert (cut.status_code, cut.json()["error"]["param"]) == (400, "limit")
+    table = holder.get(f"/usage?{where}&format=csv&limit=3")
+    assert len(list(csv.DictReader(io.StringIO(table.text)))) == 3
+    assert (table.headers["x-has-more"], bool(table.headers["x-last-id"])) == ("true", True)
+    for wrong, param in (("limit=0", "limit"), ("limit=10001", "limit"), ("after=x", "after"), ("after=W10", "after")):
+        answer = holder.get(f"/usage?{where}&{wrong}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), wrong
 
 
 def test_without_keys_usage_is_everybodys(school: School, tmp_path: Path) -> None:

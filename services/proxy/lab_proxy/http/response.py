@@ -136,17 +136,23 @@ class DisconnectWatch:
             self._task.cancel()
 
 
-def list_page(found: list[dict[str, Any]], query: Mapping[str, str], default: int, most: int) -> bytes:
-    """One page of a list, with the SDK's cursor: `after` names the last object of the page before."""
+def read_limit(query: Mapping[str, str], default: int, most: int) -> int:
+    """The field `limit` of a list. Raises InvalidRequest."""
     limit = query.get("limit", str(default))
     if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= most):
         raise InvalidRequest(f"`limit` must be a number from 1 to {most}.", param="limit")
+    return int(limit)
+
+
+def list_page(found: list[dict[str, Any]], query: Mapping[str, str], default: int, most: int) -> bytes:
+    """One page of a list, with the SDK's cursor: `after` names the last object of the page before."""
+    limit = read_limit(query, default, most)
     after = query.get("after")
     ids = [each["id"] for each in found]
     if after is not None:
         if after not in ids:
             raise InvalidRequest("`after` is not the id of an object in this list.", param="after")
         found = found[ids.index(after) + 1 :]
-    shown = found[: int(limit)]
+    shown = found[:limit]
     ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
     return orjson.dumps({"object": "list", "data": shown, **ends, "has_more": len(shown) < len(found)})

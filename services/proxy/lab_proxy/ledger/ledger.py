@@ -22,7 +22,7 @@ from ..redis.connection import RedisError
 from ..tasks import end, supervise
 from .disk_queue import DiskQueue, DiskQueueFull, LedgerBatch
 from .prices import Prices
-from .usage import DAYS, METRICS, ROWS, usage
+from .usage import DAYS, METRICS, ROWS, UsagePage, usage_page
 
 log = logging.getLogger("lab_proxy.ledger")
 
@@ -187,9 +187,11 @@ class Ledger:
 
     # ---- reading
 
-    async def usage(self, first: date, last: date, **filters: str | None) -> list[dict[str, Any]]:
-        """The rows in redis, see `usage.usage`. Raises RedisError."""
-        return await usage(self._redis, first, last, **filters)
+    async def usage(
+        self, first: date, last: date, *, limit: int, after: str | None = None, **filters: str | None
+    ) -> UsagePage:
+        """See `usage.usage_page`."""
+        return await usage_page(self._redis, first, last, limit=limit, after=after, **filters)
 
     async def spent(self, key_id: str) -> tuple[int, int]:
         """Pico-dollars today and in total, as booked in redis. Raises RedisError."""

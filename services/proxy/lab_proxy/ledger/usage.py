@@ -2,8 +2,10 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
 
@@ -16,6 +18,7 @@ DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
 NOBODY = "-"  # key id of charges where no key is required
 MAX_DAYS = 366
+AT_ONCE = 64  # keys of a day that are read in one round trip, and so held in memory
 
 METRICS = (
     "requests",
@@ -28,22 +31,67 @@ METRICS = (
 `collapsed` cost nothing: their tokens were saved."""
 
 
-async def usage(
+@dataclass(frozen=True, slots=True)
+class UsagePage:
+    """Some rows, and the sums of all."""
+
+    total: dict[str, Any]
+    rows: list[dict[str, Any]]
+    has_more: bool  # rows after the last one
+
+
+async def parts(
     client: Client, first: date, last: date, *, key_id: str | None = None, **equal: str | None
-) -> list[dict[str, Any]]:
-    """Rows from `first` to `last`, both included, sorted. `equal`: owner and model; None: any. Raises RedisError."""
+) -> AsyncIterator[list[dict[str, Any]]]:
+    """Rows from `first` to `last`, both included, sorted, a few at a time. `equal`: owner and model; None: any. Raises
+    RedisError."""
     days = [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
     keys: list[tuple[str, str]] = [(day, key_id) for day in days] if key_id is not None else []
-    if key_id is None:
-        sets = await client.execute_all([("SMEMBERS", DAYS + day) for day in days])
-        keys = [(day, each.decode()) for day, found in zip(days, sets, strict=True) for each in sorted(found)]
-    rows: list[dict[str, Any]] = []
-    for at in range(0, len(keys), 256):
-        part = keys[at : at + 256]
-        found = await client.execute_all([("HGETALL", f"{ROWS}{day}:{key}") for day, key in part])
-        for (day, key), fields in zip(part, found, strict=True):
-            rows += _rows(day, key, fields)
-    return [row for row in rows if all(value in {None, row[name]} for name, value in equal.items())]
+    for day in days if key_id is None else ["all"]:
+        if key_id is None:
+            keys = [(day, each.decode()) for each in sorted(await client.execute("SMEMBERS", DAYS + day))]
+        for at in range(0, len(keys), AT_ONCE):
+            some = keys[at : at + AT_ONCE]
+            found = await client.execute_all([("HGETALL", f"{ROWS}{day}:{key}") for day, key in some])
+            rows = [row for where, fields in zip(some, found, strict=True) for row in _rows(*where, fields)]
+            yield [row for row in rows if all(value in {None, row[name]} for name, value in equal.items())]
+
+
+async def usage(client: Client, first: date, last: date, **filters: str | None) -> list[dict[str, Any]]:
+    """All rows: see `parts`."""
+    return [row async for rows in parts(client, first, last, **filters) for row in rows]
+
+
+async def usage_page(
+    client: Client, first: date, last: date, *, limit: int, after: str | None = None, **filters: str | None
+) -> UsagePage:
+    """At most `limit` of the rows, those after the row of the id `after`, and the sums of all rows. Holds no more of
+    them in memory. Raises ValueError for a malformed `after`, and RedisError."""
+    sums, kept, has_more = dict.fromkeys(METRICS, 0), list[dict[str, Any]](), False
+    start = () if after is None else _place_of(after)
+    async for rows in parts(client, first, last, **filters):
+        _add(sums, rows)
+        fresh = [row for row in rows if _place(row) > start]
+        has_more = has_more or len(kept) + len(fresh) > limit
+        kept += fresh[: limit - len(kept)]
+    return UsagePage(_figures(sums), kept, has_more)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Rows are sorted by it."""
+    return (row["day"], row["key_id"] or NOBODY, row["owner"], row["upstream"], row["model"])
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """For `after`. It stays the same while rows before it are added."""
+    return urlsafe_b64encode(orjson.dumps(_place(row))).decode().rstrip("=")
+
+
+def _place_of(given: str) -> tuple[str, ...]:
+    place = orjson.loads(urlsafe_b64decode(given.encode("ascii") + b"=" * (-len(given) % 4)))
+    if not isinstance(place, list) or len(place) != 5 or not all(isinstance(part, str) for part in place):
+        raise ValueError("not an id of a row")
+    return tuple(place)
 
 
 def _rows(day: str, key: str, fields: Mapping[bytes, bytes]) -> list[dict[str, Any]]:
@@ -75,10 +123,14 @@ def _figures(sums: Mapping[str, int]) -> dict[str, Any]:
 
 def total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     sums = dict.fromkeys(METRICS, 0)
+    _add(sums, rows)
+    return _figures(sums)
+
+
+def _add(sums: dict[str, int], rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         for metric in METRICS:
             sums[metric] += row["cost_picodollars"] or 0 if metric == "cost" else row[metric]
-    return _figures(sums)
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

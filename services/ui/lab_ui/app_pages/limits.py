@@ -57,7 +57,7 @@ def draw_model() -> str | None:
 
 
 def draw_left(model: str) -> None:
-    usage = proxy.call("GET", "/usage", session.key, seconds=settings.status_timeout_seconds)
+    usage = proxy.call("GET", "/usage?limit=1", session.key, seconds=settings.status_timeout_seconds)
     if isinstance(usage, Fault):
         draw_fault(session, usage, "usage", lambda: None)
         return

@@ -1,5 +1,6 @@
 """The operator's pages of virtual keys at /admin/keys. Knows HTTP; keys.store does the work."""
 
+import asyncio
 import logging
 import re
 
@@ -10,11 +11,12 @@ from ...keys.store import KeyStore, key_spec
 from ...ledger import money
 from ...ledger.ledger import Ledger
 from ..guards import read_json, read_query
-from ..response import PRIVATE, PageRequest, Pages, Response
+from ..response import PRIVATE, PageRequest, Pages, Response, list_page
 
 log = logging.getLogger("lab_proxy.admin")
 
 PATH = "/admin/keys"
+DEFAULT_LISTED, MAX_LISTED = 100, 1000
 
 
 class KeyPages:
@@ -37,10 +39,16 @@ class KeyPages:
         await response.send(orjson.dumps(key.public_fields() | {"key": secret}), PRIVATE, status=201)
 
     async def _list(self, request: PageRequest, response: Response) -> None:
-        filters = read_query(request, {"owner", "state"})
-        keys = [key.public_fields() for key in await self._store.list()]
-        found = [key for key in keys if all(key[name] == value for name, value in filters.items())]
-        await response.send(orjson.dumps({"object": "list", "data": found}), PRIVATE)
+        query = read_query(request, {"owner", "state", "after", "limit"})
+        filters = {name: value for name, value in query.items() if name in {"owner", "state"}}
+        keys = await self._store.list()
+
+        def page() -> bytes:
+            shown = [key.public_fields() for key in keys]
+            found = [key for key in shown if all(key[name] == value for name, value in filters.items())]
+            return list_page(found, query, DEFAULT_LISTED, MAX_LISTED)
+
+        await response.send(await asyncio.to_thread(page), PRIVATE)
 
     async def _get(self, request: PageRequest, response: Response) -> None:
         key = await self._store.get(_key_id(request))

@@ -1,5 +1,6 @@
 """Usage pages: a caller's own usage at /usage, all usage at /admin/usage. Knows HTTP; the ledger has the numbers."""
 
+import asyncio
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -9,12 +10,13 @@ import orjson
 from ...errors import InvalidRequest
 from ...ledger import money
 from ...ledger.ledger import Ledger
-from ...ledger.usage import MAX_DAYS, NOBODY, as_csv, total
+from ...ledger.usage import MAX_DAYS, NOBODY, as_csv, row_id
 from ..guards import read_query
-from ..response import PRIVATE, PageRequest, Pages, Response
+from ..response import PRIVATE, PageRequest, Pages, Response, read_limit
 
 DEFAULT_DAYS = 30
-_FILTERS = frozenset({"from", "to", "owner", "model", "key_id", "format"})
+DEFAULT_ROWS, MAX_ROWS = 1000, 10_000  # of a page; a row has about 600 bytes
+_FILTERS = frozenset({"from", "to", "owner", "model", "key_id", "format", "limit", "after"})
 
 
 class UsagePages:
@@ -49,12 +51,22 @@ class UsagePages:
         if form not in {"json", "csv"}:
             raise InvalidRequest("`format` must be json or csv.", param="format")
         chosen = {name: filters.get(name) for name in ("key_id", "owner", "model")}
-        rows = await self._ledger.usage(first, last, **chosen)
+        limit = read_limit(filters, MAX_ROWS if form == "csv" else DEFAULT_ROWS, MAX_ROWS)
+        try:
+            page = await self._ledger.usage(first, last, limit=limit, after=filters.get("after"), **chosen)
+        except ValueError:
+            raise InvalidRequest("`after` is the `last_id` of the page before.", param="after") from None
+        last_id = row_id(page.rows[-1]) if page.rows else None
         if form == "csv":
+            if page.has_more and "limit" not in filters:  # a file that is cut off looks whole
+                why = f"There are more than {MAX_ROWS} rows: ask for fewer days, or by pages with `limit` and `after`."
+                raise InvalidRequest(why, param="limit")
             headers = PRIVATE | {"content-disposition": 'attachment; filename="usage.csv"'}
-            return await response.send(as_csv(rows).encode(), headers, "text/csv; charset=utf-8")
-        report = {"from": first.isoformat(), "to": last.isoformat(), "total": total(rows), "rows": rows}
-        return await response.send(orjson.dumps(about | report), PRIVATE)
+            headers |= {"x-has-more": str(page.has_more).lower()} | ({"x-last-id": last_id} if last_id else {})
+            csv = await asyncio.to_thread(as_csv, page.rows)
+            return await response.send(csv.encode(), headers, "text/csv; charset=utf-8")
+        report = about | {"from": first.isoformat(), "to": last.isoformat(), "total": page.total, "rows": page.rows}
+        return await response.send(orjson.dumps(report | {"has_more": page.has_more, "last_id": last_id}), PRIVATE)
 
 
 def _range(filters: Mapping[str, str]) -> tuple[date, date]:
