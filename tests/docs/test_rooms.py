@@ -48,7 +48,7 @@ HOUSES = {
         SERVICES / "proxy/lab_proxy",
         rooms=("http", "batches", "requests", "keys", "upstreams", "cache", "ledger", "redis", "telemetry"),
         composition=frozenset({"__main__", "cli"}),
-        ground=("reload", "tasks", "lru", "canonical", "endpoints", "settings", "errors", ""),
+        ground=("reload", "tasks", "lru", "long_bodies", "canonical", "endpoints", "settings", "errors", ""),
     ),
     "model": House(
         SERVICES / "model/lab_model",

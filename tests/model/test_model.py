@@ -298,6 +298,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
         (b'{"a": "\\ud800"}', "not valid JSON"),
         (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
         (b"", "not valid JSON"),
+        (b'\xef\xbb\xbf{"a": 1}', "byte order mark"),
     ],
 )
 def test_what_parsers_read_differently_is_refused(body: bytes, said: str) -> None:

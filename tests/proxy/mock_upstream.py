@@ -6,8 +6,8 @@ MODES. It is a stand-in for a paid upstream at /v1/… and for the model service
 before an answer) and the `state` of /ready, the ids that are still `loading`; `script`, what becomes of the next calls,
 one after the other (a status, an object with `status`, `body` and
 perhaps its content `type`, `drop`, `hang`, `ok`), with the headers `sent`;
-`closed`: a gate before which all answers wait until it is opened (false), `held` another one after each stream's first
-event; `used`: what /tally tells of every call; `POST /reset` forgets all.
+`closed`: a gate before which all answers wait until it is opened (false), `held` another one after each stream's event
+number `held_at` (0: the first one); `used`: what /tally tells of every call; `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Mock:
         self.script: list[int | str | dict[str, Any]] = []
         self.sent: dict[str, str] = {}
         self.closed = self.held = False
+        self.held_at = 0
         self.used: dict[str, int] = {}
         self.at: list[float] = []  # when calls came, time.time()
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of answers that were sent whole
@@ -181,7 +182,7 @@ class Mock:
             await asyncio.sleep(0.01)
 
     async def after(self, place: int) -> None:
-        if place == 0:
+        if place == self.held_at:
             await self.opened("held")
 
     async def scripted(self, send: Send, extra: dict[str, str]) -> bool:

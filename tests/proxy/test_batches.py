@@ -304,6 +304,15 @@ def test_what_is_wrong_in_a_file_is_told_by_line_before_anything_is_asked(client
     assert wait(client, start(client, []).id).status == "failed"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(client: openai.OpenAI) -> None:
+    """Windows' editors and PowerShell write one before UTF-8; the batch runs as without it."""
+    given = client.files.create(file=("in.jsonl", b"\xef\xbb\xbf" + jsonl([line("a"), line("b")])), purpose="batch")
+    made = client.batches.create(input_file_id=given.id, endpoint=CHAT, completion_window="24h")
+    done = wait(client, made.id)
+    assert done.status == "completed", done.errors
+    assert set(rows(client, done.output_file_id)) == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

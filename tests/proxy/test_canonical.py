@@ -24,6 +24,7 @@ from lab_proxy.cache import streams
 from lab_proxy.endpoints import CHAT
 from lab_proxy.errors import InvalidRequest
 from lab_proxy.http import guards
+from lab_proxy.long_bodies import LONG_BODY
 from processes import GENEROUS_SECONDS
 
 FIELDS = {"tenant": "t", "upstream": "u", "model": "m", "revision": "r", "endpoint": "/v1/x", "body": {"a": 1}}
@@ -342,7 +343,7 @@ async def test_a_long_body_is_parsed_outside_of_the_event_loop(monkeypatch: pyte
     """8 MB took seconds, in which the process answered nobody. A short body is not worth a thread."""
     threads = []
     monkeypatch.setattr(guards, "parse", lambda raw: threads.append(threading.get_ident()) or {})
-    for size in (canonical.LONG_BODY, canonical.LONG_BODY + 1):
+    for size in (LONG_BODY, LONG_BODY + 1):
         await guards.parse_body(b"x" * size)
     assert [thread == threading.get_ident() for thread in threads] == [True, False]
 

@@ -26,9 +26,9 @@ import redis.asyncio as aioredis
 from fixtures_proxy import HURRIED_MS, UPSTREAM_KEY, control_client, mock, new, proxy, redis_client, redis_url
 from lab_proxy.cache import flight_channel
 from lab_proxy.cache.entry import Entry
-from lab_proxy.cache.flight import LEASE, LEASE_SECONDS, Flight, FlightLost, Subscriber
-from lab_proxy.cache.flight_channel import BEAT_SECONDS, CHANNEL
-from lab_proxy.cache.single_flight import SingleFlight
+from lab_proxy.cache.flight import LEASE, LEASE_SECONDS, PIECE_BYTES, Flight, FlightLost, Subscriber
+from lab_proxy.cache.flight_channel import BEAT_SECONDS, CHANNEL, WINDOW_BYTES
+from lab_proxy.cache.single_flight import SPARE_BYTES, SingleFlight
 from lab_proxy.errors import SlowReader, UpstreamDown, UpstreamRefused
 from lab_proxy.redis import client as redis_module
 from lab_proxy.redis.connection import RedisError
@@ -363,8 +363,9 @@ async def test_flight_f4_without_a_name_nobody_joins(monkeypatch: pytest.MonkeyP
 async def test_flight_a_slow_reader_does_not_hold_others_up(
     server: Process, two: tuple[SingleFlight, SingleFlight]
 ) -> None:
-    """Within the limit everybody gets all, at its own pace; beyond it nobody boards any more, the fastest reader's pace
-    is the upstream's, and who is further behind than the limit is told so."""
+    """Within the limit everybody gets all, at its own pace; beyond it, where nothing is spare, nobody boards any more,
+    the fastest reader's pace is the upstream's, and who is further behind than the limit is told so."""
+    two[0]._spare.left = 0
     up, name, gate = Upstream(), new(), asyncio.Event()
     slow = asyncio.create_task(hear(two[0], name, server, up.fetch, gate=gate))
     await eventually_async(lambda: up.calls)
@@ -392,6 +393,112 @@ async def test_flight_a_slow_reader_does_not_hold_others_up(
             await anext(lagging)
         with two[0].join(name) as other:
             assert other.first
+
+
+async def test_flight_f1_a_long_stream_is_joined_late(server: Process, two: tuple[SingleFlight, SingleFlight]) -> None:
+    """Beyond a flight's own limit its parts are kept from what all flights share: who comes late, in either process,
+    has all of them. What was taken is given back with the flight."""
+    up, name, parts = Upstream(), new(), [b"%1000d" % n for n in range(50)]
+    heard: list[bytes] = []
+    leader = asyncio.create_task(hear(two[0], name, server, up.fetch, heard=heard))
+    up.say(*parts)
+    await eventually_async(lambda: heard == parts)
+    assert two[0]._spare.left == SPARE_BYTES - (50 * 1000 - LIMIT)
+    late: list[list[bytes]] = [[], []]
+    followers = [
+        asyncio.create_task(hear(each, name, server, up.fetch, heard=said))
+        for each, said in zip(two, late, strict=True)
+    ]
+    await eventually_async(lambda: late == [parts, parts])
+    up.say(b"last", None)
+    assert await asyncio.gather(leader, *followers) == [[*parts, b"last"]] * 3
+    assert up.calls == 1
+    del leader, followers, up
+
+    def given_back() -> bool:
+        gc.collect()
+        return [each._spare.left for each in two] == [SPARE_BYTES] * 2
+
+    up, name = Upstream(), new()  # the last flight is kept until the next one
+    leader = asyncio.create_task(hear(two[0], name, server, up.fetch))
+    await eventually_async(lambda: up.calls)
+    follower = asyncio.create_task(hear(two[1], name, server, up.fetch))
+    await eventually_async(up.followed)
+    up.say(b"a", None)
+    assert await leader == await follower == [b"a"]
+    await eventually_async(given_back, what="what the flight has taken is spare again")
+
+
+async def test_flight_f1_a_large_answer_crosses_window_by_window(
+    server: Process, two: tuple[SingleFlight, SingleFlight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis never has more of it than a window: the leader goes on when the follower has confirmed what it got. In a
+    process all requests share one copy."""
+    monkeypatch.setattr(flight_channel, "DEAF_SECONDS", NEVER)
+    answer, name, gate = os.urandom(5 * WINDOW_BYTES), new(), asyncio.Event()
+    calls, sent = 0, 0
+
+    async def fetch(flight: Flight) -> None:
+        nonlocal calls
+        calls += 1
+        await gate.wait()
+        flight.begin({"streams": False})
+        flight.add_whole(answer)
+        flight.end("size")
+
+    async def whole(flights: SingleFlight) -> bytes:
+        with flights.join(name) as seat:
+            await take_off(seat, server, fetch)
+            return await seat.whole()
+
+    def count(fields: dict[str, Any], parts: Any = ()) -> bytes:
+        nonlocal sent
+        sent += sum(map(len, parts))
+        return message(fields, parts)
+
+    message = flight_channel._message
+    monkeypatch.setattr(flight_channel, "_message", count)
+    leader = asyncio.create_task(whole(two[0]))
+    await eventually_async(lambda: calls)
+    leading = next(iter(two[0].channel.leading.values()))
+    followers = [asyncio.create_task(whole(two[1])) for _ in range(2)]
+    await eventually_async(lambda: leading.remote_subscribers)
+    # The follower confirms nothing for the time being.
+    talks, execute = asyncio.Event(), two[1].channel.execute
+
+    async def silent(*commands: Any) -> Any:
+        await talks.wait()
+        return await execute(*commands)
+
+    monkeypatch.setattr(two[1].channel, "execute", silent)
+    gate.set()
+    following = next(iter(two[1].channel.following.values()))
+    await eventually_async(lambda: following._bytes >= WINDOW_BYTES)
+    for _ in range(3):  # times in which it might send more
+        two[0].channel.mark_dirty(leading)
+        await asyncio.sleep(BEAT_SECONDS / 4)
+    assert WINDOW_BYTES <= sent < WINDOW_BYTES + PIECE_BYTES
+    talks.set()
+    assert await leader is answer
+    one, other = await asyncio.gather(*followers)
+    assert one == answer
+    assert one is other
+    assert (calls, sent) == (1, len(answer))
+
+
+async def test_flight_f1_a_lease_for_any_number_of_entries(
+    server: Process, two: tuple[SingleFlight, SingleFlight]
+) -> None:
+    """Where all of 200 entries exist by now nobody leads; where one is missing somebody does."""
+    names = [f"lab:entry:{new()}" for _ in range(200)]
+    async with redis_client(server) as client:
+        for there, leads in ((names[:-1], True), (names, False)):
+            await client.execute("MSET", *(word for name in there for word in (name, "x")))
+            with two[0].join(new()) as seat:
+                lease = seat.lease(names)
+                assert lease
+                lease.on_reply(await client.execute(*lease.command()))
+                assert lease.holder == (seat.flight.token if leads else "")
 
 
 async def test_flight_x1_cut_off_and_back_nothing_is_lost_or_twice(
@@ -789,6 +896,35 @@ async def test_flight_f1_texts_and_vectors_too(pair: Pair) -> None:
     assert len({answer.json["id"] for answer in answers[:6]}) == 6
     more = await ask(pair.urls[0], {"model": "text-embedding-mock", "input": [new(), "a"]})
     assert more.state == "fwd=partial; stored"
+
+
+async def test_flight_f1_answers_of_any_size(pair: Pair) -> None:
+    """An answer of 3 MB, one of 200 vectors, and a stream that is beyond its first megabyte when others come: one call
+    each, whatever process asks. The large ones are not stored: another request asks again."""
+    bodies = [asking(new() + " long" * 600_000), {"model": "text-embedding-mock", "input": [new() for _ in range(200)]}]
+    asked = [ask(pair.urls[n % 2], body) for body in bodies for n in range(4)]
+    answers = await at_once(pair, *asked, calls=2, followed=2)
+    assert pair.calls()["total"] == 2
+    for group in (answers[:4], answers[4:]):
+        assert [answer.status for answer in group] == [200] * 4
+        assert [answer.state for answer in group].count("fwd=miss; collapsed") == 3
+    assert len(answers[0].text) > 3_000_000
+    assert [answer.added_up() for answer in answers[:4]] == [answers[0].added_up()] * 4
+    assert len({answer.identity() for answer in answers[:4]}) == 4
+    assert [answer.json for answer in answers[4:]] == [answers[4].json] * 4
+
+    words = [f"{n}-" + "x" * 50_000 for n in range(40)]
+    body = asking(new() + " ".join(words), stream=True)
+    pair.upstream(held=True, held_at=35)
+    async with listening(pair.urls[0], body) as leader:
+        for _ in range(35):
+            await leader.event()
+        late = [await start(pair.urls[n % 2], body) for n in range(4)]
+        await on_board(pair, 5, 3, followed=3)
+        pair.upstream(held=False)
+        first, others = (await leader.rest()).added_up(), await asyncio.gather(*late)
+    assert [answer.added_up() for answer in others] == [first] * 4
+    assert pair.calls()["total"] == 3
 
 
 async def test_flight_f1_late_followers_get_the_prefix_and_then_live_chunks(pair: Pair) -> None:

@@ -258,7 +258,7 @@ async def test_giving_back_is_no_second_burst(school: School) -> None:
         who = Identity(tenant="late", owner="late", key_id=f"key_{new()[-8:]}", tpm=6000)  # 100 a second
 
         async def reserved(tokens: int) -> tuple[limits.Admission, int]:
-            admission = made.admission(who, CHAT, "gpt-mock", {"max_tokens": tokens - 1}, 4, "openai")
+            admission = await made.admission(who, CHAT, "gpt-mock", {"max_tokens": tokens - 1}, 4, "openai")
             assert admission is not None
             await made.check(admission)
             return admission, int(admission.headers["x-ratelimit-remaining-tokens"])
@@ -371,7 +371,7 @@ async def test_a_slot_is_renewed_as_long_as_its_answer_takes(school: School, mon
         who = Identity(tenant="long", owner="long", key_id=f"key_{new()[-8:]}", concurrency=1)
 
         async def asked() -> limits.Admission:
-            admission = made.admission(who, CHAT, "gpt-mock", {}, 4, "openai")
+            admission = await made.admission(who, CHAT, "gpt-mock", {}, 4, "openai")
             assert admission is not None
             await made.check(admission)
             return admission
@@ -512,7 +512,7 @@ async def test_whenever_a_caller_leaves_each_slot_is_released_once(school: Schoo
         made = limits.Limits(client, Prices(), ledger, when_down="open", timeout=GENEROUS_SECONDS)
 
         async def request() -> None:
-            claim = made.admission(who, CHAT, "gpt-4o-mini", {"max_tokens": 9}, 40, "openai")
+            claim = await made.admission(who, CHAT, "gpt-4o-mini", {"max_tokens": 9}, 40, "openai")
             assert claim is not None
             try:
                 await made.check(claim)
@@ -535,16 +535,45 @@ async def test_whenever_a_caller_leaves_each_slot_is_released_once(school: Schoo
         assert made.running == {}
 
 
+async def test_a_slot_whose_release_is_on_its_way_is_free(school: School, tmp_path: Path) -> None:
+    """The release and the next request go to redis by two connections: the request does not meet its own slot."""
+    who = Identity("t", "t", new(), concurrency=1)
+    async with redis_client(school.redis) as client:
+        made = limits.Limits(client, Prices(), Ledger(client, Prices(), folder=tmp_path, max_bytes=0), when_down="open")
+        first = await made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai")
+        assert first is not None
+        await made.check(first)
+        first.settle(0)
+        slow, arrives = asyncio.Event(), made._redis.execute_all
+
+        async def late(commands: Any) -> Any:
+            await slow.wait()
+            return await arrives(commands)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made._redis, "execute_all", late)
+            sending = asyncio.create_task(made._send_finished())
+            await asyncio.sleep(0)
+            second = await made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai")
+            assert second is not None
+            await made.check(second)  # raises LimitReached
+            slow.set()
+            assert await sending
+        second.settle(0)
+        await made._send_finished()
+        assert await client.execute("ZCARD", f"{limits.PREFIX}{{{who.key_id}}}:slots") == 0
+
+
 async def test_a_cancelled_hit_loses_no_end_of_another_request(school: School, tmp_path: Path) -> None:
     """An end that rides along with a command is sent again if nobody waits for the reply."""
     who = Identity("t", "t", new(), rpm=10**6, concurrency=1000)
     async with redis_client(school.redis) as client:
         made = limits.Limits(client, Prices(), Ledger(client, Prices(), folder=tmp_path, max_bytes=0), when_down="open")
-        claim = made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai")
+        claim = await made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai")
         assert claim is not None
         await made.check(claim)
         claim.settle(0)
-        hit = made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai", at_once=True)
+        hit = await made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai", at_once=True)
         assert hit is not None
         hit.command()  # and then its caller is gone
         hit.settle(0)

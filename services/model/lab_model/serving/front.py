@@ -49,7 +49,8 @@ defaults
     # Minutes for a request that waits behind a full queue of long answers, but bounded.
     timeout client 900s
     timeout server 900s
-    # To what is not HTTP at all HAProxy's only answers are a page of HTML or, so, the end of the connection. Characters
+    # To what is not HTTP at all, or has a transfer coding other than chunked, HAProxy's only answers are a page of HTML
+    # or, so, the end of the connection: its parser (mux_h1.c, h1_send_error) takes no other text from here. Characters
     # that no path or name may have are accepted here, to be refused below as the API does.
     errorfile 400 /dev/null
     errorfile 422 /dev/null

@@ -1,5 +1,6 @@
 """The input file of a batch: its lines, and their validation. Knows JSON; does not answer lines."""
 
+import codecs
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,21 @@ class InputLine:
     custom_id: str
     endpoint: str
     body: dict[str, Any]
+    size: int  # bytes of the line
 
 
 def read_lines(file: BinaryIO) -> Iterator[InputLine]:
     """The requests of a validated file."""
-    for number, raw in enumerate(file, 1):
+    for number, raw in _numbered(file):
         if raw.strip():
             item = canonical.parse(raw)
-            yield InputLine(number, item["custom_id"], item["url"], item["body"])
+            yield InputLine(number, item["custom_id"], item["url"], item["body"], len(raw))
+
+
+def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines from number 1, without a byte order mark before the first: editors and PowerShell write one."""
+    for number, raw in enumerate(file, 1):
+        yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
 
 
 def validate(path: Path, endpoint: str, max_line_bytes: int) -> tuple[list[dict[str, Any]], int, set[str]]:
@@ -35,7 +43,7 @@ def validate(path: Path, endpoint: str, max_line_bytes: int) -> tuple[list[dict[
     models: set[str] = set()
     total = 0
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in _numbered(file):
             if not raw.strip():
                 continue
             total += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -46,6 +47,7 @@ class Job:
         self.state = folder.load()
         self.batch: dict[str, Any] = self.state["batch"]
         self.identity, self.identified = LOCAL, -IDENTITY_SECONDS * 2
+        self.writing = asyncio.Lock()  # results are added one at a time
         self._results: dict[int, LineResult] = {}
         self._saved = 0.0
 

@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import orjson
-
 from .. import canonical
 from ..errors import InvalidKey, ProxyError
 from ..keys.authentication import Authenticator
 from ..keys.identity import LOCAL, Identity
+from ..long_bodies import loads, off_loop
 from ..redis.client import Client, Script
 from ..redis.connection import RedisError
 from ..requests.context import RequestContext, Traffic
@@ -224,16 +223,20 @@ class BatchWorker:
         if batch["status"] == "in_progress":
             await asyncio.to_thread(job.resume)
             with job.folder.input.open("rb") as file:
-                lines = job.lines(file)
+                lines, turn = job.lines(file), asyncio.Lock()
                 async with asyncio.TaskGroup() as group:
                     for _ in range(self._settings.batch_concurrency):
-                        group.create_task(self._run_lines(job, lines))
+                        group.create_task(self._run_lines(job, lines, turn))
             job.close()
         # 3. Write the output files.
         return await asyncio.to_thread(job.finish)
 
-    async def _run_lines(self, job: Job, lines: Iterator[InputLine]) -> None:
-        for line in lines:
+    async def _run_lines(self, job: Job, lines: Iterator[InputLine], turn: asyncio.Lock) -> None:
+        while True:
+            async with turn:  # a line may have 8 MB, and a generator serves one thread at a time
+                line = await asyncio.to_thread(next, lines, None)
+            if line is None:
+                return
             await self._yield_to_traffic()
             if await self._has_ended(job):
                 return
@@ -286,10 +289,15 @@ class BatchWorker:
                     return
             await self._yield_to_traffic()
         # Parsed, because an upstream's JSON may have line breaks, and a row is one line.
-        request_id, body = response.headers["x-request-id"], orjson.loads(response.body)
-        answer = {"status_code": response.status, "request_id": request_id, "body": body}
-        row = {"id": request_id, "custom_id": line.custom_id, "response": answer, "error": None}
-        job.add_result(line, response.status == 200, record, row)
+        request_id = response.headers["x-request-id"]
+
+        def add_result() -> None:
+            answer = {"status_code": response.status, "request_id": request_id, "body": loads(response.body)}
+            row = {"id": request_id, "custom_id": line.custom_id, "response": answer, "error": None}
+            job.add_result(line, response.status == 200, record, row)
+
+        async with job.writing:
+            await off_loop(len(response.body), add_result)
 
     async def _attempt(
         self, job: Job, line: InputLine, response: BufferedResponse
@@ -298,7 +306,8 @@ class BatchWorker:
         record, began, request_id = RequestRecord(), time.perf_counter(), response.headers["x-request-id"]
         retry_after: float | None = None
         try:
-            what = (job.identity, line.endpoint, canonical.dump(line.body), line.body, request_id)
+            raw = await off_loop(line.size, canonical.dump, line.body)
+            what = (job.identity, line.endpoint, raw, line.body, request_id)
             request = RequestContext(*what, started=began, record=record, batch_price=True)
             await self._executor.answer(request, response)
         except ProxyError as error:

@@ -17,6 +17,7 @@ from ..endpoints import COMPLETIONS
 from ..telemetry.record import MAX_TOKENS, token_count
 from .key import CONTRACT
 
+MAX_UNITS = 300_000  # inputs, or token ids of one input: OpenAI's limit of all ids. 8 MB may hold 4 million
 OBJECT_BYTES = 1500  # of an entry and its place in a dict, besides its body; measured
 PREPARED_BYTES = 1500  # of a prepared hit and its place in a dict, besides its pieces
 
@@ -100,7 +101,7 @@ def inputs(value: Any) -> list[Any] | None:
     shape."""
     if isinstance(value, (str, dict)):
         return [value]
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_UNITS:
         return None
     if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return [value]

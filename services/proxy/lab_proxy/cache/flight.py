@@ -20,11 +20,17 @@ from .entry import Entry
 
 LEASE = "lab:flight:"
 LEASE_SECONDS = 2.5  # a lease's lifetime; after it, followers of a killed leader continue
+PIECE_BYTES = 256 * 1024  # of a whole answer, so that it fits into messages between processes
 
 # KEYS: the lease, then the names of the entries. ARGV: own token, milliseconds, token of a dead leader.
 # '' if all entries exist by now; otherwise the leader's token, which is the own one if the lease was free.
 _ACQUIRE = Script("""
-if #KEYS > 1 and redis.call('EXISTS', unpack(KEYS, 2)) == #KEYS - 1 then return '' end
+local missing = #KEYS == 1
+for at = 2, #KEYS, 64 do
+  local last = math.min(at + 63, #KEYS)
+  if redis.call('EXISTS', unpack(KEYS, at, last)) <= last - at then missing = true break end
+end
+if not missing then return '' end
 local held = redis.call('GET', KEYS[1])
 if held and held ~= ARGV[3] then return held end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -65,9 +71,11 @@ class FlightResult:
 
 @dataclass(slots=True)
 class RemoteSubscriber:
-    """Another process that follows a flight of this one. `sent`: parts sent to it; the result counts as one more."""
+    """Another process that follows a flight of this one. `sent`: parts sent to it; the result counts as one more.
+    `received`: parts that it has confirmed."""
 
     sent: int
+    received: int
     last_received: float  # monotonic: its last sign of life
     last_sent: float = 0.0  # monotonic: the last message to it
 
@@ -96,15 +104,23 @@ class Lease:
 OnFlight = Callable[["Flight"], None]
 
 
+@dataclass(slots=True)
+class Spare:
+    """Bytes that the flights of one process may keep beyond their limits, together."""
+
+    left: int
+
+
 @dataclass(eq=False)
 class Flight:
     """One answer while it arrives. Its task writes it; each subscriber reads it at its own pace."""
 
     name: str  # empty if no request may join
     token: str
-    limit: int  # bytes kept for subscribers
+    limit: int  # bytes kept for subscribers, besides what it takes from `spare`
+    spare: Spare
     on_end: OnFlight
-    on_overflow: OnFlight  # called beyond the limit
+    on_overflow: OnFlight  # called when no more may be kept
     on_change: OnFlight  # called for each change while another process follows
     head: dict[str, Any] | None = None  # what precedes the first part
     entries: list[Entry] | None = None  # what the first subscriber found in the cache
@@ -120,13 +136,17 @@ class Flight:
     renewed: float = 0.0  # monotonic: last renewal of the lease
     resync: bool = True  # of a follower: the leader must send again, from `count` on
     unknown_to_leader: bool = False  # of a follower
+    unconfirmed: int = 0  # bytes; of a follower: received since it last told the leader
+    derived: dict[str, Any] = field(default_factory=dict)  # what subscribers make of the answer once for all
     count: int = 0  # parts so far
     task: asyncio.Task[None] | None = None
-    _parts: list[bytes] = field(default_factory=list)  # from `_dropped_parts` on
+    _parts: list[bytes | memoryview] = field(default_factory=list)  # from `_dropped_parts` on
     _part_ends: list[int] = field(default_factory=list)  # bytes up to the end of each of them
     _dropped_parts: int = 0
     _dropped_bytes: int = 0
     _bytes: int = 0
+    _borrowed: int = 0  # bytes of `spare`
+    _whole: bytes | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -137,6 +157,14 @@ class Flight:
     def shared(self) -> bool:
         """More than one subscriber wants the answer."""
         return len(self.subscribers) + len(self.remote_subscribers) > 1
+
+    @property
+    def _keeps_all(self) -> bool:
+        """The answer comes as a whole: it is in memory anyway, and its subscribers need all of it."""
+        return self.head is not None and self.head.get("streams") is False
+
+    def __del__(self) -> None:
+        self.spare.left += self._borrowed
 
     # ---- for the writer
 
@@ -151,16 +179,34 @@ class Flight:
         while self._bytes - self._fastest() > self.limit and (self.subscribers or self.remote_subscribers):
             await self._changed.wait()
 
-    def add(self, part: bytes) -> None:
+    def add_whole(self, answer: bytes) -> None:
+        """All of an answer that does not stream."""
+        self._whole = answer
+        view = memoryview(answer)
+        for at in range(0, len(answer), PIECE_BYTES):
+            self.add(view[at : at + PIECE_BYTES])
+
+    def add(self, part: bytes | memoryview) -> None:
         """Add a part without waiting, as for a flight that another process leads: slow readers fall behind."""
         self._bytes += len(part)
         self._parts.append(part)
         self._part_ends.append(self._bytes)
         self.count += 1
-        if self._bytes > self.limit:
+        if self._bytes > self.limit and not self._may_keep():
             self.on_overflow(self)
             self._drop()
         self.notify()
+
+    def _may_keep(self) -> bool:
+        """All parts so far may be kept, and so be given to a subscriber that comes now."""
+        if self._keeps_all:
+            return True
+        more = self._bytes - self._dropped_bytes - self.limit - self._borrowed
+        if self._dropped_parts or more > self.spare.left:
+            return False
+        self._borrowed += max(0, more)
+        self.spare.left -= max(0, more)
+        return True
 
     def end(self, outcome: str | None = None, error: Exception | None = None) -> None:
         if not self.done:
@@ -186,7 +232,11 @@ class Flight:
 
     def _fastest(self) -> int:
         """Bytes that the fastest reader has taken."""
-        at = min(max(self._positions(), default=0), self.count) - self._dropped_parts
+        return self._end_of(max(self._positions(), default=0))
+
+    def _end_of(self, parts: int) -> int:
+        """Bytes up to the end of so many parts."""
+        at = min(parts, self.count) - self._dropped_parts
         return self._part_ends[at - 1] if at > 0 else self._dropped_bytes
 
     def _drop(self) -> None:
@@ -204,10 +254,26 @@ class Flight:
             self._dropped_parts += drop
             del self._parts[:drop]
             del self._part_ends[:drop]
+            unused = self._borrowed - max(0, self._bytes - self._dropped_bytes - self.limit)
+            if unused > 0:
+                self._borrowed -= unused
+                self.spare.left += unused
 
     # ---- for readers
 
-    def parts_after(self, taken: int) -> list[bytes]:
+    @property
+    def whole(self) -> bytes:
+        """The answer of a flight that has ended, one object for all subscribers."""
+        if self._whole is None:
+            self._whole = b"".join(self._parts)
+            self._parts.clear()  # subscribers that still count them come here at last
+        return self._whole
+
+    def size_of(self, begin: int, end: int) -> int:
+        """Bytes of the parts from `begin` to `end`; of those that were dropped none."""
+        return self._end_of(end) - self._end_of(begin)
+
+    def parts_after(self, taken: int) -> list[Any]:
         """The parts after the first `taken`. Raises SlowReader if some of them were dropped."""
         if taken < self._dropped_parts:
             raise SlowReader("The client read the shared answer too slowly: retry.")
@@ -280,6 +346,12 @@ class Subscriber:
                 self._raise()
             await self.flight.wait_change()
         return self.flight.head
+
+    async def whole(self) -> bytes:
+        """The answer of a flight that does not stream. Raises like `parts`."""
+        async for _ in self.parts():
+            pass
+        return self.flight.whole
 
     async def parts(self) -> AsyncIterator[list[bytes]]:
         """All parts from the first on, as they arrive. Raises the flight's error, FlightLost, or SlowReader."""

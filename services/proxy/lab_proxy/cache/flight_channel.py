@@ -2,7 +2,8 @@
 
 Each process has a channel. A follower joins by a message to the leader's channel and then gets the flight from its
 first part on. Parts exist only in the leader's memory; a follower that missed some requests them again, so that no part
-is lost or repeated. Knows flights by token; does not know which requests share one, or what starts and ends them.
+is lost or repeated, and it confirms what it has received, so that redis never holds more than a window of parts. Knows
+flights by token; does not know which requests share one, or what starts and ends them.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ PATIENCE_SECONDS = 10.0  # longest wait for redis of a follower that has already
 GRACE_SECONDS = 0.2  # a flight without subscribers continues for this time: another process may be about to join
 TIMEOUT_SECONDS = 0.5  # timeout of one round trip to redis; only followers wait for it
 MESSAGE_BYTES = 256 * 1024
+WINDOW_BYTES = 1024 * 1024  # sent but not confirmed; redis closes a connection that lags by 8 MB for a minute, or 32 MB
 
 _RENEW = Script("""
 local held = redis.call('GET', KEYS[1])
@@ -41,12 +43,9 @@ _RELEASE = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL
 class FlightChannel:
     """The channel of this process. Without a URL there are no other processes."""
 
-    def __init__(
-        self, url: str | None, *, limit: int, on_error: OnError, on_end: OnFlight, on_deserted: OnFlight
-    ) -> None:
-        """`limit`: largest part in bytes. `on_end` is called when a leader reports the result of a followed flight,
-        `on_deserted` when a flight of this process may have lost its last subscriber."""
-        self._limit = limit
+    def __init__(self, url: str | None, *, on_error: OnError, on_end: OnFlight, on_deserted: OnFlight) -> None:
+        """`on_end` is called when a leader reports the result of a followed flight, `on_deserted` when a flight of this
+        process may have lost its last subscriber."""
         self._on_error, self._on_end, self._on_deserted = on_error, on_end, on_deserted
         self.process_id = secrets.token_hex(8)
         self.leading: dict[str, Flight] = {}  # token -> flight that other processes may join
@@ -88,12 +87,14 @@ class FlightChannel:
         try:
             while True:
                 fields = {"k": "join", "f": leader, "p": self.process_id, "n": flight.count, "again": flight.resync}
-                flight.resync = False
+                flight.resync, flight.unconfirmed = False, 0
                 beat = ("PUBLISH", CHANNEL + process, _message(fields))
                 replies = await self.execute(("GET", LEASE + flight.name), beat)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(BEAT_SECONDS):
                         while not (flight.done or flight.unknown_to_leader or flight.resync):
+                            if flight.unconfirmed >= WINDOW_BYTES // 2:
+                                break
                             await flight.wait_change()
                 silent = time.monotonic() - flight.last_received
                 if flight.done:
@@ -192,13 +193,15 @@ class FlightChannel:
             return []
         try:
             parts = flight.parts_after(at) if at <= flight.count else []
-            if any(len(part) > self._limit for part in parts):
-                raise SlowReader("a part is too large for a message")
         except SlowReader:
             return [(_message({"k": "gone", "f": flight.token}), at)]
-        # 1. Parts, several in a message; the head goes with the first.
+        # 1. Parts within the window, several in a message; the head goes with the first.
         groups: list[list[bytes]] = [[]] if at == 0 and flight.head is not None else []
+        room = WINDOW_BYTES - flight.size_of(follower.received, at)
         for part in parts:
+            if room <= 0:
+                break
+            room -= len(part)
             if not groups or (groups[-1] and sum(map(len, groups[-1])) + len(part) > MESSAGE_BYTES):
                 groups.append([])
             groups[-1].append(part)
@@ -273,6 +276,7 @@ class FlightChannel:
             if flight.head is None:
                 flight.head = fields["h"]
             at, known = 0, flight.count - fields["n"]  # known: parts at the beginning that were sent again
+            flight.unconfirmed += len(rest)
             for place, size in enumerate(fields["z"]):
                 if place >= known:
                     flight.add(rest[at : at + size])
@@ -291,7 +295,8 @@ class FlightChannel:
         follower = flight.remote_subscribers.get(process)
         if follower is None or fields["again"]:
             position = min(int(fields["n"]), flight.count)
-            follower = flight.remote_subscribers[process] = RemoteSubscriber(position, 0.0)
+            follower = flight.remote_subscribers[process] = RemoteSubscriber(position, position, 0.0)
+        follower.received = max(follower.received, min(int(fields["n"]), flight.count))
         follower.last_received = time.monotonic()
         self.mark_dirty(flight)
 

@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 
 from ..redis.client import OnError
 from ..tasks import end
-from .flight import Flight, Lease, Subscriber
+from .flight import Flight, Lease, Spare, Subscriber
 from .flight_channel import FlightChannel
 
 STOP_POLL_SECONDS = 0.05
+SPARE_BYTES = 64 * 1024 * 1024
 
 Fetch = Callable[[Flight], Awaitable[None]]
 
@@ -23,13 +24,13 @@ class SingleFlight:
     """The flights of this process. A part: start and stop it."""
 
     def __init__(self, url: str | None, *, limit: int, drain: float = 0, on_error: OnError = lambda _: None) -> None:
-        """`url`: of redis; None: flights within this process only. `limit`: bytes that a flight keeps; no request joins
-        a longer one. `drain`: seconds for which `stop` waits until other processes have received the flights that they
-        follow. Raises ValueError for a URL with unsupported options."""
+        """`url`: of redis; None: flights within this process only. `limit`: bytes that each flight may keep. Longer
+        flights share SPARE_BYTES; when these are used up, no request joins a longer one. `drain`: seconds for which
+        `stop` waits until other processes have received the flights that they follow. Raises ValueError for a URL with
+        unsupported options."""
         self._limit, self._drain = limit, drain
-        self.channel = FlightChannel(
-            url, limit=limit, on_error=on_error, on_end=self._on_end, on_deserted=self._abandon
-        )
+        self.channel = FlightChannel(url, on_error=on_error, on_end=self._on_end, on_deserted=self._abandon)
+        self._spare = Spare(SPARE_BYTES)
         self._number = 0
         self._joinable: dict[str, Flight] = {}  # by name
         self._tasks: set[asyncio.Task[None]] = set()
@@ -56,7 +57,7 @@ class SingleFlight:
         if flight is None:
             self._number += 1
             token, calls = f"{channel.process_id}.{self._number}", (self._on_end, self._close, channel.mark_dirty)
-            flight = Flight(name, token, self._limit, *calls)
+            flight = Flight(name, token, self._limit, self._spare, *calls)
             if name:
                 self._joinable[name] = channel.leading[token] = flight
         return Subscriber(flight, first, channel.connected, self._start, self._on_leave)

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from ..errors import CacheUnavailable
+from ..long_bodies import off_loop
 from ..lru import LRU
 from ..redis.client import Client, OnError, PipelinedCommand, deliver
 from ..redis.connection import Command, CommandError, Pipeline, RedisError
@@ -57,7 +58,7 @@ class Cache:
         `near_bytes`: limit of the local copies. `on_error` gets each failed operation, `on_time` each round trip with
         its seconds. Raises ValueError for a URL with unsupported options."""
         self.enabled, self.secret = enabled, secret
-        self._max_entry_bytes = max_entry_bytes
+        self.max_entry_bytes = max_entry_bytes
         self._on_error = on_error
         self._on_time = on_time
         tracking = ("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", PREFIX, "NOLOOP")
@@ -135,9 +136,11 @@ class Cache:
         raws = self._raws(commands[len(piggyback) :], pipeline.replies[len(piggyback) :])
         now = time.time()
         # An invalidation that came in between may concern one of these entries.
+        size = sum(len(raw) for raw in raws if isinstance(raw, bytes))
+        entries = await off_loop(size, lambda: [Entry.unpack(raw) for raw in raws])
         unchanged = self._redis.unchanged_since(pipeline)
-        for place, raw in zip(missing, raws, strict=True):
-            entry = found[place] = _alive(Entry.unpack(raw), epoch, now)
+        for place, unpacked in zip(missing, entries, strict=True):
+            entry = found[place] = _alive(unpacked, epoch, now)
             if entry is not None and unchanged:
                 self._keep(keys[place], entry)
         return found
@@ -159,8 +162,9 @@ class Cache:
 
     async def write(self, entries: Mapping[str, Entry]) -> str | None:
         """Store entries under their keys. A word for `detail=` if one was not stored, else None."""
-        packed = [(key, entry, entry.pack()) for key, entry in entries.items()]
-        fit = [item for item in packed if len(item[2]) <= self._max_entry_bytes]
+        size = sum(entry.weight for entry in entries.values())
+        packed = await off_loop(size, lambda: [(key, entry, entry.pack()) for key, entry in entries.items()])
+        fit = [item for item in packed if len(item[2]) <= self.max_entry_bytes]
         if fit:
             commands = [("SET", entry_name(key), raw, "EX", entry.ttl + entry.grace) for key, entry, raw in fit]
             pipeline = await self._execute(commands, "write")

@@ -110,8 +110,13 @@ class StreamAccumulator:
         self.usage: dict[str, Any] | None = None
         self.content_chunks = 0  # chunks with content; counted by the caller of `feed`
 
-    def feed(self, chunk: Mapping[str, Any]) -> None:
-        """Add one chunk. Raises TypeError, ValueError or AttributeError for a malformed one."""
+    def feed(self, chunk: Mapping[str, Any], *, keep: bool = True) -> None:
+        """Add one chunk. Raises TypeError, ValueError or AttributeError for a malformed one. Without `keep` only its
+        usage counts, and the answer is given up: it is too large to be stored."""
+        if not keep:
+            self._top, self._choices = {}, {}
+            self.usage = chunk.get("usage") or self.usage
+            return
         for name, value in chunk.items():
             if name not in _OWN and (value is not None or name not in self._top):
                 self._top[name] = value

@@ -9,9 +9,10 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from .. import errors
-from ..canonical import LONG_BODY, parse
+from ..canonical import parse
 from ..errors import InvalidRequest, UnsupportedMediaType
 from ..keys.authentication import Authenticator
+from ..long_bodies import off_loop
 from ..requests.delivery import JSON
 from ..settings import LOOPBACK, Settings
 from .response import PageRequest, Receive
@@ -173,7 +174,7 @@ async def read_json(page: PageRequest) -> dict[str, Any]:
 
 async def parse_body(raw: bytes) -> dict[str, Any]:
     """`canonical.parse`, in a thread for a long body."""
-    return await asyncio.to_thread(parse, raw) if len(raw) > LONG_BODY else parse(raw)
+    return await off_loop(len(raw), parse, raw)
 
 
 def read_query(page: PageRequest, known: Collection[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ..errors import LimitsUnavailable
 from ..ledger.ledger import SUMS, UPSTREAM_SUMS, Ledger
 from ..ledger.prices import Prices
 from ..ledger.usage import NOBODY
+from ..long_bodies import off_loop
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, RedisError
 from ..tasks import end, supervise
@@ -162,6 +163,7 @@ class Limits:
         self._numbers = itertools.count(1)
         self._finished: dict[Identity, list[Finished]] = {}  # not yet sent to redis
         self._unsent = 0
+        self._under_way: dict[Identity, list[Finished]] = {}  # sent, not confirmed
         self.running: dict[str, Admission] = {}  # admitted requests, by member
         self._skew = 0.0  # seconds by which redis's clock is ahead
         self._some, self._soon = asyncio.Event(), asyncio.Event()
@@ -174,7 +176,7 @@ class Limits:
         await end(*self._tasks)
         await self._send_finished()
 
-    def admission(  # noqa: PLR0917 - all that a limit depends on
+    async def admission(  # noqa: PLR0917 - all that a limit depends on
         self,
         identity: Identity,
         endpoint: str,
@@ -189,7 +191,7 @@ class Limits:
         takes no slot and no tokens, and needs no settling."""
         if not identity.limited:
             return None
-        prompt, completion = estimate(endpoint, body, size_bytes, identity.tpm)
+        prompt, completion = await off_loop(size_bytes, estimate, endpoint, body, size_bytes, identity.tpm)
         reserved = min(prompt + completion, MAX_TOKENS) if identity.tpm is not None else 0
         if at_once:
             return Admission(self, identity, "", reserved, 0)
@@ -232,7 +234,7 @@ class Limits:
             budget_day=cap.day,
             upstream=name,
         )
-        admission = self.admission(share, endpoint, model, body, size_bytes, name)
+        admission = await self.admission(share, endpoint, model, body, size_bytes, name)
         if admission is not None:
             try:
                 await self.check(admission)
@@ -276,7 +278,9 @@ class Limits:
         """Finished requests of this key, to be sent with the next command."""
         taken = self._finished.pop(who, [])
         self._unsent -= len(taken)
-        return taken
+        # Those on their way come by another connection, and so perhaps after this command. Sent twice they count once.
+        under_way = self._under_way.get(who, ()) if who.concurrency is not None else ()
+        return [each for each in under_way if each[0]] + taken
 
     def restore_finished(self, who: Identity, taken: list[Finished]) -> None:
         """Redis may not have them. Sent twice they count once, except corrections, which are never repeated."""
@@ -330,12 +334,15 @@ class Limits:
         if not by_key:
             return True
         parts = ((who, each[at : at + 500]) for who, each in by_key for at in range(0, len(each), 500))
+        self._under_way = dict(by_key)
         try:
             await self._redis.execute_all([self.command(who, finished, None) for who, finished in parts])
         except RedisError:
             for who, finished in by_key:
                 self.restore_finished(who, finished)
             return False
+        finally:
+            self._under_way = {}
         return True
 
     async def _renew_slots(self) -> None:

@@ -11,15 +11,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import orjson
-
 from .. import canonical
 from ..cache import entry, policy, streams
+from ..cache.entry import Entry
 from ..cache.flight import Flight
 from ..cache.key import key_of, sample_key
 from ..cache.store import Cache
 from ..errors import UpstreamBroken
 from ..keys.limits import Limits
+from ..long_bodies import loads, off_loop
 from ..telemetry.record import UpstreamCall
 from ..upstreams.client import UpstreamRequest
 from ..upstreams.failover import UpstreamPool
@@ -30,6 +30,8 @@ from .billing import Billing
 from .context import Plan
 from .delivery import STREAM_ERROR
 from .planner import Planner
+
+MOST_FRAME = 64  # size of an event in sizes of its content
 
 
 class CompletionFetch:
@@ -47,6 +49,7 @@ class CompletionFetch:
         self._cache, self._upstreams, self._models = cache, upstreams, models
         self._planner, self._billing = planner, billing
         self._limits, self._total = limits, total_seconds
+        self._largest = MOST_FRAME * cache.max_entry_bytes  # bytes of an answer that may become an entry
 
     def upstream_request(
         self, plan: Plan, body: Callable[[Target], bytes], on_call: Callable[[UpstreamCall], None]
@@ -62,7 +65,8 @@ class CompletionFetch:
             if claim is not None:
                 call.count_tokens = claim.count
 
-        return UpstreamRequest(request.endpoint, request.request_id, plan.stream, deadline, body, on_call, own, admit)
+        about = (request.endpoint, request.request_id, plan.stream, deadline)
+        return UpstreamRequest(*about, body, on_call, own, admit, len(request.raw))
 
     def renamed_body(self, plan: Plan) -> Callable[[Target], bytes]:
         """The body as received, or with the target's model."""
@@ -110,19 +114,16 @@ class CompletionFetch:
             if response.is_stream:
                 raise UpstreamBroken(f"The upstream `{name}` streams an answer that was not requested as a stream.")
             raw, answer = await response.json()
-            if not policy.has_choices(answer) or canonical.too_deep(answer):
-                raise UpstreamBroken(f"The upstream `{name}` answered without OpenAI's choices.")
-            if plan.stream and not policy.is_well_formed(answer):
-                raise UpstreamBroken(f"The upstream `{name}` answered with fields of wrong types.")
+            await off_loop(len(raw), _check, answer, name, plan.stream)
             accumulator.usage = answer.get("usage")
             record.set_usage(accumulator.usage)
             # Stored before its end is delivered, so that the next request finds it. The call is closed, and so billed,
             # while redis works: in the loop's turn after the next, because the next one sends the commands.
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.call_soon, response.close)
-            outcome = await self._store(kept, response, answer)
+            outcome = await self._store(kept, response, answer, len(raw))
             flight.begin({"streams": False, "headers": response.headers})
-            await flight.append(raw)
+            flight.add_whole(raw)
             return flight.end(outcome)
 
     async def _stream(
@@ -132,17 +133,19 @@ class CompletionFetch:
         name = response.target.upstream
         record.prompt_tokens = len(request.raw) // 4  # until the upstream reports it
         flight.begin({"streams": True, "headers": response.headers})
+        size = 0
         async for data in response.chunks():
             try:
                 for event in parser.feed(data):
                     payload = streams.event_data(event)
+                    size += len(event)
                     if payload == b"[DONE]":
-                        outcome = await self._store(plan, response, accumulator.answer())
+                        outcome = await self._store(plan, response, accumulator.answer(), size)
                         await flight.append(event)
                         flight.end(outcome)
                         return await response.drain()
                     if payload is not None:
-                        chunk = orjson.loads(payload)
+                        chunk = await off_loop(len(payload), loads, payload)
                         nested = payload.count(b"{") + payload.count(b"[") > canonical.MAX_DEPTH
                         if nested and canonical.too_deep(chunk):
                             raise ValueError("nested too deep")
@@ -150,7 +153,7 @@ class CompletionFetch:
                             await flight.append(response.redact(event))
                             flight.end(STREAM_ERROR)
                             return await response.drain()
-                        accumulator.feed(chunk)
+                        accumulator.feed(chunk, keep=size <= self._largest)
                         if streams.has_content(chunk):
                             record.completion_tokens = accumulator.content_chunks = accumulator.content_chunks + 1
                             record.ttft = record.ttft or time.perf_counter() - request.started
@@ -170,16 +173,33 @@ class CompletionFetch:
         bypass = policy.bypass_reason(request.endpoint, request.body, temperature, sampled)
         return replace(plan, target=target, bypass=bypass, epoch=epochs[target.model], canonical_form=b"", key="")
 
-    async def _store(self, plan: Plan, response: UpstreamResponse, answer: Mapping[str, Any]) -> str | None:
-        """`stored`, or the reason why the answer is not stored."""
+    async def _store(self, plan: Plan, response: UpstreamResponse, answer: Mapping[str, Any], size: int) -> str | None:
+        """`stored`, or the reason why the answer is not stored. `size`: bytes that the upstream sent."""
         if plan.bypass:
             return None
-        unstorable = policy.unstorable_reason(plan.request.endpoint, plan.request.body, answer)
         known, revision = self.revision(plan, response)
-        if unstorable or not known:
-            return unstorable or "revision"
+        if size > self._largest:
+            return "size"
+        entries = await off_loop(max(size, len(plan.request.raw)), self._entry, plan, answer, revision)
+        if isinstance(entries, str):
+            return entries
+        return (await self._cache.write(entries) or "stored") if known else "revision"
+
+    def _entry(self, plan: Plan, answer: Mapping[str, Any], revision: str | None) -> dict[str, Entry] | str:
+        """The entry by its key, or why there is none."""
+        unstorable = policy.unstorable_reason(plan.request.endpoint, plan.request.body, answer)
+        if unstorable:
+            return unstorable
         target, form = plan.target, self._planner.canonical_form(plan, revision)
         key = plan.key if form is plan.canonical_form else key_of(self._cache.secret, form)
         kept = entry.of_answer(answer, target.ttl, time.time(), plan.epoch)
         kept.attach_request(form, max(target.stale_while_revalidate, target.stale_if_error))
-        return await self._cache.write({sample_key(key, plan.slot): kept}) or "stored"
+        return {sample_key(key, plan.slot): kept}
+
+
+def _check(answer: Any, name: str, stream: bool) -> None:
+    """Raises UpstreamBroken for an answer that is not OpenAI's. `name`: of the upstream."""
+    if not policy.has_choices(answer) or canonical.too_deep(answer):
+        raise UpstreamBroken(f"The upstream `{name}` answered without OpenAI's choices.")
+    if stream and not policy.is_well_formed(answer):
+        raise UpstreamBroken(f"The upstream `{name}` answered with fields of wrong types.")

@@ -3,17 +3,17 @@
 Knows plans and wire modes. Knows HTTP only as a ResponseWriter.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
-
-import orjson
 
 from .. import canonical
 from ..cache import entry, streams
 from ..cache.entry import Entry
 from ..cache.flight import Subscriber
 from ..endpoints import ENDPOINTS
+from ..long_bodies import loads, off_loop
 from .context import Plan
 
 JSON = "application/json"
@@ -57,10 +57,11 @@ async def deliver(plan: Plan, subscriber: Subscriber, writer: ResponseWriter) ->
         return await _deliver_json(plan, subscriber, headers, head.get("usage"), writer)
     events = streams.RewrittenEvents(request.endpoint, plan.include_usage, int(time.time()))
     async for parts in subscriber.parts():
+        size = max(map(len, parts))
         if own:
-            data = b"".join([streams.pass_through(event, plan.include_usage) for event in parts])
+            data = await off_loop(size, _passed_through, parts, plan.include_usage)
         else:
-            data = b"".join(map(events.rewrite, parts))
+            data = await off_loop(size, _rewritten, events, parts)
             record.completion_tokens = events.content_events
             record.set_usage(events.usage)
             if events.content_events and record.ttft is None:
@@ -78,7 +79,7 @@ async def _deliver_json(
     plan: Plan, subscriber: Subscriber, headers: dict[str, str], usage: Any, writer: ResponseWriter
 ) -> None:
     request, record = plan.request, plan.request.record
-    raw = b"".join([part async for parts in subscriber.parts() for part in parts])
+    raw = await subscriber.whole()
     if record.upstream_called:
         headers |= plan.miss_headers(subscriber.outcome)
         if not plan.stream:
@@ -86,13 +87,29 @@ async def _deliver_json(
     if ENDPOINTS[request.endpoint].per_input:  # without an id of its own, and possibly large
         record.set_usage(usage)
         return await writer.send(raw, headers)
-    answer = orjson.loads(raw)
-    record.set_usage(answer.get("usage"))
+    shared = subscriber.flight.derived
+    if "answer" not in shared:  # once for all requests of the flight
+        shared["answer"] = asyncio.ensure_future(off_loop(len(raw), _without_identity, raw))
+    body, usage = await asyncio.shield(shared["answer"])
+    record.set_usage(usage)
     if plan.stream:
-        return await _replay(plan, answer, headers, writer)
-    fresh = {"id": entry.new_id(request.endpoint), "created": int(time.time())}
-    own = answer | {name: value for name, value in fresh.items() if name in answer}
-    return await writer.send(canonical.dump(own), headers)
+        return await _replay(plan, body, headers, writer)
+    return await writer.send(entry.with_identity(body, entry.new_id(request.endpoint), int(time.time())), headers)
+
+
+def _passed_through(parts: list[bytes], usage: bool) -> bytes:
+    return b"".join([streams.pass_through(event, usage) for event in parts])
+
+
+def _rewritten(events: streams.RewrittenEvents, parts: list[bytes]) -> bytes:
+    return b"".join(map(events.rewrite, parts))
+
+
+def _without_identity(raw: bytes) -> tuple[bytes, Any]:
+    """An answer as an entry's body, to which each caller's own identity is added; and its usage."""
+    answer = loads(raw)
+    body = canonical.dump({name: value for name, value in answer.items() if name not in {"id", "created"}})
+    return body, answer.get("usage")
 
 
 async def deliver_hit(plan: Plan, found: Entry, writer: ResponseWriter, failed: int | None = None) -> None:
@@ -102,12 +119,13 @@ async def deliver_hit(plan: Plan, found: Entry, writer: ResponseWriter, failed: 
     record.set_usage(found.metadata.get("usage"))
     headers = plan.hit_headers(found.ttl, found.age(time.time()), plan.key, failed)
     if plan.stream:
-        return await _replay(plan, orjson.loads(found.body), headers, writer)
+        return await _replay(plan, found.body, headers, writer)
     return await writer.send(entry.with_identity(found.body, entry.new_id(endpoint), int(time.time())), headers)
 
 
-async def _replay(plan: Plan, answer: Mapping[str, Any], headers: Mapping[str, str], writer: ResponseWriter) -> None:
+async def _replay(plan: Plan, body: bytes, headers: Mapping[str, str], writer: ResponseWriter) -> None:
     endpoint = plan.request.endpoint
-    events = streams.replay(endpoint, answer, entry.new_id(endpoint), int(time.time()), plan.include_usage)
+    pieces = await off_loop(len(body), streams.replay_pieces, endpoint, body, plan.include_usage)
     plan.request.record.ttft = time.perf_counter() - plan.request.started
-    await writer.send(b"".join(events), headers, SSE)
+    identity = b'"id":"%s","created":%d,' % (entry.new_id(endpoint).encode(), int(time.time()))
+    await writer.send(identity.join(pieces), headers, SSE)

@@ -14,6 +14,7 @@ from ..cache.key import with_input
 from ..cache.store import Cache
 from ..endpoints import ENDPOINTS
 from ..errors import InvalidRequest, UpstreamBroken
+from ..long_bodies import off_loop
 from ..telemetry.record import UpstreamCall
 from ..upstreams.failover import UpstreamPool
 from ..upstreams.reply import UpstreamResponse
@@ -71,13 +72,13 @@ class EmbeddingFetch:
         record.cache, record.model_known = "hit", True
         oldest = min(found, key=lambda each: each.ttl - each.age(now))
         headers = plan.hit_headers(oldest.ttl, oldest.age(now), inputs.keys[0] if len(inputs.keys) == 1 else None)
-        body, usage = self.join(found, inputs.order)
+        body, usage = await self._join(found, inputs.order)
         record.set_usage(usage)
         return await writer.send(body, headers)
 
     async def fetch_missing(self, plan: Plan, inputs: Inputs, found: list[Entry | None], flight: Flight) -> None:
         """Fetch the vectors that are not in `found`, and store them."""
-        record, unique, texts = plan.request.record, inputs.unique, inputs.texts
+        record, unique = plan.request.record, inputs.unique
         missing = [place for place, kept in enumerate(found) if kept is None]
         # 1. Fetch the missing ones; or all, if the model's revision has changed since the found ones were stored.
         if len(missing) < len(unique):
@@ -95,19 +96,31 @@ class EmbeddingFetch:
                 response.headers |= fallback
                 if response.revision != revision:
                     raise UpstreamBroken("The model's revision changed twice during this request: retry.")
-        fresh = self.entries(plan, answer, [unique[place] for place in missing])
-        rest = self._planner.canonical_form(plan, revision, without=ENDPOINTS[plan.request.endpoint].input_field)
-        for place, made in zip(missing, fresh, strict=True):
-            made.attach_request(with_input(rest, texts[place]), 0)
+        size = max(len(raw), len(plan.request.raw))
+        written = await off_loop(size, self._keyed_entries, plan, inputs, missing, answer, revision)
+        for place, made in zip(missing, written.values(), strict=True):
             found[place] = made
         # 2. Store them under the revision of the answer.
-        written = dict(zip(self._planner.input_keys(plan, revision, [texts[p] for p in missing]), fresh, strict=True))
         outcome = (None if plan.bypass else await self._cache.write(written) or "stored") if known else "revision"
-        body, usage = self.join([e for e in found if e], inputs.order)
+        body, usage = await self._join([e for e in found if e], inputs.order)
         record.set_usage(usage)
         flight.begin({"streams": False, "headers": response.headers, "usage": usage})
-        await flight.append(raw if asked is None else body)
+        flight.add_whole(raw if asked is None else body)
         flight.end(outcome)
+
+    def _keyed_entries(
+        self, plan: Plan, inputs: Inputs, places: list[int], answer: Any, revision: str | None
+    ) -> dict[str, Entry]:
+        """The entries of the inputs at `places`, in their order, by their keys. Raises UpstreamBroken."""
+        texts = [inputs.texts[place] for place in places]
+        fresh = self.entries(plan, answer, [inputs.unique[place] for place in places])
+        rest = self._planner.canonical_form(plan, revision, without=ENDPOINTS[plan.request.endpoint].input_field)
+        for text, made in zip(texts, fresh, strict=True):
+            made.attach_request(with_input(rest, text), 0)
+        return dict(zip(self._planner.input_keys(plan, revision, texts), fresh, strict=True))
+
+    async def _join(self, kept: list[Entry], order: list[int]) -> tuple[bytes, dict[str, Any]]:
+        return await off_loop(sum(each.weight for each in kept), self.join, kept, order)
 
     async def fetch(self, plan: Plan, units: list[Any] | None) -> tuple[bytes, Any, UpstreamResponse]:
         """The upstream's answer for `units`; None: for the request as received."""

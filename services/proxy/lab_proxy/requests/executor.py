@@ -18,13 +18,13 @@ from ..cache.entry import PREPARED_BYTES, Entry, PreparedHit
 from ..cache.flight import Flight, FlightLost
 from ..cache.policy import CacheControl
 from ..cache.single_flight import SingleFlight
-from ..cache.store import BATCH, Cache, entry_name
-from ..canonical import LONG_BODY
+from ..cache.store import Cache, entry_name
 from ..endpoints import ENDPOINTS
 from ..errors import ProxyError, UpstreamBroken, UpstreamDown, UpstreamTimeout
 from ..keys.limits import Limits
 from ..ledger.ledger import Ledger
 from ..ledger.reconciliation import Reconciliation
+from ..long_bodies import off_loop
 from ..redis.client import PipelinedCommand
 from ..settings import Settings
 from ..telemetry.record import RequestRecord, UpstreamCall
@@ -95,7 +95,7 @@ class Executor:
             return False
         record.model, record.upstream, record.model_known = target.model, target.upstream, True
         try:
-            self._claim(request, target, at_once=True)
+            await self._claim(request, target, at_once=True)
             if request.admission is not None:
                 await self._cache.read((), request.admission)
                 writer.headers.update(request.admission.headers)
@@ -104,7 +104,8 @@ class Executor:
             form = (cached.stream, cached.include_usage, target.alias, target.auto)
             prepared = found.prepared.get(form)
             if prepared is None or prepared.age != age:
-                prepared = found.prepared[form] = self._prepare_hit(request.endpoint, cached, found, age, prepared)
+                prepared = await self._prepare_hit(request.endpoint, cached, found, age, prepared)
+                found.prepared[form] = prepared
             identity = b'"id":"%s","created":%d,' % (entry.new_id(request.endpoint).encode(), now)
             if cached.stream:
                 record.ttft = time.perf_counter() - request.started
@@ -118,14 +119,15 @@ class Executor:
             self._billing.close_request(request)
         return True
 
-    def _prepare_hit(
+    async def _prepare_hit(
         self, endpoint: str, cached: Plan, found: Entry, age: int, before: PreparedHit | None
     ) -> PreparedHit:
         """A hit with its headers, to be kept with the entry as a part of its bytes. `before`: of an earlier second."""
         if before is not None:
             pieces = before.pieces
         elif cached.stream:
-            pieces = streams.replay_pieces(endpoint, found.body, cached.include_usage)
+            what = (endpoint, found.body, cached.include_usage)
+            pieces = await off_loop(len(found.body), streams.replay_pieces, *what)
         else:
             pieces = [b"{", found.body[1:]]
         identity = len(b'"id":"","created":,') + len(entry.new_id(endpoint)) + 10  # digits, until year 2286
@@ -150,7 +152,7 @@ class Executor:
                         await self._limits.count(request.identity)
                         raise
                     record.planned_at = time.perf_counter()
-                    self._claim(request, plan.target)
+                    await self._claim(request, plan.target)
                     await self._handlers[ENDPOINTS[request.endpoint].handler](plan, writer)
             except TimeoutError:
                 if left < self._total:
@@ -171,11 +173,11 @@ class Executor:
                 request.admission.settle(record.upstream_tokens)
             self._billing.close_request(request)
 
-    def _claim(self, request: RequestContext, target: Target, *, at_once: bool = False) -> None:
+    async def _claim(self, request: RequestContext, target: Target, *, at_once: bool = False) -> None:
         """Check the permission and claim the limits, before an entry of the cache is served."""
         check_permission(request, target)
         what = (request.identity, request.endpoint, target.model, request.body, len(request.raw), target.upstream)
-        request.admission = self._limits.admission(*what, at_once=at_once)
+        request.admission = await self._limits.admission(*what, at_once=at_once)
 
     async def _lookup(
         self, plan: Plan, keys: Sequence[str], writer: ResponseWriter, *piggyback: PipelinedCommand
@@ -240,8 +242,7 @@ class Executor:
             await deliver_hit(plan, stale, writer, failed=error.status)
 
     async def _by_input(self, fetch: EmbeddingFetch, plan: Plan, writer: ResponseWriter) -> None:
-        long = len(plan.request.raw) > LONG_BODY
-        inputs = await asyncio.to_thread(fetch.inputs, plan) if long else fetch.inputs(plan)
+        inputs = await off_loop(len(plan.request.raw), fetch.inputs, plan)
         if inputs is None:
             await self._lookup(plan, [""], writer)
             raw, answer, response = await fetch.fetch(plan, None)
@@ -322,7 +323,7 @@ class Executor:
                     # 2. The first subscriber looks into the cache for all.
                     if subscriber.first:
                         names = [entry_name(key) for key in keys] if name else []
-                        lease = subscriber.lease(names, anyway=attempt > 0 or aged) if len(keys) <= BATCH else None
+                        lease = subscriber.lease(names, anyway=attempt > 0 or aged)
                         entries = await self._lookup(plan, keys, writer, *([lease] if lease else []))
                         found = [each for each in entries if each is not None]
                         if len(found) == len(keys):

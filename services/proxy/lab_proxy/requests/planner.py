@@ -15,6 +15,7 @@ from ..cache.policy import bypass_reason
 from ..cache.store import Cache
 from ..endpoints import EMBEDDINGS, ENDPOINTS, Endpoint
 from ..errors import InvalidRequest, ModelNotAllowed, ModelNotFound
+from ..long_bodies import LONG_BODY, off_loop
 from ..lru import LRU
 from ..upstreams.model_list import ModelList
 from ..upstreams.routes import Routes, Target, usable
@@ -84,20 +85,18 @@ class Planner:
             _record_target(request, request.cached_plan.target)
             return request.cached_plan.for_request(request, epoch)
         try:
-            generation, plan = self._generation, self._make(request)
+            generation, plan = self._generation, await self._make(request)
         except ModelNotFound as unknown:
             # The model was loaded since the last poll, or is still loading: ask the model service.
             await self._models.refresh(unknown.model)
-            generation, plan = self._generation, self._make(request)
+            generation, plan = self._generation, await self._make(request)
         target = plan.target
         if target.versioned and not target.revision and not usable(self._models.entries.get(target.model, {})):
             await self._models.refresh(target.model)  # it never was in memory, so there are no cached answers either
-            generation, plan = self._generation, self._make(request)
+            generation, plan = self._generation, await self._make(request)
         if plan.bypass is None and not ENDPOINTS[request.endpoint].per_input:
-            long = len(request.raw) > canonical.LONG_BODY or not request.raw  # a preview has no bytes of its own
-            of = plan, target.revision
-            form = await asyncio.to_thread(self.canonical_form, *of) if long else self.canonical_form(*of)
-            plan.canonical_form = form
+            size = len(request.raw) or LONG_BODY + 1  # a preview has no bytes of its own
+            plan.canonical_form = await off_loop(size, self.canonical_form, plan, target.revision)
             plan.key = key_of(self._cache.secret, plan.canonical_form)
         self._keep(plan, generation)
         return plan
@@ -119,7 +118,7 @@ class Planner:
         form = with_input(self.canonical_form(plan, revision, without=endpoint.input_field), b",".join(texts))
         return Preview(form, self.input_keys(plan, revision, texts), plan.epoch, plan.bypass)
 
-    def _make(self, request: RequestContext) -> Plan:
+    async def _make(self, request: RequestContext) -> Plan:
         body, endpoint = request.body, ENDPOINTS[request.endpoint]
         # 1. The fields that the proxy itself reads.
         if endpoint.default_kinds and body.get("model") is None and (name := self._default_model(endpoint)):
@@ -145,7 +144,8 @@ class Planner:
             # Clients send ids of the vocabulary of the model that they name: a local model gets their text.
             units = body.get(endpoint.input_field)
             if isinstance(units, list) and units and not isinstance(units[0], str):
-                body = request.body = body | {endpoint.input_field: decode_inputs(units, name)}
+                texts = await off_loop(len(request.raw), decode_inputs, units, name)
+                body = request.body = body | {endpoint.input_field: texts}
                 request.raw = canonical.dump(body)
         kind = self._models.entries.get(target.model, {}).get("kind") if target.versioned else None
         if kind and kind not in endpoint.kinds:

@@ -7,10 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
 from ..cache.streams import SseParser, event_data
 from ..errors import UpstreamBroken
+from ..long_bodies import loads, off_loop
 from ..telemetry.record import RequestRecord, token_count
 from ..upstreams.reply import UpstreamResponse
 from .context import RequestContext
@@ -37,7 +36,9 @@ async def relay(
         try:
             for event in parser.feed(data):
                 payload = event_data(event)
-                fields = orjson.loads(payload) if payload not in {None, b"[DONE]"} else {}
+                fields = {}
+                if payload is not None and payload != b"[DONE]":
+                    fields = await off_loop(len(payload), loads, payload)
                 kind = fields.get("type", "")
                 if kind.endswith(".delta") and record.ttft is None:
                     record.ttft = time.perf_counter() - request.started

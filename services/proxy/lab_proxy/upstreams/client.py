@@ -22,6 +22,7 @@ from yarl import URL
 
 from .. import __version__
 from ..errors import CircuitOpen, ProxyError, UpstreamBroken, UpstreamLimited, UpstreamRefused
+from ..long_bodies import loads, off_loop
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from ..telemetry.record import UpstreamCall
@@ -41,6 +42,7 @@ from .routes import Target, UpstreamConfig
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close idle connections
 LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is passed on to the caller
 BACKOFF_SECONDS = 0.1  # before the first retry, doubled for each further one; half of it is jitter
+MAX_PAGE_BYTES = 8 * 1024 * 1024  # of a page about the upstream itself, as its list of models
 MAX_LINE_BYTES = 65_536  # status line or one header of an answer
 CALLERS_FAULT = frozenset({400, 413, 422})  # not 404, which can also mean a wrong base URL
 PASSING = frozenset({502, 503, 504})  # temporary errors of gateways: nothing was generated, so a retry is safe
@@ -56,6 +58,7 @@ class UpstreamRequest:
     on_call: Callable[[UpstreamCall], None] = lambda _: None  # called at the end of each call
     caller_deadline: float | None = None  # the caller's own; sent to the model service, not enforced here
     admit: Callable[[UpstreamCall, UpstreamConfig], Awaitable[None]] | None = None  # before each call; may raise
+    size: int = 0  # bytes of the caller's body
 
 
 class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
@@ -117,7 +120,7 @@ class UpstreamClient:
         """The answer's head, after retries where they may help. The caller closes it. Raises UpstreamFault.
         `request.on_call` gets every call at its end."""
         breaker = self._breaker(target.model)
-        body = request.body(target)
+        body = await off_loop(request.size, request.body, target)
         last: UpstreamFault | None = None
         turn = 0
         while True:
@@ -179,14 +182,14 @@ class UpstreamClient:
             async with asyncio.timeout(limit):
                 answer = await self._ask(method, path, headers, body)
                 try:
-                    raw = await read_whole(answer)
+                    raw = await read_whole(answer, MAX_PAGE_BYTES)
                 finally:
                     answer.close()
         except FAILURES as error:
             raise network_error(self.config.name, error) from None
         try:
-            return answer.status, orjson.loads(raw)
-        except orjson.JSONDecodeError:
+            return answer.status, await off_loop(len(raw), loads, raw)
+        except ValueError:
             raise UpstreamBroken(f"`{self.config.name}` answers {path} without valid JSON.") from None
 
     async def _ask(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> Answer:

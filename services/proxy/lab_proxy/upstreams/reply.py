@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import aiohttp
-import orjson
 
 from ..errors import ProxyError, UpstreamBroken, UpstreamDown, UpstreamTimeout
+from ..long_bodies import loads, off_loop
 from ..settings import Settings
 from ..telemetry.record import UpstreamCall
 from .routes import Target
@@ -103,8 +103,8 @@ class UpstreamResponse:
             raw = await read_whole(self._answer)
         self.complete = True
         try:
-            return raw, orjson.loads(raw)
-        except orjson.JSONDecodeError:
+            return raw, await off_loop(len(raw), loads, raw)
+        except ValueError:
             why = f"{self._answer.status} with {_content_type(self._answer)} instead of JSON: check its base URL."
             raise UpstreamBroken(f"The upstream `{self.target.upstream}` answered {why}") from None
 

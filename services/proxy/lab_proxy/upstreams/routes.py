@@ -77,6 +77,9 @@ class AliasRow(BaseModel, extra="forbid"):
     unless: str | None = None
 
 
+MAX_PARTS = 10_000  # of one content that are looked at; further ones count as a character each
+
+
 class AutoRow(BaseModel, extra="forbid"):
     """The models that `model: "auto"` chooses from. A threshold of None is ignored."""
 
@@ -97,7 +100,9 @@ class AutoRow(BaseModel, extra="forbid"):
         given += [body.get(name) for name in ("prompt", "input", "instructions")]
         characters, images = 0, False
         for content in given:
-            for part in content if isinstance(content, list) else [content]:
+            parts = content if isinstance(content, list) else [content]
+            characters += max(0, len(parts) - MAX_PARTS)
+            for part in parts[:MAX_PARTS]:
                 text = (part.get("text") or part.get("content")) if isinstance(part, dict) else part
                 characters += len(text) if isinstance(text, str) else 0
                 images = images or (isinstance(part, dict) and str(part.get("type", "text")).find("image") >= 0)

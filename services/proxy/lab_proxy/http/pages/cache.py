@@ -4,6 +4,7 @@ They call no upstream and store nothing. A caller sees only entries of its own t
 an unknown one.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -60,9 +61,10 @@ class CachePages:
         # 3. The differences.
         if isinstance(against, dict):
             other = await self._planner.preview(_context(page.identity, endpoint, against))
-            answer["differs"] = differences(preview.canonical_form, other.canonical_form)
+            answer["differs"] = await asyncio.to_thread(differences, preview.canonical_form, other.canonical_form)
         elif against is not None:
-            answer["differs"] = differences(preview.canonical_form, await self._stored_form(page.identity, against))
+            stored = await self._stored_form(page.identity, against)
+            answer["differs"] = await asyncio.to_thread(differences, preview.canonical_form, stored)
         await response.send(orjson.dumps(answer), PRIVATE)
 
     async def _stored_form(self, identity: Identity, key: str) -> bytes:
