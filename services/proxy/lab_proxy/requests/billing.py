@@ -68,8 +68,8 @@ class Billing:
         call.count_tokens(charge.prompt + charge.completion if call.answered else 0)
         if charge.estimated and call.id:
             self._reconciliation.enqueue(call.id, partial(self._reconcile, request, call, charge))
-        elif request.admission is not None:
-            # The caller may have disconnected before its followers.
+        if request.admission is not None:
+            # The caller may have disconnected before its followers, or before the call was cancelled.
             request.admission.correct(record.upstream_tokens)
         return None
 
