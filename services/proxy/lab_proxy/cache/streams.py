@@ -100,6 +100,19 @@ class RewrittenEvents:
         return for_caller(b"data: " + dump(chunk) + b"\n\n", chunk, self._include_usage)
 
 
+class _Text(list[str]):
+    """A text in pieces: adding to a string would copy all of it for each event."""
+
+
+def _joined(value: Any) -> Any:
+    """The value with each _Text in it as a string."""
+    if isinstance(value, _Text):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {name: _joined(inner) for name, inner in value.items()}
+    return [_joined(inner) for inner in value] if isinstance(value, list) else value
+
+
 class StreamAccumulator:
     """Accumulates the chunks of a stream into the JSON answer of the same request without `stream`."""
 
@@ -129,7 +142,9 @@ class StreamAccumulator:
                     delta = value or {}
                     _add(choice.setdefault("message", {}), delta)
                 elif name == "text":
-                    choice["text"] = choice.get("text", "") + ("" if value is None else value)
+                    if not isinstance(value, str | None):
+                        raise TypeError("a text is no string")
+                    _add(choice, {"text": value or ""})
                 elif name == "logprobs" and value and choice.get("logprobs"):
                     _add(choice["logprobs"], value)
                 elif name != "index" and (value is not None or name not in choice):
@@ -139,9 +154,9 @@ class StreamAccumulator:
         """The JSON answer so far; policy.unstorable_reason checks whether it is complete."""
         choices = []
         for index, choice in sorted(self._choices.items()):
-            made = {"index": index, **choice}
+            made = {"index": index, **_joined(choice)}
             if self._chat:
-                message = {"role": "assistant", "content": None, **choice.get("message", {})}
+                message = {"role": "assistant", "content": None, **made.get("message", {})}
                 if message.get("tool_calls"):
                     calls = message["tool_calls"]
                     message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
@@ -171,8 +186,10 @@ def _add(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
         elif isinstance(value, dict):
             whole[name] = have if isinstance(have, dict) else {}
             _add(whole[name], value)
-        elif isinstance(value, str) and isinstance(have, str) and name not in {"role", "type", "id"}:
-            whole[name] = have + value
+        elif isinstance(value, str) and isinstance(have, str | _Text) and name not in {"role", "type", "id"}:
+            if isinstance(have, str):
+                have = whole[name] = _Text([have])
+            have.append(value)
         elif value is not None or name not in whole:
             whole[name] = value
 

@@ -105,6 +105,9 @@ class Executor:
             prepared = found.prepared.get(form)
             if prepared is None or prepared.age != age:
                 prepared = await self._prepare_hit(request.endpoint, cached, found, age, prepared)
+                if form not in found.prepared:
+                    size = PREPARED_BYTES + sum(map(sys.getsizeof, (prepared.pieces, *prepared.pieces)))
+                    self._cache.resize(cached.key, found, size)
                 found.prepared[form] = prepared
             identity = b'"id":"%s","created":%d,' % (entry.new_id(request.endpoint).encode(), now)
             if cached.stream:
@@ -134,8 +137,6 @@ class Executor:
         size = sum(map(len, pieces)) + identity * (len(pieces) - 1)
         headers = {"content-type": SSE if cached.stream else JSON, "content-length": str(size)}
         headers |= cached.hit_headers(found.ttl, age, cached.key)
-        if before is None:
-            self._cache.resize(cached.key, found, PREPARED_BYTES + sum(map(sys.getsizeof, (pieces, *pieces))))
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
         return PreparedHit(age, headers, head, pieces)
 
