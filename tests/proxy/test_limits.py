@@ -546,14 +546,15 @@ async def test_a_slot_whose_release_is_on_its_way_is_free(school: School, tmp_pa
         first.settle(0)
         slow, arrives = asyncio.Event(), made._redis.execute_all
 
-        async def late(commands: Any) -> Any:
+        async def late(*commands: Any) -> Any:
             await slow.wait()
-            return await arrives(commands)
+            return await arrives(*commands)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(made._redis, "execute_all", late)
             sending = asyncio.create_task(made._send_finished())
             await asyncio.sleep(0)
+            patch.undo()
             second = await made.admission(who, CHAT, "gpt-4o-mini", {}, 40, "openai")
             assert second is not None
             await made.check(second)  # raises LimitReached

@@ -163,7 +163,7 @@ class Limits:
         self._numbers = itertools.count(1)
         self._finished: dict[Identity, list[Finished]] = {}  # not yet sent to redis
         self._unsent = 0
-        self._under_way: dict[Identity, list[Finished]] = {}  # sent, not confirmed
+        self._sending: dict[Identity, list[Finished]] = {}  # sent, not confirmed
         self.running: dict[str, Admission] = {}  # admitted requests, by member
         self._skew = 0.0  # seconds by which redis's clock is ahead
         self._some, self._soon = asyncio.Event(), asyncio.Event()
@@ -279,8 +279,8 @@ class Limits:
         taken = self._finished.pop(who, [])
         self._unsent -= len(taken)
         # Those on their way come by another connection, and so perhaps after this command. Sent twice they count once.
-        under_way = self._under_way.get(who, ()) if who.concurrency is not None else ()
-        return [each for each in under_way if each[0]] + taken
+        sending = self._sending.get(who, ()) if who.concurrency is not None else ()
+        return [each for each in sending if each[0]] + taken
 
     def restore_finished(self, who: Identity, taken: list[Finished]) -> None:
         """Redis may not have them. Sent twice they count once, except corrections, which are never repeated."""
@@ -334,7 +334,7 @@ class Limits:
         if not by_key:
             return True
         parts = ((who, each[at : at + 500]) for who, each in by_key for at in range(0, len(each), 500))
-        self._under_way = dict(by_key)
+        self._sending = dict(by_key)
         try:
             await self._redis.execute_all([self.command(who, finished, None) for who, finished in parts])
         except RedisError:
@@ -342,7 +342,7 @@ class Limits:
                 self.restore_finished(who, finished)
             return False
         finally:
-            self._under_way = {}
+            self._sending = {}
         return True
 
     async def _renew_slots(self) -> None:
