@@ -266,7 +266,7 @@ async def test_cache_a1_a_correction_puts_its_own_row_right(server: Process, tmp
         assert made.unflushed_cost(PRICED.key_id or "") == change + 65 * 10**6 < 0
         os.kill(server.popen.pid, signal.SIGCONT)
         await all_booked(made)
-        (row,) = await made.usage(day, day)
+        (row,) = (await made.usage(day, day, limit=2)).rows
         names = ("requests", "upstream_calls", "estimated_calls", "prompt_tokens", "cached_prompt_tokens",
                  "completion_tokens", "cost_picodollars")  # fmt: skip
         assert [row[name] for name in names] == [1, 1, 0, 10, 4, 5, paid]
