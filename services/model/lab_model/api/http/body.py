@@ -5,7 +5,6 @@ Knows bytes. Knows nothing of HTTP servers, fields or models.
 
 from __future__ import annotations
 
-import codecs
 import json
 import zlib
 from typing import Any
@@ -71,8 +70,6 @@ def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
 
 def parse_json(raw: bytes) -> Any:
     """The value. What parsers read differently is refused, as the proxy refuses it. Raises BadRequestError."""
-    if raw.startswith(codecs.BOM_UTF8):
-        raise _refused("it begins with a byte order mark (BOM)")  # RFC 8259, section 8.1
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
