@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(what: str, settings: Settings) -> int:
-    """Start a run by Locust, or its web page. Ends the process with Locust's exit code. Raises TargetError, ValueError."""
+    """Start a run by Locust, or its web page, and end with Locust's exit code. Raises TargetError, ValueError."""
     # Importing locust patches sockets and time (gevent), so it happens only here, before other code has used them.
     import locust  # noqa: PLC0415
     import locust.main  # noqa: PLC0415

@@ -12,8 +12,8 @@
 | GET /runs/NAME/report.html and other FILES | the files |
 
 With LOAD_ADMIN_KEY every request except /health needs `Authorization: Bearer`. Without it only callers on loopback are
-answered; with LOAD_ALLOW_ANONYMOUS also others, if they use loopback's names, `load` or one of LOAD_ALLOWED_HOSTS. Pages
-of other origins are refused.
+answered; with LOAD_ALLOW_ANONYMOUS also others, if they use loopback's names, `load` or one of LOAD_ALLOWED_HOSTS.
+Pages of other origins are refused.
 """
 
 from __future__ import annotations

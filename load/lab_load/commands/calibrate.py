@@ -142,7 +142,7 @@ def capacity(settings: Settings, rounds: int = 3) -> tuple[float, float]:
 
 
 def main(settings: Settings, arguments: list[str]) -> int:
-    """`arguments`: number of requests of each kind, default 40. Raises ValueError, RunError. Returns 1 if a figure is off,
+    """`arguments`: requests of each kind, default 40. Raises ValueError, RunError. Returns 1 if a figure is off,
     5 if the capacity is."""
     if len(arguments) > 1 or not all(each.isdecimal() and int(each) for each in arguments):
         raise ValueError(f"calibrate takes the number of requests of each kind of stream, not {' '.join(arguments)}")

@@ -2,12 +2,12 @@
 
 | fault | must hold |
 |---|---|
-| redis paused for 5 s (SIGSTOP, `docker pause`) | no request fails; after redis continues, the ledger has every charge |
+| redis paused for 5 s (SIGSTOP, `docker pause`) | no request fails; the ledger has every charge afterwards |
 | the proxy restarted (SIGTERM, `docker restart`) | requests fail only until it serves again |
 | a replica of the model killed (SIGKILL) | the model serves again; failures are counted |
 
-Arguments: `redis`, `proxy` and `model`, each =PID or =container:ID; `make load-faults` takes them from the running lab. A
-service that is not named is left out. The supervisor (make lab, Docker) restarts what was ended.
+Arguments: `redis`, `proxy` and `model`, each =PID or =container:ID; `make load-faults` takes them from the running lab.
+A service that is not named is left out. The supervisor (make lab, Docker) restarts what was ended.
 """
 
 from __future__ import annotations
