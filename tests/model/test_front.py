@@ -23,7 +23,7 @@ import pytest
 import tiny
 import yaml
 from lab_model.serving import launcher
-from lab_model.serving.front import FrontError, HaproxyFront, Route, haproxy_binary
+from lab_model.serving.front import MOST_SILENCES, FrontError, HaproxyFront, Route, haproxy_binary
 from lab_model.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
 from served import MODEL_START_SECONDS, PAIR
@@ -334,6 +334,22 @@ def test_new_routes_cut_no_answer(tmp_path: Path) -> None:
             assert got + sum(map(len, parts)) == LARGE
         made.set_routes({"catalogue": Route("/"), "new": Route("/m/new", 1, ["/v1/ask"])})
         eventually(lambda: former not in {each.pid for each in psutil.Process().children() if not gone(each)})
+
+
+def test_a_front_that_is_silent_for_a_moment_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an overloaded machine HAProxy may not get a core for seconds: the service goes on."""
+    monkeypatch.setattr("lab_model.serving.front.COMMAND_SECONDS", 0.1)
+    with named("serve") as serve, named("a") as a, front(tmp_path, serve) as (made, url):
+        assert made.pid is not None
+        os.kill(made.pid, signal.SIGSTOP)
+        try:
+            for _ in range(MOST_SILENCES - 1):
+                made.set_replicas({"one": [a]})
+            with pytest.raises(FrontError, match="not answer any more"):
+                made.set_replicas({"one": [a]})
+        finally:
+            os.kill(made.pid, signal.SIGCONT)
+        eventually(lambda: made.set_replicas({"one": [a]}) or asked(f"{url}/m/one/") == "a /m/one/")
 
 
 def test_a_front_that_died_is_told(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ import orjson
 
 # Spare slots per application: Serve starts a replica's successor before it drops the old port.
 SPARE = 1
-START_SECONDS = 10
+START_SECONDS = 30
+COMMAND_SECONDS = 5
+MOST_SILENCES = 6  # commands in a row without an answer: on an overloaded machine one or two are no fault
 BODY_SECONDS = 30  # as in a replica
 LONGEST_HEAD = 64 * 1024  # bytes: request line and headers, as in the proxy
 FLUSH_SECONDS = 2  # for bytes still on their way to slow readers when the replicas have ended
@@ -144,6 +146,7 @@ class HaproxyFront:
         self._process: subprocess.Popen[bytes] | None = None
         self._earlier: list[subprocess.Popen[bytes]] = []  # of former routes, with answers that still run
         self._drained = False
+        self._silences = 0
 
     def set_routes(self, routes: Mapping[str, Route]) -> None:
         """Route by application name; the one at / gets all other requests. Where routes have changed, a new process
@@ -234,12 +237,14 @@ class HaproxyFront:
             time.sleep(0.05)
 
     def set_replicas(self, ports: Mapping[str, Sequence[int]]) -> None:
-        """Set the replicas of each application, by their ports on loopback. Raises FrontError."""
+        """Set the replicas of each application, by their ports on loopback. While HAProxy does not answer, the next
+        call sets them. Raises FrontError after MOST_SILENCES of those, and when HAProxy has ended."""
         if not self.alive:
             raise FrontError(f"HAProxy has ended: {self._log()}")
         self._earlier = [each for each in self._earlier if each.poll() is None]
         commands = []
-        for name, slots in self._slots.items():
+        changed = {name: [*slots] for name, slots in self._slots.items()}
+        for name, slots in changed.items():
             # Serve's own process is in the configuration.
             wanted, backend = {port for port in ports.get(name, ()) if port != self._serve_port}, self._backends[name]
             for index, port in enumerate(slots):
@@ -257,7 +262,11 @@ class HaproxyFront:
             try:
                 self._command("; ".join(commands))
             except OSError as error:
-                raise FrontError(f"HAProxy does not answer any more: {error}") from None
+                self._silences += 1
+                if self._silences >= MOST_SILENCES:
+                    raise FrontError(f"HAProxy does not answer any more: {error}") from None
+                return
+        self._slots, self._silences = changed, 0
 
     def drain(self) -> None:
         """Accept no new connections; those with running answers stay."""
@@ -279,7 +288,7 @@ class HaproxyFront:
 
     def _command(self, command: str) -> str:
         with socket.socket(socket.AF_UNIX) as line:
-            line.settimeout(5)
+            line.settimeout(COMMAND_SECONDS)
             line.connect(str(self._socket))
             line.sendall(command.encode() + b"\n")
             answer = b""
