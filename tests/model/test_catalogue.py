@@ -169,7 +169,7 @@ def test_a_broken_connection_and_a_killed_download_are_resumed(hub: Mirror, tmp_
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_file_with_another_digest_is_removed(hub: Mirror, tmp_path: Path, file: str) -> None:
     hub.spoiled = {file}
-    with pytest.raises(CatalogueError, match=f"{file} of {REPOSITORY} does not have the hub's digest"):
+    with pytest.raises(CatalogueError, match=f"{file} of {REPOSITORY} had a wrong digest"):
         fetching.add(REPOSITORY, tmp_path / "folder", lambda *_: None)
     assert added_entries(tmp_path / "folder") == []
     assert not list((tmp_path / "folder").rglob(f"{file}*"))
@@ -333,7 +333,7 @@ async def test_a_busy_model_is_not_unloaded(made: tuple[Lifecycle, Applications,
         for id_ in ("one", "two")
     ]
     await asyncio.sleep(0)
-    with pytest.raises(UnavailableError, match="waits for memory: the other models are busy") as refused:
+    with pytest.raises(UnavailableError, match="waits for memory; the other models are busy") as refused:
         await one.ensure_ready("three", time.monotonic() + 0.3)
     assert int(refused.value.headers["retry-after"]) >= 1
     release.set()

@@ -327,7 +327,7 @@ def test_what_a_processor_lacks_is_named(processor: Path, monkeypatch: pytest.Mo
     with pytest.raises(c_kernels.KernelError, match=r"this processor has no avx_vnni$"):
         c_kernels._runnable()
     monkeypatch.setenv("LAB_KERNELS", "neon")
-    with pytest.raises(c_kernels.KernelError, match="LAB_KERNELS is none of avx512, avxvnni, avx2"):
+    with pytest.raises(c_kernels.KernelError, match="LAB_KERNELS must be one of avx512, avxvnni, avx2"):
         c_kernels._runnable()
 
 

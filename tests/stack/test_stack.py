@@ -370,7 +370,7 @@ def test_without_a_gpu_cuda_stops_the_start(stack: Stack) -> None:
     )  # fmt: skip
     try:
         assert started.wait(timeout=240)["StatusCode"] == 2
-        assert "MODEL_DEVICE is cuda, but no CUDA device is visible" in started.logs().decode()
+        assert "MODEL_DEVICE is cuda, but no CUDA device was found" in started.logs().decode()
     finally:
         started.remove(force=True)
 

@@ -22,7 +22,7 @@ from .settings import Settings, wrong_settings
 
 
 def main() -> int:
-    """Check settings, catalogue and port; then serve. The exit code: 2 for a wrong setting, 1 for a
+    """Check settings, catalogue and port; then serve. Returns the exit code: 2 for a wrong setting, 1 for a
     failure."""
     try:
         settings = Settings()
@@ -42,11 +42,11 @@ def main() -> int:
         return FAILED
     ended = threading.Event()
     stop_on_signals(ended)
-    # Ray's folder holds sockets, whose paths may not exceed 107 bytes: not deep inside a repository.
+    # Ray's folder contains sockets, whose paths may not exceed 107 bytes, so it is not inside the repository.
     folder = settings.ray_dir or Path(tempfile.mkdtemp(prefix="lab-ray-"))
     haproxy = haproxy_binary()
     if haproxy is None:
-        say("no HAProxy here (ray[serve] brings it on Linux): Serve's own HTTP process answers, more slowly")
+        say("HAProxy was not found (on Linux ray[serve] has it): Serve's own HTTP process answers, which is slower")
     prepare_environment(direct=haproxy is not None)
     try:
         return run(settings, folder, ended, haproxy)

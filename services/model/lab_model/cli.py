@@ -1,6 +1,6 @@
-"""The models of the catalogue on the command line: `python -m lab_model.cli list | add NAME | fetch [ID]`.
+"""Commands for the models of the catalogue: `python -m lab_model.cli list | add NAME | fetch [ID]`.
 
-`make models` calls it. MODEL_FOLDER and MODEL_CATALOGUE_FILE say where it looks.
+`make models` runs it. MODEL_FOLDER and MODEL_CATALOGUE_FILE set the catalogue.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FAILED, WRONG_SETTING = 1, 2
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code."""
+    """Run a command. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lab_model.cli", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the catalogue, and what can be added by a short name")
-    adding = commands.add_parser("add", help="fetch a model, check it, and add it to the catalogue")
-    adding.add_argument("name", help="a short name, owner/name of a hub, or a local folder or .gguf file")
-    adding.add_argument("--kind", help="chat, base, embedding, …; left out: read from the model's files")
-    fetching = commands.add_parser("fetch", help="fetch the weights of the catalogue's models, or of one of them")
+    commands.add_parser("list", help="list the catalogue, and the models that can be added by a short name")
+    adding = commands.add_parser("add", help="download a model, check it, and add it to the catalogue")
+    adding.add_argument("name", help="a short name, owner/name on a hub, or a local folder or .gguf file")
+    adding.add_argument("--kind", help="chat, base, embedding, …; default: read from the model's files")
+    fetching = commands.add_parser("fetch", help="download the weights of all models of the catalogue, or of one")
     fetching.add_argument("name", nargs="?", default="")
     for each in (adding, fetching):
         each.add_argument("--progress-file", type=Path)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         report = reporter(options.progress_file)
         if options.command == "add":
             if settings.folder is None:
-                raise CatalogueError("MODEL_FOLDER is not set: it names the folder where added models lie")
+                raise CatalogueError("MODEL_FOLDER, the folder for added models, is not set")
             for entry in add(options.name, settings.folder, report, kind=options.kind):
                 terms = f", licence: {entry.licence}" if entry.licence else ""
                 say(f"{entry.id} is in the catalogue ({entry.kind}{terms}); the first request loads it")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         if not wanted:
             raise CatalogueError(f"{options.name} is not in the catalogue")
         for entry in wanted:
-            say(f"{entry.id} lies in {fetch(entry, settings.folder, report).folder}")
+            say(f"{entry.id} is in {fetch(entry, settings.folder, report).folder}")
     except ValidationError as error:
         for line in wrong_settings(error):
             say(line)
@@ -62,19 +62,19 @@ def main(argv: Sequence[str]) -> int:
         say(str(error))
         return FAILED
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on where it ended")
+        say("interrupted; the same command continues the download")
         return 130
     return 0
 
 
 def show(entries: Sequence[Entry], folder: Path | None) -> int:
-    """The catalogue, one line a model, then the short names."""
+    """Print the catalogue, one line for each model, then the short names. Returns the exit code."""
     for entry in entries:
         try:
             size = size_of(entry, resolve_source(entry, folder))
             facts = f"{size.parameters / 1e6:.0f} M parameters, {size.disk / 1e6:.0f} MB on disk"
         except CatalogueError as error:
-            facts = f"not here: {str(error).removeprefix(f'{entry.id}: ')}"
+            facts = f"not downloaded: {str(error).removeprefix(f'{entry.id}: ')}"
         print(f"{entry.id:28} {entry.kind:10} {facts}{f', {entry.licence}' if entry.licence else ''}")  # noqa: T201
     table = known()
     print("\nto add (make models ADD=<name>):")  # noqa: T201
@@ -83,12 +83,13 @@ def show(entries: Sequence[Entry], folder: Path | None) -> int:
         print(f"{name:28} {model.kind:10} {model.megabytes} MB, {model.licence}; {languages}")  # noqa: T201
     for name, members in table.sets.items():
         print(f"{name:28} {'set':10} {', '.join(members)}")  # noqa: T201
-    print("or <owner>/<name>[/<file>.gguf][@<revision>] of a hub, or a local folder or .gguf file")  # noqa: T201
+    print("or <owner>/<name>[/<file>.gguf][@<revision>] on a hub, or a local folder or .gguf file")  # noqa: T201
     return 0
 
 
 def reporter(file: Path | None) -> Callable[[str, float | None], None]:
-    """Progress to the file and to stderr: one line that changes on a terminal, else a line for each tenth."""
+    """A function that reports progress to the file and to stderr: on a terminal one line that changes, else one line
+    for each 10 %."""
     progress, last = Progress(file), ""
 
     def report(what: str, share: float | None) -> None:

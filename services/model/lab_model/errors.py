@@ -1,4 +1,4 @@
-"""Errors: an unusable catalogue, and one tree of those that the API answers."""
+"""Errors: an unusable catalogue, and one tree of the errors of the API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 
 class CatalogueError(Exception):
-    """The catalogue or a model's source cannot be used. The message names the line and what to do."""
+    """The catalogue or a model's source cannot be used. The message has the line and a remedy."""
 
 
 class ApiError(Exception):
@@ -88,6 +88,6 @@ class UnavailableError(ServerError):
 
 
 def deadline_exceeded() -> DeadlineExceededError:
-    error = DeadlineExceededError("The time that x-request-timeout-ms gave is over.")
+    error = DeadlineExceededError("The deadline of x-request-timeout-ms has passed.")
     error.headers = {"x-should-retry": "false"}  # OpenAI's clients would try again
     return error

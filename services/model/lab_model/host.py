@@ -26,7 +26,7 @@ def cores(root: Path = CGROUP) -> int:
 
 
 def memory_left(root: Path = CGROUP) -> int:
-    """Bytes that may still be allocated: what the cgroup's limit leaves, at most what the host has."""
+    """Bytes that can still be allocated: the host's free memory, or less if the cgroup limits it."""
     left = psutil.virtual_memory().available
     for limit, used, cache in (
         ("memory.max", "memory.current", "memory.stat"),  # version 2

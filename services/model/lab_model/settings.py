@@ -10,29 +10,29 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Every field is the variable `MODEL_<NAME>`."""
+    """Each field is the environment variable `MODEL_<NAME>`."""
 
     model_config = SettingsConfigDict(env_prefix="MODEL_", env_ignore_empty=True, extra="ignore")
 
     host: str = Field("127.0.0.1", description="Address the service listens on.")
     port: int = Field(8000, ge=1, le=65535, description="Port the service listens on.")
     catalogue_file: Path | None = Field(
-        None, description="YAML list of the models to serve; left out: the two embedded models."
+        None, description="YAML list of the models to serve. Default: the two embedded models."
     )
     folder: Path | None = Field(
         None,
-        description="Folder for models that are added, their list, and digests of files; left out: none can be added.",
+        description="Folder for added models, their list, and digests of files. Default: none; models cannot be added.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto",
-        description="Where models run. `auto`: on a CUDA device if there is one; `cuda`: without one the start fails. "
+        description="Device of the models. `auto`: a CUDA device if there is one; `cuda`: the start fails without one; "
         "`mps`: Apple's GPUs.",
     )
     memory_bytes: int = Field(
         0,
         ge=0,
-        description="Memory of the whole service; the models share what Ray leaves of it, and the least recently used "
-        "are unloaded. 0: most of what is free at the start.",
+        description="Memory of the whole service. The models share it, less Ray's part; if it is short, the least "
+        "recently used model is unloaded. 0: most of the memory that is free at the start.",
     )
     load_wait_seconds: float = Field(
         120,
@@ -52,23 +52,23 @@ class Settings(BaseSettings):
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Host names that callers may use besides `localhost`, `model` and IP addresses; `*`: any. "
-        "Guards against DNS rebinding.",
+        description="Host names that callers may use, besides `localhost`, `model` and IP addresses; `*`: any. "
+        "Prevents DNS rebinding.",
     )
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024, description="Largest request body; a larger one gets a 413.")
     ray_dir: Path | None = Field(
-        None, description="Folder for Ray's session (short path: it holds sockets); left out: a temporary one."
+        None, description="Folder for Ray's session; its path must be short (sockets). Default: a temporary folder."
     )
     start_timeout_seconds: float = Field(
-        600, gt=0, description="A model that is not loaded after this time counts as failed."
+        600, gt=0, description="A model that is not loaded within this time counts as failed."
     )
     step_timeout_seconds: float = Field(
         300,
         gt=0,
         description="A step of a model that takes longer counts as hanging: its requests fail, and the model is loaded "
-        "again. A step computes up to 512 tokens of prompts, of encoders up to 1,024 of inputs.",
+        "again. A step computes up to 512 tokens of prompts; an encoder's step up to 1,024 tokens of inputs.",
     )
-    drain_timeout_seconds: float = Field(30, ge=0, description="How long running requests may continue after SIGTERM.")
+    drain_timeout_seconds: float = Field(30, ge=0, description="Time for running requests to finish after SIGTERM.")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Format of the log on stderr; `auto`: text on a terminal, else JSON."
     )

@@ -1,6 +1,7 @@
-"""Stands before pandas on the path of Ray's processes: Ray Serve imports it where it can and does without where not.
+"""Hides pandas from Ray's processes: this folder comes first on their path. Ray Serve imports pandas if it can.
 
-In an environment shared with the ui it is there, and costs each of Ray's processes half a second and 65 MB.
+In an environment that is shared with the ui, pandas is installed and costs each of Ray's processes half a second and
+65 MB.
 """
 
-raise ImportError("pandas is kept out of the model service")
+raise ImportError("pandas is hidden from the model service")

@@ -1,6 +1,6 @@
-"""The ASGI application of one loaded model: which function answers which path.
+"""The ASGI application of one loaded model: a table from path to handler.
 
-Knows the table alone; models/kinds says which kind of model has which paths. Ray Serve, or any ASGI server, runs it.
+Knows only this table; models/kinds says which kind of model has which paths. Ray Serve, or any ASGI server, runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .http.service import Endpoint, HttpService, read_json
 from .wire.endpoints import REQUESTS
 from .wire.requests import parse
 
-# (the model, the request, its body by REQUESTS) -> the response; the model is the client that this path's kinds have.
+# (model, request, its body parsed by REQUESTS) -> response; the class of the model depends on the path's kinds.
 Handler = Callable[[Any, HttpRequest, Any], Awaitable[Response]]
 
 HANDLERS: Mapping[str, Handler] = {

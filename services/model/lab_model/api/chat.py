@@ -1,6 +1,6 @@
-"""POST /v1/chat/completions: messages, tools and response format become a prompt and a grammar.
+"""POST /v1/chat/completions: turns messages, tools and response format into a prompt and a grammar.
 
-Knows the chat request. Knows nothing of how an answer is generated; `completions` does that for both endpoints.
+Knows the chat request. Does not generate answers; `completions` does that for both endpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ async def chat_completions(model: EngineClient, http: HttpRequest, request: Chat
     size, template_tools = 0, list[dict[str, Any]]()
     if model.text.takes_tools:
         template_tools = tools
-        # What the template writes besides the contents.
+        # The text that the template adds to the contents.
         size += sum(len(call.function.arguments) for message in request.messages for call in message.calls)
         size += len(tools) * (LONG_TEXT + 1)
     else:
@@ -41,7 +41,7 @@ async def chat_completions(model: EngineClient, http: HttpRequest, request: Chat
         ids = await tokenize(lambda rendered: model.text.chat(rendered, template_tools), messages, size)
     except TemplateError as error:
         raise BadRequestError(
-            f"The model's chat template does not take these messages: {error}", param="messages"
+            f"The model's chat template does not accept these messages: {error}", param="messages"
         ) from None
     grammar = await grammar_of(model, request)
 
@@ -57,7 +57,7 @@ async def chat_completions(model: EngineClient, http: HttpRequest, request: Chat
 
 
 async def grammar_of(model: EngineClient, request: ChatRequest) -> TokenGrammar | None:
-    """The grammar that the answer follows; None: any text. Raises BadRequestError that names the faulty schema."""
+    """The grammar of the answer; None: any text. Raises BadRequestError, which names the faulty schema."""
     schema = request.response_format.schema_ if request.response_format else None
     tools = request.callable_tools
     if not (request.must_call or schema or any(tool.function.strict for tool in tools)):

@@ -1,6 +1,6 @@
-"""POST /v1/completions, and the generation of answers that chat shares with it.
+"""POST /v1/completions, and the generation of answers, which chat uses too.
 
-Knows prompts as token ids, and how an answer is written, whole or streamed. Knows nothing of messages or tools.
+Knows prompts as token ids, and writes answers, whole or streamed. Knows nothing of messages or tools.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def completions(model: EngineClient, http: HttpRequest, request: Completio
 
 
 class Echo(NamedTuple):
-    """A prompt that the answer repeats before its own text. scored: its tokens, where logprobs are wanted."""
+    """A prompt that the answer repeats before its own text. scored: its tokens, if logprobs are requested."""
 
     text: str
     scored: list[TokenLogprob] | None
@@ -80,10 +80,10 @@ async def generate(
     calls: Callable[[], CallParser | None] = lambda: None,
     echoes: Sequence[Echo] = (),
 ) -> Response:
-    """The answer to `prompts`, `params.n` choices each. source: the field that holds the prompts, for errors. echoes:
-    of each prompt, or none."""
+    """The answer to `prompts`, with `params.n` choices for each. source: name of the field of the prompts, for errors.
+    echoes: one for each prompt, or none."""
     record: Record = http.scope["record"]
-    # 1. The engine's requests, one a choice.
+    # 1. The engine's requests, one for each choice.
     context, each = model.engine.context, params.n or 1
     check_capacity(model, len(prompts) * each, "n")
     unknown = max(params.logit_bias or (0,))
@@ -111,7 +111,7 @@ async def generate(
             own = grammar.again() if grammar else None
             sampling = sampling_of(params, choice)
             requests.append(Request(ids, limit, model.stop_ids, sampling, grammar=own, deadline=deadline))
-    # 2. What collects their output.
+    # 2. The collector of their output.
     record.prompt_tokens = sum(map(len, prompts))
     logprobs = params.top_count is not None
     repeated = [echo for echo in echoes for _ in range(each)] or [Echo("", None)] * len(requests)
@@ -129,14 +129,14 @@ async def generate(
     )
 
     def final_usage() -> dict[str, Any]:
-        # The choices of one prompt share it: only the prefix that the first one found in the cache was not computed.
-        # One whose tokens were scored was computed for that.
+        # The choices of a prompt share it, so only the prefix that the first choice found in the cache was not
+        # computed. A prompt that was scored was computed for that.
         found = [request.prefix_hit_tokens for request in requests[::each]]
         record.cached_tokens = 0 if any(echo.scored for echo in echoes) else sum(found)
         return usage(record.prompt_tokens, record.completion_tokens, record.cached_tokens)
 
-    # 3. The answer. The first pieces decide between an error's status and 200: later only the stream can tell.
-    if params.limit == 0:  # the echo is all
+    # 3. The answer. The first pieces decide between an error status and 200; a later error is an event of the stream.
+    if params.limit == 0:  # the answer is the echo alone
         pieces = one_of([Piece(i, finish="length") for i in range(len(requests))])
     else:
         pieces = model.run(OutputCollector(work, choices, record, stream=bool(params.stream)))
@@ -165,7 +165,7 @@ async def events(
     final_usage: Callable[[], dict[str, Any]],
 ) -> AsyncGenerator[bytes]:
     """The answer as server-sent events; `[DONE]` only after a complete one."""
-    # The role goes out with the first text, and the usage with the end: one write less for each.
+    # The role is sent with the first text, and the usage with the end, which saves a write for each.
     openings = [opening for index in range(choices) if (opening := frame.opening(index))]
     async with contextlib.aclosing(chain(first, pieces)) as parts:
         async for part in parts:
@@ -195,7 +195,7 @@ def sampling_of(params: Generation, choice: int) -> SamplingParams:
 def check_capacity(model: EngineClient, count: int, param: str) -> None:
     if count > model.engine.capacity:
         raise BadRequestError(
-            f"{count} answers in one request: this model holds {model.engine.capacity} at most.", param=param
+            f"{count} answers in one request are too many: this model allows {model.engine.capacity}.", param=param
         )
 
 

@@ -30,7 +30,7 @@ from .wire.requests import EmbeddingRequest
 class EncoderClient:
     """One encoder: its name, revision, tokenizer and queue.
 
-    probe: reads the sentiment off its vectors; None for models for which it was not trained.
+    probe: computes the sentiment from its vectors; None for models for which it was not trained.
     """
 
     name: str
@@ -52,9 +52,9 @@ async def embeddings(model: EncoderClient, http: HttpRequest, request: Embedding
         )
     if request.input_vocabulary is None and not isinstance(request.inputs[0], str):
         raise BadRequestError(
-            "Token ids of which vocabulary? Clients like LangChain's OpenAIEmbeddings send ids of OpenAI's, whatever "
-            "the model: send text (check_embedding_ctx_length=False there). If they are this model's own, add "
-            '"input_vocabulary": "model".',
+            "The vocabulary of these token ids is not known. Clients such as LangChain's OpenAIEmbeddings send ids of "
+            "OpenAI's vocabularies: send text instead (check_embedding_ctx_length=False there). If the ids are this "
+            'model\'s own, add "input_vocabulary": "model".',
             param="input",
             code="invalid_value",
         )
@@ -69,8 +69,8 @@ async def encode(
     model: EncoderClient, http: HttpRequest, rows: Sequence[Sequence[int]], param: str, *, metered: int | None = None
 ) -> list[Any]:
     """The encoder's output for each row of token ids. metered: tokens of the request's usage, if not those of all rows.
-    Raises BadRequestError for a row that is too long, BusyError, DeadlineExceededError, UnavailableError where
-    the encoder hangs; a disconnect cancels the work."""
+    Raises BadRequestError for a row that is too long, BusyError, DeadlineExceededError, and UnavailableError if the
+    encoder hangs. A disconnect cancels the work."""
     deadline = deadline_of(http)
     context = model.queue.encoder.context
     for index, row in enumerate(rows):

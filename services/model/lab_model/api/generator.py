@@ -1,4 +1,5 @@
-"""The client of one model's engine: between the engine's thread and the event loop, and its errors as API errors.
+"""The client of one model's engine: connects the engine's thread with the event loop, and maps its errors to API
+errors.
 
 Knows the scheduler and asyncio. Knows nothing of request bodies or of single endpoints.
 """
@@ -35,14 +36,14 @@ from .http.usage import TokenUsage
 
 T = TypeVar("T")
 
-# A compilation ends by the limits on schemas after about a second; this bounds the wait behind others.
+# The limits on schemas end a compilation after about a second; this also bounds the wait for others.
 COMPILE_SECONDS = 10
 MOST_COMPILING = 16
-# The metrics of the engine are at most this old.
+# Largest age of the engine's metrics.
 MEASURE_SECONDS = 0.5
-# Handling a token takes time from the cores that the engine computes on, and ten times what it takes alone: after a
-# step the CPU caches hold weights. So all streams together write about this often a second: a token waits for the ones
-# after it, longer the more streams there are, and is not handled before; at most LONGEST_WAIT_SECONDS, or one step.
+# Handling a token takes time from the cores on which the engine computes. Beside the engine it takes ten times as long,
+# because after a step the CPU caches contain weights. So all streams together write about this often per second: a
+# token waits for later ones, longer with more streams, but at most LONGEST_WAIT_SECONDS or one step.
 WRITES_A_SECOND = 640
 LONGEST_WAIT_SECONDS = 0.05
 
@@ -62,7 +63,7 @@ class EngineWork:
     """The engine's work for one API request. `ended` is set while there is none."""
 
     def __init__(self, requests: Sequence[Request], each: int) -> None:
-        """each: so many consecutive `requests` share a prompt."""
+        """each: number of consecutive `requests` that share a prompt."""
         self.requests = requests
         self.ended = asyncio.Event()
         self.ended.set()
@@ -80,9 +81,9 @@ class EngineWork:
             self.ended.set()
 
     def used(self) -> TokenUsage:
-        """Tokens computed so far; final when `ended`. Of a prompt, those that were prefilled or found in the prefix
-        cache; of an answer, all tokens, also those generated after the client left. An answer that ended before its
-        engine request counts as complete."""
+        """Tokens computed so far; final when `ended`. A prompt counts with the tokens that were prefilled or found in
+        the prefix cache; an answer with all its tokens, also those generated after the client disconnected. An answer
+        that ended before its engine request counts as complete."""
         prompt = cached = 0
         for at in range(0, len(self.requests), self._each):
             same_prompt = self.requests[at : at + self._each]
@@ -94,7 +95,8 @@ class EngineWork:
 
 
 class OutputSink(Protocol):
-    """What takes the engine's outputs of one request, such as a Choice. ends_itself: it may end before the engine."""
+    """Receives the engine's outputs of one request, such as a Choice. ends_itself: it may end before the engine
+    does."""
 
     ended: bool
     ends_itself: bool
@@ -103,11 +105,12 @@ class OutputSink(Protocol):
 
 
 class OutputCollector:
-    """Collects the output of one API request: the engine's step outputs in, pieces out, merged until they are taken."""
+    """Collects the output of one API request: turns the engine's step outputs into pieces, and merges them until they
+    are taken."""
 
     def __init__(self, work: EngineWork, choices: Sequence[OutputSink], record: Record, *, stream: bool) -> None:
         self.work, self.stream = work, stream
-        self.ready = asyncio.Event()  # pieces are to be taken now
+        self.ready = asyncio.Event()  # set when pieces should be taken
         self.begun = False  # a piece has been taken
         self.left = len(choices)
         self.error: Exception | None = None
@@ -124,10 +127,10 @@ class OutputCollector:
         return pieces
 
     def push(self, index: int, output: StepOutput) -> bool:
-        """Add a step's output of choice `index`; whether the engine may cancel its request.
+        """Add a step's output of choice `index`. Returns whether the engine may cancel its request.
 
-        Stop strings and tool calls are found here at once: an ended answer generates no more tokens, and its end is
-        not delayed.
+        Stop strings and tool calls are found here at once, so that an ended answer generates no more tokens and its end
+        is not delayed.
         """
         choice = self._choices[index]
         if choice.ended or self.error or not self.left:
@@ -154,7 +157,7 @@ class OutputCollector:
         return bool(piece.finish and not output.finish)
 
     def end(self, error: Exception) -> None:
-        """No more output follows; raise `error` after the collected pieces."""
+        """End the output; `error` is raised after the collected pieces."""
         self.error = error
         self.ready.set()
 
@@ -171,7 +174,7 @@ class OutputCollector:
         return bool(self._pieces) and not self.ready.is_set()
 
     def eager(self, index: int) -> bool:
-        """Whether choice `index` needs each token at once: it may end the answer, or be the first to show."""
+        """Whether choice `index` needs each token at once, because a token may end the answer or is its first one."""
         return self._choices[index].ends_itself or not (self.begun or self._pieces)
 
     def _add(self, piece: Piece) -> None:
@@ -187,13 +190,13 @@ class OutputCollector:
 
 
 class EngineClient:
-    """One chat or base model: its name, tokenizer and engine. Its methods run on the event loop, but for `deliver`."""
+    """One chat or base model: its name, tokenizer and engine. Its methods run on the event loop, except `deliver`."""
 
     def __init__(self, *, name: str, kind: str, revision: str, text: ModelTokenizer, default_max_tokens: int) -> None:
         self.name, self.kind, self.revision, self.text = name, kind, revision, text
         self.default_max_tokens = default_max_tokens
         self._measured = 0.0  # when the metrics were last set
-        self._stats: Stats | None = None  # of then
+        self._stats: Stats | None = None  # of that time
         self.stop_ids: frozenset[int] = frozenset()
         self.vocab_size = text.vocab_size
         self._engine: Scheduler | None = None
@@ -227,7 +230,8 @@ class EngineClient:
         return self._grammars
 
     def deliver(self, outputs: list[StepOutput]) -> None:
-        """The engine's callback, in its thread: at most one call into the event loop a step, for all requests."""
+        """The engine's callback, in its thread: makes at most one call into the event loop per step, for all
+        requests."""
         if self._loop and not self._loop.is_closed():
             self._enqueue(outputs, self._loop)
         if not outputs or time.monotonic() - self._measured > MEASURE_SECONDS:
@@ -239,8 +243,8 @@ class EngineClient:
         if outputs:
             self._arrived.append(outputs)
             self._since = self._since or now
-        # A single stream is never held back; without streams there is nothing to write. And the first held-back output
-        # must not wait for another step as long as the last one.
+        # A single stream is never held back, and without streams there is nothing to write. The first held-back output
+        # must not wait for another step that takes as long as the last one.
         streams = len(self._streaming)
         wait = min((streams - 1) / WRITES_A_SECOND, LONGEST_WAIT_SECONDS) if streams else LONGEST_WAIT_SECONDS
         due = bool(self._since) and now + (now - before) - self._since > wait
@@ -283,12 +287,12 @@ class EngineClient:
             if collector.push(index, output):
                 self.engine.cancel(request)
         except Exception as error:
-            collector.end(error)  # its own fault: the other requests of this step go on
+            collector.end(error)  # the fault of this request: the other requests of the step continue
         if output.finish or output.error:
             del self._collectors[request]
             collector.work.end(request)
         if collector.ended:
-            self._streaming.discard(collector)  # a slow reader does not count as a stream for the others
+            self._streaming.discard(collector)  # a slow reader does not count as a running stream
         elif collector.waiting and not collector.begun:
             collector.ready.set()  # the first token never waits
         elif collector.waiting and collector.stream:
@@ -375,14 +379,14 @@ def as_api_errors(requests: Sequence[Request]) -> Iterator[None]:
         yield
     except QueueFullError as error:
         raise BusyError(
-            "The model is busy: every place and the queue are taken. Retry after the time in Retry-After.",
+            "The model is busy: all slots and the queue are full. Retry after the time in Retry-After.",
             error.retry_after,
         ) from None
     except DeadlineError:
         raise deadline_exceeded() from None
     except UnknownTokenError:
         raise BadRequestError(
-            "The prompt holds a token that this model's tokenizer knows and the model itself does not.",
+            "The prompt has a token that this model's tokenizer knows but the model itself does not.",
             code="invalid_value",
         ) from None
     except EngineFaultError as error:
@@ -393,4 +397,4 @@ def as_api_errors(requests: Sequence[Request]) -> Iterator[None]:
                 ) from None
         raise ServerError(f"The model could not finish this answer: {error}.") from None
     except EngineError as error:
-        raise UnavailableError(f"The model takes no request now: {error}.") from None
+        raise UnavailableError(f"The model accepts no requests now: {error}.") from None

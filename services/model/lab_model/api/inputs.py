@@ -1,4 +1,4 @@
-"""What every endpoint reads of a request: the model's name, texts as token ids.
+"""Inputs that every endpoint reads: the model's name, texts as token ids.
 
 Knows headers and the tokenizer. Knows nothing of single endpoints.
 """
@@ -17,15 +17,15 @@ from .http.record import Record
 
 T = TypeVar("T")
 
-# A text of so many characters takes milliseconds to tokenize: it leaves the event loop.
+# Tokenizing a text of this many characters takes milliseconds, so it is done in a thread.
 LONG_TEXT = 20_000
 
 
 def check_model(http: HttpRequest, wanted: str, name: str) -> None:
-    """Note the model in the request's record. Raises NotFoundError for another model's name."""
+    """Write the model into the request's record. Raises NotFoundError for another model's name."""
     if wanted != name:
         raise NotFoundError(
-            f"The model '{wanted}' does not exist here; this address serves '{name}'.",
+            f"This address serves the model '{name}', not '{wanted}'.",
             param="model",
             code="model_not_found",
         )
@@ -34,7 +34,7 @@ def check_model(http: HttpRequest, wanted: str, name: str) -> None:
 
 
 async def tokenize(encode: Callable[[T], list[int]], value: T, length: int) -> list[int]:
-    """encode(value), in a thread where it is long. length: characters."""
+    """encode(value), in a thread if it is long. length: characters."""
     return await asyncio.to_thread(encode, value) if length > LONG_TEXT else encode(value)
 
 

@@ -1,7 +1,7 @@
 """POST /v1/inspect/logit-lens, /attention, /memory, /device: layers, attention, memory and device of a causal model.
 
-The first two ask a second copy of the model, which the server gives with each request as `inside` of its ASGI scope.
-Knows token ids and numbers. Knows nothing of how the copy is loaded.
+The first two use a second copy of the model, which the server hands in as `inside` of the ASGI scope. Knows token ids
+and numbers. Does not load the copy.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ async def attention(model: EngineClient, http: HttpRequest, request: AttentionRe
 
 
 async def memory(model: EngineClient, http: HttpRequest, request: MemoryRequest) -> Response:
-    """What the model takes, by formula and as measured in this process."""
+    """Memory of the model, by formula and as measured in this process."""
     check_model(http, request.model or model.name, model.name)
     found = model.engine.memory()
     tokens = request.tokens or found.kv_tokens
     stats = model.engine.stats()
     process = psutil.Process().memory_info()
     parts = {
-        "weights": {"formula": "bytes of all weights as the engine keeps them", "measured_bytes": found.weights},
+        "weights": {"formula": "bytes of all weights as the engine stores them", "measured_bytes": found.weights},
         "kv_cache": {
             "formula": f"keys and values x layers x key heads x width x bytes = {found.token}, x {tokens} tokens",
             "bytes_per_token": found.token,
@@ -77,7 +77,7 @@ async def memory(model: EngineClient, http: HttpRequest, request: MemoryRequest)
             "predicted_bytes": (stats.running or 1) * found.vocab * 4,
         },
         "process": {
-            "formula": "resident memory of the model's process, libraries included",
+            "formula": "resident memory of the model's process, including libraries",
             "measured_bytes": process.rss,
         },
     }
@@ -101,7 +101,7 @@ async def _ids(model: EngineClient, http: HttpRequest, request: LensRequest | At
     if len(ids) > MOST_INSIDE_TOKENS:
         name = source_name(request)
         raise BadRequestError(
-            f"'{name}' has {len(ids)} tokens; this page of a model takes {MOST_INSIDE_TOKENS} at most.",
+            f"'{name}' has {len(ids)} tokens; this endpoint allows at most {MOST_INSIDE_TOKENS}.",
             param=name,
             code="context_length_exceeded",
         )
@@ -109,11 +109,11 @@ async def _ids(model: EngineClient, http: HttpRequest, request: LensRequest | At
 
 
 async def _ask(http: HttpRequest, method: str, **arguments: Any) -> Any:
-    """The copy's answer. Raises UnavailableError without one or without memory for it, BusyError where too many
-    wait."""
+    """The copy's answer. Raises UnavailableError if there is no copy or no memory for it, BusyError if too many
+    requests wait."""
     inside = http.scope.get("inside")
     if inside is None:
-        raise UnavailableError("This server keeps no copy of the model whose layers could be shown.")
+        raise UnavailableError("This server has no second copy of the model, which this endpoint needs.")
     record: Record = http.scope["record"]
     record.prompt_tokens = len(arguments["ids"])
     try:

@@ -1,6 +1,6 @@
-"""POST /v1/inspect/...: how a text is cut into tokens, and how likely each token is.
+"""POST /v1/inspect/...: the tokens of a text, and the probability of each token.
 
-Knows token ids, texts and the engine's scores. Knows nothing of how logits are computed.
+Knows token ids, texts and the engine's scores. Does not compute logits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEFAULT_ALTERNATIVES = 5
 
 
 class TokenizerClient(Protocol):
-    """What tokenize and detokenize need of a model of any kind."""
+    """A model of any kind, as tokenize and detokenize need it."""
 
     name: str
     text: ModelTokenizer
@@ -121,7 +121,7 @@ async def score_text(model: EngineClient, http: HttpRequest, request: ScoreReque
         pieces = cut(model.text, text, ids, special=True)
     if len(ids) < 2:
         raise BadRequestError(
-            f"'{source_name(request)}' has one token: a score needs a token before the one that is scored.",
+            f"'{source_name(request)}' has only one token, but the first token of a text cannot be scored.",
             param=source_name(request),
             code="invalid_value",
         )
@@ -181,7 +181,7 @@ async def vocabulary_of(model: TokenizerClient, name: str | None) -> Vocabulary:
 
 
 class RawOutput:
-    """Stands for a `Choice`: keeps the tokens and logprobs as the engine gives them."""
+    """Replaces a `Choice`: stores the tokens and logprobs of the engine unchanged."""
 
     ends_itself = False
 
@@ -223,7 +223,7 @@ async def score(
     receive: Callable[[int, torch.Tensor], None],
     source: str,
 ) -> int:
-    """Let the engine score a text, see ScoringRequest. How many of its tokens came from the prefix cache.
+    """Let the engine score a text, see ScoringRequest. Returns how many of its tokens came from the prefix cache.
 
     Raises ApiError; a text that is too long is an error of the field `source`.
     """
@@ -233,7 +233,7 @@ async def score(
     record.prompt_tokens = len(ids)
     request = ScoringRequest(ids, first=first, receive=receive, deadline=deadline_of(http))
     await run(model, http, request)
-    # The output that ends it is no token, and no first one of an answer.
+    # The output that ends it is not a token, so it sets no time to first token.
     record.completion_tokens, record.ttft = 0, None
     record.cached_tokens = request.prefix_hit_tokens
     return request.prefix_hit_tokens
@@ -242,8 +242,8 @@ async def score(
 async def score_all(
     model: EngineClient, http: HttpRequest, ids: Sequence[int], top: int, source: str
 ) -> list[TokenScore | None]:
-    """The score of each token of a text with `top` alternatives, by place: None for the first token, before which
-    nothing stands. Raises ApiError; a text that is too long is an error of the field `source`."""
+    """The score of each token of a text with `top` alternatives, in their order; None for the first token, which has no
+    score. Raises ApiError; a text that is too long is an error of the field `source`."""
     scores: list[TokenScore | None] = [None] * len(ids)
 
     def receive(first: int, logits: torch.Tensor) -> None:
@@ -259,8 +259,8 @@ async def score_all(
 
 def too_long(model: EngineClient, count: int, source: str) -> BadRequestError:
     return BadRequestError(
-        f"This model's context is {model.engine.context} tokens, one of which is kept for what follows; '{source}' has "
-        f"{count}. Shorten it.",
+        f"This model's context is {model.engine.context} tokens, one of which is kept for the next token; '{source}' "
+        f"has {count}. Shorten it.",
         param=source,
         code="context_length_exceeded",
     )
@@ -285,12 +285,12 @@ async def chat_ids(tokenizer: ModelTokenizer, request: SourceRequest) -> list[in
         return await tokenize(tokenizer.chat, messages, size)
     except TemplateError as error:
         raise BadRequestError(
-            f"The model's chat template does not take these messages: {error}", param="messages"
+            f"The model's chat template does not accept these messages: {error}", param="messages"
         ) from None
 
 
 async def source_ids(model: EngineClient, request: SourceRequest, more: list[int] | None) -> list[int]:
-    """Token ids of the text or the messages, and `more` behind them. Raises BadRequestError."""
+    """Token ids of the text or the messages, followed by `more`. Raises BadRequestError."""
     if request.messages is not None:
         ids = await chat_ids(model.text, request)
     else:

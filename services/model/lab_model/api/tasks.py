@@ -1,6 +1,6 @@
-"""POST /v1/tasks/...: the pipelines of the lecture over the models that are here.
+"""POST /v1/tasks/...: the lecture's pipelines, with the models of the catalogue.
 
-Knows texts, labels, spans and which kind of model answers how. Knows nothing of how a model computes.
+Knows texts, labels, spans and the method for each kind of model. Does not compute models.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from .wire.tasks import (
 )
 
 Object = dict[str, Any]
-MOST_ROWS = 2048  # windows of all contexts of a request
+MOST_ROWS = 2048  # windows over all contexts of a request
 LONGEST_ANSWER = 24  # tokens
-# Cosines of short texts and their labels differ by hundredths: so much of a difference makes a label e times as likely.
+# Cosines of short texts and their labels differ by hundredths. This difference makes a label e times as likely.
 COSINE_UNIT = 0.05
-COSINE_HALF = 0.25  # with multi_label the cosine of a label that is as likely as not
-# The best of five prompts for bench/tasks/questions-train.jsonl: the examples teach a small model to answer in a few
-# words. An answer less likely than ABSTAIN_SCORE was more often wrong than right there.
+COSINE_HALF = 0.25  # with multi_label: the cosine of a label with probability 1/2
+# The best of five prompts on bench/tasks/questions-train.jsonl: the examples teach a small model to answer in a few
+# words. There an answer with a probability below ABSTAIN_SCORE was more often wrong than right.
 EXAMPLES = (
     "Text: The cat of our neighbour Tom is called Molly. She is three years old.\n"
     "Question: What is the cat called?\nAnswer: Molly\n\n"
@@ -64,7 +64,7 @@ ABSTAIN_SCORE = 0.02
 
 
 async def sentiment_analysis(model: EncoderClient, http: HttpRequest, request: LabelRequest) -> Response:
-    """By the classifier, or by the probe over an embedding model's vectors."""
+    """Answers with the classifier, or with the probe on an embedding model's vectors."""
     check_model(http, request.model or model.name, model.name)
     if model.kind == "embedding" and model.probe is None:
         raise BadRequestError(
@@ -85,7 +85,7 @@ async def sentiment_analysis(model: EncoderClient, http: HttpRequest, request: L
 
 
 async def zero_shot_classification(model: EncoderClient, http: HttpRequest, request: ZeroShotRequest) -> Response:
-    """By the cosine of the text's vector and that of a sentence about each label."""
+    """Answers by the cosine between the text's vector and the vector of a sentence about each label."""
     check_model(http, request.model or model.name, model.name)
     labels, parameters = request.parameters.candidate_labels, request.parameters
     template = parameters.hypothesis_template or "This text is about {}."
@@ -96,7 +96,7 @@ async def zero_shot_classification(model: EncoderClient, http: HttpRequest, requ
         [template.replace("{}", label) for label in labels],
         "parameters.candidate_labels",
     )
-    # The labels are computed with the texts, and not metered: an answer's tokens are those of its inputs.
+    # The labels are computed together with the texts but not metered: usage counts the tokens of the inputs.
     count = sum(map(len, rows))
     outputs = await encode(model, http, [*rows, *sentences], "inputs", metered=count)
     vectors, label_vectors = outputs[: len(rows)], outputs[len(rows) :]
@@ -130,7 +130,7 @@ def ranked(scores: dict[str, float], top: int | None) -> list[Object]:
 async def question_answering(
     model: EncoderClient | EngineClient, http: HttpRequest, request: QuestionRequest
 ) -> Response:
-    """By the reader, or by the chat model, whose answer a grammar confines to words of the context."""
+    """Answers with the reader, or with the chat model, restricted by a grammar to words of the context."""
     check_model(http, request.model or model.name, model.name)
     parameters = request.parameters or AnswerParameters()
     if isinstance(model, EncoderClient):
@@ -194,7 +194,7 @@ async def _ask(
     check_capacity(model, len(questions), "inputs")
     if len(questions) > MOST_GENERATED:
         raise BadRequestError(
-            f"{len(questions)} questions: a model that generates takes at most {MOST_GENERATED} at once.",
+            f"{len(questions)} questions: a model that generates accepts at most {MOST_GENERATED} at once.",
             param="inputs",
             code="invalid_value",
         )
@@ -209,7 +209,7 @@ async def _ask(
         grammars = await model.grammar(lambda known: [known.make(source) for source in sources])
     except GrammarError as error:
         raise BadRequestError(f"An answer cannot be confined to this context: {error}", param="inputs") from None
-    # 2. The answers, which end with their line.
+    # 2. The answers, which end at the line break.
     line_end = model.text.encode("\n", special=False)
     stops = model.stop_ids | (frozenset(line_end) if len(line_end) == 1 else frozenset())
     requests = [
@@ -218,7 +218,7 @@ async def _ask(
     ]
     outputs = [RawOutput() for _ in requests]
     _, counts = await generated(model, http, requests, outputs)
-    # 3. Their places.
+    # 3. Their positions in the context.
     results = []
     for given, output in zip(questions, outputs, strict=True):
         found = b"".join(map(model.text.bytes_of, output.tokens)).decode(errors="ignore").strip()
@@ -232,12 +232,12 @@ async def _ask(
 
 
 def answer_of(answer: str, score: float, start: int, none: float) -> Object:
-    """score: of the best span, also where the answer is empty, because `abstain_score` is higher."""
+    """The JSON of an answer. score: of the best span, even if the answer is empty because `abstain_score` is higher."""
     return {"answer": answer, "score": score, "start": start, "end": start + len(answer), "abstain_score": none}
 
 
 async def text_generation(model: EngineClient, http: HttpRequest, request: GenerationRequest) -> Response:
-    """The text, continued; without a chat template, also by a chat model."""
+    """Continues the text; a chat model does so without its chat template."""
     check_model(http, request.model or model.name, model.name)
     parameters = request.parameters or GenerationParameters()
     check_capacity(model, len(request.texts), "inputs")
@@ -264,7 +264,7 @@ async def text_generation(model: EngineClient, http: HttpRequest, request: Gener
 
 
 def check_room(model: EngineClient, count: int, limit: int, param: str, limit_name: str) -> None:
-    """Raises BadRequestError where a prompt of `count` tokens and an answer do not fit."""
+    """Raises BadRequestError if a prompt of `count` tokens and the answer do not fit into the context."""
     if count + limit > model.engine.context:
         raise BadRequestError(
             f"This model's context is {model.engine.context} tokens; {count} in {param} and {limit} for the answer "
@@ -277,7 +277,7 @@ def check_room(model: EngineClient, count: int, limit: int, param: str, limit_na
 async def generated(
     model: EngineClient, http: HttpRequest, requests: Sequence[Request], choices: Sequence[OutputSink]
 ) -> tuple[list[str], list[int]]:
-    """The whole text of each request, and how many tokens were generated for it.
+    """The whole text of each request, and the number of tokens that were generated for it.
 
     Raises ApiError; a disconnect cancels all of them.
     """

@@ -1,4 +1,4 @@
-"""Encoder models: token ids in, vectors out, one forward at a time.
+"""Encoder models: from token ids to vectors, labels or spans, one forward at a time.
 
 Knows tensors. Knows nothing of HTTP or text.
 """

@@ -16,8 +16,8 @@ from .padding import padded
 class Classifier:
     """Not thread-safe: the caller runs one `forward` at a time.
 
-    labels: by index. The probabilities add up to 1, unless the model says of itself that several labels may hold at
-    once (`problem_type: multi_label_classification`).
+    labels: by index. The probabilities add up to 1, unless the model's configuration says that several labels can apply
+    at once (`problem_type: multi_label_classification`).
     """
 
     def __init__(self, model: Any, context: int) -> None:
@@ -36,7 +36,8 @@ class Classifier:
 
 
 def positions(config: Any) -> int | None:
-    """Tokens for which the model has positions. RoBERTa's first position is two: it has two fewer than it says."""
+    """Number of tokens for which the model has positions. RoBERTa's first position is 2, so it has two fewer than its
+    configuration says."""
     most = getattr(config, "max_position_embeddings", None)
     if most is None:
         return None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 POSITIVE, NEGATIVE = "POSITIVE", "NEGATIVE"
 FILE = Path(__file__).with_name("sentiment.json")
-# The check sentence's vector may differ by so much: other batches and processors round differently.
+# Largest difference of the check sentence's vector: other batches and processors round differently.
 TOLERANCE = 0.01
 
 
@@ -31,7 +31,7 @@ class SentimentProbe:
         return cls(fields["weights"], fields["bias"], fields["check"]["text"], fields["check"]["vector"])
 
     def fits(self, vector: Sequence[float]) -> bool:
-        """Whether the model that gave the check sentence this vector is the one of the training."""
+        """Whether `vector`, a model's vector of the check sentence, is that of the model of the training."""
         return len(vector) == len(self._weights) and all(
             abs(one - other) < TOLERANCE for one, other in zip(vector, self._check_vector, strict=False)
         )

@@ -1,6 +1,6 @@
-"""The queue before an encoder: inputs of all waiting requests in common forwards, a bounded number of requests.
+"""The queue of an encoder: batches the inputs of all waiting requests into forwards; bounds the number of requests.
 
-Knows threads, token ids and how long a request takes. Knows nothing of HTTP or text, nor of what an encoder computes.
+Knows threads, token ids and the time of requests. Knows nothing of HTTP or text, nor of what an encoder computes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# Tokens of one forward, padding included: bounds the memory of activations, and the time until a cancelled request ends
-# (about 200 ms on 2 cores).
+# Tokens of one forward, including padding: bounds the memory of activations, and the time until a cancelled request
+# ends (about 200 ms on 2 cores).
 BATCH_TOKENS = 1024
 
 
@@ -42,7 +42,7 @@ class EncoderBusyError(Exception):
 
 
 class EncoderHangsError(Exception):
-    """A forward did not end in time: the encoder takes no more requests, and its process is to be replaced."""
+    """A forward did not end in time: the encoder accepts no more requests, and its process must be replaced."""
 
 
 class EncoderJob:
@@ -64,7 +64,7 @@ class EncoderJob:
 
     def end(self, error: Exception | None = None) -> None:
         """Called in the encoder's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so no caller waits
             self._loop.call_soon_threadsafe(self._end, error)
 
     def _end(self, error: Exception | None) -> None:
@@ -109,7 +109,7 @@ class EncoderQueue:
         job, started = EncoderJob(rows), time.monotonic()
         with self._changed:
             if self._watchdog.hangs:
-                raise EncoderHangsError("its computation hangs; the model starts again by itself")
+                raise EncoderHangsError("its computation hangs; the model is restarted automatically")
             self._jobs.append(job)
             self._changed.notify()
             if self._thread.ident is None:
@@ -162,8 +162,8 @@ class EncoderQueue:
             job.end(EncoderHangsError(why))
 
     def _take(self) -> list[tuple[EncoderJob, int]]:
-        """Inputs for one forward: of each request in turn as many as fit. A request with more of them comes behind
-        those that have arrived meanwhile, so that a long list does not keep single texts waiting."""
+        """Inputs for one forward: from each request in turn as many as fit. A request with more inputs is queued again
+        behind newer requests, so that a long list does not delay single texts."""
         batch: list[tuple[EncoderJob, int]] = []
         width = 0
         self._jobs.extend(self._begun)

@@ -1,4 +1,4 @@
-"""Extractive question answering by a Hugging Face reader: scores of where an answer begins and ends, and span search.
+"""Extractive question answering by a Hugging Face reader: scores for the begin and the end of an answer, span search.
 
 Knows tensors and token places. Knows nothing of HTTP or text.
 """
@@ -15,16 +15,16 @@ from .padding import padded
 
 
 class Ends(NamedTuple):
-    """Logits of one row: that the answer begins, and that it ends, at each token; (tokens,) both. Those of the first
-    token together are the model's score for there being no answer (Rajpurkar et al. 2018, SQuAD 2.0)."""
+    """Logits of one row, (tokens,) both: that the answer begins, and that it ends, at each token. The sum for the first
+    token is the model's score of no answer (Rajpurkar et al. 2018, SQuAD 2.0)."""
 
     start: torch.Tensor
     end: torch.Tensor
 
 
 class Span(NamedTuple):
-    """Tokens first to last of a row, and the probability that the answer is just these. none: the probability that
-    there is no answer in this row."""
+    """Tokens first to last of a row, and the probability that they are the answer. none: the probability that this row
+    has no answer."""
 
     first: int
     last: int

@@ -1,9 +1,9 @@
-"""The pages of the KV pool: which request holds which, and which already contain the beginning of a prompt.
+"""The pages of the KV pool: the holders of each page, and the prefix cache.
 
-A page that a request has filled may be published under its tokens and those before it: the prefix cache. A request with
-the same beginning shares it, and it is not written to again. Pages without a holder keep their content until they are
-taken, the least recently used first.
-Knows token ids and page numbers. Never touches the pages' memory, which is the runner's.
+A page that a request has filled is published under its tokens and those before it (prefix cache). A request with the
+same prefix shares the page, which is not written again. Pages without a holder keep their content until they are taken,
+the least recently used first. Knows token ids and page numbers. Does not access the pages' memory, which the runner
+owns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from .request import Request
 
-# Tokens in a page: the granularity of shared prefixes, and the most that a request wastes.
+# Tokens in a page: the granularity of shared prefixes, and an upper bound of the tokens that a request wastes.
 PAGE_TOKENS = 32
 
 ROOT = 0  # the node before the first page
@@ -36,20 +36,20 @@ class KVPages:
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give."""
+        """Number of pages that `take` can give."""
         return len(self._free) + len(self._idle)
 
     @property
     def kept(self) -> int:
-        """Pages without holder that still contain a prefix."""
+        """Number of pages without a holder that still contain a prefix."""
         return len(self._idle)
 
     # By request
 
     def admit(self, request: Request, grain: int) -> bool:
-        """Give the request pages for its tokens and one more, shared ones first; False, and nothing, if there are too
-        few. grain: tokens; the shared prefix is a multiple of it."""
-        # At least one token is computed: its logits are what the answer begins with.
+        """Give the request pages for its tokens and one more, shared ones first. If there are too few, give none and
+        return False. grain: the number of shared tokens is a multiple of it."""
+        # At least one token is computed, because the answer begins with its logits.
         most = (len(request.tokens) - 1) // grain * grain // PAGE_TOKENS
         found, node = self.match(request.tokens, most)
         if len(found) * PAGE_TOKENS % grain:
@@ -80,7 +80,7 @@ class KVPages:
         request.pages, request.computed_tokens, request.target = [], 0, 0
 
     def distrust(self, requests: Iterable[Request]) -> None:
-        """Nobody may share the pages of these requests: they may contain NaN."""
+        """Stop sharing the pages of these requests, because they may contain NaN."""
         for request in requests:
             self.forget(request.pages)
 
@@ -98,13 +98,13 @@ class KVPages:
         return found, node
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more holder for each."""
+        """Add a holder to each page."""
         for page in pages:
             self._holders[page] += 1
             self._idle.pop(page, None)
 
     def take(self, count: int) -> list[int]:
-        """Pages without another holder, as many as are `available` at most. They become `dirty`."""
+        """Take `count` pages without a holder, at most as many as are `available`. They become `dirty`."""
         pages = []
         for _ in range(count):
             if not self._free:
@@ -118,7 +118,8 @@ class KVPages:
         return pages
 
     def publish(self, page: int, parent: int, tokens: Sequence[int]) -> int:
-        """Let others find `page`, which contains `tokens` after those of `parent`. The node of it, or of its equal."""
+        """Let other requests find `page`, which contains `tokens` after those of `parent`. Returns its node, or the
+        node of an equal page."""
         key = (parent, tuple(tokens))
         if key not in self._pages:
             self._nodes += 1
@@ -127,7 +128,7 @@ class KVPages:
         return self._pages[key][1]
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder fewer for each. The last page of a prefix is evicted first."""
+        """Remove a holder from each page. The last page of a prefix is evicted first."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:

@@ -1,6 +1,6 @@
-"""One request to the scheduler: what it asks for, its state, the output of each step, and why it may fail.
+"""One request to the scheduler: its parameters, its state, the output of each step, and its errors.
 
-Knows token ids and page numbers. Knows nothing of how a step is computed.
+Knows token ids and page numbers. Does not compute steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Finish = Literal["stop", "length"]
 
 
 class EngineError(Exception):
-    """Why a request has no tokens or no more of them."""
+    """Reason why a request gets no tokens, or no more tokens."""
 
 
 class QueueFullError(EngineError):
@@ -69,7 +69,7 @@ class Request:
     sampling_state: SamplingState = field(init=False)
     pages: list[int] = field(init=False, default_factory=list)
     computed_tokens: int = field(init=False, default=0)  # how many of `tokens` have keys and values in the pool
-    target: int = field(init=False, default=0)  # how many of them are prefilled; later ones are decoded
+    target: int = field(init=False, default=0)  # number of tokens that are prefilled; later ones are decoded
     published: int = field(init=False, default=0)  # pages at the beginning that other requests may find
     node: int = field(init=False, default=0)  # the last published page's in the tree of prefixes, 0: none
     prefix_hit_tokens: int = field(init=False, default=0)
@@ -92,7 +92,7 @@ class Request:
 
 @dataclass(slots=True)
 class StepOutput:
-    """What one step gave one request. `tokens` never contains the stop token; `error` and `finish` end the request.
+    """The output of one step for one request. `tokens` never contains the stop token; `error` and `finish` end it.
 
     logprobs: one for each of `tokens` if the request has logprobs, else empty.
     """
@@ -106,7 +106,7 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot. pages_kept: without holder, with the beginning of a prompt. The last seven count from the start."""
+    """A snapshot. pages_kept: pages without a holder that contain a prefix. The last seven count since the start."""
 
     running: int
     waiting: int
@@ -124,8 +124,8 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes: of the weights, of one token's keys and values, of the pool for `kv_tokens` tokens. step_tokens: of the
-    longest step; vocab: logits of one token."""
+    """Memory in bytes: of the weights, of one token's keys and values, of the pool for `kv_tokens` tokens. step_tokens:
+    tokens of the longest step; vocab: logits of one token."""
 
     weights: int
     token: int

@@ -1,4 +1,4 @@
-"""What the scheduler expects of a runner, which computes logits over a pool of KV pages.
+"""The interface between the scheduler and a runner, which computes logits over a pool of KV pages.
 
 Knows page numbers and shapes. Knows nothing of weights or of scheduling.
 """
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, stop) of one request in a prefill, at least one. pages: those that hold [0, stop)."""
+    """Tokens [start, stop) of one request in a prefill, at least one. pages: those of the tokens [0, stop)."""
 
     start: int
     stop: int
@@ -24,8 +24,8 @@ class Span:
 class Runner(Protocol):
     """A model with its pool of pages. Logits are (rows, vocab), float32.
 
-    batch_invariant: the result for a token depends neither on how many others are computed with it nor on whether it
-    is prefilled or decoded.
+    batch_invariant: the result for a token depends neither on the number of tokens that are computed with it nor on
+    whether it is prefilled or decoded.
     """
 
     batch_invariant: bool
@@ -48,23 +48,24 @@ class Runner(Protocol):
         ...
 
     def allocate(self, pages: int) -> None:
-        """Make the pool. Page 0 is never assigned and fills the rows that have fewer pages than others."""
+        """Allocate the pool. Page 0 is never assigned; it pads rows that have fewer pages than others."""
         ...
 
     def prefill(self, ids: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
-        """Compute the spans' tokens, whose `ids` follow each other. The logits of each span's last token."""
+        """Compute the tokens of the spans, whose `ids` are concatenated. Returns the logits of each span's last
+        token."""
         ...
 
     def all_logits(self, ids: Sequence[int], pages: Sequence[int], start: int = 0) -> torch.Tensor:
-        """A prefill of one text, or of the tokens from `start` on of one whose beginning is computed. The logits of
-        each of `ids`. pages: those of the text from its beginning."""
+        """Prefill one text, or, if its beginning is computed, its tokens from `start` on. Returns the logits of each of
+        `ids`. pages: those of the text from its beginning."""
         ...
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], pages: Sequence[Sequence[int]]) -> torch.Tensor:
-        """One more token for each row. positions: of these tokens in their texts."""
+        """Compute one more token for each row. positions: of these tokens in their texts."""
         ...
 
     def zero_pages(self, pages: Sequence[int]) -> None:
-        """Before pages get a new holder: zero what attention reads beyond a row's own tokens. A NaN left by an
-        earlier request would spoil the result even where it is masked, because 0 * NaN is NaN."""
+        """Zero pages before they get a new holder, where attention reads beyond a row's own tokens. A NaN of an earlier
+        request would spoil the result even if it is masked, because 0 * NaN is NaN."""
         ...

@@ -18,13 +18,13 @@ from .sampling_params import MOST_LOGPROBS, Logprob, SampledToken, SamplingState
 
 log = logging.getLogger(__name__)
 
-# Below this temperature the softmax is a one-hot vector in float32 anyway.
+# Below this temperature the softmax is a one-hot vector in float32.
 GREEDY_BELOW = 1e-4
-# Above it all finite logits have the same weight, and -inf still has none.
+# Above this one all finite logits have the same weight, and -inf still has none.
 HOT = 1e30
 # The vocabulary is searched by blocks: their sums and maxima show where to look, at a tenth of the cost of a sort.
 BLOCK = 32
-# top_k, top_p and min_p first consider so many tokens, then all. A nucleus is rarely larger.
+# top_k, top_p and min_p first consider this many tokens, then all. A nucleus is rarely larger.
 CANDIDATES = 128
 
 
@@ -33,21 +33,22 @@ class SampleError(Exception):
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken | SampleError]:
-    """The next token of each row, or why there is none. logits: (rows, vocab), float32, which may be changed in place.
+    """The next token of each row, or an error. logits: (rows, vocab), float32; may be changed in place.
 
-    A row depends on its own logits, parameters and random stream alone, never on its neighbours. In this order:
-    1. repetition_penalty on what stands in prompt and answer (logit > 0: divided by it, else multiplied: CTRL,
-       arXiv:1909.05858), then frequency_penalty * count and presence_penalty off what was generated (OpenAI);
-    2. logit_bias added;
-    3. what the grammar does not allow is out;
-    4. temperature; below 1e-4, or with top_k 1, or top_p so small (1 / vocab) that it holds one token: the first of
-       the most likely, without a state;
-    5. top_k: a token stays if fewer than k are more likely; beyond the vocabulary it does nothing;
-    6. top_p, of what top_k left: stays if those more likely hold less than top_p;
-    7. min_p: stays if at least min_p times as likely as the most likely.
-    Equally likely tokens stay or go together. Every state takes one number from the request's stream.
-    logprobs are of the logits as given. A row faults alone: a NaN or +inf, nothing above -inf, an id outside the
-    vocabulary, a grammar that raises or allows nothing.
+    A row depends only on its own logits, parameters and random stream. The steps, in this order:
+    1. repetition_penalty on tokens of prompt and answer (a logit > 0 is divided by it, else multiplied: CTRL,
+       arXiv:1909.05858); then frequency_penalty * count and presence_penalty are subtracted for generated tokens
+       (OpenAI);
+    2. logit_bias is added;
+    3. tokens that the grammar does not allow are excluded;
+    4. temperature; below 1e-4, or with top_k 1, or with a top_p so small (1 / vocab) that it keeps one token, the first
+       of the most likely tokens is taken without a random draw;
+    5. top_k keeps a token if fewer than k tokens are more likely; a k beyond the vocabulary has no effect;
+    6. top_p, on the tokens that top_k kept, keeps a token if the more likely ones have less than top_p together;
+    7. min_p keeps a token if it is at least min_p times as likely as the most likely one.
+    Equally likely tokens are kept or excluded together. Every draw takes one number from the request's stream.
+    logprobs are those of the logits as given. A faulty row does not affect others: a NaN or +inf, no logit above -inf,
+    an id outside the vocabulary, a grammar that raises or allows no token.
     """
     rows, vocab = logits.shape
     if not rows:
@@ -66,10 +67,10 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
         chosen_from = torch.tensor(asking, device=logits.device)
         # Not logsumexp: it adds up a single row in another order than a row of many.
         raw = (logits if len(asking) == rows else logits[chosen_from]).log_softmax(-1)
-    # 2. What the parameters and grammars make of them, and the most likely token of every row.
+    # 2. Apply the parameters and grammars; find the most likely token of every row.
     _shape(logits, states, vocab, faults)
     peaks, picks = _argmax(logits)  # (rows,)
-    # 3. Rows that state: those without a cut by the whole distribution, the others by its head.
+    # 3. Rows that draw: those without a filter from the whole distribution, the others from its head.
     plain: list[int] = []
     cut: list[int] = []
     for i, state in enumerate(states):
@@ -87,7 +88,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
             where = torch.tensor(part).to(logits.device, non_blocking=True)
             weights = _weights(logits, peaks, where, wanted[:, :1])
             picks[where] = draw_part(weights, wanted)
-    # 4. One transfer: picks, peaks and the logprobs that are wanted.
+    # 4. One transfer: picks, peaks and the requested logprobs.
     packed = [torch.stack([picks.double(), peaks.double()], dim=1).flatten()]
     if asking:
         values, ids = _highest(raw, min(MOST_LOGPROBS, vocab))
@@ -198,8 +199,8 @@ def _highest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def _weights(logits: torch.Tensor, peaks: torch.Tensor, where: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """Each token's probability over the most likely one's, (part, width); of all rows in place. Peaks go first:
-    logit / 1e-4 is coarse."""
+    """Each token's probability divided by that of the most likely one, (part, width); of all rows in place. Peaks are
+    subtracted first, because logit / 1e-4 is coarse."""
     weights = logits if len(where) == len(logits) else logits[where]
     return weights.sub_(peaks[where, None]).div_(heat.float()).exp_()
 
@@ -216,9 +217,8 @@ def _draw(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def _land(masses: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where `share` (part, 1) in [0, 1) of each row's mass lies: the place, and the share inside it, (part, 1) both.
-
-    Never a place without mass. masses: (part, places), float64.
+    """The place at which `share` (part, 1) in [0, 1) of each row's mass is reached, and the share inside it, (part, 1)
+    both. Never a place without mass. masses: (part, places), float64.
     """
     heaped = masses.cumsum(-1)
     # At most 1 - 2**-53 of the whole, which float64 never rounds up to it: behind it lie places without mass.
@@ -263,7 +263,7 @@ def _least(values: torch.Tensor, total: torch.Tensor, wanted: torch.Tensor) -> t
     heaped = values.cumsum(-1, dtype=torch.double)
     top_k = wanted[:, 1:2].long()
     kth = values.gather(1, (top_k - 1).clamp_(0, n - 1)).where(top_k > 0, 0)
-    left = (values >= kth).sum(-1, keepdim=True)  # those as likely as the k-th stay with it
+    left = (values >= kth).sum(-1, keepdim=True)  # tokens as likely as the k-th are kept too
     total = heaped.gather(1, (left - 1).clamp_(min=0)).where(top_k > 0, total)
     # The last token with less than top_p before it is the first with top_p or more up to itself.
     last = torch.searchsorted(heaped, wanted[:, 2:3] * total).clamp_(max=n - 1)

@@ -23,10 +23,10 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """One request's parameters; `sample` says in which order they act. Raises ValueError outside their ranges.
+    """One request's parameters; `sample` describes their order. Raises ValueError for values out of range.
 
-    top_k: 0 turns it off. logprobs: None for none; k: those of the sampled token and of the k best, of the raw
-    distribution.
+    top_k: 0 switches it off. logprobs: None for none; k: those of the sampled token and of the k best tokens, of the
+    raw distribution.
     """
 
     temperature: float = 0.0
@@ -63,20 +63,22 @@ class SamplingParams:
 
 
 class Grammar(Protocol):
-    """Which tokens may follow in one request. Called in the engine's thread."""
+    """Decides which tokens are allowed next in one request. Called in the engine's thread."""
 
     def fill(self, row: torch.Tensor) -> bool:
-        """Write the allowed ids into row, (ceil(vocab / 32),) int32 on the CPU, bit set: allowed. False: all are."""
+        """Write the allowed ids into row, (ceil(vocab / 32),) int32 on the CPU; a set bit means allowed. False: all ids
+        are allowed."""
         ...
 
     def accept(self, token: int) -> None:
-        """This token was sampled; also called for the stop token."""
+        """Advance by the sampled token; also called for the stop token."""
         ...
 
 
 @dataclass(slots=True)
 class Logprob:
-    """Of the raw distribution: before penalties, bias, grammar and temperature. top: (id, logprob), the best first.
+    """Logprobs of the raw distribution, before penalties, bias, grammar and temperature. top: (id, logprob), the best
+    first.
 
     A token that the raw logits exclude and a bias allows again has -inf; `top` never contains such a token.
     """
@@ -124,8 +126,8 @@ class SamplingState:
         return self._ids[:used], self._counts[:used]
 
     def prepare(self, vocab: int, step: int = 0) -> None:
-        """Compute the mask of the next token, (ceil(vocab / 32),) int32, unless it is there. Raises nothing: what the
-        grammar raises is kept in `fault`."""
+        """Compute the mask of the next token, (ceil(vocab / 32),) int32, unless it exists. Raises nothing: an exception
+        of the grammar is stored in `fault`."""
         if self.prepared or self.grammar is None:
             return
         row = torch.full((-(-vocab // 32),), -1, dtype=torch.int32)

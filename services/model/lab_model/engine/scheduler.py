@@ -1,8 +1,8 @@
 """Continuous batching over a causal LM. Token ids in, token ids out.
 
-Requests join and leave the batch between steps. Their keys and values lie in pages of one pool, and the beginning of a
-prompt that was computed before is not computed again. One thread runs the loop; `submit` and `cancel` may be called
-from any other. Knows requests and when each is computed. Knows nothing of weights, text, HTTP or Ray.
+Requests join and leave the batch between steps. Their keys and values are in pages of one pool, and a prefix that was
+computed before is not computed again. One thread runs the loop; `submit` and `cancel` may be called from any other.
+Knows requests and schedules them. Knows nothing of weights, text, HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# Tokens that one step may prefill; while others decode, as many as take about PREFILL_SECONDS_BESIDE at the recent
-# pace.
+# Most tokens that one step may prefill. While other requests decode, it is as many as take about PREFILL_SECONDS_BESIDE
+# at the recent pace.
 PREFILL_TOKENS = 512
 PREFILL_SECONDS_BESIDE = 0.08
 # For runners that are not batch invariant, prompts are computed in pieces that begin at multiples of this many tokens:
 # a piece gives the same result whether the pieces before it come from the prefix cache or not.
 PIECE_TOKENS = 256
-# The masks of grammars that one step computes take about so long, whatever the schemas: requests whose mask is missing
-# get no token in this step, so that the others need not wait.
+# Time that one step spends on masks of grammars, for any schemas. A request whose mask is missing gets no token in this
+# step, so that the others need not wait.
 MASK_SECONDS = 0.05
-# After so many faults in a row the engine reports itself dead: a step that always fails is not the fault of a request.
+# After this many faults in a row the engine counts as dead: if every step fails, the requests are not the cause.
 MOST_FAULTS = 3
 
 
@@ -108,13 +108,13 @@ class Scheduler:
             self._thread.join(timeout)
 
     def memory(self) -> Memory:
-        """What the model takes."""
+        """Memory of the model."""
         runner, tokens = self._runner, self._pages.total * PAGE_TOKENS
         return Memory(runner.bytes, runner.token_bytes, tokens, runner.pool_bytes, PREFILL_TOKENS, runner.vocab)
 
     @property
     def capacity(self) -> int:
-        """The most requests that one `submit` may have."""
+        """Largest number of requests of one `submit`."""
         return self._max_running + self._max_queued
 
     @property
@@ -139,7 +139,7 @@ class Scheduler:
             if self._closing:
                 raise EngineClosedError("the model is shutting down")
             if self._watchdog.hangs:
-                raise EngineClosedError("its computation hangs; the model starts again by itself")
+                raise EngineClosedError("its computation hangs; the model is restarted automatically")
             answers = [request for request in requests if not isinstance(request, ScoringRequest)]
             scored = [request for request in requests if isinstance(request, ScoringRequest)]
             room = self.capacity - len(self._running) - len(self._waiting)
@@ -151,8 +151,8 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, *requests: Request) -> None:
-        """Free their places before the next step. Of each only its last output is still delivered, whichever that is;
-        ended requests are ignored."""
+        """Cancel requests before the next step. Only the last output of each is still delivered, whatever it is. Ended
+        requests are ignored."""
         with self._changed:
             for request in requests:
                 request.cancelled = True
@@ -278,11 +278,11 @@ class Scheduler:
             for row in decoding:
                 row.computed_tokens += 1
                 if self._runner.batch_invariant:
-                    self._pages.publish_filled(row)  # the next turn of a conversation begins with this answer
+                    self._pages.publish_filled(row)  # the prompt of the conversation's next turn contains this answer
             outputs += self._extend(decoding, logits)
 
     def _prepare_masks(self) -> None:
-        """Compute masks of next tokens: at least one, for about MASK_SECONDS, those first that have waited longest."""
+        """Compute masks of next tokens for about MASK_SECONDS, at least one, the longest waiting first."""
         missing = [request.sampling_state for request in self._running if not request.sampling_state.prepared]
         until = time.monotonic() + MASK_SECONDS if missing else 0.0
         for state in sorted(missing, key=lambda state: state.prepared_at):
@@ -303,7 +303,7 @@ class Scheduler:
                 stop = min(stop, (request.computed_tokens // grain + 1) * grain)
             if stop - request.computed_tokens > budget:
                 stop = (request.computed_tokens + budget) // grain * grain
-                # One piece is always computed: a budget below it would stop the loop.
+                # One piece is always computed, because a smaller budget would stop the loop.
                 if stop <= request.computed_tokens and not rows:
                     stop = min(request.target, (request.computed_tokens // grain + 1) * grain)
             if stop <= request.computed_tokens:
@@ -348,7 +348,7 @@ class Scheduler:
                     self._pages.evict(request)
         return [output for output in outputs if output.finish or output.error or not output.request.cancelled]
 
-    # Places. `_admit` and `_drop` are called with the lock held.
+    # Slots. `_admit` and `_drop` are called with the lock held.
 
     def _admit(self) -> None:
         grain = PAGE_TOKENS if self._runner.batch_invariant else PIECE_TOKENS
@@ -361,7 +361,7 @@ class Scheduler:
     def _drop(self, outputs: list[StepOutput]) -> None:
         """End the requests that were cancelled or passed their deadline."""
         now = time.monotonic()
-        late = DeadlineError("the deadline passed before the answer was whole")
+        late = DeadlineError("the deadline passed before the answer was complete")
         for queue in (self._running, self._waiting):
             for request in [r for r in queue if r.cancelled or (r.deadline is not None and r.deadline <= now)]:
                 queue.remove(request)
@@ -376,8 +376,8 @@ class Scheduler:
             )
 
     def _hold(self, request: Request, tokens: int) -> bool:
-        """Give the request pages for `tokens` tokens. Where none is available, the youngest request is preempted; False
-        if that is `request` itself."""
+        """Give the request pages for `tokens` tokens. If none is available, the youngest request is preempted. Returns
+        False if that is `request` itself."""
         if not request.pages:
             return False
         while len(request.pages) * PAGE_TOKENS < tokens:
@@ -396,8 +396,8 @@ class Scheduler:
         return True
 
     def _zero_pages(self) -> None:
-        """Zero new pages. Called before the runner computes, because where pages are taken a fault of the device would
-        end the loop."""
+        """Zero new pages. Called before the runner computes: at the place where pages are taken, a fault of the device
+        would end the loop."""
         if self._pages.dirty:
             self._runner.zero_pages(self._pages.dirty)
             self._pages.dirty = []
@@ -411,7 +411,8 @@ class Scheduler:
         return [StepOutput(request, [], error=error) for request in failed]
 
     def _retry_after(self) -> float:
-        """Estimated seconds until the next request ends: by the recent rate, at most the time of the shortest rest."""
+        """Estimated seconds until the next request ends: by the recent rate, at most the time that the shortest
+        remaining request needs."""
         left = min((request.max_tokens - request.generated for request in self._running), default=1)
         longest = left * self._step_seconds
         if len(self._finished_at) < 2:

@@ -1,4 +1,4 @@
-"""Logits of a given text, computed beside running answers at low priority, and what is read from them.
+"""Computes logits of a given text with low priority beside running answers, and the scores read from them.
 
 While requests run, scoring gets SHARE of the engine's time, in pieces of a page; alone it gets all of it. Knows token
 ids and logits. Knows nothing of text.
@@ -25,8 +25,8 @@ from .sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.08  # of the engine's time while requests run: 8 streams may lose a tenth of their speed
-PIECE_TOKENS = 256  # of one piece when nothing else runs
+SHARE = 0.08  # of the engine's time while requests run, so that 8 streams lose at most a tenth of their speed
+PIECE_TOKENS = 256  # tokens of one piece if no requests run
 # Logits of one piece: bounds its memory (32 MiB in float32, and as much again for each reduction).
 PIECE_LOGITS = 2**23
 MOST_QUEUED = 64
@@ -37,11 +37,11 @@ FILTERS: tuple[Filter, ...] = ("temperature", "top_k", "top_p", "min_p")  # in t
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class ScoringRequest(Request):
-    """A text whose logits are wanted instead of an answer. Its only output has no tokens and the finish `stop`.
+    """A request for the logits of a text instead of an answer. Its only output has no tokens and the finish `stop`.
 
-    first: index of the first token after which logits are wanted; the last one's are always computed.
-    receive: called in the engine's thread with an index and the logits after that token and those behind it, (tokens,
-    vocab), float32. It may be called again from `first` on, when running requests took the pages. It must be quick.
+    first: index of the first token whose logits are needed; those of the last token are always computed.
+    receive: called in the engine's thread with an index and the logits of that token and the following ones, (tokens,
+    vocab), float32. It may be called again from `first` on, if running requests took the pages. It must be quick.
     """
 
     first: int
@@ -78,7 +78,7 @@ class ScoringQueue:
         return [r for r in self._requests if r.cancelled or (r.deadline is not None and r.deadline <= now)]
 
     def release(self) -> bool:
-        """Give the pages back to running requests: the text is computed again later. False: there were none."""
+        """Give the pages to running requests; the text is computed again later. False: there were none."""
         if not self._requests or not self._requests[0].pages:
             return False
         self._pages.evict(self._requests[0])
@@ -114,7 +114,7 @@ class ScoringQueue:
     def _advance(self, request: ScoringRequest, *, beside: bool) -> bool:
         """Whether the request is complete."""
         count = len(request.tokens)
-        # 1. Pages. A prefix found in the cache has no logits: it serves where only the last ones are wanted.
+        # 1. Pages. A cached prefix has no logits, so it is used only if just the last logits are needed.
         if not request.pages:
             shared = self._runner.batch_invariant and request.first == count - 1
             with self._lock:
@@ -132,7 +132,7 @@ class ScoringQueue:
             logits = self._runner.all_logits(ids, span.pages, start)[first - start :]
         else:
             logits = self._runner.prefill(ids, [span])
-        # 3. What is wanted of it.
+        # 3. The logits that are needed.
         if first < stop:
             request.receive(first, logits)
         request.computed_tokens = stop
@@ -143,7 +143,7 @@ class ScoringQueue:
 
 
 class TokenScore(NamedTuple):
-    """How likely a token was at its place. rank: 1 for the most likely; equally likely tokens share a rank.
+    """The probability of a token at its place. rank: 1 for the most likely; equally likely tokens share a rank.
     top: (id, logprob) of the most likely tokens at this place, best first."""
 
     logprob: float
@@ -152,7 +152,7 @@ class TokenScore(NamedTuple):
 
 
 def score_tokens(logits: torch.Tensor, targets: Sequence[int], top: int) -> list[TokenScore]:
-    """The score of each target by its row of logits, (targets, vocab), float32. top: so many alternatives each."""
+    """The score of each target by its row of logits, (targets, vocab), float32. top: number of alternatives."""
     total = logits.logsumexp(-1, keepdim=True)  # (targets, 1)
     chosen = logits.gather(1, torch.tensor(targets, device=logits.device)[:, None])  # (targets, 1)
     ranks = (logits > chosen).sum(-1) + 1
@@ -164,8 +164,8 @@ def score_tokens(logits: torch.Tensor, targets: Sequence[int], top: int) -> list
 
 
 class Candidate(NamedTuple):
-    """One token that may come next, by four distributions: the model's own (logprob), after temperature (tempered),
-    after all filters (final). cut_by: the first filter that excludes it, None: it may be sampled."""
+    """One token that can come next: its logprob by the model, after temperature (tempered), after all filters (final).
+    cut_by: the first filter that excludes it; None: it can be sampled."""
 
     token: int
     logit: float
@@ -176,8 +176,8 @@ class Candidate(NamedTuple):
 
 
 class NextToken(NamedTuple):
-    """candidates: the most likely, best first. kept: tokens that may be sampled, of the whole vocabulary.
-    cut: how many each filter excludes. entropy: of the model's own distribution, in bits."""
+    """candidates: the most likely tokens, best first. kept: number of tokens of the vocabulary that can be sampled.
+    cut: number of tokens that each filter excludes. entropy: of the model's own distribution, in bits."""
 
     candidates: list[Candidate]
     kept: int
@@ -218,7 +218,7 @@ def next_token(logits: torch.Tensor, params: SamplingParams, count: int) -> Next
             last = torch.searchsorted(heaped, params.top_p * heaped[-1:]).clamp(max=vocab - 1)
             keeps["top_p"] = tempered >= tempered[last]
         keeps["min_p"] = tempered >= params.min_p * tempered[0]
-    # 3. The first filter that excludes a token is the one that is named.
+    # 3. The first filter that excludes a token is reported.
     kept = torch.ones(vocab, dtype=torch.bool)
     lost: dict[Filter, torch.Tensor] = {}
     for name, keep in keeps.items():

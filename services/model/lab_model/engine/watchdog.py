@@ -1,6 +1,6 @@
 """A watchdog over the steps of one thread: it reports the first step that hangs.
 
-A thread cannot be ended, but its callers need not wait for it, and its process can be replaced. Knows time alone.
+A thread cannot be ended, but its callers need not wait for it, and its process can be replaced. Knows only time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The catalogue: which models there are, where their weights lie, how each kind is loaded.
+"""The catalogue: its models, the location of their weights, the loading of each kind.
 
 Knows every part of a loaded model and how much memory it may take. Knows nothing of Ray.
 """

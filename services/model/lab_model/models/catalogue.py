@@ -1,6 +1,6 @@
-"""The catalogue: its entries, and what one model's application is built from.
+"""The catalogue: its entries, and the arguments of one model's application.
 
-Knows YAML and names. Knows nothing of torch, Ray, HTTP or where weights lie.
+Knows YAML and names. Knows nothing of torch, Ray, HTTP or the location of weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class Replicas(BaseModel):
-    """Ray Serve keeps between min and max replicas, so many that each has about `target` requests in flight."""
+    """Ray Serve runs between min and max replicas, so that each has about `target` requests in flight."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,12 +75,12 @@ class Entry(BaseModel):
 
     @property
     def most_replicas(self) -> int:
-        """So many may run at once, apart from those that replace others."""
+        """Largest number of replicas that run at once, without those that replace others."""
         return self.replicas.max if isinstance(self.replicas, Replicas) else self.replicas
 
 
 class AppArgs(BaseModel):
-    """What one model's application is built from: its catalogue entry and the service's settings.
+    """Arguments of one model's application: its catalogue entry and the service's settings.
 
     progress_file: where its load is reported. copy_bytes: of the process of its second copy. cpus: reserved for each
     replica. log_pipe, metrics_dir: of the one machine that all replicas share. None in a cluster: there the log goes to
@@ -113,7 +113,7 @@ def load_catalogue(path: Path | None, folder: Path | None = None) -> list[Entry]
     Raises CatalogueError that names the faulty line. Of an id in both files the first one counts."""
     entries = read_entries(path or Path(__file__).with_name("models.yaml"))
     if not entries:
-        raise CatalogueError(f"{path} lists no model")
+        raise CatalogueError(f"{path} contains no model")
     ids = {entry.id for entry in entries}
     return entries + [entry for entry in added_entries(folder) if entry.id not in ids]
 

@@ -1,6 +1,6 @@
 """Loads a causal LM, of kind chat or base: its runner, tokenizer and scheduler, and the API over them.
 
-Knows which runner takes which weights. Knows nothing of how they compute.
+Knows which runner supports which weights. Does not compute.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load(args: AppArgs, source: Source, device: torch.device) -> Loaded:
         "kv_bytes": tokens * runner.token_bytes,
         "max_running": args.max_running,
         "max_queued": args.max_queued,
-        # What the process will have grown by when every page is in use.
+        # The growth of the process until every page is in use.
         "predicted_bytes": runner.bytes + tokens * runner.token_bytes,
     }
     return Loaded(app, info, lambda: engine.alive)
@@ -118,7 +118,7 @@ def load_causal(
                     tokenizer,
                     gguf_ends(file),
                 )
-        # transformers would keep them packed and unpack them in every step: slower than dense on the CPU.
+        # transformers would keep them packed and unpack them in every step, which is slower than dense on the CPU.
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
     else:
         tokenizer = read_tokenizer(source)
@@ -161,8 +161,8 @@ def ends_of(model: Any) -> set[int]:
 
 
 def warm_up(engine: Scheduler) -> None:
-    """Generate a few tokens before the first user: torch chooses its kernels now, and a model that cannot run fails
-    here. Then start the engine."""
+    """Generate a few tokens before the first request, so that torch chooses its kernels and a model that cannot run
+    fails here. Then start the engine."""
     with torch.inference_mode():
         outputs: list[StepOutput] = []
         engine.run_alone(Request([0] * 4, 8), outputs)

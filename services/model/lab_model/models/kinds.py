@@ -1,8 +1,7 @@
 """The kinds of models: the paths that each answers, the module that loads it, its default context.
 
-Knows names alone, and imports no torch: processes that only route read this table. A new kind is a row here and a
-module in this room; a new path is an entry here, its function in api/app and its shape in
-api/wire/endpoints.
+Knows only names. Imports no torch, because processes that only route read this table. A new kind is a row here and a
+module in this folder; a new path is an entry here, its function in api/app and its schema in api/wire/endpoints.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ Kind = Literal["chat", "base", "embedding", "classifier", "reader"]
 
 @dataclass(frozen=True)
 class KindSpec:
-    """paths: where a request's `model` may name a model of this kind. loader: the module of this room whose `load`
-    makes a `Loaded`. context: tokens, unless the entry says otherwise; 0: as many as the weights allow."""
+    """paths: those at which a request may name a model of this kind. loader: the module of this room whose `load`
+    returns a `Loaded`. context: default in tokens; 0: as many as the weights allow."""
 
     paths: tuple[str, ...]
     loader: str
@@ -43,7 +42,7 @@ KINDS: Mapping[Kind, KindSpec] = {
     "reader": KindSpec((*TOKENS, QUESTIONS), "classifier", context=512),
 }
 PATHS = tuple(dict.fromkeys(path for spec in KINDS.values() for path in spec.paths))
-# Paths whose requests may leave `model` out, and the kinds that then answer, in this order.
+# Paths whose requests may omit `model`, and the kinds that then answer, in this order.
 DEFAULT_KINDS: Mapping[str, tuple[Kind, ...]] = {
     **dict.fromkeys((*TOKENS, *SCORES), ("chat", "base")),
     CONTINUATION: ("base", "chat"),
@@ -54,7 +53,7 @@ DEFAULT_KINDS: Mapping[str, tuple[Kind, ...]] = {
 
 
 def default_model(path: str, kinds: Mapping[str, Kind]) -> str | None:
-    """The model that answers a request without `model`; None: the path needs one. kinds: of each model by its id, in
+    """The model that answers a request without `model`, None if the path requires one. kinds: kind by model id, in
     the catalogue's order."""
     return next((id_ for kind in DEFAULT_KINDS.get(path, ()) for id_, each in kinds.items() if each == kind), None)
 

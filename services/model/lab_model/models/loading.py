@@ -1,6 +1,6 @@
 """Loads the model of one catalogue entry into this process.
 
-Knows which module loads which kind, and what is logged of it. Knows nothing of Ray or of a kind's details.
+Knows which module loads which kind, and logs the load. Knows nothing of Ray or of a kind's details.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def load(args: AppArgs) -> Loaded:
     """The application of one catalogue entry. Raises CatalogueError when its weights are missing or cannot run here."""
-    # Imported in this thread, which stays: libraries may keep what they start.
+    # Imported in this thread, which does not end, because libraries may start things that belong to it.
     loader = import_module(f".{KINDS[args.entry.kind].loader}", __package__)
     return detach(lambda: _load(args, loader))
 
@@ -73,7 +73,7 @@ def _line(error: Exception) -> str:
 
 
 class Bar:
-    """In place of a progress bar of transformers: reports how much of its iteration is done."""
+    """Replaces a progress bar of transformers: reports the share of its iteration that is done."""
 
     def __init__(self, progress: Progress, iterable: Iterable[Any] = (), *, total: int | None = None, **_: Any) -> None:
         self._progress, self._iterable = progress, iterable
@@ -101,13 +101,13 @@ class Bar:
 
 
 def refuse_own_code(entry: Entry, source: Source) -> None:
-    """Raises CatalogueError for a model that only runs with Python code of its own, which is never run."""
+    """Raises CatalogueError for a model that needs Python code from its repository, which is never run."""
     config = Path(source.folder) / "config.json"
     if source.gguf_file or not config.exists():
         return
     values = read_json(config)
     if values.get("model_type") not in transformers.CONFIG_MAPPING:
         own = "needs Python code of its own (trust_remote_code), which is never run" if "auto_map" in values else (
-            "is of an architecture that transformers does not know"
+            "has an architecture that transformers does not know"
         )  # fmt: skip
         raise CatalogueError(f"{entry.id}: the model {own}: model_type {values.get('model_type')}")

@@ -18,7 +18,7 @@ Report = Callable[[str, float | None], None]  # (step, share of it that is done)
 
 
 class Step(NamedTuple):
-    """what: `weights`, `tokenizer`, … percent: 0 to 100, None where it is not known."""
+    """what: `weights`, `tokenizer`, … percent: 0 to 100, None if it is not known."""
 
     what: str
     percent: int | None = None
@@ -32,7 +32,7 @@ class Progress:
         self._last, self._next = Step(""), 0.0
 
     def report(self, what: str, share: float | None = None) -> None:
-        """The current step. share: of it that is done, 0 to 1."""
+        """Report the current step. share: the part of it that is done, 0 to 1."""
         step = Step(what, None if share is None else max(0, min(100, int(share * 100))))
         now = time.monotonic()
         if self._file is None or step == self._last or (step.what == self._last.what and now < self._next):

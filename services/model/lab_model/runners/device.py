@@ -1,4 +1,4 @@
-"""The device check of the lecture, and how fast this device copies and multiplies.
+"""The device check of the lecture, and the speed at which this device copies and multiplies.
 
 Knows torch's devices. Knows nothing of models.
 """
@@ -12,11 +12,11 @@ import torch
 
 COPIED_BYTES = 64 << 20  # more than the caches of most processors hold
 SIDE = 768  # of the multiplied matrices
-REPEATS = 3  # the best one counts: others may run meanwhile
+REPEATS = 3  # the best one counts, because other programs may run at the same time
 
 
 def check_device() -> dict[str, Any]:
-    """What torch sees here, and why there is no CUDA device where there is none."""
+    """The devices that torch finds, and the reason if there is no CUDA device."""
     found: dict[str, Any] = {"cuda_available": torch.cuda.is_available(), "torch": torch.__version__}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -24,13 +24,13 @@ def check_device() -> dict[str, Any]:
     elif torch.version.cuda is None:
         found["reason"] = "this torch is the build for CPUs"
     else:
-        found["reason"] = "torch sees no CUDA device: no NVIDIA GPU, no driver, or it is not given to this service"
+        found["reason"] = "torch finds no CUDA device: no NVIDIA GPU, no driver, or this service may not use it"
     return found
 
 
 def measure(device: torch.device, threads: int) -> dict[str, Any]:
-    """Copied GB/s (read and written) and GFLOP/s of a float32 matrix product. Takes about a tenth of a second on two
-    cores. threads: of torch; a new thread would take its default."""
+    """GB/s of a copy (bytes read and written) and GFLOP/s of a float32 matrix product. Takes about a tenth of a second
+    on two cores. threads: for torch, because a new thread would have torch's default."""
     torch.set_num_threads(threads)
     source = torch.ones(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)

@@ -1,9 +1,9 @@
-"""The C kernels: compiling them, loading the variant of this processor, the structures that they read.
+"""The C kernels: compiles them, loads the variant for this processor, defines the structures that they read.
 
-There is one library for each kind of processor, and all give the same bits. A start compiles the best variant that its
-processor supports. `python -m lab_model.runners.kernels` compiles all variants, for an image that runs on other
-machines than the one that builds it. LAB_KERNELS=avx2 (or another key of VARIANTS) selects one variant: for tests and
-measurements.
+There is one library for each kind of processor, and all give bit-identical results. A start compiles the best variant
+that its processor supports. `python -m lab_model.runners.kernels` compiles all variants, for an image that runs on
+other machines than the one that builds it. LAB_KERNELS=avx2 (or another key of VARIANTS) selects one variant, for tests
+and measurements.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMPILE_SECONDS = 120
 
 
 class KernelError(Exception):
-    """The kernels cannot be used here. The message says why, and what to do."""
+    """The kernels cannot be used on this machine. The message has the reason and a remedy."""
 
 
 class Matrix(ctypes.Structure):
@@ -95,10 +95,10 @@ def library() -> Any:
 def _runnable() -> list[str]:
     """The variants that this processor supports, the best first, at least one. Raises KernelError."""
     if not _x86():
-        raise KernelError("they are for x86-64 processors")
+        raise KernelError("the kernels are for x86-64 processors")
     wanted = os.environ.get("LAB_KERNELS")
     if wanted and wanted not in VARIANTS:
-        raise KernelError(f"LAB_KERNELS is none of {', '.join(VARIANTS)}")
+        raise KernelError(f"LAB_KERNELS must be one of {', '.join(VARIANTS)}")
     try:
         lines = PROCESSOR.read_text().splitlines()
     except OSError as error:
@@ -128,7 +128,7 @@ def _loaded(path: Path) -> Any:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why the kernels cannot be used here; None if they can."""
+    """Reason why the kernels cannot be used on this machine; None if they can."""
     try:
         library()
         openmp()
@@ -143,8 +143,8 @@ def _compiler() -> str | None:
 
 
 def _compiled(variant: str, known: Path | None = None) -> Path:
-    """The compiled library: in __pycache__ where that is writable, else in a temporary folder. known: a folder with
-    libraries of earlier builds, to take from and to add to."""
+    """The compiled library: in __pycache__ if that is writable, else in a temporary folder. known: a folder with
+    libraries of earlier builds; they are used, and new ones are added."""
     flags = [*FLAGS, *[f"-m{need.replace('_', '')}" for need in VARIANTS[variant]]]
     source = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
     name = f"kernels-{hashlib.sha256(source + ' '.join(flags).encode()).hexdigest()[:16]}.so"
@@ -160,7 +160,7 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
     if not os.access(kept.parent if kept.parent.exists() else SOURCE.parent, os.W_OK):
         kept = Path(tempfile.mkdtemp(prefix="lab-kernels-")) / name
     kept.parent.mkdir(exist_ok=True)
-    # Replicas start together: each writes a file of its own, and the last rename stays.
+    # Replicas start at the same time: each writes its own file, and the last rename wins.
     written = kept.with_name(f".{name}.{os.getpid()}")
     try:
         done = subprocess.run(  # noqa: S603
@@ -185,7 +185,7 @@ def _compiled(variant: str, known: Path | None = None) -> Path:
 
 
 def _keep(written: Path, place: Path) -> None:
-    """Copy atomically: a later build takes what lies there. If that fails, a later build compiles again."""
+    """Copy a library atomically for later builds. If that fails, a later build compiles again."""
     try:
         shutil.copyfile(written, place.with_name(written.name)).replace(place)
     except OSError as error:
@@ -199,7 +199,7 @@ def openmp() -> tuple[int, int]:
         torch_ = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         found = [ctypes.cast(torch_[name], ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_num_threads")]
     except (AttributeError, OSError):
-        raise KernelError("this build of torch has another OpenMP runtime than GNU's") from None
+        raise KernelError("this build of torch does not use GNU's OpenMP runtime") from None
     return found[0] or 0, found[1] or 0
 
 
@@ -209,7 +209,7 @@ def main(known: str | None = None) -> int:
     try:
         runnable = _runnable()
     except KernelError as error:
-        _say(f"this machine takes none: {error}")
+        _say(f"this machine can use none: {error}")
         runnable = []
     made, taken = 0, False
     with ThreadPoolExecutor() as pool:  # each in a process of its own, on a core of its own
@@ -220,7 +220,7 @@ def main(known: str | None = None) -> int:
             made += 1
             mine = variant in runnable and not taken and bool(_loaded(path))
             taken |= mine
-            _say(f"{variant}: {path}{', which this machine takes' if mine else ''}")
+            _say(f"{variant}: {path}{', used on this machine' if mine else ''}")
         except KernelError as error:
             _say(f"{variant}: {error}")
     return int(_x86() and not made and _compiler() is not None)

@@ -1,8 +1,8 @@
 """The forward of the Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM) in torch, for serving.
 
-The tokens of all requests of a step form one flat batch: linear layers see one matrix, attention each request's own
-pages. transformers' forward spends more than half of a decode step on two cores in small operators, masks and copies
-for each layer. Knows weights and tensors. Knows nothing of requests, queues or files.
+The tokens of all requests of a step form one flat batch: linear layers compute one matrix, attention uses each
+request's own pages. On two cores transformers' forward spends more than half of a decode step in small operators, masks
+and copies for each layer. Knows weights and tensors. Knows nothing of requests, queues or files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..engine.runner import Span
 from ..weights.llama import LlamaWeights
 from .cuda_graphs import CudaGraphs, next_power_of_two
 
-# From so many rows on, matrix products of all rows are faster than torch's attention, which handles each row and head
-# separately.
+# From this number of rows on, matrix products of all rows are faster than torch's attention, which handles each row and
+# head separately.
 MANY_ROWS = 5
 Attend = Callable[[int, torch.Tensor], torch.Tensor]  # (layer, queries) -> attention's result
 
@@ -56,13 +56,13 @@ class LlamaRunner:
 
     def allocate(self, pages: int) -> None:
         w = self._weights
-        rows = min(self.context, pages * PAGE_TOKENS)  # a model may claim millions
+        rows = min(self.context, pages * PAGE_TOKENS)  # a model may name a context of millions
         angles = torch.arange(rows, dtype=torch.float32)[:, None] * w.rotations.float().cpu()[None]
         # (context, head_dim / 2), complex: a head's pairs are turned by one product.
         self._turns = torch.polar(torch.full_like(angles, w.rotation_scale), angles).to(self.device)
         # As long as the next power of two of pages: cuda_graphs rounds up.
         self._columns = torch.arange(next_power_of_two(-(-rows // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
-        # By head, keys before values: one write and one gather a layer, and each head's are contiguous.
+        # By head, keys before values: each layer needs one write and one gather, and the data of a head is contiguous.
         shape = (len(w.layers), 2 * w.kv_heads, pages * PAGE_TOKENS, w.head_dim)
         self._pool = torch.zeros(shape, dtype=self._kv_dtype, device=self.device)
         self._pages = self._pool.view(len(w.layers), 2 * w.kv_heads, pages, -1)
@@ -246,7 +246,7 @@ class Group:
 
 
 def group_by_length(positions: Sequence[int]) -> list[list[int]]:
-    """Rows in groups whose shortest is at least half as long as the longest: padding stays below the work itself."""
+    """Rows in groups whose shortest row is at least half as long as the longest, so that padding is less than half."""
     groups: list[list[int]] = []
     for i in sorted(range(len(positions)), key=lambda i: -positions[i]):
         if groups and 2 * (positions[i] + 2 * PAGE_TOKENS) >= positions[groups[-1][0]]:
@@ -257,6 +257,7 @@ def group_by_length(positions: Sequence[int]) -> list[list[int]]:
 
 
 def split_at_pages(span: Span) -> list[tuple[int, int]]:
-    """The span in units that begin at whole pages: a token's attention is computed alike wherever a prefill began."""
+    """The span in units that begin at whole pages, so that a token's attention is computed in the same way wherever the
+    prefill began."""
     edges = [span.start, *range((span.start // PAGE_TOKENS + 1) * PAGE_TOKENS, span.stop, PAGE_TOKENS), span.stop]
     return list(itertools.pairwise(edges))

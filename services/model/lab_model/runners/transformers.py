@@ -16,16 +16,16 @@ from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.runner import Span
 
 CHECKED_TOKENS = 48
-MOST_ERROR = 0.1  # of the logits' size: bfloat16 rounds to some hundredths, a wrong position or mask gives about 1
+MOST_ERROR = 0.1  # relative to the logits: bfloat16 rounding gives some hundredths, a wrong position or mask about 1
 
 
 class PagedCache:
-    """Keys and values of all running requests: one pool of pages a layer, and one page more for what padding writes.
+    """Keys and values of all running requests: one pool of pages for each layer, and one more page for padding.
 
-    Padding is computed with its row, NaN too, so its results go to that page, which is never read: page 0, which short
-    rows read, stays zero.
+    Padding is computed with its row and may give NaN. Its results go to that extra page, which is never read; page 0,
+    which short rows read, stays zero.
 
-    Takes the place of a transformers cache of one forward; `set_places` says where the step writes and what it reads.
+    Replaces a transformers cache in one forward; `set_places` sets where the step writes and what it reads.
     """
 
     def __init__(self, config: Any, pages: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -67,7 +67,8 @@ class TransformersRunner:
         self._model = model
         self._config = config = model.config.get_text_config()
         self.context: int = config.max_position_embeddings
-        # Layers of some models see the newest tokens alone: all of its layers, or those that `layer_types` names.
+        # Sliding window: in some models all layers, or those that `layer_types` names, attend only to the newest
+        # tokens.
         uses = getattr(config, "use_sliding_window", True)
         self._window: int | None = getattr(config, "sliding_window", None) if uses else None
         self._by_type = bool(getattr(config, "layer_types", None)) and self._window is not None
@@ -96,7 +97,7 @@ class TransformersRunner:
     def check(self) -> None:
         """Compare the logits over pages with those of the model's own forward, for a short text.
 
-        Raises ValueError where they differ: the forward needs something that pages, masks and positions lack."""
+        Raises ValueError if they differ: the forward then needs something that pages, masks and positions lack."""
         generator = torch.Generator().manual_seed(1)
         length = min(CHECKED_TOKENS, self.context)
         ids = torch.randint(0, self.vocab, (length,), generator=generator).tolist()

@@ -1,7 +1,7 @@
 """Requests of each model's replicas, reported to the process that decides which models stay in memory.
 
-Each replica writes to 16 bytes of shared memory, one file in a folder of this machine: a call to the replica would wait
-behind its work. Knows ASGI and files. Knows nothing of models.
+Each replica writes to 16 bytes of shared memory, one file in a folder of this machine, because a call to the replica
+would wait for its work. Knows ASGI and files. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ObservedApp:
 
 
 def read_activity(folder: Path, model: str) -> Activity:
-    """Of all living replicas of a model."""
+    """Activity of all living replicas of a model."""
     running, last = 0, 0.0
     for path in folder.glob(f"{model}.*.activity"):
         pid = path.name.removeprefix(f"{model}.").removesuffix(".activity")

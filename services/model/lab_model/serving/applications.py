@@ -1,4 +1,4 @@
-"""The models' Serve applications: deployed, asked for their state, ended.
+"""Deploys and ends the models' Serve applications, and reads their state.
 
 Knows Ray Serve. Knows nothing of memory or of when a model is needed.
 """
@@ -17,11 +17,11 @@ from .ray_internals import begin_delete
 from .replica import build_app
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-INFO_SECONDS = 2  # for a replica's answer about itself
+INFO_SECONDS = 2  # timeout of a replica's answer about itself
 
 
 class Application(NamedTuple):
-    """status: Serve's word: DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING. reason: why it does not run."""
+    """status: as in Serve: DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING. reason: why it does not run."""
 
     status: str
     reason: str = ""
@@ -31,7 +31,7 @@ class Applications:
     """One application for each model in memory, named like the model."""
 
     async def list(self) -> dict[str, Application]:
-        """All of them, by name. Raises what Ray raises."""
+        """All applications by name. Raises Ray's exceptions."""
         found = (await asyncio.to_thread(serve.status)).applications
         return {name: Application(str(each.status.value), reason(each)) for name, each in found.items()}
 
@@ -46,18 +46,18 @@ class Applications:
         )
 
     async def delete(self, name: str) -> None:
-        """Begin to end it, after its running answers."""
+        """Begin to end a model's application; running answers finish first."""
         await asyncio.to_thread(begin_delete, name)
 
     async def info(self, name: str) -> dict[str, Any]:
         """A replica's own report. Raises TimeoutError for a busy one, and what Ray raises for a dead one."""
-        handle = await asyncio.to_thread(serve.get_app_handle, name)  # it asks Serve's controller
+        handle = await asyncio.to_thread(serve.get_app_handle, name)  # blocks: it calls Serve's controller
         found: dict[str, Any] = await asyncio.wait_for(handle.info.remote(), INFO_SECONDS)
         return found
 
 
 def reason(status: ApplicationStatusOverview) -> str:
-    """Why an application does not run, in one line: its deployment's exception without the trace."""
+    """Reason why an application does not run, in one line: its deployment's exception without the trace."""
     lines = [line for deployment in status.deployments.values() for line in deployment.message.splitlines()]
     raised = [line.strip() for line in lines if re.match(r"\s*[\w.]*(Error|Exception)\b.*: ", line)]
     return (raised or [status.message.strip()])[-1].rpartition("CatalogueError: ")[2][:500]

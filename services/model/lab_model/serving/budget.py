@@ -1,4 +1,4 @@
-"""The memory of all models together: what is free, how much a model gets, and which one has to go first.
+"""The memory of all models together: what is free, how much a model gets, and which one is unloaded first.
 
 Knows sizes, states and running requests. Loads and unloads nothing. Imports no torch.
 """
@@ -22,13 +22,13 @@ from .activity import processes, read_activity
 from .copies import is_running
 from .states import Model, State
 
-# Share of the memory that is free at the start which all models together may take, unless MODEL_MEMORY_BYTES is set.
+# All models together may take this share of the memory that is free at the start, unless MODEL_MEMORY_BYTES is set.
 FREE_SHARE = 0.9
 
 
 class Room(NamedTuple):
-    """granted: bytes that the model may take; None: none now. Then `unload` is the model that has to go first, or
-    `state` and `detail` are what becomes of the one that asks; without either it waits for a model that is ending."""
+    """granted: bytes that the model may take, None if none now. In that case `unload` is the model to unload first, or
+    `state` and `detail` are the new state of the asking model. With neither, it waits for a model that is ending."""
 
     granted: int | None = None
     unload: Model | None = None
@@ -37,8 +37,8 @@ class Room(NamedTuple):
 
 
 class Budget:
-    """models: all of the catalogue. folder: of the replicas' activity. total: bytes for all models together.
-    kv_tokens: MODEL_KV_TOKENS. gpus: of this Ray. device: of entries that name none."""
+    """models: all models of the catalogue. folder: holds the replicas' activity. total: bytes for all models together.
+    kv_tokens: MODEL_KV_TOKENS. gpus: number of GPUs of Ray. device: for entries that name none."""
 
     def __init__(
         self, models: Mapping[str, Model], folder: Path, *, total: int, kv_tokens: int, gpus: float, device: str | None
@@ -49,7 +49,7 @@ class Budget:
 
     @property
     def free(self) -> int:
-        """Bytes that neither a model nor a second copy of one takes."""
+        """Bytes of the budget that neither a model nor a second copy takes."""
         deployed = {id_: each for id_, each in self._models.items() if each.deployed}
         copies = [each.size.copy for id_, each in deployed.items() if each.size and is_running(self._folder, id_)]
         return self._total - sum(each.granted for each in deployed.values()) - sum(copies)
@@ -62,7 +62,7 @@ class Budget:
         # 1. Never, or at once.
         if least > self._total:
             why = (
-                f"it needs at least {least >> 20} MiB of memory, and all models together may take "
+                f"it needs at least {least >> 20} MiB of memory, but all models together may take only "
                 f"{self._total >> 20} MiB (MODEL_MEMORY_BYTES)"
             )
             return Room(state="failed", detail=why)
@@ -71,7 +71,7 @@ class Budget:
             return Room(min(most, free))
         if not model.asked:
             return Room(state="unloaded", detail="no memory was left at the start; the first request loads it")
-        # 2. The least recently used that nobody waits for goes first.
+        # 2. Unload the least recently used model that has no running request.
         if any(each.draining for each in self._models.values()):
             return Room()
         idle = []
@@ -85,14 +85,14 @@ class Budget:
         # 3. With fewer tokens of KV cache than wanted, or later.
         if free >= least:
             return Room(min(most, free))
-        return Room(state="loading", detail="waits for memory: the other models are busy")
+        return Room(state="loading", detail="waits for memory; the other models are busy")
 
     def predicted(self, model: Model) -> int | None:
-        """Bytes of memory of one replica; None where its size is not known."""
+        """Bytes of memory of one replica, None if its size is not known."""
         return model.size.memory(self._tokens(model.size, model.granted or None)) if model.size else None
 
     def kv_tokens(self, model: Model, size: Size) -> int:
-        """Tokens of a model's KV cache: MODEL_KV_TOKENS, or as many as fit into what it was granted."""
+        """Tokens of a model's KV cache: MODEL_KV_TOKENS, or fewer if only fewer fit into the granted memory."""
         each = None if self.on_gpu(model.entry) else model.granted // model.entry.most_replicas
         return self._tokens(size, each)
 
@@ -103,7 +103,7 @@ class Budget:
         return max(LEAST_KV_TOKENS, min(self._wanted_tokens, fitting))
 
     def gpu_share(self, entry: Entry) -> float:
-        """The part of a GPU that one replica gets; 0 on a CPU."""
+        """The share of a GPU for one replica; 0 on a CPU."""
         replicas = sum(each.entry.most_replicas for each in self._models.values() if self.on_gpu(each.entry))
         return gpu_share(self._gpus, replicas) if self.on_gpu(entry) else 0
 
@@ -112,7 +112,8 @@ class Budget:
 
 
 def memory_budget(memory_bytes: int, service: int) -> int:
-    """Bytes for all models: the setting less what Ray itself takes, or most of what is free. service: process id."""
+    """Bytes for all models: `memory_bytes` minus the memory of Ray's own processes, or FREE_SHARE of the free memory if
+    it is 0. service: id of the main process."""
     if not memory_bytes:
         return int(memory_left() * FREE_SHARE)
     own = 0
@@ -123,12 +124,12 @@ def memory_budget(memory_bytes: int, service: int) -> int:
 
 
 def measured(folder: Path, model: str) -> int | None:
-    """Bytes of a model's replicas, shared pages in proportion; None where the system does not tell."""
+    """Bytes of memory of a model's replicas, shared pages in proportion; None if the system does not report it."""
     return sum(memory_of(processes(folder, model))) or None
 
 
 def memory_of(pids: list[int]) -> list[int]:
-    """Bytes of these processes that can be asked."""
+    """Bytes of memory of each of these processes; without those that cannot be read."""
     found = []
     for pid in pids:
         with contextlib.suppress(psutil.Error):
@@ -138,8 +139,8 @@ def memory_of(pids: list[int]) -> list[int]:
 
 
 def gpu_share(gpus: float, replicas: int) -> float:
-    """The part of a GPU that each of `replicas` gets, so that all can be placed: no part lies on two GPUs."""
+    """The share of a GPU for each of `replicas`, so that all fit and none is split over two GPUs."""
     if not gpus or not replicas:
         return 0
-    # Ray counts in ten thousandths, and rounds: seven times 0.1429 would be more than one GPU.
+    # Ray rounds to ten thousandths, so round down here: seven times 0.1429 would be more than one GPU.
     return math.floor(10_000 / math.ceil(replicas / gpus)) / 10_000

@@ -41,9 +41,9 @@ from .ray_internals import AsgiDeployment, replica_environment
 
 log = logging.getLogger(__name__)
 
-# Minutes for a request that waits behind a full queue of long answers, but bounded.
+# Timeout of a request that waits behind a full queue of long answers: minutes.
 FORWARD_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=900)
-# A forwarded request carries it, so that it is never forwarded again.
+# Header of a forwarded request, so that it is never forwarded again.
 FORWARDED_ONCE = "x-lab-forwarded"
 # The front learns of a new replica within a fraction of a second.
 FRONT_ATTEMPTS, FRONT_SECONDS = 50, 0.1
@@ -59,7 +59,7 @@ FORWARDED = (
 
 
 class CatalogueArgs(BaseModel):
-    """What the catalogue's application is built from. address: of the service, http://127.0.0.1:8000."""
+    """Arguments of the catalogue's application. address: of the service, such as http://127.0.0.1:8000."""
 
     address: str
     lifecycle: LifecycleArgs
@@ -86,7 +86,7 @@ def build_catalogue(args: CatalogueArgs) -> serve.Application:
 @serve.deployment(name="catalogue")
 @serve.ingress()
 class CatalogueApp(AsgiDeployment):
-    """Its one replica."""
+    """The application's only replica."""
 
     def __init__(self, args: CatalogueArgs) -> None:
         start_logging(args.log_format, args.log_pipe)
@@ -120,7 +120,7 @@ class CatalogueApp(AsgiDeployment):
         }
         for id_, kind in ids.items():
             gets[f"/v1/models/{id_}"] = self.model
-            # Asked for at its own address while it is not in memory.
+            # The model's own address while it is not in memory.
             posts |= {f"/m/{id_}{path}": self.forward_to(id_) for path in KINDS[kind].paths}
         self._service.set_endpoints(posts, gets)
 
@@ -132,8 +132,8 @@ class CatalogueApp(AsgiDeployment):
         return _json({"status": "ok"})
 
     async def ready(self, _: HttpRequest) -> Response:
-        """200 when the models of the start have been loaded or have failed, and at least one answers or can be loaded:
-        a model that failed makes the service `degraded`, and the others go on."""
+        """200 when the models of the start have been loaded or have failed, and at least one answers or can be loaded.
+        A model that failed makes the service `degraded`; the others still answer."""
         lifecycle = self._lifecycle
         await lifecycle.refresh()
         models = list(lifecycle.report().values())
@@ -163,10 +163,10 @@ class CatalogueApp(AsgiDeployment):
     async def openapi(self, _: HttpRequest) -> Response:
         return _json(await asyncio.to_thread(document, __version__))
 
-    # ---- for the operator: reachable inside the lab alone; the proxy asks for the admin key
+    # ---- for the operator: reachable only inside the lab; the proxy requires the admin key
 
     async def load(self, http: HttpRequest) -> Response:
-        """POST {"model"}: load it, and unload others where memory is short. 202: it has begun."""
+        """POST {"model"}: load it, and unload others if there is too little memory. 202: loading has begun."""
         id_ = await self._named(http)
         self._lifecycle.load(id_)
         return _json(self._lifecycle.report()[id_], 202)
@@ -181,8 +181,8 @@ class CatalogueApp(AsgiDeployment):
         """POST {"model"}: fetch a model of a hub or of known.yaml and add it to the catalogue. 202: it has begun."""
         name = _string(await read_json(http, self._limit), "model")
         if len(name) > LONGEST_NAME or name.startswith(("file:", "/", ".", "~", "-")) or ".." in name:
-            raise BadRequestError("'model' is a short name, or <owner>/<name> of a hub.", param="model")
-        # Over HTTP owner/name is always a hub's, whatever lies in the working directory.
+            raise BadRequestError("'model' must be a short name, or <owner>/<name> on a hub.", param="model")
+        # Over HTTP owner/name always means a hub's model, never a folder in the working directory.
         self._lifecycle.add(f"hub:{name}" if "/" in name and not name.startswith("hub:") else name)
         return _json(self._lifecycle.downloads.report(), 202)
 
@@ -194,7 +194,7 @@ class CatalogueApp(AsgiDeployment):
     def _check_known(self, name: str) -> None:
         if name not in self._lifecycle.models:
             raise NotFoundError(
-                f"The model '{name[:200]}' does not exist. There is: {', '.join(self._lifecycle.models)}.",
+                f"The model '{name[:200]}' does not exist. Models: {', '.join(self._lifecycle.models)}.",
                 param="model",
                 code="model_not_found",
             )
@@ -236,7 +236,7 @@ class CatalogueApp(AsgiDeployment):
     async def _forward(self, http: HttpRequest, body: Any, name: str, path: str) -> Response:
         kind = self._lifecycle.models[name].entry.kind
         if path not in KINDS[kind].paths:
-            raise BadRequestError(f"{name} is of kind {kind}: {path} does not take it.", param="model")
+            raise BadRequestError(f"{name} is of kind {kind}, which {path} does not accept.", param="model")
         # 1. The model, in memory.
         caller = deadline_of(http) or math.inf
         longest = time.monotonic() + self._wait_seconds
@@ -253,7 +253,7 @@ class CatalogueApp(AsgiDeployment):
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
         headers = {"content-type": "application/json", "x-request-id": record.request_id, FORWARDED_ONCE: "1"}
-        headers["x-call-id"] = record.call_id  # under which its usage is asked for
+        headers["x-call-id"] = record.call_id  # the id by which its usage is queried
         if caller < math.inf:
             headers["x-request-timeout-ms"] = str(max(1, int((caller - time.monotonic()) * 1000)))
         try:
@@ -281,7 +281,7 @@ class CatalogueApp(AsgiDeployment):
                 log.warning("%s interrupted its answer: %s", name, type(error).__name__)
                 if answer.content_type != "text/event-stream":
                     raise
-                yield sse(UnavailableError(f"{name} broke its answer off; it starts again by itself.").body())
+                yield sse(UnavailableError(f"{name} broke off its answer; it is restarted automatically.").body())
             finally:
                 answer.close()
 
@@ -290,7 +290,7 @@ class CatalogueApp(AsgiDeployment):
         return response
 
     def _listed(self, model: dict[str, Any]) -> dict[str, Any]:
-        """The model as OpenAI lists it, with its card, without what changes all the time."""
+        """The model as OpenAI lists it, with its card, without fields that change all the time."""
         card = {name: value for name, value in model.items() if name not in UNLISTED and value is not None}
         facts = {"revision": model.get("revision"), "context": model.get("context")}
         return {"object": "model", "created": self._started, "owned_by": "llm-lab", **facts, **card}

@@ -32,14 +32,14 @@ from ..models.kinds import PATHS
 from .metrics_sum import MetricsSum
 from .ray_internals import AsgiDeployment
 
-ANSWER_SECONDS = 5.0  # for all replicas of a model
-SILENT_SECONDS = 30.0  # busy replicas may be silent for so long before their model counts as not answering
-STATES = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "UNHEALTHY": "failed"}  # of Serve; all others are `loading`
+ANSWER_SECONDS = 5.0  # timeout for the answers of all replicas of a model
+SILENT_SECONDS = 30.0  # busy replicas may not answer for this time before their model counts as not answering
+STATES = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "UNHEALTHY": "failed"}  # Serve's state -> ours; else `loading`
 MOST_IDS = 256  # in one request for usage
 
 
 class ClusterArgs(BaseModel):
-    """What this application is built from. cpus: reserved for it; with none it could be placed on Ray's head."""
+    """Arguments of this application. cpus: reserved for it; without any, Ray could place it on the head node."""
 
     entries: list[Entry]
     cpus: float = 0.1
@@ -59,7 +59,7 @@ def build_cluster_app(args: ClusterArgs | dict[str, Any]) -> serve.Application:
 @serve.deployment(name="catalogue")
 @serve.ingress()
 class ClusterApp(AsgiDeployment):
-    """Its one replica."""
+    """The application's only replica."""
 
     def __init__(self, args: ClusterArgs) -> None:
         start_logging(args.log_format, None)
@@ -144,7 +144,7 @@ class ClusterApp(AsgiDeployment):
     async def refuse(self, http: HttpRequest) -> Response:
         path = http.url.path
         raise NotFoundError(
-            f"In a cluster a model's requests go to its own path, /m/<model>{path}. Ask the proxy, which does that.",
+            f"In a cluster a model's requests go to its own path, /m/<model>{path}. Use the proxy, which does that.",
             code="not_found",
         )
 

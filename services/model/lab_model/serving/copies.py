@@ -1,7 +1,7 @@
-"""Memory of models' second copies (`inspector`): what is free for one, and which run.
+"""Memory of models' second copies (`inspector`): the free memory, and the running copies.
 
-A copy is started by a request to its model's replica, not by `lifecycle`: both tell each other through files in a
-folder of this machine. Knows files and process ids. Knows nothing of Ray or of what a copy computes.
+A request to a model's replica starts the copy, not `lifecycle`; both exchange their state through files in a folder of
+this machine. Knows files and process ids. Knows nothing of Ray or of what a copy computes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ FREE = "free-bytes"
 
 
 def write_free(folder: Path, free: int) -> None:
-    """Tell replicas how many bytes of the models' memory are free."""
+    """Write how many bytes of the models' memory are free, for the replicas."""
     draft = folder / f"{FREE}.new"
     draft.write_text(str(free))
     draft.replace(folder / FREE)
 
 
 def read_free(folder: Path) -> int | None:
-    """None where nothing bounds the memory, as in a cluster, whose nodes Ray chooses."""
+    """Free bytes; None if the memory has no bound, as in a cluster, where Ray chooses the node."""
     try:
         return int((folder / FREE).read_text())
     except FileNotFoundError:
@@ -32,13 +32,13 @@ def read_free(folder: Path) -> int | None:
 
 
 def check_room(folder: Path, model: str, needed: int) -> None:
-    """Raises UnavailableError where a copy of the model does not run and its `needed` bytes are not free."""
+    """Raises UnavailableError if no copy of the model runs and its `needed` bytes are not free."""
     free = read_free(folder)
     if free is not None and needed > free and not is_running(folder, model):
         raise UnavailableError(
-            f"The copy of {model} whose layers could be shown needs {needed >> 20} MiB of memory, and {free >> 20} MiB "
-            "are left of what all models together may take (MODEL_MEMORY_BYTES): unload another model, or wait until "
-            "one is idle."
+            f"This endpoint needs a second copy of {model} with {needed >> 20} MiB of memory, but only {free >> 20} "
+            "MiB of the memory of all models (MODEL_MEMORY_BYTES) are free: unload another model, or wait until one is "
+            "idle."
         )
 
 

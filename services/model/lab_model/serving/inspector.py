@@ -1,7 +1,7 @@
 """The deployment of a model's second copy, for hidden states and attention: low priority, in memory while it is used.
 
-Serve starts its replica with the first call, and ends it when there was none for the entry's idle_minutes, or for
-IDLE_MINUTES. Knows Ray Serve. Knows nothing of what the copy computes.
+Serve starts its replica at the first call, and ends it after the entry's idle_minutes, or IDLE_MINUTES, without a call.
+Knows Ray Serve. Knows nothing of what the copy computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..models.catalogue import AppArgs
 from .ray_internals import replica_environment
 
 IDLE_MINUTES = 5.0
-NICENESS = 10  # the model that answers goes first
+NICENESS = 10  # lower priority than the model that answers
 MOST_WAITING = 8
 
 
@@ -40,7 +40,7 @@ def bind_inspector(args: AppArgs) -> Any:
 
 @serve.deployment
 class Inspector:
-    """Its one replica."""
+    """The deployment's only replica."""
 
     def __init__(self, args: AppArgs) -> None:
         from ..models.inside import Inside  # noqa: PLC0415 - processes that only route import this module
@@ -52,5 +52,5 @@ class Inspector:
         self._inside = Inside(args)
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:
-        """`Inside`'s method of this name."""
+        """Call the method of `Inside` with this name."""
         return getattr(self._inside, method)(**arguments)

@@ -1,7 +1,7 @@
 """The main process of the service: starts Ray, the front and the applications, watches them, and ends them.
 
-Knows processes, ports and signals. Knows nothing of how a model is loaded. Imports Ray inside functions: its
-environment has to be prepared first.
+Knows processes, ports and signals. Does not load models. Imports Ray inside functions, because Ray's environment must
+be prepared first.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .front import FrontError, HaproxyFront, Route
 from .ray_internals import downloads_forbidden, replica_ports, start_ray, stop_monitors
 
 CATALOGUE = "catalogue"  # the application at /
-LOOK_SECONDS, IDLE_SECONDS = 0.5, 5.0  # between looks at the models, while one loads and otherwise
-PROGRESS_SECONDS = 5.0  # between two lines about one load
-CATALOGUE_SECONDS = 10.0  # for an answer of the catalogue's application
+LOOK_SECONDS, IDLE_SECONDS = 0.5, 5.0  # between checks of the models: while one loads, and otherwise
+PROGRESS_SECONDS = 5.0  # between two log lines about one load
+CATALOGUE_SECONDS = 10.0  # timeout of an answer of the catalogue's application
 WRONG_SETTING = 2
 FAILED = 1
 
 
 def run(settings: Settings, folder: Path, ended: threading.Event, haproxy: str | None = None) -> int:
-    """Serve the catalogue until `ended` is set; the process's exit code. folder: for Ray's session and the front's
-    files."""
+    """Serve the catalogue until `ended` is set. Returns the exit code. folder: for the files of Ray's session and of
+    the front."""
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
     from ray.serve.config import HTTPOptions  # noqa: PLC0415
@@ -57,9 +57,9 @@ def run(settings: Settings, folder: Path, ended: threading.Event, haproxy: str |
         stop_monitors()
         gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
         if settings.device == "cuda" and not gpus:
-            say("MODEL_DEVICE is cuda, but no CUDA device is visible here; fix the driver or set MODEL_DEVICE=cpu")
+            say("MODEL_DEVICE is cuda, but no CUDA device was found; fix the driver or set MODEL_DEVICE=cpu")
             return WRONG_SETTING
-        # 2. HTTP: the front, or Serve's own HTTP process in its place.
+        # 2. HTTP: the front, or else Serve's own HTTP process.
         host, port = settings.host, settings.port
         if haproxy:
             host, port = "127.0.0.1", free_port()
@@ -103,7 +103,7 @@ def run(settings: Settings, folder: Path, ended: threading.Event, haproxy: str |
 
 
 def routes(settings: Settings) -> dict[str, Route]:
-    """How requests reach each model. Raises CatalogueError."""
+    """The route of each application. Raises CatalogueError."""
     entries = load_catalogue(settings.catalogue_file, settings.folder)
     return {CATALOGUE: Route("/")} | {
         entry.id: Route(f"/m/{entry.id}", entry.most_replicas, KINDS[entry.kind].paths) for entry in entries
@@ -111,8 +111,8 @@ def routes(settings: Settings) -> dict[str, Route]:
 
 
 def watch(settings: Settings, ended: threading.Event, front: HaproxyFront | None, changes: Wakeups) -> int:
-    """Report each model's state while it changes, and tell the front of replicas, until `ended` is set. A dead Ray, a
-    dead front, or a start in which no model can be loaded ends the service. The exit code."""
+    """Log changes of each model's state, and give the front its replicas, until `ended` is set. A dead Ray, a dead
+    front, or a start in which no model can be loaded ends the service. Returns the exit code."""
     from ray import serve  # noqa: PLC0415
 
     states = StateLines(settings)
@@ -123,7 +123,7 @@ def watch(settings: Settings, ended: threading.Event, front: HaproxyFront | None
             report = handle.report.remote().result(timeout_s=CATALOGUE_SECONDS)
             ports = replica_ports() if front else {}
         except TimeoutError:
-            continue  # it starts again, or waits for a core
+            continue  # the application restarts, or waits for a core
         except Exception as error:
             try:
                 serve.status()
@@ -134,7 +134,7 @@ def watch(settings: Settings, ended: threading.Event, front: HaproxyFront | None
             continue
         if front:
             try:
-                with contextlib.suppress(CatalogueError):  # a list of added models that was damaged: the old one counts
+                with contextlib.suppress(CatalogueError):  # the list of added models is damaged: keep the old one
                     front.set_routes(routes(settings))
                 front.set_replicas(ports)
             except FrontError as error:
@@ -151,7 +151,7 @@ def watch(settings: Settings, ended: threading.Event, front: HaproxyFront | None
 
 
 class StateLines:
-    """The main process's lines about models: progress while one loads, and each change of state."""
+    """Prints lines about models: progress while one loads, and each change of state."""
 
     def __init__(self, settings: Settings) -> None:
         self._address = f"http://{settings.host}:{settings.port}"
@@ -181,13 +181,13 @@ class StateLines:
 
 
 class Wakeups:
-    """A named pipe, by which another process ends a wait."""
+    """A named pipe by which another process can end a wait."""
 
     def __init__(self, pipe: Path) -> None:
         pipe.unlink(missing_ok=True)
         os.mkfifo(pipe, 0o600)
         self.pipe = pipe
-        # Open for writing too: reading does not fail while nobody else has it open.
+        # Open for writing too, so that reading does not fail while no other process has it open.
         self._file = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
 
     def wait(self, seconds: float, ended: threading.Event) -> None:
@@ -201,19 +201,19 @@ class Wakeups:
 
 
 def stop(front: HaproxyFront | None) -> None:
-    """Let running answers end, then end Ray. While a model is still loading there are none: Ray ends at once."""
+    """Let running answers finish, then end Ray. While a model is still loading there are none, so Ray ends at once."""
     import ray  # noqa: PLC0415
     from ray import serve  # noqa: PLC0415
 
     if front:
         front.drain()
-    # Ray reports the intended end of the controller as a failed task, in red.
+    # Ray would report the intended end of the controller as a failed task.
     silence = io.StringIO()
     out = sys.stderr
     with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence), contextlib.suppress(Exception):
         applications = serve.status().applications
         loading = not any(status.status == "RUNNING" for name, status in applications.items() if name != CATALOGUE)
-        print(f"model: stopping{'' if loading else ', running answers may end'}", file=out, flush=True)
+        print(f"model: stopping{'' if loading else ' after running answers'}", file=out, flush=True)
         if not loading:
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
@@ -228,8 +228,8 @@ def stop_on_signals(ended: threading.Event) -> None:
 
 
 def relay_log(pipe: Path) -> Path:
-    """Make this named pipe, and copy the lines that replicas write to it to stderr until the process ends."""
-    pipe.unlink(missing_ok=True)  # of an earlier start in a folder that is kept
+    """Create this named pipe, and copy the lines that replicas write to it to stderr until the process ends."""
+    pipe.unlink(missing_ok=True)  # from an earlier start in the same folder
     os.mkfifo(pipe, 0o600)
     # Open for writing too: the pipe does not end when the last replica closes it.
     lines = os.fdopen(os.open(pipe, os.O_RDWR), "rb")

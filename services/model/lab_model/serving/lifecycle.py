@@ -31,16 +31,16 @@ from .states import DOWNLOADS, Model, progress_file
 
 log = logging.getLogger(__name__)
 
-BUSY_SECONDS, IDLE_SECONDS = 0.3, 5.0  # between looks at Serve, while something changes and otherwise
-FRESH_SECONDS = 1.0  # a reported state is at most this old
-# A busy model may leave a question for its info unanswered for so long before it counts as not answering.
+BUSY_SECONDS, IDLE_SECONDS = 0.3, 5.0  # between checks of Serve: while something changes; otherwise
+FRESH_SECONDS = 1.0  # largest age of a reported state
+# A busy model may leave a request for its info unanswered for this time before it counts as not answering.
 SILENT_SECONDS = 10.0
 
 
 class LifecycleArgs(BaseModel):
-    """catalogue_file, folder: MODEL_CATALOGUE_FILE and MODEL_FOLDER. shared: fields of every model's AppArgs. gpus: of
-    this Ray. memory_bytes: of the whole service, 0: what is free. service: the main process. wake: a pipe that tells
-    it of changes. offline: the user has forbidden downloads."""
+    """catalogue_file, folder: MODEL_CATALOGUE_FILE and MODEL_FOLDER. shared: fields of every model's AppArgs. gpus:
+    number of GPUs of Ray. memory_bytes: for the whole service, 0: all that is free. service: id of the main process.
+    wake: a pipe that notifies it of changes. offline: downloads are forbidden."""
 
     catalogue_file: Path | None = None
     folder: Path | None = None
@@ -54,7 +54,7 @@ class LifecycleArgs(BaseModel):
 
 
 class Status(Protocol):
-    """Of one application: `applications.Application`."""
+    """State of one application, implemented by `applications.Application`."""
 
     @property
     def status(self) -> str: ...
@@ -64,7 +64,7 @@ class Status(Protocol):
 
 
 class Deployer(Protocol):
-    """What deploys and ends applications: `applications.Applications`."""
+    """Deploys and ends applications, implemented by `applications.Applications`."""
 
     async def list(self) -> Mapping[str, Status]: ...
 
@@ -90,7 +90,7 @@ class Lifecycle:
         self._stamp: tuple[int, int] | None = None
         self._adopted = False
         self._looking, self._looked = asyncio.Lock(), 0.0
-        self.trouble = ""  # of the list of added models
+        self.trouble = ""  # why the list of added models cannot be read
         settings = {"MODEL_FOLDER": args.folder, "MODEL_CATALOGUE_FILE": args.catalogue_file}
         self.downloads = Downloads(self._folder, offline=args.offline, settings=settings)
         self._read_catalogue()
@@ -107,7 +107,7 @@ class Lifecycle:
         self._free_written: int | None = None
         self._spawn(self._run())
 
-    # ---- asked from outside
+    # ---- called from outside
 
     async def ensure_ready(self, id_: str, deadline: float) -> None:
         """Load the model if it is not in memory, and wait for it until `deadline`, as `time.monotonic()`.
@@ -130,13 +130,13 @@ class Lifecycle:
         model = self.models[id_]
         if model.state == "ready":
             return
-        error = UnavailableError(f"{id_} is {model.describe()}; GET /ready tells when it answers.", param="model")
+        error = UnavailableError(f"{id_} is {model.describe()}; GET /ready shows when it answers.", param="model")
         if model.state == "loading":
             error.headers["retry-after"] = str(model.seconds_left)
         raise error
 
     def load(self, id_: str) -> None:
-        """Load it as soon as there is memory, by unloading others if need be."""
+        """Load a model as soon as there is memory, if necessary by unloading others."""
         model = self.models[id_]
         if model.state != "ready":
             model.wanted = model.asked = True
@@ -145,7 +145,7 @@ class Lifecycle:
             self._wake()
 
     async def unload(self, id_: str) -> None:
-        """Running answers may end first."""
+        """Unload a model; running answers finish first."""
         model = self.models[id_]
         model.wanted = model.asked = False
         model.settled = True
@@ -156,12 +156,14 @@ class Lifecycle:
         self._wake()
 
     def add(self, name: str) -> None:
-        """Fetch a model and add it to the catalogue; `downloads` tells how far it is.
-        Raises UnavailableError where another one is being added, or nothing can be added."""
+        """Fetch a model and add it to the catalogue; `downloads` reports the progress.
+
+        Raises UnavailableError if another model is being added, or if MODEL_FOLDER is not set.
+        """
         if self._args.folder is None:
-            raise UnavailableError("No model can be added: MODEL_FOLDER, where it would lie, is not set.")
+            raise UnavailableError("No model can be added: MODEL_FOLDER, the folder for added models, is not set.")
         if busy := self.downloads.busy:
-            raise UnavailableError(f"{busy} is being added: add {name} after it.")
+            raise UnavailableError(f"{busy} is being added: add {name} when that is done.")
         self.downloads.begin(name)
         self._spawn(self._add(name))
 
@@ -171,7 +173,7 @@ class Lifecycle:
 
     @property
     def starting(self) -> bool:
-        """Whether a model that is loaded at the start has not been yet."""
+        """Whether a model that is loaded at the start is still loading."""
         return any(model.wanted and not model.asked and not model.settled for model in self.models.values())
 
     # ---- the loop
@@ -189,7 +191,7 @@ class Lifecycle:
             self._woken.clear()
 
     async def refresh(self) -> None:
-        """Look now, unless the last look was a second ago."""
+        """Check now, unless the last check was less than FRESH_SECONDS ago."""
         if time.monotonic() - self._looked > FRESH_SECONDS:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._spawn(self._look())), FRESH_SECONDS)
@@ -214,7 +216,7 @@ class Lifecycle:
         for model in [each for each in self.models.values() if each.wanted and not each.deployed]:
             try:
                 await self._begin(model)
-            except Exception as error:  # one model's fault stops no other
+            except Exception as error:  # the fault of one model does not stop others
                 log.exception("%s cannot be deployed", model.entry.id)
                 model.deployed, model.granted = False, 0
                 model.enter("failed", f"it cannot be deployed: {type(error).__name__}")
@@ -259,9 +261,9 @@ class Lifecycle:
                 await self._delete(model)
                 model.enter("failed", f"not loaded within {limit}")
         elif model.state == "ready":
-            # Its replica has died, and Serve starts another one; or its second copy cannot run.
+            # Its replica has died and Serve starts another one, or its second copy cannot run.
             if status.status != "RUNNING" and not await self._ask_info(model):
-                model.enter("loading", status.reason or "its process has ended and starts again")
+                model.enter("loading", status.reason or "its process has ended and is restarted")
             elif time.monotonic() - model.answered_at > IDLE_SECONDS:
                 await self._ask_info(model)
 
@@ -272,7 +274,7 @@ class Lifecycle:
             model.enter("ready")
 
     async def _ask_info(self, model: Model) -> bool:
-        """The replica's own report; it may be busy, and is not answering only after several timeouts."""
+        """Ask the replica for its report. It may be busy, so it counts as not answering only after several timeouts."""
         try:
             model.info = await self._applications.info(model.entry.id)
             model.answered_at = time.monotonic()
@@ -283,7 +285,7 @@ class Lifecycle:
         return True
 
     async def _begin(self, model: Model) -> None:
-        """Deploy it if its files are there and its memory is free."""
+        """Deploy a model if its files are on this machine and its memory is free."""
         entry, args = model.entry, self._args
         if model.state != "loading":
             model.enter("loading")
@@ -305,7 +307,7 @@ class Lifecycle:
         # 2. The memory.
         room = await self._budget.room_for(model, model.size)
         if room.unload is not None:
-            log.info("%s is unloaded: %s needs its memory", room.unload.entry.id, entry.id)
+            log.info("%s is unloaded because %s needs its memory", room.unload.entry.id, entry.id)
             await self.unload(room.unload.entry.id)
         if room.state is not None:
             if room.state == "unloaded":
@@ -336,19 +338,19 @@ class Lifecycle:
                 activity = await asyncio.to_thread(read_activity, self._folder, id_)
                 last = max(activity.last, time.time() - model.age)
                 if not activity.running and time.time() - last > minutes * 60:
-                    log.info("%s is unloaded: it was idle for %g minutes", id_, minutes)
+                    log.info("%s is unloaded because it was idle for %g minutes", id_, minutes)
                     await self.unload(id_)
 
     async def _delete(self, model: Model) -> None:
-        """Begin to end its application; `_follow` notices the end."""
+        """Begin to end a model's application; `_follow` detects the end."""
         model.draining = True
-        with contextlib.suppress(Exception):  # Serve has none of this name
+        with contextlib.suppress(Exception):  # Serve has no application of this name
             await self._applications.delete(model.entry.id)
 
     # ---- files
 
     async def _fetch(self, model: Model) -> None:
-        """Its files, in order to load it."""
+        """Fetch the model's files, in order to load it."""
         why = await self.downloads.fetch(model.entry.id)
         if why:
             model.enter("absent", why.removeprefix(f"{model.entry.id}: "))
@@ -368,7 +370,8 @@ class Lifecycle:
         return (stat.st_mtime_ns, stat.st_size) if stat else (0, 0)
 
     def _read_catalogue(self) -> None:
-        """New entries appear as unloaded; those that are gone disappear when they are not in memory."""
+        """Read the catalogue again. New entries appear as unloaded; removed ones disappear when they are not in
+        memory."""
         self._stamp, self.trouble = self._catalogue_stamp(), ""
         try:
             entries = {entry.id: entry for entry in load_catalogue(self._args.catalogue_file, self._args.folder)}

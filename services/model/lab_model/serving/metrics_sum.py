@@ -1,4 +1,4 @@
-"""One page of metrics out of those of many replicas. Knows Prometheus text. Knows nothing of Ray or HTTP."""
+"""Sums the metrics of many replicas into one page. Knows Prometheus text. Knows nothing of Ray or HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-OURS = ("lab_model_", "vllm:")  # not those of Python and of the process, whose sum says nothing
+OURS = ("lab_model_", "vllm:")  # not those of Python and of the process, whose sum has no meaning
 LARGEST = {"vllm:kv_cache_usage_perc"}  # the fullest replica counts; all other values are added
 
 Key = tuple[str, tuple[tuple[str, str], ...]]  # name of the sample, its labels
@@ -16,13 +16,14 @@ Values = dict[Key, float]
 
 
 class MetricsSum:
-    """Counters of a replica that has ended stay in the sum: it would fall, and Prometheus take that for a restart."""
+    """Counters of a replica that has ended stay in the sum; else it would fall, which Prometheus takes for a
+    restart."""
 
     def __init__(self) -> None:
         self._families: dict[str, tuple[str, str]] = {}  # name -> documentation, type
         self._of_family: dict[Key, str] = {}
         self._replicas: dict[str, Values] = {}
-        self._ended: dict[str, Values] = {}  # counters of each replica that answers no more, as it last gave them
+        self._ended: dict[str, Values] = {}  # last counters of each replica that no longer answers
 
     def update(self, pages: Mapping[str, str]) -> None:
         """pages: the text of each replica that answers now, by its id."""
@@ -30,7 +31,7 @@ class MetricsSum:
             values = self._replicas.pop(id_).items()
             self._ended[id_] = {k: v for k, v in values if self._families[self._of_family[k]][1] != "gauge"}
         for id_, page in pages.items():
-            self._ended.pop(id_, None)  # it was busy
+            self._ended.pop(id_, None)  # it had not ended but was busy
             self._replicas[id_] = dict(self._read(page))
 
     def text(self) -> bytes:

@@ -1,7 +1,7 @@
 """Everything that depends on Ray's private interfaces and on variables that only its source documents.
 
-Checked against Ray `CHECKED_RAY`; tests/model/test_ray_internals.py fails with another minor version and says what to
-check. Knows Ray. Knows nothing of models. Imports Ray inside functions: it reads its variables when it is imported.
+Checked against Ray `CHECKED_RAY`; with another minor version tests/model/test_ray_internals.py fails and lists what to
+check. Knows Ray. Knows nothing of models. Imports Ray inside functions, because Ray reads its variables at import.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHECKED_RAY = "2.60"
 ABSENT = Path(__file__).parents[1] / "absent"  # stand-ins for packages that the service's processes must not import
-OFFLINE = "LAB_HF_HUB_OFFLINE"  # what HF_HUB_OFFLINE was before `prepare_environment`
-CONTROLLER_SECONDS = 30  # bound on an answer of Serve's controller, which may have to wait for a core
+OFFLINE = "LAB_HF_HUB_OFFLINE"  # value of HF_HUB_OFFLINE before `prepare_environment`
+CONTROLLER_SECONDS = 30  # timeout of an answer of Serve's controller, which may have to wait for a core
 
 
-# Headers that Serve decodes as UTF-8, and answers a plain 500 where they are not.
+# Headers that Serve decodes as UTF-8; if they are not UTF-8, it answers a plain 500.
 DECODED_HEADERS = {b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id"}
 
 
 class Utf8Headers:
-    """ASGI middleware before Serve's own: drops those of DECODED_HEADERS that are not UTF-8."""
+    """ASGI middleware in front of Serve's own: drops those of DECODED_HEADERS that are not UTF-8."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -51,7 +51,7 @@ def _is_read(name: bytes, value: bytes) -> bool:
 
 
 def http_middlewares() -> list[Middleware]:
-    """Serve calls this in each process that speaks HTTP: prepare_environment names it."""
+    """Serve calls this in each process that speaks HTTP; prepare_environment registers it."""
     return [Middleware(Utf8Headers)]
 
 
@@ -74,7 +74,7 @@ def prepare_environment(*, direct: bool) -> None:
     direct: replicas speak HTTP themselves, behind a `HaproxyFront`.
     """
     if direct:
-        # A random range: the port of a dead replica must not lead to another service on this machine.
+        # A random range, so that the port of a dead replica does not belong to another service on this machine.
         lowest = random.randrange(20_000, 31_000, 50)  # noqa: S311
         os.environ |= {
             "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -93,15 +93,17 @@ def prepare_environment(*, direct: bool) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ABSENT), os.environ.get("PYTHONPATH")])),
-        # An idle Ray took a tenth of a core, to look for changes ten times a second and for metrics that nothing reads.
+        # An idle Ray took a tenth of a core: it polls for changes ten times a second and collects metrics that are not
+        # read here.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
         "RAY_raylet_report_resources_period_milliseconds": "1000",
         "RAY_enable_metrics_collection": "false",
         "RAY_task_events_report_interval_ms": "0",
-        # Ray's workers run at nice 15 by default: any other process that woke took the model's cores.
+        # Ray's workers run at nice 15 by default, so any other process took the model's cores.
         "RAY_worker_niceness": "0",
-        # By default an answer's parts change threads, for user code that blocks the event loop. This code does not.
+        # By default an answer's parts move between threads, for user code that blocks the event loop. This code does
+        # not block it.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}:http_middlewares",
         # Ray's own logs stay in its folder, and small.
@@ -115,7 +117,7 @@ def prepare_environment(*, direct: bool) -> None:
         # models; otherwise a token takes twice as long.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "ACTIVE"),
-        # A replica downloads nothing; `lifecycle` does it in a process of its own.
+        # A replica downloads nothing; `lifecycle` does that in a separate process.
         "HF_HUB_OFFLINE": "1",
         OFFLINE: os.environ.get("HF_HUB_OFFLINE", ""),
     }
@@ -127,7 +129,7 @@ def downloads_forbidden() -> bool:
 
 
 def start_ray(folder: Path) -> None:
-    """A local Ray whose session lies in `folder`."""
+    """Start a local Ray with its session in `folder`."""
     import ray  # noqa: PLC0415
 
     ray.init(
@@ -135,7 +137,7 @@ def start_ray(folder: Path) -> None:
         namespace="lab",
         include_dashboard=False,
         _temp_dir=str(folder),
-        # Answers go through HTTP, not through the object store: its minimum is enough.
+        # Answers go through HTTP, not through the object store, so its minimum is enough.
         object_store_memory=80 * 1024 * 1024,
         logging_level=logging.ERROR,
         log_to_driver=False,
@@ -143,8 +145,8 @@ def start_ray(folder: Path) -> None:
 
 
 def stop_monitors() -> None:
-    """End two of Ray's processes: one copies the workers' output to the driver, the other asks for more machines. The
-    service uses neither, and idle they took an eighth of what Ray takes."""
+    """End two of Ray's processes: one copies the workers' output to the driver, the other requests more machines. The
+    service uses neither, and they took an eighth of the CPU time of an idle Ray."""
     import ray  # noqa: PLC0415
 
     node: Any = ray._private.worker._global_node
@@ -155,7 +157,7 @@ def stop_monitors() -> None:
 def replica_ports() -> dict[str, list[int]]:
     """Ports on which Serve's replicas speak HTTP, by application; without replicas the port of Serve's HTTP process.
 
-    What Serve tells its own HAProxy. Its dashboard has the same over HTTP, and does not run here.
+    Serve gives the same to its own HAProxy. Ray's dashboard has it over HTTP, but does not run here.
     """
     import ray  # noqa: PLC0415
     from ray.serve.context import _get_global_client  # noqa: PLC0415
@@ -184,15 +186,15 @@ def living_nodes() -> dict[str, str]:
 
 
 def drain_node(node: str, seconds: float) -> None:
-    """Have Ray place nothing more on the node of this id, and Serve move its replicas away, within `seconds`: what
-    `ray drain-node` does. The node ends when it is empty. Raises RuntimeError when Ray refuses."""
+    """Drain the node with this id within `seconds`, as `ray drain-node` does: Ray places no more work on it, and Serve
+    moves its replicas to other nodes. The node ends when it is empty. Raises RuntimeError if Ray refuses."""
     from ray.core.generated import autoscaler_pb2  # noqa: PLC0415
 
     reason = cast("Any", autoscaler_pb2).DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     until = int((time.time() + seconds) * 1000)
     accepted, why = _gcs().drain_node(node, reason, "the pod is being ended", until)
     if not accepted:
-        raise RuntimeError(f"Ray does not drain {node}: {why}")
+        raise RuntimeError(f"Ray refuses to drain {node}: {why}")
 
 
 def _gcs() -> Any:

@@ -34,13 +34,13 @@ def build_app(args: AppArgs | dict[str, Any]) -> serve.Application:
     app: serve.Application = ModelReplica.options(  # type: ignore[attr-defined]
         name=args.entry.id,
         **count,
-        # Serve's own limit (5 by default, then a 503) lies above the engine's, whose queue and 429 decide.
+        # Serve's own limit (5 by default, then a 503) is above the engine's, whose queue and 429 decide.
         max_ongoing_requests=2 * (args.max_running + args.max_queued) + 64,
-        # Weights that cannot be loaded now cannot be loaded in two seconds either.
+        # Weights that cannot be loaded now cannot be loaded two seconds later either.
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=args.drain_timeout_seconds,
-        # On one machine no CPUs are reserved: a laptop with one core must hold every actor.
+        # On one machine no CPUs are reserved, so that all actors fit on a laptop with one core.
         ray_actor_options={
             "num_cpus": args.cpus,
             "num_gpus": args.gpus,
@@ -97,4 +97,4 @@ class ModelReplica(AsgiDeployment):
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
         if not self._is_alive():
-            raise RuntimeError("the model computes nothing any more")
+            raise RuntimeError("the model no longer computes")

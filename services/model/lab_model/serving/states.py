@@ -1,4 +1,4 @@
-"""One model of the catalogue: its state, how far its load is, and its card in `/v1/models` and `/ready`.
+"""One model of the catalogue: its state, its loading progress, and its card in `/v1/models` and `/ready`.
 
 Knows states and sizes. Knows nothing of when a model is loaded, or how. Imports no torch.
 """
@@ -22,10 +22,10 @@ DOWNLOADS = "downloads"  # the detail of a model whose files are being fetched
 
 @dataclass
 class Model:
-    """progress: the file that its process reports to. since: when its state began, as `time.monotonic()`.
-    deployed: Serve has its application, which takes memory until Serve has ended it; draining: that has begun.
+    """progress: the file that its process writes its progress to. since: when its state began, as `time.monotonic()`.
+    deployed: Serve has its application, which takes memory until it has ended; draining: it is ending.
     asked: a caller waits for it, so others may be unloaded. settled: its first load has ended.
-    info, real bytes of memory, seconds: of its last load."""
+    info, real (bytes of memory), seconds: of its last load."""
 
     entry: Entry
     progress: Path
@@ -59,7 +59,7 @@ class Model:
 
     @property
     def step(self) -> Step | None:
-        """What is being done and how far; None unless it is loading."""
+        """The current step of loading and its progress; None if the model is not loading."""
         if self.state != "loading":
             return None
         if not self.deployed and self.detail != DOWNLOADS:
@@ -68,7 +68,7 @@ class Model:
 
     @property
     def seconds_left(self) -> int:
-        """A guess from the progress, for Retry-After: 1 to 60."""
+        """Seconds until it is loaded, 1 to 60, estimated from the progress; for Retry-After."""
         step = self.step
         if step is None or not step.percent:
             return 5
@@ -82,8 +82,7 @@ class Model:
         return f"{words} ({self.detail})" if self.detail else words
 
     def card(self, predicted: int | None) -> dict[str, Any]:
-        """id, kind, state, detail, what is loaded and how far, and of its last load the info. predicted: bytes of
-        memory, None where its size is not known."""
+        """Its entry in `/v1/models` and `/ready`. predicted: bytes of memory, None if its size is not known."""
         entry, info, size = self.entry, self.info, self.size
         card: dict[str, Any] = {"id": entry.id, "kind": entry.kind, "state": self.state, "load": entry.load}
         card |= {name: info[name] for name in info if name not in ("id", "kind")}
@@ -109,5 +108,5 @@ class Model:
 
 
 def progress_file(folder: Path, name: str) -> Path:
-    """Where the process that loads or fetches the model `name` reports its progress."""
+    """The file to which the process that loads or fetches the model `name` writes its progress."""
     return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.progress"

@@ -1,4 +1,4 @@
-"""One choice of an answer while it is generated: the engine's tokens in, pieces for the API out.
+"""One choice of an answer while it is generated: turns the engine's tokens into pieces for the API.
 
 Combines text, stop strings, tool calls and logprobs. Knows nothing of HTTP or of other choices.
 """
@@ -22,7 +22,7 @@ TokenName = tuple[str, list[int] | None]
 
 class TokenLogprob(NamedTuple):
     """One token of an answer with its logprob, and the best alternatives with theirs. logprob: None for the first token
-    of an echoed prompt, before which nothing stands."""
+    of an echoed prompt, which has no logprob."""
 
     token: TokenName
     logprob: float | None
@@ -32,7 +32,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(slots=True)
 class Piece:
-    """What one or more steps added to one choice."""
+    """The part of one choice that one or more steps added."""
 
     index: int
     text: str = ""
@@ -55,11 +55,11 @@ class VisibleText:
 
     @property
     def begin(self) -> float:
-        """The offset in the answer at which the held-back text begins; infinite where nothing is held back."""
+        """The offset in the answer at which the held-back text begins; infinite if none is held back."""
         return self._held[0].start if self._held else math.inf
 
     def push(self, span: TextSpan) -> list[TextSpan]:
-        """What is final now."""
+        """Add text; returns the text that is now final."""
         self._held.append(span)
         return self._take(len(self._stops.push(span.text)))
 
@@ -95,19 +95,20 @@ class Choice:
         self.ended = False
         self.ends_itself = bool(stops) or calls is not None  # its text may end it
         self._index, self._text, self._calls, self._offset = index, text, calls, offset
-        # With tools the text is searched for stop strings when calls have been taken out of it.
+        # With tools, the text is searched for stop strings after calls have been removed from it.
         self._detokenizer = IncrementalDetokenizer(text.decoding(), () if calls else stops, aligned=logprobs)
         self._visible = VisibleText(stops)
         self._tokens: list[tuple[int, Logprob]] = []
         self._shown = 0  # how many of them have been returned or skipped
 
     def push(self, output: StepOutput) -> Piece | None:
-        """What is final after this step; None: nothing new. Sets `ended`, also where the engine does not know it."""
+        """The piece that is final after this step; None: nothing new. Sets `ended`, also if the engine does not know
+        that the answer has ended."""
         text = self._detokenizer.push(output.tokens)
         finish: str | None = output.finish
         if finish and not self._detokenizer.stopped:
             rest = self._detokenizer.rest()
-            # Arguments that a limit cut off are a true beginning: without the stand-in for half a character.
+            # Arguments that a limit cut off must be a prefix of the whole, so without U+FFFD for half a character.
             text += rest.rstrip(UNFINISHED) if self._calls and finish == "length" else rest
         stopped = self._detokenizer.stopped  # the held-back rest may have completed a stop string
         if stopped:
@@ -126,7 +127,7 @@ class Choice:
         return piece if piece.text or piece.finish or piece.scored or piece.calls else None
 
     def _without_calls(self, text: str, finish: str | None, parser: CallParser) -> tuple[Piece, list[TextSpan]]:
-        """The piece of a text that may hold tool calls, and where its visible text stands."""
+        """The piece of a text that may contain tool calls, and the spans of its visible text."""
         calls: list[CallPart] = []
         spans: list[TextSpan] = []
         for part in parser.push(text, last=bool(finish), cut=finish == "length"):

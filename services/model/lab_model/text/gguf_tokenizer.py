@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 _NORMAL, _CONTROL, _USER = 1, 3, 4  # token types: control tokens are special, user-defined ones are only kept whole
 
-# How each family splits text before the merges, by `tokenizer.ggml.pre`; the same patterns as llama.cpp's.
+# `tokenizer.ggml.pre` -> pattern that splits text before the merges; the same patterns as in llama.cpp.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {"qwen2": _WORDS % r"\p{N}", "llama-bpe": _WORDS % r"\p{N}{1,3}"}
 
@@ -43,7 +43,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
         BPE(
             vocab={token: place for place, token in enumerate(tokens)},
             merges=[(left, right) for left, _, right in (pair.partition(" ") for pair in values["merges"])],
-            # Llama 3: a word that is a token is that token, whatever its merges.
+            # Llama 3: a word that is a token becomes that token without merges.
             ignore_merges=pre == "llama-bpe",
         )
     )
@@ -54,7 +54,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def _sentencepiece(values: Mapping[str, Any]) -> Tokenizer:
-    """BPE over scores: merges are made from the pieces, those of the best score first."""
+    """BPE over scores: the merges are derived from the pieces, in the order of their scores, the best first."""
     tokens: list[str] = values["tokens"]
     places = {token: place for place, token in enumerate(tokens)}
     types = values.get("token_type") or [1] * len(tokens)
@@ -88,7 +88,8 @@ def _sentencepiece(values: Mapping[str, Any]) -> Tokenizer:
 
 
 def _with_begin(tokenizer: Tokenizer, values: Mapping[str, Any], *, default: bool) -> Tokenizer:
-    """With the token that begins each text, if the file asks for it. default: of files that do not say."""
+    """The tokenizer with a token at the beginning of each text, if the file requests it. default: for files that do not
+    say."""
     id_ = values.get("bos_token_id")
     if values.get("add_bos_token", default) and isinstance(id_, int):
         begin = values["tokens"][id_]

@@ -1,7 +1,8 @@
 """Structured output: JSON Schemas and tool calls as grammars over token ids, by llguidance.
 
-`Grammars.make` compiles a schema, in milliseconds or, for the largest that the limits allow, in a second: not on an
-event loop. Masks are computed when they are needed. Knows tokens and schemas. Knows nothing of HTTP or models.
+`Grammars.make` compiles a schema. It takes milliseconds, or a second for the largest that the limits allow, so it must
+not run on an event loop. Masks are computed when they are needed. Knows tokens and schemas. Knows nothing of HTTP or
+models.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from tokenizers import Tokenizer
 
 Schema = Mapping[str, Any]
 ANY_OBJECT: Schema = {"type": "object"}
-# Hermes' format of a call, which Qwen, SmolLM and many others are trained on.
+# Hermes' format of a call, on which Qwen, SmolLM and many others are trained.
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 
-# The cost of a schema can grow exponentially, as alternatives multiply. These limits bound a mask to about 20 ms and a
-# compilation to about one second; beyond them both raise. llguidance's defaults allow twenty times as much.
+# The cost of a schema can grow exponentially, because alternatives multiply. These limits bound a mask to about 20 ms
+# and a compilation to about one second; beyond them both raise. llguidance's defaults allow twenty times as much.
 LIMITS = LLParserLimits(
     max_items_in_row=500,
     step_max_items=5_000,
@@ -32,7 +33,7 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 MOST_SCHEMA_BYTES = 64 * 1024
-MOST_CALLS = 8  # in an answer that must call: a small model would never stop calling
+MOST_CALLS = 8  # calls in an answer that must call, because a small model would never stop
 MOST_CACHED = 64
 HANGUL = re.compile("[\uac00-\ud7a3]")
 
@@ -42,7 +43,7 @@ class GrammarError(Exception):
 
 
 class TokenGrammar:
-    """One request's state in a grammar; the engine calls it."""
+    """The state of one request in a grammar; the engine calls it."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -75,7 +76,7 @@ class TokenGrammar:
 class Grammars:
     """The grammars of one model. stop_ids: the tokens that may end an answer once its grammar is complete.
 
-    The first use takes a third of a second, and not the start: most models never get a schema.
+    The first use takes a third of a second. It is not done at the start, because most models never get a schema.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]) -> None:
@@ -97,7 +98,7 @@ class Grammars:
                 self._known = LLTokenizer(self._tokenizer.to_str(), eos_token=self._stop_ids)
         matcher = LLMatcher(self._known, source, log_level=0, limits=LIMITS)
         if not matcher.is_error():
-            # The first mask costs most: exceed the limits here rather than in a step.
+            # The first mask costs most, so it is computed here, where it may exceed the limits, and not in a step.
             matcher.compute_bitmask()
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
@@ -143,9 +144,9 @@ def answer_source(
 
 
 def span_source(text: str) -> str:
-    """The grammar of a line that is a part of `text` after a space, whole words of it, as llguidance's Lark.
+    """The grammar of a line that consists of a space and whole words of `text`, as llguidance's Lark.
 
-    Of Korean text parts of words count too: particles are written together with the word before them.
+    In Korean text, parts of words are allowed too, because particles are written together with the word before them.
     """
     unit = "substring_chars" if HANGUL.search(text) else "substring_words"
     part = orjson.dumps({unit: text}).decode()
@@ -162,7 +163,7 @@ def ending() -> str:
 
 
 def _json(schema: Schema) -> str:
-    # Without white space between tokens: a small model that may write it often writes nothing else.
+    # Without white space between tokens: a small model often writes nothing else if it is allowed.
     options = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
     try:
         return "%json " + orjson.dumps({**schema, "x-guidance": options}).decode()

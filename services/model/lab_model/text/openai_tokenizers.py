@@ -1,4 +1,4 @@
-"""OpenAI's tokenizers cl100k_base and o200k_base, from the package bpe-openai, which carries their vocabularies.
+"""OpenAI's tokenizers cl100k_base and o200k_base, from the package bpe-openai, which contains their vocabularies.
 
 For comparison: no model of the lab uses them. Knows token ids and bytes. Knows nothing of models or HTTP.
 """
@@ -23,7 +23,7 @@ class OpenAITokenizer:
         self.vocab_size: int = self._encoding.n_vocab
 
     def encode(self, prompt: str, *, special: bool = True) -> list[int]:
-        """Token ids. Names of special tokens are plain text, and none is added."""
+        """Token ids. Names of special tokens count as plain text, and no special token is added."""
         ids: list[int] = self._encoding.encode_ordinary(prompt)
         return ids
 
@@ -31,7 +31,8 @@ class OpenAITokenizer:
         raise NotImplementedError("its tokens' bytes are those of the text")
 
     def bytes_of(self, token: int) -> bytes:
-        """Empty for ids that stand for no bytes: the vocabulary has gaps before its special tokens."""
+        """The bytes of a token; empty for ids without bytes, because the vocabulary has gaps before its special
+        tokens."""
         try:
             found: bytes = self._encoding.decode_single_token_bytes(token)
         except KeyError:
@@ -44,5 +45,5 @@ class OpenAITokenizer:
 
 @functools.cache
 def openai_tokenizer(name: str) -> OpenAITokenizer:
-    """The one of this process. Its first use takes half a second: not on an event loop."""
+    """The tokenizer of this process. Its first use takes half a second, so call it in a thread."""
     return OpenAITokenizer(name)

@@ -1,7 +1,7 @@
-"""A text cut into its tokens: each one's text, bytes and place.
+"""A text cut into its tokens: text, bytes and place of each.
 
-A character may be spread over several tokens: then their bytes are shown, and no U+FFFD stands for them. Knows one
-tokenizer. Knows nothing of models or HTTP.
+If a character is split over several tokens, their bytes are given instead of U+FFFD. Knows one tokenizer. Knows nothing
+of models or HTTP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Vocabulary(Protocol):
-    """What a tokenizer needs for its tokens to be shown."""
+    """The interface of a tokenizer whose tokens can be shown."""
 
     vocab_size: int
 
@@ -27,8 +27,8 @@ class Vocabulary(Protocol):
 
 
 class TokenPiece(NamedTuple):
-    """One token. text: None where its bytes are not whole characters. start, end: the characters of the whole text that
-    it touches, so that tokens which share a character overlap. special: a control token, whose text is its name."""
+    """One token. text: None if its bytes are not whole characters. start, end: the characters of the whole text that it
+    touches; tokens that share a character overlap. special: a control token, whose text is its name."""
 
     id: int
     text: str | None
@@ -56,20 +56,20 @@ def cut(vocabulary: Vocabulary, text: str, ids: Sequence[int], *, special: bool)
         if b"".join(parts) == whole:
             places = _places(parts)
             break
-    else:  # a tokenizer that changes the text, such as one that lowers its case
+    else:  # a tokenizer that changes the text, for example to lower case
         places = vocabulary.offsets(text, special=special)
     return _pieces(ids, names, places)
 
 
 def join(vocabulary: Vocabulary, ids: Sequence[int]) -> tuple[bytes, list[TokenPiece]]:
-    """The bytes that these tokens write together, names of special tokens included, and the pieces of that text."""
+    """The bytes of these tokens together, including names of special tokens, and the pieces of that text."""
     names = [name_of(vocabulary, token) for token in ids]
     parts = [each[1] for each in names]
     return b"".join(parts), _pieces(ids, names, _places(parts))
 
 
 def show(found: bytes) -> str:
-    r"""As text; bytes that are no character are written as \xNN."""
+    r"""The bytes as text; bytes that are not characters are written as \xNN."""
     return found.decode("utf-8", "backslashreplace")
 
 

@@ -36,7 +36,7 @@ class ModelTokenizer:
     def __init__(
         self, tokenizer: Tokenizer, template: str | None = None, names: Mapping[str, str] | None = None
     ) -> None:
-        # A file may ask for truncation and padding: no request may be truncated silently.
+        # A file may request truncation and padding, but no request may be truncated silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer, self.template = tokenizer, template
@@ -46,7 +46,7 @@ class ModelTokenizer:
         self._special = {id_: token.content for id_, token in added.items() if token.special}
         longest_first = sorted(self._special.values(), key=len, reverse=True)
         self._special_names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        # Part of the stand-in for a special token that a user has written; random, so that it cannot be guessed.
+        # Part of the placeholder for a special token that a user has written; random, so that it cannot be guessed.
         self._mark = secrets.token_hex(8)
         self._bytes: dict[int, bytes] = {}
         self.byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
@@ -56,7 +56,7 @@ class ModelTokenizer:
         """From a tokenizer of transformers. Raises CatalogueError if it is not backed by the tokenizers library."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise CatalogueError(f"its tokenizer, {type(tokenizer).__name__}, is not one of the tokenizers library")
+            raise CatalogueError(f"its tokenizer, {type(tokenizer).__name__}, is not of the tokenizers library")
         template = getattr(tokenizer, "chat_template", None)
         return cls(backend, template if isinstance(template, str) else None, tokenizer.special_tokens_map)
 
@@ -64,14 +64,14 @@ class ModelTokenizer:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the template writes tool calls as Hermes does, which `tool_calls` parses."""
+        """Whether the template writes tool calls in Hermes' format, which `tool_calls` parses."""
         template = self.template or ""
         return "tools" in template and "<tool_call>" in template and "<function=" not in template
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation and of the beginning of the answer. Raises TemplateError.
 
-        Special tokens are only those that the template writes; in a message their names are plain text.
+        Only the template writes special tokens; in a message their names are plain text.
         """
         marked = False
 
@@ -105,12 +105,12 @@ class ModelTokenizer:
         return [part for id_ in ids for part in stand_ins.get(id_, (id_,))]
 
     def encode(self, prompt: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text. special: with the tokens that the model expects at its beginning or end."""
+        """Token ids of a text. special: add the tokens that the model expects at its beginning or end."""
         ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=special).ids
         return ids
 
     def offsets(self, text: str, *, special: bool = True) -> list[tuple[int, int]]:
-        """Where each token of `encode` begins and ends in the text, in characters."""
+        """Begin and end of each token of `encode` in the text, in characters."""
         found: list[tuple[int, int]] = self.tokenizer.encode(text, add_special_tokens=special).offsets
         return found
 
@@ -141,19 +141,19 @@ class ModelTokenizer:
 
     @cached_property
     def _unspecial(self) -> tuple[Tokenizer, dict[int, list[int]]]:
-        """A tokenizer with a stand-in for each special token, and the ids of their names as plain text."""
+        """A tokenizer with a placeholder for each special token, and the ids of their names as plain text."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         tokenizer.add_tokens(
             [AddedToken(self._stand_in(name), normalized=False, special=False) for name in self._special.values()]
         )
         plain = {}
         for id_, name in self._special.items():
-            # After a stand-in, because SentencePiece may put a space before the first word of a text.
+            # After a placeholder, because SentencePiece may put a space before the first word of a text.
             stand_in = self._stand_in(name)
             tokenizer.encode_special_tokens = True
             found: list[int] = tokenizer.encode(stand_in + name, add_special_tokens=False).ids
             first, ids = found[0], found[1:]
-            if id_ in ids:  # the vocabulary holds the name as a word
+            if id_ in ids:  # the vocabulary contains the name as a word
                 ids = tokenizer.encode(stand_in + name[0] + stand_in + name[1:], add_special_tokens=False).ids
                 ids = [id_ for id_ in ids if id_ != first]
             plain[first] = ids
@@ -166,7 +166,7 @@ class ModelTokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def decoding(self) -> Decoding:
-        """A new incremental decoder, whose output joined is `decode` of all its tokens."""
+        """A new incremental decoder. Its joined output equals `decode` of all its tokens."""
         return ByteDecoding(self.bytes_of) if self.byte_level else PieceDecoding(self.decode)
 
     def bytes_of(self, token: int) -> bytes:
@@ -184,7 +184,7 @@ class ModelTokenizer:
         try:
             return found.decode(), list(found)
         except UnicodeDecodeError:
-            # As OpenAI shows tokens that are not UTF-8 on their own; unique, which U+FFFD would not be.
+            # OpenAI's form for tokens that are not UTF-8 on their own; it is unique, unlike U+FFFD.
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found), list(found)
 
     def _find_bytes(self, token: int) -> bytes:
@@ -202,7 +202,7 @@ class ModelTokenizer:
 
     @property
     def separator(self) -> str | None:
-        """The special token between two texts of one input, for tokenizers that have one."""
+        """The special token between two texts of one input; None if the tokenizer has none."""
         return self._names.get("sep_token")
 
     def stop_ids(self, configured: Iterable[int] = ()) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Tool calls: how functions are described to a model, and how its calls are parsed from its text.
+"""Tool calls: describes functions to a model, and parses its calls from its text.
 
 The format is Hermes': `<tool_call>{"name": …, "arguments": {…}}</tool_call>`. Knows text. Knows nothing of tokens or
 HTTP.
@@ -29,12 +29,12 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 
-# Under a grammar, what stands before arguments: `grammar.beginning` of any name, after `grammar.ending` of a call.
+# Under a grammar, the text before arguments: `grammar.beginning` of any name, after `grammar.ending` of a call.
 FORCED = re.compile(rf'(?:{re.escape(ending())})?\s*{CALL_BEGIN}\n\{{"name":"([A-Za-z0-9_-]+)","arguments":')
 
 
 def render_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template without tools: tools, calls and results become text."""
+    """The conversation for a template without tools: tools, calls and results are written as text."""
     out: list[dict[str, Any]] = []
     if tools:
         prompt = PROMPT.format(tools="\n".join(_json(tool) for tool in tools))
@@ -75,7 +75,7 @@ class TextSpan(NamedTuple):
 
 
 class JsonObject:
-    """Finds the end of a JSON object that comes in parts. Reads brackets and strings; checks nothing else."""
+    """Finds the end of a JSON object that arrives in parts. Reads brackets and strings; checks nothing else."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -83,7 +83,7 @@ class JsonObject:
         self.closed = False
 
     def take(self, text: str) -> int:
-        """How many characters of `text`, which continues the object, belong to it; sets `closed` at its end."""
+        """Number of characters of `text`, the next part, that belong to the object. Sets `closed` at its end."""
         for at, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
@@ -102,10 +102,10 @@ class JsonObject:
 
 
 class ToolCallParser:
-    """Parses text that may contain calls. What is no call, or one of an unknown function, is text. Of a call that is
-    cut off, its name and the beginning of its arguments are returned, and never its marks.
+    """Parses text that may contain calls. Anything else, also a call of an unknown function, is text. For a call that
+    is cut off, its name and the beginning of its arguments are returned, but never its marks.
 
-    most: calls that an answer may hold; `done` after so many.
+    most: largest number of calls in an answer; `done` after that many.
     """
 
     def __init__(self, names: Collection[str], most: int | None = None) -> None:
@@ -119,8 +119,8 @@ class ToolCallParser:
         return self.count == self._most
 
     def push(self, text: str, *, last: bool = False, cut: bool = False) -> list[TextSpan | CallPart]:
-        """What has become final, in order. last: no text follows, so nothing is held back. cut: a limit ended the text,
-        so that the beginning of a mark belongs to a call."""
+        """Add text; returns the parts that are now final, in order. last: no text follows, so nothing is held back.
+        cut: a limit ended the text, so the beginning of a mark belongs to a call."""
         out: list[TextSpan | CallPart] = []
         self._pending += text
         text_until = 0  # call marks before it are text, because no call follows them
@@ -164,7 +164,7 @@ class ToolCallParser:
         self._pending = self._pending[length:]
 
     def _parse(self, written: str) -> list[CallPart]:
-        """The calls between the marks (SmolLM writes a list there); none if it is not a call."""
+        """The calls between the marks (SmolLM writes a list there); none if the text is not a call."""
         out: list[CallPart] = []
         try:
             found = json.loads(written)
@@ -186,7 +186,7 @@ class ToolCallParser:
         return out
 
     def _parse_cut(self, written: str) -> list[CallPart] | None:
-        """What there is of the calls that end with the text; None if they are no calls."""
+        """The parts of the calls that end with the text; None if they are not calls."""
         out: list[CallPart] = []
         rest = written.lstrip()
         if is_list := rest.startswith("["):
@@ -205,7 +205,7 @@ class ToolCallParser:
 
 
 class ForcedToolCallParser:
-    """Parses calls under a grammar: their format is known, so that arguments stream as they are generated."""
+    """Parses calls under a grammar: their format is known, so arguments are streamed while they are generated."""
 
     done = False  # the grammar ends the answer
     at = 0  # there is no text outside calls
@@ -216,7 +216,7 @@ class ForcedToolCallParser:
         self.count = 0
 
     def push(self, text: str, *, last: bool = False, cut: bool = False) -> list[TextSpan | CallPart]:
-        """What has become final: every character of arguments at once."""
+        """Add text; returns the parts that are now final. Characters of arguments are final at once."""
         out: list[TextSpan | CallPart] = []
         self._pending += text
         while self._pending:
@@ -243,8 +243,8 @@ def call_id() -> str:
 
 
 def _read_call(text: str, names: Collection[str]) -> tuple[str, str, str] | None:
-    """A call that may be cut off anywhere: its name, the beginning of its arguments, and what follows them; each as far
-    as it goes. None if `text` does not begin as a call of one of these functions does."""
+    """Parse a call that may be cut off anywhere: its name, the beginning of its arguments, and the text after them,
+    each as far as it exists. None if `text` does not begin like a call of one of these functions."""
     name, at = "", 0
     for part in ("{", '"name"', ":", "", ",", '"arguments"', ":"):
         at += len(text[at:]) - len(text[at:].lstrip())
@@ -269,12 +269,12 @@ def _read_call(text: str, names: Collection[str]) -> tuple[str, str, str] | None
 
 
 def _final(text: str) -> str:
-    """The text without what may belong to a call that begins at its end: white space and part of the mark."""
+    """The text without a part at its end that may belong to a call: white space and the beginning of the mark."""
     return text[: len(text) - _overlap(text, CALL_BEGIN)].rstrip()
 
 
 def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` are the beginning of `mark`."""
+    """Number of characters at the end of `text` that are the beginning of `mark`."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 

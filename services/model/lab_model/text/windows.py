@@ -17,8 +17,7 @@ STRIDE_SHARE = (
 
 
 class Window(NamedTuple):
-    """One row. first, stop: the tokens of the text; offsets: where each token of the row lies in the text, in
-    characters."""
+    """One row. first, stop: the tokens of the text; offsets: begin and end of each token in the text, in characters."""
 
     ids: list[int]
     first: int

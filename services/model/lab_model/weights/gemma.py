@@ -31,7 +31,7 @@ PARTS = {
     "ffn_down": "mlp.down_proj",
 }
 ROWS = 8192  # unpacked at once: a table of 262,144 rows would take 700 MB as float32
-# In layers of six the last one sees everything; in others keys turn by another base (https://arxiv.org/abs/2503.19786).
+# Every sixth layer attends to all tokens; in the others the rotary base differs (https://arxiv.org/abs/2503.19786).
 PERIOD, LOCAL_BASE = 6, 10_000.0
 
 
@@ -90,7 +90,7 @@ def load(file: GGUFFile, dtype: torch.dtype, on_layer: Callable[[float], None] =
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor's values, unpacked a part of its rows at a time. (rows, columns)."""
+    """The tensor's values, (rows, columns), unpacked in blocks of ROWS rows."""
     rows, columns = tensor.shape
     found = torch.empty(rows, columns, dtype=dtype)
     for start in range(0, rows, ROWS):

@@ -25,7 +25,7 @@ MOST_HEADER = 100_000_000  # bytes of a safetensors header, as its own library a
 
 
 class GGUFError(Exception):
-    """The file is not GGUF, or holds something that is not supported."""
+    """The file is not GGUF, or has something that is not supported."""
 
 
 class SafetensorsError(Exception):
@@ -34,7 +34,7 @@ class SafetensorsError(Exception):
 
 @contextlib.contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Turn the exceptions that a damaged file's numbers, names and types cause into a GGUFError with its path."""
+    """Turn exceptions caused by wrong numbers, names and types of a damaged file into a GGUFError with its path."""
     try:
         yield
     except (struct.error, ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
@@ -125,5 +125,5 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SafetensorsError(f"{path} is cut short or damaged: {error}") from None
     if needed > end:
-        raise SafetensorsError(f"{path} is cut short: it has {end} bytes of tensors, and its header tells of {needed}")
+        raise SafetensorsError(f"{path} is cut short: it has {end} bytes of tensors, but its header needs {needed}")
     return shapes

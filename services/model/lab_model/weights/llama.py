@@ -16,10 +16,10 @@ from .linear import Linear, Norm
 
 # Families whose decoder is Llama's: `LlamaWeights` expresses all differences.
 FAMILIES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-# Kinds of rotary scaling that have one table for all lengths; the others change it while a text grows.
+# Kinds of rotary scaling with one table for all lengths; other kinds change it while a text grows.
 ROTATIONS = {"default", "linear", "llama3", "yarn"}
 
-# Metadata that a Llama's GGUF file must have, as integers; some other families have lists there.
+# Metadata that a Llama's GGUF file must have as integers; some other families have lists there.
 SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
 

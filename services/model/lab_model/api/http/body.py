@@ -17,14 +17,14 @@ GZIP, ZLIB, DEFLATE = 31, 15, -15  # zlib's wbits
 MAX_DEPTH = 64
 CODINGS = "gzip, deflate"
 MAX_CODINGS = 2
-MAX_MEMBERS = 64  # of one gzip body: each costs a copy of what follows it
+MAX_MEMBERS = 64  # members of one gzip body; each costs a copy of the bytes after it
 
 
 def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
-    """The content that `raw` stands for. codings: of the header Content-Encoding (RFC 9110, section 8.4).
+    """The decoded content of `raw`. codings: of the header Content-Encoding (RFC 9110, section 8.4).
 
-    Raises MediaTypeError for an unknown coding, BodyTooLargeError for a result of over `limit` bytes, BadRequestError
-    where the body is not what the header says.
+    Raises MediaTypeError for an unknown coding, BodyTooLargeError for a result of more than `limit` bytes,
+    BadRequestError if the body does not have these codings.
     """
     names = [name for part in codings.split(",") if (name := part.strip().lower()) not in {"", "identity"}]
     if len(names) > MAX_CODINGS:
@@ -41,7 +41,7 @@ def decode_content(raw: bytes, codings: str, limit: int) -> bytes:
         found = next((out for kind in kinds if (out := _inflate(raw, kind, limit)) is not None), None)
         if found is None:
             raise errors.BadRequestError(
-                f"The body is not {name}, which its header Content-Encoding names.",
+                f"The header Content-Encoding says {name}, but the body is not {name}.",
                 param="content-encoding",
                 code="invalid_value",
             )
@@ -69,7 +69,7 @@ def _inflate(raw: bytes, kind: int, limit: int) -> bytes | None:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value. What parsers read differently is refused, as the proxy refuses it. Raises BadRequestError."""
+    """The parsed value. JSON that parsers read differently is refused, as in the proxy. Raises BadRequestError."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -91,7 +91,7 @@ def _check_keys(pairs: list[tuple[str, None]]) -> None:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether the value has more than so many levels of objects and lists."""
+    """Whether the value has more than `levels` levels of objects and lists."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
         inside = (part for each in level for part in (each.values() if isinstance(each, dict) else each))

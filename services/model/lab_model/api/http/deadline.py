@@ -22,7 +22,7 @@ def deadline_of(http: HttpRequest) -> float | None:
         return None
     if not (value.isascii() and value.isdecimal() and len(value) < 10 and 0 < int(value) <= LONGEST_TIMEOUT_MS):
         raise BadRequestError(
-            f"The header x-request-timeout-ms is whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}.",
+            f"The header x-request-timeout-ms must be whole milliseconds from 1 to {LONGEST_TIMEOUT_MS}.",
             param="x-request-timeout-ms",
             code="invalid_value",
         )

@@ -15,7 +15,7 @@ from typing import Any, Literal, TextIO
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; fields of a request come in `record.fields`."""
+    """One JSON object per line; fields of a request are in `record.fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Time, service, level and message or fields: for a terminal."""
+    """Time, service, level and message or fields, for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", None)
@@ -39,7 +39,8 @@ class TextFormatter(logging.Formatter):
 def start_logging(form: Literal["json", "text"], pipe: Path | None) -> None:
     """Send this package's log to the main process's pipe, or to stderr without one (in a cluster).
 
-    Ray's own way from a replica's stderr to the driver adds prefixes and a process. Call it once in each process.
+    Ray could forward a replica's stderr to the driver, but that adds prefixes and a process. Call this once in each
+    process.
     """
     try:
         # Never block on the reader: losing a log line is better than delaying a request.

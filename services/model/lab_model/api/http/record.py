@@ -1,6 +1,6 @@
-"""What is recorded of each request: log line, metrics, usage.
+"""The record of each request: log line, metrics, usage.
 
-Knows numbers and names. Never holds prompts, answers or keys.
+Knows numbers and names. Never contains prompts, answers or keys.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def finish_request(method: str, record: Record) -> None:
         return  # the model's own process records it; health checks and scrapes come several times a second
     seconds = time.monotonic() - record.started
     model, status = record.model or "-", 499 if record.outcome == "gone" else record.status
-    # Unknown paths would make a label each.
+    # Each unknown path would create a label.
     endpoint = record.endpoint if record.status != 404 else "-"
     REQUESTS.labels(model, endpoint, status).inc()
     SECONDS.labels(model, endpoint).observe(seconds)

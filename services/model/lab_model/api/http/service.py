@@ -1,6 +1,6 @@
-"""What surrounds every request: dispatch by path, errors on the wire, bodies, streams, disconnects.
+"""HTTP around every request: dispatch by path, errors on the wire, bodies, streams, disconnects.
 
-Knows HTTP. Knows nothing of models; `record` counts and logs what a request did.
+Knows HTTP. Knows nothing of models; `record` counts and logs requests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 class HttpService:
     """An ASGI application of exact paths.
 
-    name, revision: of the one model that it serves; None where there are several. Answers of one model name this
+    name, revision: of the model that it serves; None if there are several. Answers of one model name this
     process by a random id: callers can see which of several replicas answered.
     """
 
@@ -73,7 +73,7 @@ class HttpService:
             await refuse_websocket(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        # Ray Serve gives a request without an id one, and puts the id on the answer.
+        # Ray Serve adds an id to a request without one, and sends the id with the answer.
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or new_id("req")
         call_id = headers.get(b"x-call-id", b"").decode("latin-1")[:128] or request_id
@@ -109,7 +109,7 @@ class HttpService:
 
     def _end(self, method: str, record: Record) -> None:
         """Record the request: a complete response with the tokens that it reports, an interrupted one with those
-        computed until the engine has ended it. Requests that were refused or never began count no tokens."""
+        computed until the engine ended it. Refused requests, and those that never began, count no tokens."""
         refused = 400 <= record.status < 499 or record.status == 503
         if record.outcome not in {"done", "forwarded"}:
             record.prompt_tokens = record.completion_tokens = record.cached_tokens = 0
@@ -136,7 +136,7 @@ class HttpService:
             and "*" not in self._hosts
             and not re.fullmatch(r"[0-9.]+|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", name)
         ):
-            raise errors.HostError("No such host here: use localhost, or name it in MODEL_ALLOWED_HOSTS.")
+            raise errors.HostError("This host name is not allowed: use localhost or set MODEL_ALLOWED_HOSTS.")
 
     async def _respond(self, http: HttpRequest, path: str) -> Response:
         try:
@@ -149,11 +149,11 @@ class HttpService:
             if path.startswith("/v1/models/") and method == "GET":
                 name = path.removeprefix("/v1/models/")
                 raise errors.NotFoundError(
-                    f"The model '{name[:200]}' does not exist here.", param="model", code="model_not_found"
+                    f"The model '{name[:200]}' does not exist.", param="model", code="model_not_found"
                 )
             if methods:
-                raise errors.MethodNotAllowedError(f"{path} takes {', '.join(sorted(methods))}, not {http.method}.")
-            raise errors.NotFoundError(f"There is no {path} here.", code="not_found")
+                raise errors.MethodNotAllowedError(f"{path} allows {', '.join(sorted(methods))}, not {http.method}.")
+            raise errors.NotFoundError(f"{path} is not a path of this service.", code="not_found")
         except errors.ApiError as error:
             return Json(error.body(), error.status, error.headers)
         except (ClientGoneError, ClientDisconnect):
@@ -213,7 +213,7 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("http_version") == "1.0":  # without chunks: whole, with its length
+        if scope.get("http_version") == "1.0":  # without chunked transfer: in one piece, with its length
             whole = b"".join([part async for part in self._parts(scope["record"])])
             self.headers["content-length"] = str(len(whole))
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -222,7 +222,8 @@ class EventStream(Response):
 
         async def stream() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            # Closed explicitly: until garbage collection an abandoned answer would keep its place in the engine.
+            # Closed explicitly: otherwise an abandoned answer would keep its slot in the engine until garbage
+            # collection.
             async with contextlib.aclosing(self._parts(scope["record"])) as parts:
                 async for part in parts:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -276,7 +277,7 @@ async def read_json(http: HttpRequest, limit: int) -> Any:
                 if size > limit:
                     raise errors.BodyTooLargeError(f"The body is larger than {limit} bytes.")
     except TimeoutError:
-        raise errors.BodyTooSlowError(f"The body did not come within {BODY_SECONDS} s.") from None
+        raise errors.BodyTooSlowError(f"The body did not arrive within {BODY_SECONDS} s.") from None
     coding = http.headers.get("content-encoding", "")
 
     def read() -> Any:

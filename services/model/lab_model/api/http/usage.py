@@ -1,4 +1,4 @@
-"""Tokens used by each ended request, by its id, also of interrupted requests. The proxy reads them to bill those.
+"""Tokens used by each ended request, by its id. The proxy reads them to bill interrupted requests.
 
 Each process writes to a ring buffer of fixed slots, one file in a folder that all processes of this machine share.
 Number and age are bounded, and the file of a killed process remains. Complete requests are in it too: a client that
@@ -46,7 +46,7 @@ class UsageRing:
         self._next = 0
 
     def open(self, folder: Path) -> None:
-        """Record requests that end from now on in a file that `find` reads; in none if the disk has no room."""
+        """Record requests that end from now on, in a file that `find` reads. Records nothing if the disk is full."""
         try:
             path = folder / f"{os.getpid()}-{time.time_ns()}.tally"
             with path.open("x+b") as file:
@@ -63,14 +63,14 @@ class UsageRing:
             return
         at = self._next * _SLOT.size
         self._next = (self._next + 1) % SLOTS
-        self._memory[at : at + 16] = _EMPTY  # a reader must not find half of it
+        self._memory[at : at + 16] = _EMPTY  # a reader must not find a half-written slot
         _NUMBERS.pack_into(self._memory, at + 16, time.time(), *used)
         self._memory[at : at + 16] = _digest(id_)
 
 
 def forget_dead(folder: Path) -> None:
-    """Remove what processes that have ended left behind: gauges of prometheus_client, whose values were theirs alone,
-    and rings with nothing that `find` would return. Reads files: call it in a thread."""
+    """Remove files of processes that have ended: gauges of prometheus_client, which are no longer valid, and rings with
+    no slot that `find` would return. Reads files: call it in a thread."""
     for path in folder.glob("gauge_live*_*.db"):
         if not _alive(path.stem.rpartition("_")[2]):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""OpenAI's wire format: what a request may hold and how an answer is written.
+"""OpenAI's wire format: the fields of requests and the JSON of answers.
 
 Knows JSON fields and their limits. Knows nothing of HTTP servers, tokens or models.
 """

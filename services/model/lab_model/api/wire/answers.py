@@ -15,7 +15,7 @@ from ...text.choice import Piece, TokenLogprob, TokenName
 from ..http.service import new_id
 
 Object = dict[str, Any]
-LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI does the same
+LEAST_LOGPROB = -9999.0  # replaces minus infinity, which JSON does not have, as OpenAI does
 
 
 def usage(prompt: int, completion: int, cached: int) -> Object:
@@ -120,14 +120,14 @@ class Answer:
 
 
 def finite(logprob: float | None) -> float | None:
-    """As JSON can hold it."""
+    """The logprob as JSON can express it."""
     return None if logprob is None else max(logprob, LEAST_LOGPROB)
 
 
 def embedding_list(model: str, vectors: Sequence[Sequence[float]], counts: list[int], *, base64: bool) -> Object:
-    """OpenAI's embedding list. base64: of little-endian float32, which the official client asks for.
+    """OpenAI's embedding list. base64: of little-endian float32, which the official client requests.
 
-    `usage.per_input_tokens` is an extension: a cache of single inputs needs it to add up another batch's usage.
+    `usage.per_input_tokens` is an extension: a cache of single inputs needs it to compute the usage of another batch.
     """
     data = [
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if base64 else vector}

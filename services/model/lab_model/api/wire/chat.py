@@ -44,10 +44,10 @@ class ToolCall(BaseModel):
     id: Text
     type: Literal["function"]
     function: CalledFunction
-    index: Whole | None = None  # of a stream's delta that was kept as it came; without effect
+    index: Whole | None = None  # of a stream's delta that a client stored unchanged; without effect
 
     def plain(self) -> dict[str, Any]:
-        """For a chat template, which writes arguments as JSON itself; truncated arguments stay text."""
+        """The call for a chat template, which writes arguments as JSON itself; truncated arguments stay text."""
         try:
             arguments: Any = json.loads(self.function.arguments)
         except (ValueError, RecursionError):
@@ -62,7 +62,7 @@ Part = TextPart | RefusalPart
 
 
 class Message(BaseModel):
-    """A message. Without effect, because chat templates have no place for them: `name` and `annotations`."""
+    """A message. `name` and `annotations` have no effect, because chat templates do not use them."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -82,7 +82,8 @@ class Message(BaseModel):
         return [*(self.tool_calls or ()), *([ToolCall(id=OLDER, type="function", function=older)] if older else ())]
 
     def plain(self) -> dict[str, Any]:
-        """For a chat template. `developer` is OpenAI's newer name for `system`, `function` its older one for `tool`."""
+        """The message for a chat template. `developer` is OpenAI's newer name of `system`, `function` its older name of
+        `tool`."""
         content = self.content or self.refusal or ""
         if isinstance(content, list):
             content = "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
@@ -103,14 +104,14 @@ class Message(BaseModel):
         for name in ("tool_calls", "function_call", "refusal"):
             if getattr(self, name) and self.role != "assistant":
                 raise BadRequestError(
-                    f"Unrecognized request argument: '{place}.{name}': only an assistant's message has it.",
+                    f"Unrecognized request argument: '{place}.{name}': only an assistant's message may have it.",
                     param=f"{place}.{name}",
                     code="unknown_parameter",
                 )
         for index, part in enumerate(self.content if isinstance(self.content, list) else ()):
             if isinstance(part, RefusalPart) and self.role != "assistant":
                 raise BadRequestError(
-                    f"Invalid value for '{place}.content[{index}].type': only an assistant refuses.",
+                    f"Invalid value for '{place}.content[{index}].type': only an assistant's message may be a refusal.",
                     param=f"{place}.content[{index}].type",
                     code="invalid_value",
                 )
@@ -130,7 +131,7 @@ class Function(BaseModel):
 
     @property
     def schema_(self) -> Object:
-        """The JSON Schema of its arguments; a function without parameters takes none."""
+        """The JSON Schema of its arguments; a function without parameters accepts none."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
         return {"type": "object", **self.parameters}
@@ -203,7 +204,7 @@ class ChatRequest(Generation):
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer consists of calls alone."""
+        """Whether the answer must consist of calls only."""
         choice = self.tool_choice
         if isinstance(choice, AllowedTools):
             return choice.allowed_tools.mode == "required"
@@ -211,7 +212,7 @@ class ChatRequest(Generation):
 
     @property
     def several_calls(self) -> bool:
-        """Whether the answer may call more than once."""
+        """Whether the answer may contain more than one call."""
         return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, ChosenFunction)
 
     @property
@@ -249,7 +250,7 @@ class ChatRequest(Generation):
         form = self.response_format
         if form and (form.type == "json_schema") != (form.json_schema is not None):
             raise BadRequestError(
-                "'response_format' has a 'json_schema' when its type is json_schema, and only then.",
+                "'response_format.json_schema' is required if the type is json_schema, and not allowed otherwise.",
                 param="response_format.json_schema",
                 code="invalid_value",
             )
@@ -263,8 +264,7 @@ class ChatRequest(Generation):
                 message.tool_call_id and message.tool_call_id not in known
             ):
                 raise BadRequestError(
-                    f"'{place}.tool_call_id' names the call that a message of role 'tool' answers, and must be the id "
-                    "of one in an earlier message.",
+                    f"'{place}.tool_call_id' must be the id of a tool call in an earlier message.",
                     param=f"{place}.tool_call_id",
                     code="invalid_value",
                 )
@@ -274,20 +274,20 @@ class ChatRequest(Generation):
         for index, tool in enumerate(self.tools or ()):
             if tool.function.schema_["type"] != "object":
                 raise BadRequestError(
-                    f"'tools[{index}].function.parameters': arguments are an object.",
+                    f"'tools[{index}].function.parameters' must be the schema of an object.",
                     param=f"tools[{index}].function.parameters.type",
                     code="invalid_value",
                 )
         twice = next((i for i, name in enumerate(names) if name in names[:i]), None)
         if twice is not None:
             raise BadRequestError(
-                f"'tools[{twice}].function.name': there are two functions of this name.",
+                f"'tools[{twice}].function.name': another function has the same name.",
                 param=f"tools[{twice}].function.name",
                 code="invalid_value",
             )
         if set(self.chosen or ()) - set(names):
             raise BadRequestError(
-                "'tool_choice' names a function that is not among 'tools'.", param="tool_choice", code="invalid_value"
+                "'tool_choice' names a function that is not in 'tools'.", param="tool_choice", code="invalid_value"
             )
         if self.must_call and not names:
             raise BadRequestError("'tool_choice' needs 'tools'.", param="tool_choice", code="invalid_value")

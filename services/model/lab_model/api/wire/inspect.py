@@ -26,13 +26,13 @@ TokenizerName = Literal["cl100k_base", "o200k_base"]
 
 
 class InspectRequest(Checked):
-    """model: left out, the first chat model of the catalogue."""
+    """model: default is the first chat model of the catalogue."""
 
     model: Text | None = None
 
 
 class SourceRequest(InspectRequest):
-    """A text, or messages, which the model's chat template renders; exactly one of them."""
+    """Either a text, or messages, which the model's chat template renders."""
 
     text: BoundedText | None = None
     messages: Messages | None = None
@@ -43,7 +43,8 @@ class SourceRequest(InspectRequest):
 
 class TokenizeRequest(SourceRequest):
     """tokenizer: one of OpenAI's instead of the model's own; it has no chat template.
-    add_special_tokens: those that the model expects around a text; messages have those of the template."""
+    add_special_tokens: whether to add those that the model expects around a text; messages have those of the template.
+    """
 
     tokenizer: TokenizerName | None = None
     add_special_tokens: bool | None = None
@@ -52,7 +53,7 @@ class TokenizeRequest(SourceRequest):
         super().check()
         if self.tokenizer and self.messages is not None:
             raise BadRequestError(
-                f"'messages' need a chat template, which {self.tokenizer} does not have: send 'text'.",
+                f"'messages' needs a chat template, which {self.tokenizer} does not have: send 'text'.",
                 param="messages",
                 code="invalid_value",
             )
@@ -74,13 +75,13 @@ class Sampled(SourceRequest):
 
 
 class NextTokenRequest(Sampled):
-    """top: how many of the most likely tokens are shown."""
+    """top: number of most likely tokens in the answer."""
 
     top: Annotated[Whole, Field(ge=1, le=MOST_CANDIDATES)] | None = None
 
 
 class StepsRequest(Sampled):
-    """top: alternatives of each step. max_tokens: steps at most."""
+    """top: number of alternatives for each step. max_tokens: largest number of steps."""
 
     top: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     max_tokens: Annotated[Whole, Field(ge=1, le=MOST_STEPS)] | None = None
@@ -88,7 +89,7 @@ class StepsRequest(Sampled):
 
 
 class ScoreRequest(SourceRequest):
-    """token_ids: instead of a text. top: alternatives at each place."""
+    """token_ids: replaces a text. top: number of alternatives for each token."""
 
     token_ids: TokenIds | None = None
     top: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -114,23 +115,23 @@ def check_one(request: BaseModel, names: Sequence[str]) -> None:
         )
 
 
-MOST_INSIDE_TOKENS = 48  # of a text whose layers are shown
+MOST_INSIDE_TOKENS = 48  # of a text for logit-lens and attention
 
 
 class LensRequest(SourceRequest):
-    """top: tokens for each layer and place."""
+    """top: number of tokens for each layer and place."""
 
     top: Annotated[Whole, Field(ge=1, le=10)] | None = None
 
 
 class AttentionRequest(SourceRequest):
-    """layer: from 0; left out: the first."""
+    """layer: counted from 0; default: the first."""
 
     layer: Annotated[Whole, Field(ge=0)] | None = None
 
 
 class MemoryRequest(InspectRequest):
-    """tokens: of a text whose share of the KV cache is computed."""
+    """tokens: length of a text whose share of the KV cache is computed."""
 
     tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
 

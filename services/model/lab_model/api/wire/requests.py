@@ -17,12 +17,12 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def _whole(value: Any) -> Any:
-    # JSON has one kind of number: 64.0 is 64.
+    # JSON has only one kind of number, so 64.0 equals 64.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-# fail_fast: a wrong list of a million entries must not become a million error objects.
+# fail_fast: a wrong list of a million entries must not create a million error objects.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1, max_length=131_072)]
 MOST_INPUTS = 2048  # OpenAI's limit of embedding inputs
 MOST_CHOICES = 128  # OpenAI's limit of `n`
@@ -59,7 +59,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 def _biases(value: Any) -> Any:
-    # Checked by hand: a wrong map of a million entries must not become a million error objects.
+    # Checked by hand: a wrong map of a million entries must not create a million error objects.
     if not isinstance(value, dict):
         return value
     biases: dict[int, float] = {}
@@ -137,7 +137,7 @@ class CompletionRequest(Generation):
         | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     )
-    # 0 beside `echo`: the prompt alone, for its logprobs.
+    # 0 is allowed with `echo`: the answer is the prompt alone, for its logprobs.
     max_tokens: Annotated[Whole, Field(ge=0)] | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -177,7 +177,7 @@ class EmbeddingRequest(BaseModel):
         | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_INPUTS)]
     )
-    # Whose token ids the input holds: OpenAI's clients send ids of OpenAI's vocabularies, whatever the model's name.
+    # The vocabulary of token ids in the input: OpenAI's clients send ids of OpenAI's vocabularies for every model.
     input_vocabulary: Literal["model"] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Whole | None = None
@@ -188,12 +188,12 @@ class EmbeddingRequest(BaseModel):
 
 
 def _several(value: Any) -> list[str | list[int]]:
-    """A string, a list of strings, token ids or a list of them: always a list of single inputs."""
+    """A list of single inputs, from a string, a list of strings, token ids or a list of token ids."""
     return [value] if isinstance(value, str) or isinstance(value[0], int) else value
 
 
 def parse(shape: type[R], body: Any) -> R:
-    """The request, or a BadRequestError that names the parameter. Raises nothing else."""
+    """The parsed request. Raises only BadRequestError, which names the parameter."""
     if not isinstance(body, dict):
         raise BadRequestError("The body must be a JSON object.", code="invalid_json")
     # `null` is the same as leaving a field out.
@@ -208,7 +208,7 @@ def parse(shape: type[R], body: Any) -> R:
                 code="unsupported_parameter",
             )
     for message in given["messages"] if isinstance(given.get("messages"), list) else ():
-        # The SDK's message objects carry these fields when they are sent back; empty they mean nothing.
+        # The SDK's message objects have these fields when they are sent back; empty ones have no meaning.
         if isinstance(message, dict):
             for name in ("name", "refusal", "annotations", "audio", "tool_calls", "function_call", "reasoning_content"):
                 if name in message and not message[name]:
@@ -226,7 +226,7 @@ def parse(shape: type[R], body: Any) -> R:
 
 def _refusal(error: ValidationError, body: Any) -> BadRequestError:
     # A union reports a fault for each member. The caller most likely meant the member whose entries are right but too
-    # many, or else the one whose fault is deepest, and farthest in its list.
+    # many, or else the one whose fault is deepest and farthest in its list.
     def likely(fault: Mapping[str, Any]) -> tuple[bool, int, list[int], bool]:
         places = [part for part in fault["loc"] if isinstance(part, int)]
         return fault["type"] == "too_long", len(fault["loc"]), places, not fault["type"].endswith("_type")

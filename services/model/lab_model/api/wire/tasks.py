@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ...errors import BadRequestError
 from .requests import MOST_INPUTS, Checked, StopString, Text, Whole
 
-MOST_CHARACTERS = 50_000  # of one text or context
-MOST_GENERATED = 64  # inputs of a request that generates
+MOST_CHARACTERS = 50_000  # characters of one text or context
+MOST_GENERATED = 64  # inputs of a request whose answers are generated
 MOST_LABELS = 100
 MOST_LABEL_CHARACTERS = 200
 DEFAULT_NEW_TOKENS = 64
@@ -28,14 +28,14 @@ class Parameters(BaseModel):
 
 
 class LabelParameters(Parameters):
-    """top_k: so many of the best labels; left out: all."""
+    """top_k: number of best labels in the answer; default: all."""
 
     top_k: Annotated[Whole, Field(ge=1)] | None = None
 
 
 class ZeroShotParameters(Parameters):
-    """hypothesis_template: how a label becomes a sentence; `{}` stands for the label.
-    multi_label: each label's score for itself, instead of scores that add up to 1."""
+    """hypothesis_template: a sentence in which `{}` is replaced by the label.
+    multi_label: scores of labels are independent, instead of adding up to 1."""
 
     candidate_labels: Annotated[list[Label], Field(fail_fast=True, min_length=1, max_length=MOST_LABELS)]
     hypothesis_template: Annotated[str, StringConstraints(max_length=MOST_LABEL_CHARACTERS)] | None = None
@@ -43,15 +43,15 @@ class ZeroShotParameters(Parameters):
 
 
 class AnswerParameters(Parameters):
-    """max_answer_tokens: of the model's tokens. handle_impossible_answer: whether an empty answer may say that the
-    context has none."""
+    """max_answer_tokens: in tokens of the model. handle_impossible_answer: whether the answer may be empty, which means
+    that the context has none."""
 
     max_answer_tokens: Annotated[Whole, Field(ge=1, le=256)] | None = None
     handle_impossible_answer: bool | None = None
 
 
 class GenerationParameters(Parameters):
-    """temperature: 0 unless given, so that an answer can be repeated and cached."""
+    """temperature: default 0, so that an answer can be repeated and cached."""
 
     max_new_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -65,7 +65,7 @@ class GenerationParameters(Parameters):
 
 
 class TaskRequest(Checked):
-    """model: left out, the first fitting model of the catalogue."""
+    """model: default is the first suitable model of the catalogue."""
 
     model: Text | None = None
 
@@ -91,13 +91,13 @@ class ZeroShotRequest(TaskRequest):
         labels, template = self.parameters.candidate_labels, self.parameters.hypothesis_template
         if len(set(labels)) < len(labels):
             raise BadRequestError(
-                "'parameters.candidate_labels' has a label twice.",
+                "'parameters.candidate_labels' contains a label twice.",
                 param="parameters.candidate_labels",
                 code="invalid_value",
             )
         if template is not None and template.count("{}") != 1:
             raise BadRequestError(
-                "'parameters.hypothesis_template' needs one {}, which stands for the label.",
+                "'parameters.hypothesis_template' must contain {} once; it is replaced by the label.",
                 param="parameters.hypothesis_template",
                 code="invalid_value",
             )
@@ -131,8 +131,8 @@ class GenerationRequest(TaskRequest):
 def task_answer(
     model: str, method: str, results: Sequence[Any], prompts: Sequence[int], completions: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The answer of every task: one result an input, in their order. prompts, completions: each input's tokens, which a
-    cache of single inputs needs."""
+    """The answer of a task: one result for each input, in their order. prompts, completions: tokens of each input,
+    which a cache of single inputs needs."""
     made = [0] * len(prompts) if completions is None else list(completions)
     usage = {"prompt_tokens": sum(prompts), "completion_tokens": sum(made), "total_tokens": sum(prompts) + sum(made)}
     usage_by_input = {"per_input_tokens": list(prompts), "per_input_completion_tokens": made}
