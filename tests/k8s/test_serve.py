@@ -133,7 +133,7 @@ def test_a_node_is_drained_before_its_pod_ends(own_ray: Process, tmp_path: Path)
     environ = node.environ() | {"RAY_ADDRESS": gcs, "MY_POD_IP": "10.9.9.9"}
     argv = [sys.executable, "-m", "lab_model.serving.drain_node"]
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, "10.9.9.9 is no node" in done.stderr) == (1, True), done.stderr
+    assert (done.returncode, "10.9.9.9 is not a node" in done.stderr) == (1, True), done.stderr
     log = tmp_path / "drain.log"
     environ["MY_POD_IP"] = gcs.partition(":")[0]
     with log.open("wb") as out, subprocess.Popen(argv, env=environ, stderr=out) as draining:

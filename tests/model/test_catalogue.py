@@ -193,7 +193,7 @@ def test_a_hub_says_no(hub: Mirror, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_before_the_download(hub: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=5 << 20))
-    with pytest.raises(CatalogueError, match=r"needs 0 MiB and 200 MiB to spare, and .* has 5 MiB free"):
+    with pytest.raises(CatalogueError, match=r"needs 0 MiB of disk and 200 MiB more must stay free, but .* has 5 MiB free"):
         fetching.add(REPOSITORY, tmp_path / "folder", lambda *_: None)
     assert hub.sent == []
 
@@ -357,7 +357,7 @@ async def test_a_second_copy_counts_in_the_memory(made: tuple[Lifecycle, Applica
     check_room(metrics, "one", EACH)
     await one.ensure_ready("two", soon())
     await eventually_async(lambda: read_free(metrics) == EACH // 2)
-    with pytest.raises(UnavailableError, match=r"of one .* needs 1024 MiB of memory, and 512 MiB are left"):
+    with pytest.raises(UnavailableError, match=r"copy of one with 1024 MiB of memory, but only 512 MiB"):
         check_room(metrics, "one", EACH)
     announce(metrics, "one")  # this process stands for the copy's
     (metrics / "two.999999999.copy").touch()  # of a process that has ended

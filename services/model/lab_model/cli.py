@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         report = reporter(options.progress_file)
         if options.command == "add":
             if settings.folder is None:
-                raise CatalogueError("MODEL_FOLDER, the folder for added models, is not set")
+                raise CatalogueError("MODEL_FOLDER is not set; it is the folder for added models")
             for entry in add(options.name, settings.folder, report, kind=options.kind):
                 terms = f", licence: {entry.licence}" if entry.licence else ""
                 say(f"{entry.id} is in the catalogue ({entry.kind}{terms}); the first request loads it")
