@@ -1,1 +1,1 @@
-"""Measurements beside their targets. Not a package of the services: it starts them and looks at them from outside."""
+"""Measurements and their targets. Not a part of the services: it starts them and measures them from outside."""

@@ -1,7 +1,6 @@
-"""The least an ASGI server can do: read a body, answer 0.5 kB. `python -m bench.constant PORT`.
+"""A minimal ASGI server: reads a body, answers 0.5 kB. `python -m bench.constant PORT`.
 
-What the proxy's figures are held against: the same server with the same settings, in the same run,
-on the same core.
+The proxy's figures are compared with it: the same server with the same settings, in the same run, on the same core.
 """
 
 from __future__ import annotations

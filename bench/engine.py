@@ -1,8 +1,8 @@
-"""`make bench-engine`: our engine beside transformers' own ways on the embedded model, in one process and one run.
+"""`make bench-engine`: compares our engine with transformers' own generation on the embedded model, in one process.
 
-Rounds are interleaved and medians taken, because a machine's speed drifts by more than what is looked for. Every round
-has prompts of its own, so that no prefix cache helps anybody where it is not asked to. Prints one table and leaves the
-figures as JSON in runs/.
+Rounds are interleaved and medians taken, because the speed of a machine drifts by more than the measured differences.
+Every round has new prompts, so that no prefix cache helps, except where that is measured. Prints a table and writes the
+figures as JSON to runs/.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEW_TOKENS = 64
 SERVICE_SECONDS = 180
 IDLE_SECONDS = 10
 REQUESTS = (1, 8, 32, 64)
-# The beginning of Carroll's Alice (1865), set down for this measurement: not an edition.
+# The beginning of Carroll's Alice (1865), typed for this measurement; not an edition.
 TEXT = Path(__file__).with_name("alice.txt")
 
 
@@ -56,7 +56,7 @@ class Ours:
     def __init__(self, entry: Any) -> None:
         from lab_model.models.causal import load_engine  # noqa: PLC0415 - torch's threads are set first
 
-        self._received: dict[Any, list[float]] = defaultdict(list)  # when each token came
+        self._received: dict[Any, list[float]] = defaultdict(list)  # arrival time of each token
         self._ended: set[Any] = set()
         self._changed = threading.Condition()
         self.engine = load_engine(entry, self._deliver)
@@ -82,7 +82,7 @@ class Ours:
         return requests
 
     def wait(self, requests: Sequence[Any], timeout: float = 120) -> list[list[float]]:
-        """When the tokens of each came."""
+        """The arrival times of the tokens of each request."""
         with self._changed:
             if not self._changed.wait_for(lambda: all(r in self._ended for r in requests), timeout):
                 raise BenchError(f"this engine did not end in {timeout} s")
@@ -91,13 +91,13 @@ class Ours:
     def started(self, requests: Sequence[Any], tokens: int, timeout: float = 60) -> None:
         with self._changed:
             if not self._changed.wait_for(lambda: all(len(self._received[r]) >= tokens for r in requests), timeout):
-                raise BenchError(f"this engine gave no {tokens} tokens in {timeout} s")
+                raise BenchError(f"this engine gave fewer than {tokens} tokens in {timeout} s")
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int, **sampling: Any) -> int:
         return sum(len(times) for times in self.wait(self.submit(prompts, tokens, **sampling)))
 
     def first(self, prompt: Sequence[int]) -> tuple[float, int]:
-        """Seconds to the first token of this prompt alone, and how much of it came from the prefix cache."""
+        """Seconds to the first token of this prompt alone, and its tokens that came from the prefix cache."""
         began = time.perf_counter()
         (request,) = self.submit([prompt], 1)
         ((first, *_),) = self.wait([request])
@@ -165,7 +165,7 @@ class Continuous:
 
 
 class Vllm:
-    """vLLM's CPU build, where it is installed; from the dequantized weights, because it must read a folder."""
+    """vLLM's CPU build, if it is installed; with the dequantized weights, because it must read a folder."""
 
     name = "vLLM, bf16"
 
@@ -193,7 +193,7 @@ class Vllm:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, where it is installed: one request after the other."""
+    """llama.cpp through llama-cpp-python, if it is installed: one request after the other."""
 
     name = "llama.cpp, Q4_1"
 
@@ -216,7 +216,7 @@ class LlamaCpp:
 
 
 def to_the_end(tokens: int) -> Any:
-    """Greedy, and nobody ends early: no token is -1."""
+    """Greedy generation of all tokens: -1 is no token, so no answer ends early."""
     import transformers  # noqa: PLC0415
 
     made: Any = transformers.GenerationConfig
@@ -233,17 +233,17 @@ def reference(entry: Any, dtype: torch.dtype) -> Any:
     arguments: dict[str, Any] = {**source.arguments(), "dtype": dtype, "attn_implementation": "sdpa"}
     if source.gguf_file:
         arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
-    # It dequantizes with a progress bar that its own switch does not reach.
+    # transformers' switch does not hide the progress bar of the dequantization.
     with contextlib.redirect_stderr(io.StringIO()):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
     return model.eval()
 
 
-# ---- what is measured
+# ---- measurements
 
 
 class Bench:
-    """The run: its prompts, the engines that are up, its rows."""
+    """The run: its prompts, the loaded engines, its rows."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from lab_model.models.catalogue import load_catalogue  # noqa: PLC0415
@@ -271,7 +271,7 @@ class Bench:
             yield from places
 
     def prompt(self, length: int) -> list[int]:
-        """A piece of the text that begins where no other of the last two thousand began; it goes around its end."""
+        """A piece of the text. No other of the last two thousand pieces began at the same place. The text is cyclic."""
         start = next(self._starts)
         return [self.ids[(start + i) % len(self.ids)] for i in range(length)]
 
@@ -311,7 +311,7 @@ class Bench:
 
     @cached_property
     def service(self) -> Server:
-        """The model service, in processes of its own, as `make lab` starts it."""
+        """The model service in separate processes, as `make lab` starts it."""
         say("bench: starting the model service")
         port = free_port()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-engine-")))
@@ -329,7 +329,7 @@ class Bench:
         )
 
     def replica(self, name: str) -> psutil.Process:
-        """The process that holds this model. Ray titles it with application and deployment."""
+        """The process of this model's replica. Ray titles it with application and deployment."""
         title = f"ServeReplica:{name}:"
         found = [each for each in self.service.processes() if title in command(each)]
         if len(found) != 1:
@@ -342,7 +342,7 @@ class Bench:
             engine.close()
 
 
-# What ours must be, times the other's speed, by requests at once.
+# Concurrent requests -> least speed of our engine, as a multiple of the other's.
 TARGETS: dict[int, list[tuple[type[Any], float]]] = {
     1: [(Static, 3.5)],
     8: [(Static, 3.0)],
@@ -352,7 +352,7 @@ TARGETS: dict[int, list[tuple[type[Any], float]]] = {
 
 
 def decode(bench: Bench, requests: int) -> None:
-    """64 new tokens for each of so many requests, prefill and all, all engines in turns."""
+    """64 new tokens for each of `requests` requests, including prefill; all engines in turns."""
     section = f"decode{requests}"
     kinds: list[type[Any]] = [Ours, *[kind for kind in bench.others if requests == 1 or kind is not LlamaCpp]]
     rates: dict[str, list[float]] = defaultdict(list)
@@ -373,12 +373,12 @@ def decode(bench: Bench, requests: int) -> None:
         bench.row(section, f"{requests} requests, {kind.name}", speed, "tok/s", note=spread)
     ours = bench.speeds[Ours.name]
     for other, least in TARGETS[requests]:
-        # Of each round by itself: the machine's drift cancels out.
+        # Per round, so that the drift of the machine cancels out.
         ratio = statistics.median(a / b for a, b in zip(rates[Ours.name], rates[other.name], strict=True))
         bench.row(section, f"{requests} requests, times {other.name}", ratio, "x", aim=(f"≥ {least}", ratio >= least))
     if requests == 64 and 32 in ours:
         share = ours[64] / ours[32]
-        # A fiftieth is what two medians of one thing differ by.
+        # Two medians of the same thing differ by a fiftieth.
         bench.row(section, "64 requests, times 32 requests", share, "x", aim=("≥ 1 (- 2 %)", share >= 0.98))
 
 
@@ -409,7 +409,7 @@ def prefix(bench: Bench) -> None:
 
 
 def stall(bench: Bench) -> None:
-    """8 answers run while a prompt of 2,000 tokens joins: the longest that one of them waits for its next token."""
+    """8 answers run while a prompt of 2,000 tokens joins: the longest time that one of them waits for a token."""
     engine = bench.up(Ours)
     usual, longest, firsts = [], [], []
     for _ in range(bench.rounds):
@@ -420,7 +420,7 @@ def stall(bench: Bench) -> None:
         (arrived,) = engine.wait([late])
         engine.started(running, 1)
         engine.engine.cancel(*running)
-        engine.wait(running)  # the next measurement shall have the engine for itself
+        engine.wait(running)  # no request may run during the next measurement
         received = [engine._received[request] for request in running]
         before = [b - a for times in received for a, b in itertools.pairwise(times) if b < joined]
         during = [b - a for times in received for a, b in itertools.pairwise(times) if a < arrived[0] and b > joined]
@@ -434,7 +434,7 @@ def stall(bench: Bench) -> None:
 
 
 def perplexity(bench: Bench) -> None:
-    """Of the fixed text: the engine's weights and kernels against the dequantized file in float32."""
+    """Perplexity of a fixed text: the engine's weights and kernels against the dequantized file in float32."""
     ids = bench.ids[:2048]
     targets = torch.tensor(ids[1:])
     with torch.inference_mode():
@@ -448,7 +448,7 @@ def perplexity(bench: Bench) -> None:
 
 
 def idle(bench: Bench) -> None:
-    """What the service's replicas take when nobody asks, and have taken by what was asked before."""
+    """CPU time of the service's replicas without requests, and their memory after the earlier requests."""
     service = bench.service
     replicas = {entry.id: bench.replica(entry.id) for entry in bench.entries}
     time.sleep(2)
@@ -456,14 +456,14 @@ def idle(bench: Bench) -> None:
     before, began = [cpu_seconds(each) for each in everything], time.monotonic()
     time.sleep(IDLE_SECONDS)
     passed = time.monotonic() - began
-    # Of a process that has ended meanwhile nobody knows.
+    # The figures of a process that has ended are not known.
     shares = {
         each.pid: 100 * (now - used) / passed
         for each, used in zip(everything, before, strict=True)
         if used is not None and (now := cpu_seconds(each)) is not None
     }
     if missing := {replica.pid for replica in replicas.values()} - shares.keys():
-        raise BenchError(f"replicas ended while nobody asked: {missing}")
+        raise BenchError(f"replicas ended without requests: {missing}")
     for name, replica in replicas.items():
         share = shares[replica.pid]
         bench.row("idle", f"replica of {name}, of a core", share, "%", aim=("< 2", share < 2))
@@ -478,12 +478,12 @@ def idle(bench: Bench) -> None:
 
 
 def http(bench: Bench) -> None:
-    """The same over HTTP, streamed: the model service as it stands, with nothing else to do.
+    """The same over HTTP, streamed, by the model service without other requests.
 
-    In turns, with prompts and parameters of one kind: in process, by a client that takes little of the machine
-    (bench/streams.py says how it counts), and by the openai SDK's, whose parsing takes the cores that the engine
-    computes on. The promise is about the service, so the first client is held against it. The chat template makes each
-    prompt about 30 tokens longer than those of `decode32`, in process too.
+    In turns, with the same kind of prompts and parameters: in process, by a client that takes little CPU time
+    (bench/streams.py describes how it counts), and by the openai SDK, whose parsing takes the cores on which the engine
+    computes. The target is about the service, so the first client decides. The chat template makes each prompt about 30
+    tokens longer than those of `decode32`, in process too.
     """
     url = bench.service.url
     engine = bench.up(Ours)
@@ -492,7 +492,7 @@ def http(bench: Bench) -> None:
     inside, light, sdk = (statistics.median(rates[name]) for name in ("in process", "light", "sdk"))
     bench.row("http", "32 requests, in process", inside, "tok/s", note=_spread(rates["in process"]))
     bench.row("http", "32 requests, streamed", light, "tok/s", note=_spread(rates["light"]))
-    # Of each round by itself: the machine's drift cancels out.
+    # Per round, so that the drift of the machine cancels out.
     shares = [100 * a / b for a, b in zip(rates["light"], rates["in process"], strict=True)]
     share = statistics.median(shares)
     bench.row("http", "32 requests, of in process", share, "%", aim=("≥ 90", share >= 90), note=_spread(shares))
@@ -511,12 +511,12 @@ def _spread(values: Sequence[float]) -> str:
 
 
 async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list[float]]) -> list[float]:
-    """Fills `rates`, tokens a second, of all rounds; seconds to the first token of questions alone."""
+    """Fill `rates` with the tokens per second of all rounds. Returns seconds to the first token of single requests."""
     from openai import AsyncOpenAI  # noqa: PLC0415
 
     client = AsyncOpenAI(base_url=url.rstrip("/") + "/v1", api_key="none", max_retries=0, timeout=120)
     create: Any = client.chat.completions.create
-    # Nobody ends early: the tokens that would end an answer are out of the question.
+    # No answer ends early, because the tokens that end an answer are excluded.
     ends = dict.fromkeys(bench.ends, -100.0)
     address = urlsplit(url)
     path = f"{address.path.rstrip('/')}/v1/chat/completions"
@@ -568,13 +568,13 @@ async def _over_http(bench: Bench, url: str, engine: Ours, rates: dict[str, list
 
         await asyncio.gather(*(ask(prompt, 8) for prompt in bench.prompts(4)))
         for turn in range(bench.rounds + 1):
-            # Others each time: no prefix cache helps whoever comes second.
+            # New prompts each time, so that the prefix cache does not help the second client.
             inside(bench.prompts(32))
             light(bench.prompts(32))
             await sdk(bench.prompts(32))
             if not turn:
-                rates.clear()  # both engines have found their pace
-    asked = 100 - len(templated([]))  # the chat template's tokens count as well
+                rates.clear()  # the warm-up is over
+    asked = 100 - len(templated([]))  # the chat template's tokens count too
     firsts = [(await ask(bench.prompt(asked), 4))[0] for _ in range(2 * bench.rounds + 1)]
     await client.close()
     return firsts
@@ -622,7 +622,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 
 
 def side_by_side(speeds: dict[str, dict[int, float]]) -> str:
-    """Tokens per second, engines beside each other."""
+    """A table of tokens per second, one row for each engine."""
     lines = [f"{'tok/s, 64 new tokens a request':34}" + "".join(f"{count:>8}" for count in REQUESTS)]
     for name, row in speeds.items():
         reported = [f"{row[count]:8.0f}" if count in row else f"{'–':>8}" for count in REQUESTS]
@@ -638,7 +638,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     chosen = [name for name in options.only.split(",") if name]
     if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+        parser.error(f"unknown section: {', '.join(sorted(unknown))}")
     import transformers  # noqa: PLC0415
     from lab_model.host import cores  # noqa: PLC0415
 
@@ -655,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say(f"bench: {time.monotonic() - began:4.0f} s  {name}")
                 measure(bench)
     except BenchError as error:
-        trouble = str(error)  # what was measured before it is told all the same
+        trouble = str(error)  # the figures measured before are reported all the same
     except KeyboardInterrupt:
         return 130
     finally:
@@ -669,7 +669,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     failed = [row.name for row in bench.rows if row.passed is False]
     if trouble:
-        say(f"bench: {path}; not whole: {trouble}")
+        say(f"bench: {path}; incomplete: {trouble}")
     else:
         say(f"bench: {path}; " + (f"below target: {'; '.join(failed)}" if failed else "all targets met"))
     return 1 if failed or trouble else 0

@@ -1,6 +1,6 @@
-"""How soon the model service reacts: to a caller that leaves, a costly grammar, a replica that is killed.
+"""Reaction times of the model service: to a caller that disconnects, a costly grammar, a replica that is killed.
 
-Sections of `make bench-engine`, over HTTP on a service of its own. Each figure is the worst of several tries.
+Sections of `make bench-engine`, over HTTP with a separate service. Each figure is the worst of several tries.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SCHEMA = {
 
 
 def leave(bench: Bench) -> None:
-    """From a caller's end of its connection to a free place: of a chat stream, and of a batch of embeddings."""
+    """From a caller's disconnect to a free slot: for a chat stream, and for a batch of embeddings."""
     chat, encoder = (next(e.id for e in bench.entries if e.kind == kind) for kind in ("chat", "embedding"))
-    # The tokens that would end an answer are out of the question.
+    # The tokens that end an answer are excluded.
     stream = {"model": chat, "stream": True, "max_tokens": 1900, "logit_bias": dict.fromkeys(bench.ends, -100),
               "messages": [{"role": "user", "content": "Tell a long story."}]}  # fmt: skip
     times = [_leave_stream(bench, stream) for _ in range(TRIES)]
@@ -73,7 +73,7 @@ def _leave_batch(bench: Bench, many: dict[str, Any], one: dict[str, Any], after:
 
 
 def grammar(bench: Bench) -> None:
-    """The longest wait between two tokens of a free stream while others make answers to a costly schema."""
+    """The longest wait between two tokens of a stream without schema while other answers follow a costly schema."""
     chat = next(e.id for e in bench.entries if e.kind == "chat")
     plain = {"model": chat, "stream": True, "max_tokens": 100, "temperature": 0,
              "messages": [{"role": "user", "content": "Count to one hundred in words."}]}  # fmt: skip

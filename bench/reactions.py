@@ -37,7 +37,7 @@ INPUTS = 2048
 
 
 def leave(bench: Bench) -> None:
-    """From a caller's end of its connection to the upstream's: in the middle of a stream, and while JSON is made."""
+    """From a caller's disconnect to the end of the upstream's call: during a stream, and during a JSON answer."""
     for name, body, wait_for in (("stream", SLOW_STREAM, b"data: "), ("JSON", LATE, b"")):
         times = [_leave(bench, body, wait_for) for _ in range(TRIES)]
         worst = max(times)
@@ -47,7 +47,7 @@ def leave(bench: Bench) -> None:
 
 
 def _leave(bench: Bench, body: dict[str, Any], wait_for: bytes) -> float:
-    """Seconds; the caller leaves once `wait_for` has come, at once where that is empty and the upstream was called."""
+    """Seconds. The caller disconnects when `wait_for` has arrived; if that is empty, when the upstream was called."""
     calls, left = _counts(bench)
     with _request(bench.proxy, body) as caller:
         got = b""
@@ -62,7 +62,7 @@ def _leave(bench: Bench, body: dict[str, Any], wait_for: bytes) -> float:
 
 
 def outage(bench: Bench) -> None:
-    """Requests while redis is stopped (SIGSTOP), and after it goes on; then with no redis at all."""
+    """Requests while redis is stopped (SIGSTOP), after it continues, and without redis."""
     store = bench.start_redis()
     with bench.proxy_with(store) as proxy:
         usual = statistics.median(_ask(proxy, MISS)[0] for _ in range(2 * TRIES))
@@ -92,7 +92,7 @@ def outage(bench: Bench) -> None:
 
 
 def changes(bench: Bench) -> None:
-    """From a change at one proxy to what the other does: two proxies with virtual keys on one redis."""
+    """From a change at one proxy to its effect at another: two proxies with virtual keys and one redis."""
     admin = secrets.token_urlsafe(24)
     with contextlib.ExitStack() as stack:
         one, two = (stack.enter_context(bench.proxy_with(bench.redis, admin_key=admin)) for _ in range(2))
@@ -105,7 +105,7 @@ def changes(bench: Bench) -> None:
 
 
 def _change(one: Server, two: Server, admin: str) -> tuple[float, float]:
-    """Seconds until the second proxy follows a flush, and until it refuses a key that was revoked."""
+    """Seconds until the second proxy applies a flush, and until it refuses a key that was revoked."""
     made = _call(one, "POST", "/admin/keys", admin, {"owner": "bench"})
     key = made["key"]
     body = orjson.loads(_fresh(MISS))
@@ -138,7 +138,7 @@ def _late(bench: Bench) -> float:
 
 
 def inputs(bench: Bench) -> None:
-    """One embedding request of many inputs, none of which was asked before."""
+    """One embedding request with many inputs, all of them new."""
     body = {"model": "text-embedding-bench", "input": [f"{secrets.token_hex(8)} {n}" for n in range(INPUTS)]}
     began = time.perf_counter()
     _call(bench.proxy, "POST", "/v1/embeddings", "", body)
@@ -151,12 +151,12 @@ def inputs(bench: Bench) -> None:
 
 
 def takeover(bench: Bench) -> None:
-    """Two proxies wait for the same answer; the one that asked the upstream is killed (SIGKILL)."""
+    """Two proxies wait for the same answer; the one that called the upstream is killed (SIGKILL)."""
     times = []
     for _ in range(3):
         with contextlib.ExitStack() as stack:
             leader, follower = (stack.enter_context(bench.proxy_with(bench.redis)) for _ in range(2))
-            # 5 s until the first byte: the follower has sent nothing yet, and may ask again.
+            # 5 s until the first byte: the follower has sent nothing yet, so it may call the upstream itself.
             body = orjson.loads(_fresh(LATE | {"temperature": 0}))
             calls, _left = _counts(bench)
             first = stack.enter_context(_request(leader, body))
@@ -164,7 +164,7 @@ def takeover(bench: Bench) -> None:
             second = stack.enter_context(_request(follower, body))
             time.sleep(0.5)
             if _counts(bench)[0] != calls + 1:
-                raise BenchError("the second proxy asked the upstream too")
+                raise BenchError("the second proxy called the upstream too")
             leader.popen.kill()
             began = time.perf_counter()
             until(partial(_called, bench, calls + 2))
@@ -179,7 +179,7 @@ def takeover(bench: Bench) -> None:
 
 
 def stalled(bench: Bench) -> None:
-    """Hits of one caller while 50 others have asked for a stream of 64 events, 100 times each, and read nothing."""
+    """Hits of one caller while 50 others have requested a stream of 64 events, 100 times each, and read nothing."""
     hit = orjson.loads(_fresh(MISS))
     stream = orjson.loads(_fresh(MISS | {"stream": True}))
     for body in (hit, stream):
@@ -205,7 +205,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 }  # fmt: skip
 
 
-# ---- requests by the simplest means
+# ---- requests over sockets
 
 
 def _fresh(body: dict[str, Any]) -> bytes:
@@ -227,7 +227,7 @@ def _request(to: Server, body: dict[str, Any]) -> socket.socket:
 
 
 def _counts(bench: Bench) -> tuple[int, int]:
-    """Calls that the mock got, and those whose caller left."""
+    """Number of calls that the mock received, and of those whose caller disconnected."""
     with urllib.request.urlopen(f"{bench.upstream.url}/calls", timeout=5) as answer:  # noqa: S310 - loopback
         reply = json.load(answer)
     return int(reply["total"]), int(reply["left"])

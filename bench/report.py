@@ -1,4 +1,4 @@
-"""How a run of measurements is told: rows beside their targets, a table, a file in runs/."""
+"""The report of a run of measurements: rows with their targets, a table, a file in runs/."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[1]
 
 
 class BenchError(Exception):
-    """Why there are no figures, and what to do."""
+    """There are no figures. The message has the reason and a remedy."""
 
 
 @dataclass
 class Row:
-    """One figure. `passed` is None where no target is set, or where it was not measured (`note` says why)."""
+    """One figure. `passed`: None without a target, or if it was not measured (`note` has the reason)."""
 
     section: str
     name: str
@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
 
 
 def page(title: str, reported: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The table for who reads it in a terminal, and for docs/benchmarks.md."""
+    """The table for the terminal and for docs/benchmarks.md."""
     head = ", ".join(f"{name}: {value}" for name, value in reported.items())
     lines = [f"{title}: {head}", "", f"{'':52} {'figure':>10} {'':6} {'target':21}      beside it"]
     section = ""
@@ -65,7 +65,7 @@ def page(title: str, reported: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def save(name: str, run: dict[str, Any], rows: Sequence[Row]) -> Path:
-    """Leaves everything in runs/, a new file each time; its path from the repository's root."""
+    """Write everything to a new file in runs/. Returns its path relative to the repository's root."""
     folder = ROOT / "runs"
     folder.mkdir(exist_ok=True)
     path = folder / time.strftime(f"{name}-%Y%m%d-%H%M%S.json")

@@ -1,11 +1,11 @@
-"""Asks many streamed answers at once, in a process of its own, and takes as little of the machine as a load tool can.
+"""Requests many streamed answers at once, in a separate process, with as little CPU time as possible.
 
-`python -m bench.streams`: a line of JSON in (`host`, `port`, `path`, `bodies`: one request each, all asked at once), a
-line of JSON out (`Round`). Counted so: the clock starts before the first connection is opened, each answer has a
-connection of its own, and it ends when the last byte of the last answer has come. Bytes are kept as they come and
-looked at after that, because a caller on another machine would not take the server's cores to parse them. Then every
-answer is checked: 200, every event JSON, none an error, text, `finish_reason` "length", as many tokens by `usage` as
-were asked for, `[DONE]` at the end. One answer that is not so ends the run.
+`python -m bench.streams`: reads a line of JSON (`host`, `port`, `path`, `bodies`: one request for each, all sent at
+once), writes a line of JSON (`Round`). The clock starts before the first connection is opened and stops at the last
+byte of the last answer; each answer has its own connection. The bytes are parsed only afterwards, because a caller on
+another machine would not use the server's cores for that. Then every answer is checked: 200, all events JSON, no error,
+text, `finish_reason` "length", the requested number of tokens in `usage`, `[DONE]` at the end. A wrong answer ends the
+run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SECONDS = 120
 
 @dataclass
 class Round:
-    """tokens: of all answers. events: those with text. cpu: seconds that this process took."""
+    """tokens: of all answers. events: number of events with text. cpu: CPU seconds of this process."""
 
     seconds: float
     tokens: int
@@ -69,10 +69,10 @@ class Stream(asyncio.Protocol):
             self.ended.set_result(None)
 
     def check(self) -> tuple[int, int]:
-        """Tokens and events with text. Raises BenchError for an answer that is not whole and right."""
+        """Number of tokens and of events with text. Raises BenchError for an incomplete or wrong answer."""
         reply = b"".join(self._parts)
         if not self._whole or self._parser.get_status_code() != 200:
-            raise BenchError(f"an answer broke off, or was none: {reply[-300:].decode(errors='replace')}")
+            raise BenchError(f"an answer broke off or was not a 200: {reply[-300:].decode(errors='replace')}")
         *lines, done = [line for line in reply.split(b"\n\n") if line]
         events = [orjson.loads(line.removeprefix(b"data: ")) for line in lines]
         if done != b"data: [DONE]" or any("error" in event for event in events):

@@ -1,7 +1,7 @@
-"""`make bench-ui`: how long a page switch takes, and how much memory 20 sessions take.
+"""`make bench-ui`: measures the time of a page switch and the memory of 20 sessions.
 
-Starts a ui of its own before a running lab (`--proxy`, by default that of `make lab`) and drives it by a real browser.
-A switch is timed from the click on a link to the heading of the new page: the browser takes part of it.
+Starts a separate ui for a running lab (`--proxy`, default: that of `make lab`) and controls it with a real browser. A
+switch is timed from the click on a link to the heading of the new page, so it includes the browser's time.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TARGET_MS, TARGET_MIB = 300, 400
 
 
 def switches(page: Page) -> list[float]:
-    """Milliseconds of each switch, the first round left out: it imports what the pages need."""
+    """Milliseconds of each switch, without the first round, in which the pages import their modules."""
     words, times = texts.load("en"), []
     for turn in range(ROUNDS + 1):
         for each in PAGES:
@@ -57,7 +57,7 @@ def main() -> int:
             page = browser.new_context(locale="en-US").new_page()
             page.goto(f"{ui.url}/{PAGES[1 + number % (len(PAGES) - 1)].url_path}")
             page.get_by_role("heading").first.wait_for()
-            times = times or switches(page)  # before the others open: their browsers share these cores
+            times = times or switches(page)  # before the other sessions open, because their browsers share these cores
             pages.append(page)
         used = ui.memory()
     median, slowest = statistics.median(times), max(times)

@@ -1,9 +1,9 @@
-"""A paid upstream that takes 20 ms and next to no CPU: `python -m bench.upstream PORT`.
+"""A mock of a paid upstream that takes 20 ms and very little CPU time: `python -m bench.upstream PORT`.
 
-Speaks as much HTTP as aiohttp and wrk do, no more. The model's name chooses the answer:
-`gpt-bench` JSON of 0.5 kB, or with `"stream":true` 64 chunks at once; `gpt-steps` 16 chunks, 5 ms apart;
-`gpt-slow` 20 chunks, 250 ms apart; `gpt-late` JSON after 5 s; embeddings get vectors of 8 numbers. `GET /calls` tells
-how many were asked for and how many callers left before the end; any other GET gets an empty list.
+Supports only the HTTP that aiohttp and wrk use. The model's name chooses the answer: `gpt-bench` JSON of 0.5 kB, or
+with `"stream":true` 64 chunks at once; `gpt-steps` 16 chunks, 5 ms apart; `gpt-slow` 20 chunks, 250 ms apart;
+`gpt-late` JSON after 5 s; embeddings get vectors of 8 numbers. `GET /calls` returns the number of calls and of callers
+that disconnected before the end; any other GET gets an empty list.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _USAGE = {"prompt_tokens": 9, "completion_tokens": CHUNKS, "total_tokens": 9 + C
 
 
 def answer(words: int) -> bytes:
-    """A chat answer of so many words."""
+    """A chat answer with `words` words."""
     message = {"role": "assistant", "content": " ".join(["word"] * words), "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     reply = {"id": "chatcmpl-bench", "object": "chat.completion", "created": 1, "model": "gpt-bench",
@@ -61,7 +61,7 @@ calls = left = 0
 
 
 def vectors(body: bytes) -> bytes:
-    """An embeddings answer with one short vector for each input, whose texts hold no comma."""
+    """An embeddings answer with one short vector for each input. The texts must not contain a comma."""
     found = _INPUT.search(body)
     count = found[1].count(b",") + 1 if found else 1
     data = [{"object": "embedding", "index": n, "embedding": [0.5] * 8} for n in range(count)]
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._got = b""
-        self._busy = 0  # answers that are not over
+        self._busy = 0  # unfinished answers
         self._later = asyncio.get_running_loop().call_later
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

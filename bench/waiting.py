@@ -1,4 +1,4 @@
-"""Waiting for a state, with a bound."""
+"""Waits for a state, with a bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.report import BenchError
 
 
 def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    """Ask `true` every 2 ms. Raises BenchError after `seconds`."""
+    """Call `true` every 2 ms until it returns True. Raises BenchError after `seconds`."""
     end = time.perf_counter() + seconds
     while not true():
         if time.perf_counter() > end:

@@ -50,7 +50,7 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             ("Circuit breakers", "bool", {"{{upstream}}": "max by (upstream) (lab_proxy_breaker_open)"}),
             ("Processes that answer", "short", {"{{job}}": "sum by (job) (up)"}),
             ("Draining", "bool", {"{{instance}}": "lab_proxy_draining"}),
-            ("Files read anew", "short", {
+            ("Reloads of files", "short", {
                 "{{file}}": "max by (file) (lab_proxy_generation)",
                 "{{file}} is faulty": "max by (file) (lab_proxy_reload_failing)",
             }),
@@ -110,7 +110,7 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             ("Tokens that cost nothing", "short", {
                 "{{source}}": _rate("lab_proxy_tokens_total", "source", 'source!="upstream"'),
             }),
-            ("Interrupted calls, put right", "reqps", {"{{outcome}}": _rate("lab_proxy_reconciled_total", "outcome")}),
+            ("Interrupted calls, reconciled", "reqps", {"{{outcome}}": _rate("lab_proxy_reconciled_total", "outcome")}),
             ("Refused answers", "reqps", {"{{status}}": _rate("lab_proxy_requests_total", "status", 'status=~"4.."')}),
         ),
     ),

@@ -1,7 +1,7 @@
-"""`make bench-tasks`: how often the embedded models are right on the held-out sets of this folder.
+"""`make bench-tasks`: measures the accuracy of the embedded models on the held-out sets of this folder.
 
-The models are loaded into this process and asked over their HTTP API. Sentences and questions were written for the lab;
-the probe and the prompts were chosen without those of the test files.
+The models are loaded into this process and called over their HTTP API. Sentences and questions were written for the
+lab; the probe and the prompts were chosen without those of the test files.
 """
 
 from __future__ import annotations

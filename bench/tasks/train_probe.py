@@ -1,7 +1,7 @@
-"""`make train-probe`: fits the sentiment probe over the embedded model's vectors and writes sentiment.json.
+"""`make train-probe`: fits the sentiment probe on the embedded model's vectors and writes sentiment.json.
 
-A logistic regression with an L2 penalty. The sentences are the lab's own (bench/tasks); those of the test files are not
-seen here. The same sentences and weights give the same file.
+A logistic regression with an L2 penalty. The sentences are the lab's own (bench/tasks), without those of the test
+files. The same sentences and weights give the same file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     rows = [*sentences("sentiment-train.en.txt"), *sentences("sentiment-train.ko.txt")]
     x, y = vectors([text for text, _ in rows]), torch.tensor([label for _, label in rows]).double()
-    # Neighbouring lines are a positive sentence and its negative counterpart: they stay in one fold.
+    # Two successive lines are a positive sentence and its negative counterpart, so they stay in one fold.
     fold = torch.arange(len(rows)) // 2 % FOLDS
     folds = [accuracy(fit(x[fold != k], y[fold != k]), x[fold == k], y[fold == k]) for k in range(FOLDS)]
     weights, bias = fit(x, y)
@@ -85,7 +85,7 @@ def main() -> None:
         "weights": [round(value, 5) for value in weights.tolist()],
     }
     out.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-    print(f"{len(rows)} sentences; {sum(folds) / FOLDS:.1%} right in cross-validation; wrote {out}")  # noqa: T201
+    print(f"{len(rows)} sentences; {sum(folds) / FOLDS:.1%} correct in cross-validation; wrote {out}")  # noqa: T201
 
 
 if __name__ == "__main__":
