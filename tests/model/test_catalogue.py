@@ -193,7 +193,9 @@ def test_a_hub_says_no(hub: Mirror, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_before_the_download(hub: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=5 << 20))
-    with pytest.raises(CatalogueError, match=r"needs 0 MiB of disk and 200 MiB more must stay free, but .* has 5 MiB free"):
+    with pytest.raises(
+        CatalogueError, match=r"needs 0 MiB of disk and 200 MiB more must stay free, but .* has 5 MiB free"
+    ):
         fetching.add(REPOSITORY, tmp_path / "folder", lambda *_: None)
     assert hub.sent == []
 
