@@ -132,7 +132,8 @@ def _start(lab: Lab, choose: Choose) -> bool:
             raise LabError(findings[0].exit, "not started; each line above names a problem and its remedy")
         say(f"lab: starting {', '.join(service.name for service in chosen)}")
         given = environment(os.environ, chosen, lab.root / "secrets") | models_folder(os.environ, lab.state)
-        lab.start(chosen, given)
+        lab.start(chosen, given | {"UI_FINDINGS_FILE": str(lab.findings)})
+        doctor.write_findings(lab.findings, findings)
         lab.wait(chosen, timeout)
     _print_urls(chosen)
     if given.get("PROXY_ADMIN_KEY") or given.get("PROXY_ADMIN_KEY_FILE"):
@@ -302,6 +303,8 @@ def examine(lab: Lab, choose: Choose, *, as_json: bool) -> int:
     findings = doctor.examine([] if in_use else choose(os.environ, lab.state), doctor.read_machine(lab.root))
     findings = [finding for finding in findings if not (in_use and finding.exit is Exit.MEMORY)]
     findings = sorted([*doctor.examine_lab(lab), *findings], key=lambda finding: not finding.stops)
+    if running:
+        doctor.write_findings(lab.findings, findings)
     if as_json:
         say(json.dumps([asdict(finding) | {"class": finding.exit.name.lower()} for finding in findings], indent=1))
     else:

@@ -5,8 +5,10 @@ Facts about the machine are handed in, so that tests can examine a small machine
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -55,6 +57,16 @@ class Readings:
     memory: int  # free, bytes
     disks: Mapping[str, int]  # folder -> bytes free on its disk
     python: tuple[int, int]  # major and minor version
+
+
+def write_findings(path: Path, findings: Sequence[Finding]) -> None:
+    """For the ui: `at`, unix seconds, and `findings`, each with `what`, `why`, `remedy` and `stops`. Where there is no
+    room for the file, the lab runs without it."""
+    listed = [{name: getattr(each, name) for name in ("what", "why", "remedy", "stops")} for each in findings]
+    new = path.with_suffix(".new")
+    with contextlib.suppress(OSError):
+        new.write_text(json.dumps({"at": time.time(), "findings": listed}, indent=1))
+        new.replace(path)
 
 
 def read_machine(root: Path) -> Readings:

@@ -58,6 +58,7 @@ class Lab:
         self.root = root
         self.state = root / ".state"
         self.logs = self.state / "logs"
+        self.findings = self.state / "doctor.json"
         self.mine = False  # whether this object started the lab
         self.was_ready = False
         self._supervisord: subprocess.Popen[bytes] | None = None

@@ -82,6 +82,7 @@ HOUSES = {
             "wire",
             "answer",
             "snippets",
+            "prices",
             "texts",
             "formats",
             "untrusted",

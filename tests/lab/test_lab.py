@@ -252,6 +252,7 @@ def test_a_service_that_died_for_good_is_named_and_started_again(tmp_path: Path)
 
     try:
         assert run("start")[0] == Exit.FINE
+        assert lab.findings.exists()
         assert run("doctor")[0] == Exit.FINE
         eventually(lambda: [state.state for state in lab.states().values()] == ["RUNNING", "RUNNING"])
         before = lab.states()
@@ -261,6 +262,8 @@ def test_a_service_that_died_for_good_is_named_and_started_again(tmp_path: Path)
         code_, said = run("doctor")
         assert code_ == Exit.SERVICE
         assert "✗ weak is down and is not restarted, last by exit status 7" in said
+        listed = json.loads(lab.findings.read_text())["findings"]  # for the ui
+        assert listed[0]["what"] == "weak is down and is not restarted, last by exit status 7"
         broken.unlink()
         code_, said = run("start")
         assert code_ == Exit.FINE, said

@@ -120,6 +120,29 @@ def test_a_client_that_leaves_frees_its_place(model_url: str, path: str, stream:
     eventually(lambda: running(model_url) == 0, what="its place is free")
 
 
+def test_the_phases_and_the_queue_of_a_model_are_reported(model_url: str) -> None:
+    """Phases under the id of the call, whichever process computed it; replicas and queue in /ready."""
+    call = f"phases-{uuid.uuid4().hex}"
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    assert httpx2.post(
+        f"{model_url}/v1/chat/completions", json=body, headers={"x-call-id": call}, timeout=60
+    ).is_success
+    found: dict[str, Any] = {}
+
+    def ended() -> bool:
+        found.update(httpx2.get(f"{model_url}/v1/requests/{call}/timing", timeout=60).json())
+        return found["state"] == "ended"
+
+    eventually(ended, what="it has ended")
+    assert [each["name"] for each in found["phases"]] == ["prepare", "queue", "prefill", "decode"]
+    for path in ("none/timing", call):
+        assert httpx2.get(f"{model_url}/v1/requests/{path}", timeout=60).status_code == 404
+    models = {each["id"]: each for each in httpx2.get(f"{model_url}/ready", timeout=60).json()["models"]}
+    assert models[TINY]["replicas"] == 1
+    assert {"running", "waiting"} <= models[TINY].keys()
+    assert "running" not in models[EMBEDDING]
+
+
 def test_two_hundred_at_once_are_all_answered(model_url: str) -> None:
     """64 run, the rest wait; each gets its own whole answer, and the service is well afterwards."""
 

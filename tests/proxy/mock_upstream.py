@@ -7,7 +7,8 @@ before an answer) and the `state` of /ready, the ids that are still `loading`; `
 one after the other (a status, an object with `status`, `body` and
 perhaps its content `type`, `drop`, `hang`, `ok`), with the headers `sent`;
 `closed`: a gate before which all answers wait until it is opened (false), `held` another one after each stream's event
-number `held_at` (0: the first one); `used`: what /tally tells of every call; `POST /reset` forgets all.
+number `held_at` (0: the first one); `used`: what /tally tells of every call; `timing`: what /v1/requests/…/timing
+answers for every call; `POST /reset` forgets all.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Mock:
         self.closed = self.held = False
         self.held_at = 0
         self.used: dict[str, int] = {}
+        self.timing: dict[str, Any] = {}
         self.at: list[float] = []  # when calls came, time.time()
         self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}  # of answers that were sent whole
 
@@ -109,6 +111,8 @@ class Mock:
         if scope["path"] == "/tally":
             ids = [each.removeprefix("id=") for each in scope["query_string"].decode().split("&")]
             return await whole(send, dict.fromkeys(ids, self.used) if self.used else {})
+        if scope["path"].startswith("/v1/requests/"):
+            return await whole(send, self.timing, status=200 if self.timing else 404)
         if scope["path"] in PAGES:
             return await self.page(scope["path"], body, send)
         self.under_way += 1

@@ -51,6 +51,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode: Mode = "up"
         self.words = PARIS.split(" ")
+        self.phases = ["guards", "queue"]  # of any request
         self.requests: list[dict[str, Any]] = []
         self.left: list[dict[str, Any]] = []
         self.fetched: list[str] = []
@@ -68,7 +69,7 @@ class StandIn(ThreadingHTTPServer):
     def reset(self) -> None:
         """As it was at its start, once nobody waits for an answer any more."""
         eventually(lambda: not self.answering, what="no answer under way")
-        self.mode, self.words = "up", PARIS.split(" ")
+        self.mode, self.words, self.phases = "up", PARIS.split(" "), ["guards", "queue"]
         for seen in (self.requests, self.left, self.fetched, self.keys, self.cache):
             seen.clear()
 
@@ -99,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             self._json(200, {"object": "list", "data": [ALIAS, CHAT, EMBEDDING, EMBEDDING_ALIAS]})
         elif self.path == "/status":
             self._json(200, status(mode))
+        elif self.path.startswith("/v1/requests/"):
+            self._json(200, {"phases": [{"name": name, "start_ms": 0, "ms": 1} for name in self.server.phases]})
         else:
             self.server.fetched.append(self.path)
             self._json(404, {})
@@ -132,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.mode in FAULTS:
             code, error, headers = FAULTS[self.server.mode]
             return code, {"error": error}, headers
+        if self.path.startswith("/admin/models/"):
+            return 202, {"id": body["model"], "state": "loading"}, {}
         if self.path == "/cache/explain":
             key = {"canonical": "[3]", "key": "4f2a", "cacheable": True, "why": None, "state": "miss"}
             differs = ["temperature"] if body.get("against") else []

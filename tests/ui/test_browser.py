@@ -121,7 +121,7 @@ def test_ask_see_it_stream_ask_again_see_the_hit(lab: Lab, visit: Callable[..., 
     answer = page.get_by_test_id("stChatMessage").last
     stop = button(page, en("chat.stop"))
     stop.wait_for()
-    expect(answer).to_contain_text("Writing")
+    expect(answer).to_contain_text("the model writes")
     before = answer.inner_text()
     eventually(lambda: len(answer.inner_text()) > len(before), what="the answer grows")
     stop.click()

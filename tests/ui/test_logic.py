@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,8 @@ from lab_ui import (
     load,
     next_token,
     pages,
+    prices,
+    start,
     surprise,
     tasks,
     texts,
@@ -30,6 +33,9 @@ from lab_ui.proxy import Reply, kind
 from lab_ui.session import valid_key
 from lab_ui.settings import Settings
 from lab_ui.status import Report
+
+from lab.doctor import Finding, write_findings
+from lab.terminal import Exit
 
 EN = texts.load("en")
 
@@ -143,6 +149,21 @@ def test_exports_hold_the_answers_shown() -> None:
     assert [cell["outputs"][0]["text"] for cell in cells] == [["b\n"], ["c\n"]]
     for cell in cells:
         compile("".join(cell["source"]), "cell", "exec")
+
+
+def test_a_stored_conversation_has_its_title_its_fault_and_a_bound() -> None:
+    """The fault of an answer that was broken off is one that can be repeated."""
+    lost = answer("half")
+    lost.state, lost.fault = "failed", Fault("timeout")
+    dumped = history.dump("id", [chat.Turn("why " * 30, [[lost]])], 1)
+    assert dumped["title"] == ("why " * 30)[:80]
+    loaded = history.load(dumped, lambda _: None)
+    assert loaded is not None
+    assert loaded[1][0].answers[0][0].fault == Fault("interrupted")
+    many = history.load(history.dump("id", [turn(["a"] * 30, question=str(n)) for n in range(250)], 1), lambda _: None)
+    assert many is not None
+    assert [each.question for each in many[1]] == [str(n) for n in range(50, 250)], "the newest"
+    assert len(many[1][0].answers[0]) == history.MAX_SIBLINGS
 
 
 # ---- tokens
@@ -269,10 +290,51 @@ def test_gauges_come_from_the_headers_and_the_budget() -> None:
 def test_each_measure_saves_what_it_says() -> None:
     asked = [limits.Asked(easy=True, hit=False, prompt=100, completion=10, shorter_prompt=40),
              limits.Asked(easy=True, hit=True, prompt=100, completion=10, shorter_prompt=40)]  # fmt: skip
-    found = dict(limits.savings(asked, limits.Price(1.0, 2.0), limits.Price(0.5, 1.0)))
+    found = dict(limits.savings(asked, prices.Price(1.0, 2.0), prices.Price(0.5, 1.0)))
     assert found == pytest.approx(
         {"nothing": 0.24, "shorter": 0.12, "batch": 0.12, "routing": 0.12, "cache": 0.12, "all": 0.015}
     )
+
+
+TABLE = {
+    "upstreams": [
+        {"upstream": "openai", "source": "https://h", "checked": "2026-11-01",
+         "models": {"gpt-a": {"input": 2.0, "cached": 1.0, "output": 8.0}, "gpt-b": {"input": 1.0, "output": 1.0}}},
+        {"upstream": "other", "models": {"gpt-b": {"input": 9.0, "output": 9.0}, "*": {"input": 0.0, "output": 0.0}}},
+        {"upstream": "odd", "models": {"gpt-c": {"input": "x"}}}, 7,
+    ]
+}  # fmt: skip
+
+
+def test_a_price_is_found_by_the_models_name() -> None:
+    """A dated version has its model's; two upstreams with different ones have none; every row is listed."""
+    price = prices.Price(2.0, 8.0, 1.0)
+    assert prices.price_of(TABLE, "gpt-a") == prices.price_of(TABLE, "gpt-a-2026-01-31") == price
+    assert [prices.price_of(TABLE, name) for name in ("gpt-b", "gpt-c", "gpt-d", "*x")] == [None] * 4
+    assert price.cost(1000, 100, cached=400) == pytest.approx((600 * 2 + 400 * 1 + 100 * 8) / 1e6)
+    assert prices.Price(2.0, 8.0).cost(1000, 100, cached=400) == pytest.approx(0.0028)
+    assert prices.rows(TABLE)[0] == ("gpt-a", "2", "1", "8", "https://h", "2026-11-01")
+    assert [row[0] for row in prices.rows(TABLE)] == ["gpt-a", "gpt-b", "gpt-b", "other: *", "gpt-c"]
+    assert prices.rows({"upstreams": "x"}) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "usage", "text"),
+    [
+        ({"local": True, "alias_of": None}, "miss", (10, 5), EN("figures.free")),
+        ({"local": False, "alias_of": None}, "hit", (1000, 100), "$0"),
+        ({"local": False, "alias_of": None}, "miss", (1000, 100), "$0.0028"),
+        ({"local": False, "alias_of": "gpt-a-2026-01-31"}, "bypass", (1000, 100), "$0.0028"),
+        ({"local": False, "alias_of": "unknown"}, "miss", (1000, 100), EN("figures.no_price")),
+        (None, None, (None, None), ""),
+    ],
+)
+def test_an_answers_cost_is_that_of_its_own_upstream_call(
+    model: Any, cache: str | None, usage: tuple[int | None, int | None], text: str
+) -> None:
+    made = answer("x", cache=cache, prompt_tokens=usage[0], completion_tokens=usage[1])
+    made.request = {"model": "gpt-a"}
+    assert chat.cost_text(made, model, lambda: TABLE, EN) == text
 
 
 # ---- tools and tasks
@@ -355,6 +417,34 @@ def test_each_state_of_a_model_has_its_word_and_its_button() -> None:
     done = Report({"model": {"adding": adding | {"state": "done"}}}, Settings(), EN).adding
     assert done is not None
     assert done.state == "up"
+
+
+def test_replicas_and_queue_are_shown_as_far_as_they_are_known() -> None:
+    entries = [
+        {"id": "m", "state": "ready", "replicas": 2, "running": 1, "waiting": 1300},
+        {"id": "n", "replicas": "x"},
+    ]
+    models = Report({"model": {"models": entries}}, Settings(), EN).models
+    assert [each.queue for each in models] == ["replicas: 2 · running: 1 · in the queue: 1,300", ""]
+
+
+# ---- the doctor's findings
+
+
+def test_the_doctors_findings_are_read_and_anything_else_says_where_to_run_it(tmp_path: Path) -> None:
+    path = tmp_path / "doctor.json"
+    found = [Finding(Exit.DISK, "0.5 GiB are free at /tmp", "logs need $1", "free ![x](http://h) some", stops=False)]
+    assert start.doctors_findings(None, EN) == start.doctors_findings(path, EN) == ([], EN("start.doctor.run"))
+    write_findings(path, found)
+    shown, line = start.doctors_findings(path, EN)
+    assert shown == ["**0.5 GiB are free at /tmp**: logs need \\$1; free !\\[x](http://h) some."]
+    assert line.startswith(EN("start.doctor.looked", time="")[:20])
+    write_findings(path, [])
+    shown, line = start.doctors_findings(path, EN)
+    assert (shown, "found nothing" in line) == ([], True)
+    for odd in ("", "[]", '{"at": "x", "findings": []}', '{"at": 1, "findings": [1]}', '{"at": 1e99, "findings": []}'):
+        path.write_text(odd)
+        assert start.doctors_findings(path, EN) == ([], EN("start.doctor.run"))
 
 
 # ---- faults and keys

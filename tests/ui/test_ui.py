@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import ANY, Mock
 
 import pytest
-from fixtures_ui import ALIAS, APP, CHAT, PARIS, QUESTION, StandIn, ask, click, shown, strips
+from fixtures_ui import ALIAS, APP, CHAT, PARIS, QUESTION, StandIn, ask, click, shown, status, strips
 from lab_ui import answer as module
 from lab_ui import chat, formats, snippets, texts
 from lab_ui.__main__ import main
@@ -66,7 +66,7 @@ def test_an_unknown_key_and_a_missing_value_are_errors() -> None:
     with pytest.raises(KeyError, match=r"chat\.nothing"):
         words("chat.nothing")
     with pytest.raises(KeyError, match="seconds"):
-        words("chat.waiting")
+        words("chat.writing")
 
 
 def test_a_dollar_sign_can_be_written() -> None:
@@ -319,6 +319,21 @@ def test_stop_closes_the_connection(proxy_client: Proxy, proxy: StandIn, mode: A
 
 
 @pytest.mark.usefixtures("never_abandoned")
+def test_the_phase_of_a_waiting_answer_is_the_one_that_the_proxy_reports(proxy_client: Proxy, proxy: StandIn) -> None:
+    """Queue, then prefill; asked by the answer's own request id and with the reader's key."""
+    proxy.mode = "silent"
+    answer = proxy_client.ask(request(), "sk-reader")
+    try:
+        eventually(lambda: answer.phase == "queue")
+        proxy.phases = ["guards", "queue", "prefill"]
+        eventually(lambda: answer.phase == "prefill")
+    finally:
+        answer.stop()
+    assert (f"/v1/requests/{answer.request_id}/timing", "Bearer sk-reader") in proxy.keys
+    assert [texts.load("en")(chat.PHASES[phase], seconds="1").count("**") for phase in chat.PHASES] == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("never_abandoned")
 def test_stop_comes_in_time_however_early(proxy_client: Proxy, proxy: StandIn) -> None:
     proxy.mode = "silent"
     for _ in range(20):
@@ -518,6 +533,31 @@ def test_status_without_a_proxy(app: Callable[..., AppTest], language: str) -> N
     assert not page.exception
     assert words("status.do.proxy") in shown(page)
     assert shown(page).count(words("status.through_proxy")) == 2
+
+
+def test_a_models_buttons_ask_the_service_and_say_what_came_of_it(
+    app: Callable[..., AppTest], proxy: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page is drawn after the call, with the model's new state; a refusal stands at its model, or at the form."""
+    words = texts.load("en")
+    ready = status("up")
+    ready["model"]["models"] = [{**CHAT, "state": "ready", "load": "demand"}]
+    monkeypatch.setattr("fixtures_ui.status", lambda mode: ready)
+    page = app(page=STATUS)
+    proxy.keys.clear()
+    click(page, words("status.action.unload"))
+    assert [path for path, _ in proxy.keys] == ["/admin/models/unload", "/status"]
+    assert proxy.requests == [{"model": CHAT["id"]}]
+    assert page.toast[0].value == words("status.begun.unload", name=f"`{CHAT['id']}`")
+    page.text_input(key="added").set_value(" korean ")
+    click(page, words("status.add.button"))
+    assert proxy.requests[1:] == [{"model": "korean"}]
+    proxy.mode = "model-down"
+    click(page, words("status.action.unload"))
+    assert words("faults.model_down.what") in shown(page)
+    proxy.mode = "up"
+    click(page, words("status.action.unload"))
+    assert words("faults.model_down.what") not in shown(page)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         **ModelPages(routes, models).pages(),
         **KeyPages(KeyStore(client), ledger).pages(),
         **UsagePages(ledger).pages(),
-        **TimingPages(observer.timings, prices).pages(),
+        **TimingPages(observer.timings, prices, upstreams.ask_model).pages(),
         **CachePages(executor.planner, cache, keys, limits).pages(),
         **(stored if settings.files_enabled else dict.fromkeys(stored, files_disabled)),
     }

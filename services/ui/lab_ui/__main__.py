@@ -55,6 +55,7 @@ def options(settings: Settings) -> dict[str, Any]:
         "server.headless": True,
         "server.fileWatcherType": "none",
         "server.runOnSave": False,
+        "runner.magicEnabled": False,  # no page writes a bare value; each script would be rewritten for it
         "server.enableCORS": True,
         "server.enableXsrfProtection": True,
         "server.allowedHosts": ["*"] if "*" in hosts else sorted(hosts - {"0.0.0.0", "::"}),  # noqa: S104

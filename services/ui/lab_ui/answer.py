@@ -59,6 +59,7 @@ class Answer:
     state: State = "waiting"
     finish_reason: str | None = None
     fault: Fault | None = None
+    phase: str = ""  # of a running answer, as the proxy reports it: "queue", "prefill", "decode" …; empty: not known
     cache: str | None = None  # "hit", "miss", "bypass" …; None without a Cache-Status header
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     tokens: list[Token] = field(default_factory=list)  # empty unless the request asks for `logprobs`

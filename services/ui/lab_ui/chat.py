@@ -6,12 +6,13 @@ Knows the proxy's model list and Answer. Knows nothing of HTTP and does not draw
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .answer import Answer
-from .formats import milliseconds, number
+from .formats import dollars, milliseconds, number
+from .prices import price_of
 from .texts import Texts
 
 # English on the Korean page too, because the embedded model's Korean is poor.
@@ -21,11 +22,13 @@ EXAMPLES = (
     "What is photosynthesis?",
     "Write a short poem about the sea.",
 )
-MAX_QUESTION = 32_000  # characters
+MAX_QUESTION = 200_000  # characters: the model reports too many tokens, while a full field drops text without a word
 DEFAULT_CONTEXT = 8192  # tokens, for a model whose context length the proxy does not list
 MAX_COLUMNS = 4
 ALTERNATIVES = 5  # most likely tokens to request at each place, from the lab's own models
 COLUMN_NAMES = "ABCD"
+# A running answer's phase, as the proxy reports it -> its text.
+PHASES = {"queue": "chat.queued", "prefill": "chat.prefill", "decode": "chat.writing"}
 HANGUL = re.compile("[\uac00-\ud7a3\u3131-\u318e]")
 
 
@@ -132,6 +135,26 @@ def continuation(request: Mapping[str, Any], prompt_ids: Sequence[int], begun_id
 def state_text(answer: Answer, texts: Texts) -> str:
     key = f"cache_state.{answer.cache}"
     return texts(key if key in texts else "cache_state.other") if answer.cache else ""
+
+
+def cost_text(
+    answer: Answer, model: Mapping[str, Any] | None, prices: Callable[[], Mapping[str, Any]], texts: Texts
+) -> str:
+    """What an answer cost; empty where it is not known.
+
+    `model`: of chat_models. `prices`: gives the body of /v1/prices; called only where money may be due.
+    """
+    if model is not None and model["local"]:
+        return texts("figures.free")
+    if answer.cache in {"hit", "stale", "collapsed"}:  # no call of its own to an upstream
+        return "$0"
+    if answer.prompt_tokens is None or answer.completion_tokens is None:
+        return ""
+    name = str((model or {}).get("alias_of") or answer.request.get("model", ""))
+    price = price_of(prices(), name)
+    if price is None:
+        return texts("figures.no_price")
+    return f"${dollars(price.cost(answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens or 0))}"
 
 
 def figures(answer: Answer, texts: Texts) -> dict[str, str]:

@@ -33,7 +33,7 @@ def jsonl(turns: Sequence[Turn]) -> str:
 
 
 def markdown(turns: Sequence[Turn], title: str) -> str:
-    parts = [f"# {title}"]
+    parts = [f"# {_one_line(title)}"]
     for turn in turns:
         parts.append("\n".join(f"> {line}" for line in turn.question.split("\n")))
         for column in range(len(turn.answers)):
@@ -46,7 +46,7 @@ def markdown(turns: Sequence[Turn], title: str) -> str:
 
 def notebook(turns: Sequence[Turn], title: str, proxy_url: str) -> str:
     """A notebook (nbformat 4.5): one code cell for each question, with the received answer as its output."""
-    cells = [_cell("markdown", 0, f"# {title}\n\n`pip install openai`")]
+    cells = [_cell("markdown", 0, f"# {_one_line(title)}\n\n`pip install openai`")]
     for turn in turns:
         for column in range(len(turn.answers)):
             answer = turn.answer(column)
@@ -56,6 +56,10 @@ def notebook(turns: Sequence[Turn], title: str, proxy_url: str) -> str:
                 cells.append(cell | {"execution_count": None, "outputs": [output]})
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, ensure_ascii=False)
+
+
+def _one_line(title: str) -> str:
+    return " ".join(title.split())
 
 
 def _cell(kind: str, number: int, source: str) -> dict[str, Any]:

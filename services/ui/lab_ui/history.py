@@ -42,7 +42,7 @@ def load(data: Any, find: Callable[[str], Answer | None]) -> tuple[str, list[Tur
     if not isinstance(data, Mapping) or not isinstance(data.get("id"), str) or not isinstance(data.get("turns"), list):
         return None
     turns = []
-    for stored in data["turns"][:MAX_TURNS]:
+    for stored in data["turns"][-MAX_TURNS:]:
         if not isinstance(stored, Mapping) or not isinstance(stored.get("question"), str):
             continue
         answers = stored.get("answers")

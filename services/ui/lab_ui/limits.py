@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .answer import Fault
+from .prices import Price
 from .proxy import Reply
 
 MAX_BURST = 60
@@ -146,17 +147,6 @@ class Asked:
     shorter_prompt: int
 
 
-@dataclass(frozen=True)
-class Price:
-    """US dollars per million tokens."""
-
-    input: float
-    output: float
-
-    def cost(self, prompt: float, completion: float) -> float:
-        return (prompt * self.input + completion * self.output) / 1e6
-
-
 def request(model: str, question: str, prompt: str, nonce: str) -> dict[str, Any]:
     """A request of the set. `nonce` makes the set a new one, so that only its own repetitions are hits."""
     messages = [{"role": "system", "content": f"{prompt} [{nonce}]"}, {"role": "user", "content": question}]
@@ -180,21 +170,3 @@ def savings(asked: Sequence[Asked], large: Price, small: Price) -> list[tuple[st
         ("routing", total(routing=True)), ("cache", total(cache=True)),
         ("all", total(cache=True, batch=True, routing=True, shorter=True)),
     ]  # fmt: skip
-
-
-# ---- the price table
-
-
-def prices(body: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
-    """Rows of the proxy's price table: model, input, cached input, output, source, date of the last check."""
-    rows = []
-    for upstream in body.get("upstreams") or []:
-        if not isinstance(upstream, Mapping) or not isinstance(upstream.get("models"), Mapping):
-            continue
-        for name, each in upstream["models"].items():
-            if isinstance(each, Mapping):
-                shown = [f"{each[key]:g}" if isinstance(each.get(key), int | float) else "–"
-                         for key in ("input", "cached", "output")]  # fmt: skip
-                shown_name = f"{upstream.get('upstream', '')}: *" if name == "*" else str(name)
-                rows.append((shown_name, *shown, str(upstream.get("source") or ""), str(upstream.get("checked") or "")))
-    return rows  # type: ignore[return-value] # six columns

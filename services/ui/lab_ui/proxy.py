@@ -8,6 +8,7 @@ for the proxy, sent as `Authorization: Bearer`; None: the proxy's settings decid
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import threading
 import time
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -34,6 +35,8 @@ KINDS: dict[str | int | None, str] = {
     "upstream_error": "upstream_error", 401: "key_invalid", 403: "refused", 404: "unknown_model", 413: "too_long",
     421: "wrong_host", 429: "busy", 503: "model_down", 504: "timeout",
 }  # fmt: skip
+PHASE_SECONDS = 0.3  # between two requests for a running answer's phase
+T = TypeVar("T")
 REMEMBERED = 500  # answers kept in memory, so that a reloaded page finds them again
 
 
@@ -64,6 +67,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, name="answers", daemon=True)
         self._lock = threading.Lock()
         self._client: openai.AsyncOpenAI | None = None
+        self._phases: httpx2.AsyncClient | None = None
         self._http = httpx2.Client(trust_env=False, limits=httpx2.Limits(max_connections=200))
         self._answers: OrderedDict[str, Answer] = OrderedDict()
 
@@ -131,8 +135,10 @@ class Proxy:
             return Fault("not_the_proxy")
         return Reply(answered, dict(response.headers), took, response.status_code)
 
-    def calls(self, count: int, at_once: int, one: Callable[[int], Reply | Fault]) -> list[Reply | Fault]:
+    def calls(self, count: int, at_once: int, one: Callable[[int], T]) -> list[T]:
         """Results of `count` calls of `one`, in their order; at most `at_once` run at the same time."""
+        if not count:
+            return []
         with ThreadPoolExecutor(at_once, thread_name_prefix="calls") as pool:
             return list(pool.map(one, range(count)))
 
@@ -146,6 +152,8 @@ class Proxy:
             await asyncio.gather(*others, return_exceptions=True)
             if self._client is not None:
                 await self._client.close()
+            if self._phases is not None:
+                await self._phases.aclose()
 
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(5)
@@ -162,6 +170,7 @@ class Proxy:
         return dict(reply.body)
 
     async def _receive(self, answer: Answer, key: str | None, headers: Mapping[str, str]) -> None:
+        watch = asyncio.create_task(self._watch_phase(answer, key))
         try:
             await self._stream(answer, key, headers)
             answer.state = "done" if answer.finish_reason else "failed"
@@ -170,6 +179,19 @@ class Proxy:
         except Exception as error:  # any error becomes the answer's fault; the thread goes on
             answer.state = "failed"
             answer.fault = fault(error, answer, key)
+        finally:
+            watch.cancel()
+
+    async def _watch_phase(self, answer: Answer, key: str | None) -> None:
+        """Set the phase of an answer that has no token yet, as far as the proxy reports it."""
+        if self._phases is None:
+            self._phases = httpx2.AsyncClient(trust_env=False, timeout=self._settings.status_timeout_seconds)
+        url = f"{self._settings.proxy_url}/v1/requests/{answer.request_id}/timing"
+        while answer.first is None:
+            await asyncio.sleep(PHASE_SECONDS)
+            with contextlib.suppress(httpx2.HTTPError, ValueError, KeyError, TypeError, IndexError):
+                reply = await self._phases.get(url, headers=_authorization(key))
+                answer.phase = str(reply.json()["phases"][-1]["name"])
 
     async def _stream(self, answer: Answer, key: str | None, sent: Mapping[str, str]) -> None:
         client = self._openai()

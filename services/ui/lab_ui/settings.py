@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -47,6 +48,9 @@ class Settings(BaseSettings):
     )
     status_timeout_seconds: float = Field(
         default=2, gt=0, le=30, description="Longest wait for the proxy's status and list of models."
+    )
+    findings_file: Path | None = Field(
+        default=None, description="The doctor's findings, which `make lab` writes. In containers there is none."
     )
     refresh_seconds: float = Field(default=5, ge=1, le=3600, description="How often the status page asks again.")
 

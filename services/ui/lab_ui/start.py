@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
+from pathlib import Path
+from typing import Any
+
 from .status import Report
 from .texts import Texts
-from .untrusted import span
+from .untrusted import plain, span
 
+MAX_FINDINGS, MAX_WORDS = 20, 500  # shown of the doctor's; characters of each
 STEPS = ("chat", "next_token", "cache")  # pages, in the order of the first lesson
 
 
@@ -31,3 +37,18 @@ def findings(report: Report, texts: Texts) -> list[str]:
     if report.cache == {}:
         found.append(texts("status.cache_off"))
     return found
+
+
+def doctors_findings(path: Path | None, texts: Texts) -> tuple[list[str], str]:
+    """The doctor's findings in Markdown, and the line below them: when it looked, or where to run it."""
+    try:
+        read: Any = json.loads(path.read_text(encoding="utf-8")) if path else None
+        at = dt.datetime.fromtimestamp(float(read["at"])).astimezone()
+        listed = [
+            [plain(each[name][:MAX_WORDS]) for name in ("what", "why", "remedy")]
+            for each in read["findings"][:MAX_FINDINGS]
+        ]
+        found = [f"**{what}**: {why}; {remedy}." for what, why, remedy in listed]
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # none yet, or of another version
+        return [], texts("start.doctor.run")
+    return found, texts("start.doctor.looked" if found else "start.doctor.nothing", time=f"{at:%H:%M}")

@@ -25,6 +25,7 @@ MODEL_STATES: Mapping[str, State] = {
     "ready": "up", "loading": "loading", "unloaded": "unloaded", "absent": "absent", "failed": "down",
     "done": "up",
 }  # fmt: skip
+STREAMLIT = metadata.version("streamlit")  # read once: it is in a file
 MAX_DETAIL = 300  # characters
 
 
@@ -55,6 +56,7 @@ class Model:
     """A model of the model service. `line`: kind, context length and revision. `facts`: size, languages and licence.
 
     `step`: current step of its loading; `share`: progress from 0 to 1. `action`: `load` or `unload`, empty if neither.
+    `queue`: its replicas of Ray Serve, running and waiting requests.
     """
 
     id: str
@@ -65,6 +67,7 @@ class Model:
     step: str = ""
     share: float | None = None
     action: str = ""
+    queue: str = ""
 
     @property
     def name(self) -> str:
@@ -131,7 +134,7 @@ class Report:
             return ""
         proxy, of_model = self._part("proxy"), self._part("model", "versions")
         known: dict[str, Any] = {
-            "lab_ui": __version__, "streamlit": metadata.version("streamlit"), "ui python": platform.python_version(),
+            "lab_ui": __version__, "streamlit": STREAMLIT, "ui python": platform.python_version(),
             "lab_proxy": proxy.get("version"), "proxy python": proxy.get("python"),
             "redis": self._part("redis").get("version"),
         }  # fmt: skip
@@ -197,7 +200,8 @@ def _model(entry: Mapping[str, Any], texts: Texts) -> Model:
         percent_ = progress.get("percent")
         share = max(0.0, min(1.0, percent_ / 100)) if isinstance(percent_, int | float) else None
     action = {"up": "unload", "unloaded": "load", "down": "load"}.get(shown, "") if "load" in entry else ""
-    return Model(str(entry.get("id")), shown, line, _detail(entry), _facts(entry, texts), step, share, action)
+    facts, queue = _facts(entry, texts), _queue(entry, texts)
+    return Model(str(entry.get("id")), shown, line, _detail(entry), facts, step, share, action, queue)
 
 
 def _facts(entry: Mapping[str, Any], texts: Texts) -> str:
@@ -215,6 +219,14 @@ def _facts(entry: Mapping[str, Any], texts: Texts) -> str:
     if isinstance(licence := entry.get("licence"), str):
         found.append(span(licence[:60]))
     return " · ".join(found)
+
+
+def _queue(entry: Mapping[str, Any], texts: Texts) -> str:
+    """`2 replicas · 1 running · 0 waiting`, as far as the service reports them."""
+    counts = {name: entry.get(name) for name in ("replicas", "running", "waiting")}
+    return " · ".join(
+        texts(f"status.queue.{name}", count=number(count)) for name, count in counts.items() if isinstance(count, int)
+    )
 
 
 def _detail(part: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ..text.pieces import cut, join, show
 from ..text.tool_calls import CallParser
 from .generator import EngineClient, EngineWork, OutputCollector
 from .http.deadline import deadline_of
-from .http.record import Record
+from .http.record import TIMINGS, Record
 from .http.service import EventStream, Json, sse, until_disconnect
 from .inputs import check_model, tokenize_all
 from .inspect import score_all
@@ -94,6 +94,7 @@ async def generate(
             code="invalid_value",
         )
     deadline = deadline_of(http)
+    timeline = record.timeline = TIMINGS.begin(record.call_id, record.started)
     requests = []
     for ids in prompts:
         limit = params.limit
@@ -110,7 +111,7 @@ async def generate(
         for choice in range(each):
             own = grammar.again() if grammar else None
             sampling = sampling_of(params, choice)
-            requests.append(Request(ids, limit, model.stop_ids, sampling, grammar=own, deadline=deadline))
+            requests.append(Request(ids, limit, model.stop_ids, sampling, own, deadline, on_phase=timeline.mark))
     # 2. The collector of their output.
     record.prompt_tokens = sum(map(len, prompts))
     logprobs = params.top_count is not None
@@ -139,6 +140,7 @@ async def generate(
     if params.limit == 0:  # the answer is the echo alone
         pieces = one_of([Piece(i, finish="length") for i in range(len(requests))])
     else:
+        timeline.mark("queue")
         pieces = model.run(OutputCollector(work, choices, record, stream=bool(params.stream)))
     first = await until_disconnect(http.receive, anext(pieces))
     first = [Piece(i, echo.text, scored=echo.scored) for i, echo in enumerate(repeated) if echoes] + first

@@ -5,13 +5,14 @@ Knows token ids and page numbers. Does not compute steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .sampling_params import Grammar, Logprob, SamplingParams, SamplingState
 
 Finish = Literal["stop", "length"]
+Phase = Literal["queue", "prefill", "decode"]
 
 
 class EngineError(Exception):
@@ -54,8 +55,9 @@ class CancelledError(EngineError):
 class Request:
     """One sequence to continue, and its state while the engine works on it.
 
-    prompt: at least one token id. deadline: as time.monotonic(). The fields below it belong to the engine;
-    prefix_hit_tokens: prompt tokens found in the prefix cache.
+    prompt: at least one token id. deadline: as time.monotonic(). on_phase: called in the engine's thread when `prefill`
+    and `decode` begin, once each; it must be quick. The fields below it belong to the engine; prefix_hit_tokens: prompt
+    tokens found in the prefix cache.
     """
 
     prompt: Sequence[int]
@@ -64,6 +66,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     grammar: Grammar | None = None
     deadline: float | None = None
+    on_phase: Callable[[Phase], None] | None = None
 
     tokens: list[int] = field(init=False)  # prompt and answer so far
     sampling_state: SamplingState = field(init=False)
@@ -75,10 +78,17 @@ class Request:
     prefix_hit_tokens: int = field(init=False, default=0)
     prefilled: int = field(init=False, default=0)  # the most tokens that any of its prefills has computed
     cancelled: bool = field(init=False, default=False)
+    phase: Phase = field(init=False, default="queue")
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.sampling_state = SamplingState(self.sampling, self.prompt, self.grammar)
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase, and report it. A preempted request stays in the phase that it had reached."""
+        self.phase = phase
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     @property
     def generated(self) -> int:

@@ -252,6 +252,9 @@ class Scheduler:
         beside = min(PREFILL_TOKENS, int(self._prefill_pace * PREFILL_SECONDS_BESIDE))
         rows, spans = self._pieces(beside if decoding else PREFILL_TOKENS)
         if rows:
+            for row in rows:
+                if row.phase == "queue":
+                    row.enter("prefill")
             ids = [token for row, span in zip(rows, spans, strict=True) for token in row.tokens[span.start : span.stop]]
             started = time.monotonic()
             logits = self._runner.prefill(ids, spans)
@@ -328,6 +331,8 @@ class Scheduler:
                 continue
             token, logprobs = sampled.token, [sampled.logprob] if sampled.logprob else []
             request.tokens.append(token)
+            if request.phase == "prefill":
+                request.enter("decode")
             self._counts["generated_tokens"] += 1
             if token in request.stop_ids:
                 outputs.append(StepOutput(request, [], "stop"))

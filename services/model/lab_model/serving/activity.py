@@ -1,7 +1,8 @@
 """Requests of each model's replicas, reported to the process that decides which models stay in memory.
 
 Each replica writes to 16 bytes of shared memory, one file in a folder of this machine, because a call to the replica
-would wait for its work. Knows ASGI and files. Knows nothing of models.
+would wait for its work. The engines' queues are read from the gauges that the replicas keep there. Knows ASGI and
+files. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+QUEUE_GAUGES = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting"}  # of api.generator
 _FIELDS = struct.Struct("<qd")  # running requests, unix time of the last start or end
 
 
@@ -65,6 +68,20 @@ def read_activity(folder: Path, model: str) -> Activity:
             own, when = _FIELDS.unpack(data)
             running, last = running + own, max(last, when)
     return Activity(running, last)
+
+
+def read_queues(folder: Path) -> dict[str, dict[str, int]]:
+    """`running` and `waiting` requests of each model's engines, by the model's id, at most half a second old; only of
+    living replicas. Models without such an engine are not in it."""
+    files = [
+        str(path) for path in folder.glob("gauge_livesum_*.db") if psutil.pid_exists(int(path.stem.split("_")[-1]))
+    ]
+    found: dict[str, dict[str, int]] = {}
+    for metric in MultiProcessCollector.merge(files):  # type: ignore[no-untyped-call]
+        if name := QUEUE_GAUGES.get(metric.name):
+            for sample in metric.samples:
+                found.setdefault(sample.labels["model_name"], {})[name] = int(sample.value)
+    return found
 
 
 def processes(folder: Path, model: str) -> list[int]:

@@ -28,13 +28,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .. import __version__
-from ..api.http import usage
+from ..api.http import timing, usage
 from ..api.http.deadline import deadline_of
 from ..api.http.logs import start_logging
 from ..api.http.service import Endpoint, EventStream, HttpService, read_json, sse, until_disconnect
 from ..api.openapi import document
 from ..errors import BadRequestError, NotFoundError, UnavailableError, deadline_exceeded
 from ..models.kinds import KINDS, PATHS, Kind, default_model
+from .activity import processes, read_queues
 from .applications import Applications
 from .lifecycle import Lifecycle, LifecycleArgs
 from .ray_internals import AsgiDeployment, replica_environment
@@ -117,6 +118,7 @@ class CatalogueApp(AsgiDeployment):
             "/v1/models": self.models,
             "/openapi.json": self.openapi,
             "/tally": self.usage_of,
+            timing.PREFIX: self.timing,
         }
         for id_, kind in ids.items():
             gets[f"/v1/models/{id_}"] = self.model
@@ -137,6 +139,11 @@ class CatalogueApp(AsgiDeployment):
         lifecycle = self._lifecycle
         await lifecycle.refresh()
         models = list(lifecycle.report().values())
+        queues = await asyncio.to_thread(read_queues, self._folder)
+        for model in models:
+            if model["state"] == "ready":
+                count = len(processes(self._folder, model["id"]))
+                model |= {"replicas": count, **queues.get(model["id"], {})}
         states = {model["state"] for model in models}
         usable = states & {"ready", "unloaded"}
         failed = [each for each in models if each["state"] == "failed" or (each["state"], each["load"]) == MISSING]
@@ -212,6 +219,14 @@ class CatalogueApp(AsgiDeployment):
         ids = http.query_params.getlist("id")[:MOST_IDS]
         found = await asyncio.to_thread(usage.find, self._folder, ids)
         return _json({id_: used._asdict() for id_, used in found.items()})
+
+    async def timing(self, http: HttpRequest) -> Response:
+        """GET /v1/requests/<call id>/timing: the phases of a request to an engine, also of one that runs now."""
+        id_ = timing.id_of(http.url.path)
+        found = await asyncio.to_thread(timing.find, self._folder, id_)
+        if found is None:
+            raise NotFoundError(f"No request '{id_[:200]}' was here in the last minutes.", code="not_found")
+        return _json(found)
 
     async def forward(self, http: HttpRequest) -> Response:
         """Forward the request to the model that its body names, and stream the answer back."""

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from .. import __version__
+from ..api.http import timing
 from ..api.http.logs import start_logging
 from ..api.http.service import HttpService
 from ..errors import NotFoundError
@@ -83,6 +84,7 @@ class ClusterApp(AsgiDeployment):
             "/metrics": self.metrics,
             "/v1/models": self.models,
             "/tally": self.usage_of,
+            timing.PREFIX: self.timing,
         }
         return HttpService(dict.fromkeys(PATHS, self.refuse), gets, hosts=self._hosts)
 
@@ -140,6 +142,15 @@ class ClusterApp(AsgiDeployment):
         answers = await asyncio.gather(*(self._ask(id_, "usage_of", ids) for id_ in self._entries))
         found = {id_: used for of_model in answers for rings in of_model for id_, used in rings.items()}
         return _json({id_: used._asdict() for id_, used in found.items()})
+
+    async def timing(self, http: HttpRequest) -> Response:
+        """GET /v1/requests/<call id>/timing: the phases of a request to an engine, also of one that runs now."""
+        id_ = timing.id_of(http.url.path)
+        answers = await asyncio.gather(*(self._ask(each, "timing_of", id_) for each in self._entries))
+        found = next((each for of_model in answers for each in of_model if each is not None), None)
+        if found is None:
+            raise NotFoundError(f"No request '{id_[:200]}' was here in the last minutes.", code="not_found")
+        return _json(found)
 
     async def refuse(self, http: HttpRequest) -> Response:
         path = http.url.path

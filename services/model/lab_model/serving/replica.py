@@ -15,7 +15,7 @@ import prometheus_client
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..api.http import usage
+from ..api.http import timing, usage
 from ..api.http.usage import TokenUsage
 from ..models.catalogue import AppArgs, Replicas
 from ..models.kinds import KINDS
@@ -57,9 +57,9 @@ class ModelReplica(AsgiDeployment):
 
     def __init__(self, args: AppArgs, inspector: Any = None) -> None:
         """inspector: a handle to the model's second copy, see `inspector`."""
-        # Serve pickles this class by value, with copies of the globals that it uses: USAGE has to be this process's
-        # own. And the processes that only route import this module and must not import torch.
-        from ..api.http.record import USAGE  # noqa: PLC0415
+        # Serve pickles this class by value, with copies of the globals that it uses: the rings have to be those of this
+        # process. And the processes that only route import this module and must not import torch.
+        from ..api.http.record import TIMINGS, USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415
         from .activity import ObservedApp  # noqa: PLC0415
         from .copies import check_room  # noqa: PLC0415
@@ -67,6 +67,7 @@ class ModelReplica(AsgiDeployment):
         self._id = uuid.uuid4().hex
         self._folder = args.metrics_dir or Path(tempfile.mkdtemp(prefix="lab-replica-"))
         USAGE.open(self._folder)
+        TIMINGS.open(self._folder)
         app, self._info, self._is_alive = load(args)
         observed = ObservedApp(app, self._folder, args.entry.id)
 
@@ -93,6 +94,10 @@ class ModelReplica(AsgiDeployment):
     def usage_of(self, ids: list[str]) -> dict[str, TokenUsage]:
         """Tokens used by those of `ids` that ended here within the last minutes."""
         return usage.find(self._folder, ids)
+
+    def timing_of(self, id_: str) -> dict[str, Any] | None:
+        """Phases of a request here, see `timing.find`."""
+        return timing.find(self._folder, id_)
 
     def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""

@@ -191,6 +191,7 @@ class App:
         if await self._executor.serve_local_hit(asked, response):
             return None
         # 4. The answer, unless the client disconnects.
+        self._observer.timings.begin(asked.request_id, record)
         self._traffic.started += 1
         try:
             with DisconnectWatch(receive, response):

@@ -66,7 +66,8 @@ class CompletionFetch:
                 call.count_tokens = claim.count
 
         about = (request.endpoint, request.request_id, plan.stream, deadline)
-        return UpstreamRequest(*about, body, on_call, own, admit, len(request.raw))
+        begin = request.record.begin_call
+        return UpstreamRequest(*about, body, on_call, own, admit, len(request.raw), on_begin=begin)
 
     def renamed_body(self, plan: Plan) -> Callable[[Target], bytes]:
         """The body as received, or with the target's model."""

@@ -36,7 +36,7 @@ class Observer:
         if self._traces is not None and path in ENDPOINTS:
             self._traces.record(route, record, status, seconds, request_id)
         if path in ENDPOINTS:
-            self.timings.add(request_id, record, status, seconds)
+            self.timings.end(request_id, record, status, seconds)
         if route in QUIET and status < 400:
             return
         fields = {

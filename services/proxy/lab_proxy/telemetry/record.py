@@ -57,6 +57,10 @@ class RequestRecord:
     read_at: float = 0.0  # headers checked, key verified, body read
     planned_at: float = 0.0  # model, upstream and cache key known
     looked_up_at: float = 0.0  # limits and cache answered by redis
+    call: UpstreamCall | None = None  # the last one that began; it is in `calls` when it has ended
+
+    def begin_call(self, call: UpstreamCall) -> None:
+        self.call = call
 
     def add_call(self, call: UpstreamCall) -> None:
         self.calls.append(call)

@@ -59,6 +59,7 @@ class UpstreamRequest:
     caller_deadline: float | None = None  # the caller's own; sent to the model service, not enforced here
     admit: Callable[[UpstreamCall, UpstreamConfig], Awaitable[None]] | None = None  # before each call; may raise
     size: int = 0  # bytes of the caller's body
+    on_begin: Callable[[UpstreamCall], None] = lambda _: None  # called at the beginning of each call
 
 
 class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
@@ -133,6 +134,7 @@ class UpstreamClient:
             call, began = UpstreamCall(self.config.name, target.model, time.time()), breaker.began()
             if self.config.native:
                 call.id = f"{self._call_prefix}.{next(self._numbers)}"
+            request.on_begin(call)
             if request.admit is not None and target.config.cap is not None:
                 try:
                     await request.admit(call, target.config)
@@ -196,7 +198,9 @@ class UpstreamClient:
         """Raises aiohttp.ClientError. A POST that may have been worked on is not repeated."""
         url = self._urls.get(path)
         if url is None:
-            url = self._urls[path] = URL(self._base + path, encoded=True)
+            url = URL(self._base + path, encoded=True)
+            if method == "POST":  # few paths; a GET's has ids
+                self._urls[path] = url
         headers = self._headers | headers
         while True:
             data = io.BytesIO(body) if body and len(body) > 2**20 else body  # aiohttp warns of more in one piece

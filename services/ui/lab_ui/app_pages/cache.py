@@ -46,9 +46,11 @@ def main() -> None:
     model = next(iter(models))
     view = st.segmented_control(
         texts("cache.views"), VIEWS, format_func=lambda code: texts(f"cache.view.{code}"), key=link.key("view"),
-        required=True, label_visibility="collapsed",
+        persist_state="session", required=True, label_visibility="collapsed",
     )  # fmt: skip
-    question = st.text_input(texts("cache.question"), key=link.key("q"), max_chars=links.MAX_TEXT) or cache.QUESTION
+    question = st.text_input(
+        texts("cache.question"), key=link.key("q"), persist_state="session", max_chars=links.MAX_TEXT
+    ) or cache.QUESTION  # fmt: skip
     {"xray": draw_xray, "why": draw_why, "repeat": draw_repeat, "stampede": draw_stampede}[view or VIEWS[0]](
         model, question
     )
@@ -72,7 +74,7 @@ def draw_xray(model: str, question: str) -> None:
         modes = ("normal", "no-cache", "no-store")
         mode = st.segmented_control(
             texts("cache.mode"), modes, format_func=lambda code: texts(f"cache.modes.{code.replace('-', '_')}"),
-            key="cache_mode", required=True, default="normal",
+            key="cache_mode", persist_state="session", required=True, default="normal",
         )  # fmt: skip
         send = st.button(texts("cache.send"), type="primary", icon=":material/send:")
     body = cache.chat_body(model, question)
@@ -146,15 +148,15 @@ def draw_why(model: str, question: str) -> None:
     alias = next((name for name, each in names.items() if each["alias_of"] == model), None)
     change = st.pills(
         texts("cache.change"), [*cache.CHANGES], format_func=lambda code: texts(f"cache.changes.{code}"),
-        key=link.key("change"), required=True,
+        key=link.key("change"), persist_state="session", required=True,
     )  # fmt: skip
     one = cache.chat_body(model, question)
     other = cache.changed(one, change or "order", alias)
     left, right = st.columns(2)
     first = left.text_area(texts("cache.first"), cache.pretty(one), height=270, max_chars=cache.MAX_BODY,
-                           key=f"first-{hash((model, question))}")  # fmt: skip
+                           key=f"first-{hash((model, question))}", persist_state="session")  # fmt: skip
     second = right.text_area(texts("cache.second"), cache.pretty(other), height=270, max_chars=cache.MAX_BODY,
-                             key=f"second-{hash((model, question, change))}")  # fmt: skip
+                             key=f"second-{hash((model, question, change))}", persist_state="session")  # fmt: skip
     bodies = cache.parse_body(first), cache.parse_body(second)
     for body, name in zip(bodies, ("cache.first", "cache.second"), strict=True):
         if body is None:
@@ -163,7 +165,7 @@ def draw_why(model: str, question: str) -> None:
         return
     guess = st.segmented_control(
         texts("cache.guess"), ["same", "different"], format_func=lambda code: texts(f"cache.guesses.{code}"),
-        key=f"guess-{hash((first, second))}",
+        key=f"guess-{hash((first, second))}", persist_state="session",
     )  # fmt: skip
     if guess is None:
         return
@@ -192,7 +194,7 @@ def draw_why(model: str, question: str) -> None:
 
 def draw_repeat(model: str, question: str) -> None:
     st.markdown(texts("cache.repeat.about"))
-    times = st.slider(texts("cache.times"), 2, cache.MAX_CALLS, key=link.key("times"))
+    times = st.slider(texts("cache.times"), 2, cache.MAX_CALLS, key=link.key("times"), persist_state="session")
     if st.button(texts("cache.repeat.button", times=times), type="primary", icon=":material/replay:"):
         # A new question each time, so that the first call is a miss.
         body = cache.chat_body(model, f"{question} ({secrets.token_hex(3)})", max_tokens=16)
@@ -204,7 +206,7 @@ def draw_repeat(model: str, question: str) -> None:
 
 def draw_stampede(model: str, question: str) -> None:
     st.markdown(texts("cache.stampede.about"))
-    at_once = st.slider(texts("cache.at_once"), 2, cache.MAX_AT_ONCE, key=link.key("at_once"))
+    at_once = st.slider(texts("cache.at_once"), 2, cache.MAX_AT_ONCE, key=link.key("at_once"), persist_state="session")
     if st.button(texts("cache.stampede.button", times=at_once), type="primary", icon=":material/groups:"):
         body = cache.chat_body(model, f"{question} ({secrets.token_hex(3)})", max_tokens=16)
         with st.spinner(texts("cache.waiting")):

@@ -8,8 +8,9 @@ from typing import Any
 
 import streamlit as st
 
-from lab_ui import chat, exports, history, links, surprise
+from lab_ui import chat, exports, history, surprise
 from lab_ui.answer import Answer, Fault
+from lab_ui.drawing.chat_settings import draw_settings, link, linked
 from lab_ui.drawing.code import draw_code
 from lab_ui.drawing.components import announce, draw_history, draw_tokens
 from lab_ui.drawing.faults import draw_fault
@@ -24,26 +25,6 @@ settings, proxy, texts = session.settings, session.proxy, session.texts
 state = st.session_state
 
 
-def _column(column: int) -> dict[str, links.Parameter]:
-    """The parameters of one column; in the second column `model` is `model2`, and so on."""
-    mark = str(column + 1) if column else ""
-    parameters: dict[str, links.Parameter] = {
-        "model": links.Text("", 200), "temperature": links.Number(0.0, 0.0, 2.0), "top_p": links.Number(1.0, 0.05, 1.0),
-        "max_tokens": links.Number(512, 1, 1_000_000), "system": links.Text(""),
-    }  # fmt: skip
-    return {name + mark: parameter for name, parameter in parameters.items()}
-
-
-link = links.Link(
-    "chat",
-    {
-        "q": links.Text(""),
-        "columns": links.Number(1, 1, chat.MAX_COLUMNS),
-        **{name: each for column in range(chat.MAX_COLUMNS) for name, each in _column(column).items()},
-    },
-)
-
-
 def main() -> None:
     link.read(st.query_params, state)
     turns: list[chat.Turn] = state.setdefault("turns", [])
@@ -54,7 +35,7 @@ def main() -> None:
     if not isinstance(listing, Fault) or "models" not in state:
         state.models = {} if isinstance(listing, Fault) else chat.chat_models(listing)
     models: dict[str, dict[str, Any]] = state.models
-    columns = draw_settings(models)
+    columns = draw_settings(models, texts)
 
     # 2. The question: typed, or stored by a button's callback.
     typed = st.chat_input(
@@ -105,14 +86,6 @@ def main() -> None:
         announce(texts("chat.announce", tokens=str(last.completion_tokens or 0)) if last and last.text else "")
 
 
-def linked(columns: int, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Values for the URL, without the first model, which is the default, and without columns that are not shown."""
-    first = next(iter(models), "")
-    names = ["q", "columns", *(name for column in range(columns) for name in _column(column))]
-    values = {link.key(name): state.get(link.key(name)) for name in names}
-    return {key: None if key.startswith("chat.model") and value == first else value for key, value in values.items()}
-
-
 def draw_head(turns: list[chat.Turn]) -> None:
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
         st.title(texts("chat.title"), anchor=False, width="content")
@@ -154,71 +127,7 @@ def draw_export(turns: list[chat.Turn]) -> None:
             st.download_button(name, make, f"llm-lab-chat.{ending}", kind, key=f"export-{ending}", on_click="ignore")
 
 
-# ---- the sidebar
-
-
-def draw_settings(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fields of a request except the messages, and `system`, for each column."""
-    with st.sidebar:
-        st.subheader(texts("settings.title"), anchor=False)
-        count = int(
-            st.segmented_control(
-                texts("settings.columns"), range(1, chat.MAX_COLUMNS + 1), key=link.key("columns"), required=True,
-                persist_state="session", help=texts("settings.columns_help"),
-            )
-            or 1
-        )  # fmt: skip
-        shown = 0
-        if count > 1:
-            shown = st.segmented_control(
-                texts("settings.of_column"), range(count), format_func=chat.COLUMN_NAMES.__getitem__, default=0,
-                required=True, key=f"settings-of-{count}",
-            )  # fmt: skip
-        draw_column(shown, models)
-        st.toggle(
-            texts("settings.logprobs"), value=True, key="logprobs", help=texts("settings.logprobs_help"),
-            persist_state="session",
-        )  # fmt: skip
-    return [read_column(column, models) for column in range(count)]
-
-
-def draw_column(column: int, models: dict[str, dict[str, Any]]) -> None:
-    key = [link.key(name) for name in _column(column)]
-    if models and state.get(key[0]) not in models:
-        state[key[0]] = next(iter(models))
-    st.selectbox(
-        texts("settings.model"), list(models), format_func=lambda name: chat.model_label(name, models, texts),
-        disabled=not models, key=key[0], placeholder="–", persist_state="session",
-    )  # fmt: skip
-    st.text_area(
-        texts("settings.system"), placeholder=texts("settings.system_placeholder"), max_chars=chat.MAX_QUESTION,
-        key=key[4], persist_state="session",
-    )  # fmt: skip
-    st.slider(
-        texts("settings.temperature"), 0.0, 2.0, step=0.1, help=texts("settings.temperature_help"), key=key[1],
-        persist_state="session",
-    )  # fmt: skip
-    st.slider(
-        texts("settings.top_p"), 0.05, 1.0, step=0.05, help=texts("settings.top_p_help"), key=key[2],
-        persist_state="session",
-    )  # fmt: skip
-    limit = models.get(state.get(key[0]) or "", {}).get("context") or chat.DEFAULT_CONTEXT
-    state[key[3]] = min(int(state[key[3]]), limit)
-    st.number_input(
-        texts("settings.max_tokens"), 1, limit, step=64, key=key[3],
-        help=texts("settings.max_tokens_help", limit=number(limit)), persist_state="session",
-    )  # fmt: skip
-
-
-def read_column(column: int, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a column, also if its widgets are not drawn now."""
-    model, temperature, top_p, max_tokens, system = (state[link.key(name)] for name in _column(column))
-    if model not in models:
-        model = next(iter(models), "")
-    return {
-        "model": model, "temperature": temperature, "top_p": top_p, "max_tokens": int(max_tokens), "system": system,
-        "logprobs": state.get("logprobs", True) and models.get(model, {}).get("local", False),
-    }  # fmt: skip
+# ---- stored conversations
 
 
 def draw_stored(turns: list[chat.Turn], columns: int) -> None:
@@ -245,7 +154,8 @@ def draw_stored(turns: list[chat.Turn], columns: int) -> None:
 def draw_question(place: int, turn: chat.Turn, models: dict[str, dict[str, Any]]) -> None:
     with st.chat_message("user", avatar=":material/person:"):
         if state.get("edited") == place:
-            st.text_area(texts("chat.edit"), turn.question, key=f"edit-text-{place}", max_chars=chat.MAX_QUESTION)
+            st.text_area(texts("chat.edit"), turn.question, key=f"edit-text-{place}", max_chars=chat.MAX_QUESTION,
+                         persist_state="session")  # fmt: skip
             with st.container(horizontal=True):
                 st.button(texts("chat.edit_send"), type="primary", key=f"edit-send-{place}", on_click=ask_edited,
                           args=(place,))  # fmt: skip
@@ -293,11 +203,22 @@ def draw_answer(place: int, column: int, turn: chat.Turn) -> list[tuple[Answer, 
         if answer.fault:
             last = place == len(state.turns) - 1
             draw_fault(session, answer.fault, key, (lambda: regenerate(place, column)) if last else None)
-        cost = {texts("figures.cost"): "$0"} if state.models.get(answer.request.get("model"), {}).get("local") else {}
-        draw_strip(chat.figures(answer, texts) | cost, highlighted=texts("cache_state.hit"))
+        cost = chat.cost_text(answer, state.models.get(answer.request.get("model")), price_table, texts)
+        shown = chat.figures(answer, texts) | ({texts("figures.cost"): cost} if cost else {})
+        draw_strip(shown, highlighted=texts("cache_state.hit"))
         draw_actions(place, column, turn, answer)
         draw_code(session, answer.request, f"code-{key}")
     return []
+
+
+def price_table() -> dict[str, Any]:
+    """The body of /v1/prices, asked once in a session; empty where it was not answered."""
+    if "prices" not in state:
+        reply = proxy.call("GET", "/v1/prices", session.key, seconds=settings.status_timeout_seconds)
+        if isinstance(reply, Fault):
+            return {}
+        state.prices = dict(reply.body)
+    return dict(state.prices)
 
 
 def draw_actions(place: int, column: int, turn: chat.Turn, answer: Answer) -> None:
@@ -343,9 +264,9 @@ def draw_growing(growing: list[tuple[Answer, Any, Any]]) -> None:
             if len(text) > drawn[place]:
                 body.markdown(plain(text), anchors=False)
                 drawn[place] = len(text)
-            phase = "chat.writing" if drawn[place] else "chat.waiting" if answer.headers else "chat.queued"
             if answer.running:
-                line.caption(texts(phase, seconds=number(answer.seconds, 1), tokens=number(len(answer.tokens))))
+                line.caption(texts(chat.PHASES.get("decode" if text else answer.phase, "chat.sent"),
+                                   seconds=number(answer.seconds, 1)))  # fmt: skip
             else:
                 line.empty()
 
@@ -368,6 +289,7 @@ def ask(question: str) -> None:
 
 def edit(place: int | None) -> None:
     state.edited = place
+    state.pop(f"edit-text-{place}", None)  # an edit that was cancelled
 
 
 def ask_edited(place: int) -> None:

@@ -6,13 +6,14 @@ import secrets
 
 import streamlit as st
 
-from lab_ui import cache, chat, limits, links
+from lab_ui import cache, chat, limits, links, prices
 from lab_ui.answer import Fault
 from lab_ui.charts import bars, tries
 from lab_ui.drawing.charts import draw_chart
 from lab_ui.drawing.faults import draw_fault
 from lab_ui.drawing.html import draw_strip, draw_table
 from lab_ui.formats import dollars, number, percent
+from lab_ui.prices import Price
 from lab_ui.session import Session
 
 session: Session = st.session_state.session
@@ -35,7 +36,7 @@ def main() -> None:
     st.markdown(texts("limits.intro"))
     view = st.segmented_control(
         texts("limits.views"), VIEWS, format_func=lambda code: texts(f"limits.view.{code}"), key=link.key("view"),
-        required=True, label_visibility="collapsed",
+        persist_state="session", required=True, label_visibility="collapsed",
     )  # fmt: skip
     if view == "prices":
         draw_prices()
@@ -92,7 +93,7 @@ def draw_left(model: str) -> None:
 
 def draw_burst(model: str) -> None:
     st.markdown(texts("limits.burst.about"))
-    count = st.slider(texts("limits.burst.count"), 2, limits.MAX_BURST, key=link.key("burst"))
+    count = st.slider(texts("limits.burst.count"), 2, limits.MAX_BURST, key=link.key("burst"), persist_state="session")
     if st.button(texts("limits.burst.button", count=count), type="primary", icon=":material/groups:"):
         body = cache.chat_body(model, cache.QUESTION, 8)
         with st.spinner(texts("cache.waiting")):
@@ -128,7 +129,8 @@ def draw_savings(model: str) -> None:
     st.markdown(texts("limits.savings.about", count=len(limits.QUESTIONS)))
     columns = st.columns(4)
     for column, name in zip(columns, ("large_in", "large_out", "small_in", "small_out"), strict=True):
-        column.number_input(texts(f"limits.savings.{name}"), 0.0, 1000.0, step=0.05, key=link.key(name))
+        column.number_input(texts(f"limits.savings.{name}"), 0.0, 1000.0, step=0.05, key=link.key(name),
+                            persist_state="session")  # fmt: skip
     if st.button(texts("limits.savings.button"), type="primary", icon=":material/play_arrow:"):
         with st.spinner(texts("cache.waiting")):
             state.savings = measure(model)
@@ -138,8 +140,8 @@ def draw_savings(model: str) -> None:
     if isinstance(asked, Fault):
         draw_fault(session, asked, "savings")
         return
-    large = limits.Price(state[link.key("large_in")], state[link.key("large_out")])
-    small = limits.Price(state[link.key("small_in")], state[link.key("small_out")])
+    large = Price(state[link.key("large_in")], state[link.key("large_out")])
+    small = Price(state[link.key("small_in")], state[link.key("small_out")])
     found = limits.savings(asked, large, small)
     whole = found[0][1]
     rows = [(texts(f"limits.savings.with.{name}"), cost, f"${cost:,.2f}") for name, cost in found]
@@ -185,7 +187,7 @@ def draw_prices() -> None:
         return
     st.markdown(texts("limits.prices.about"))
     head = ("model", "input", "cached", "output", "source", "checked")
-    draw_table([texts(f"limits.prices.{name}") for name in head], limits.prices(reply.body), (1, 2, 3),
+    draw_table([texts(f"limits.prices.{name}") for name in head], prices.rows(reply.body), (1, 2, 3),
                texts("limits.view.prices"))  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import streamlit as st
 
 from lab_ui import chat, links, load
@@ -39,9 +41,12 @@ def main() -> None:
         return
     listed = load.call(proxy, settings, "GET", "/runs", key=load_key())
     if isinstance(listed, Fault):
-        st.error(texts("load.absent.do"), title=texts("load.absent.what"), icon=":material/error:")
-        if listed.status == 401:
-            st.text_input(texts("load.key"), type="password", key="load_key", autocomplete="off")
+        locked = listed.status == 401
+        what = texts("load.locked.what" if locked else "load.absent.what")
+        st.error(texts("load.locked.do" if locked else "load.absent.do"), title=what, icon=":material/error:")
+        if locked:
+            st.text_input(texts("load.key"), type="password", key="load_key", autocomplete="off",
+                          persist_state="session")  # fmt: skip
         return
     draw_form()
     st.fragment(draw_live, run_every=LIVE_SECONDS)()
@@ -57,11 +62,13 @@ def load_key() -> str | None:
 def draw_form() -> None:
     left, middle, right = st.columns(3)
     workload = left.selectbox(
-        texts("load.workload"), load.WORKLOADS, key=link.key("workload"),
+        texts("load.workload"), load.WORKLOADS, key=link.key("workload"), persist_state="session",
         format_func=lambda name: texts(f"load.workloads.{name}"),
     )  # fmt: skip
-    users = middle.number_input(texts("load.users"), 1, load.MAX_USERS, step=1, key=link.key("users"))
-    seconds = right.number_input(texts("load.seconds"), 2, load.MAX_SECONDS, step=1, key=link.key("seconds"))
+    users = middle.number_input(texts("load.users"), 1, load.MAX_USERS, step=1, key=link.key("users"),
+                                persist_state="session")  # fmt: skip
+    seconds = right.number_input(texts("load.seconds"), 2, load.MAX_SECONDS, step=1, key=link.key("seconds"),
+                                 persist_state="session")  # fmt: skip
     start, stop = st.columns(2)
     if start.button(texts("load.start"), type="primary", icon=":material/play_arrow:", width="stretch"):
         body = {"workload": workload, "users": int(users), "seconds": int(seconds)}
@@ -111,11 +118,19 @@ def draw_live() -> None:
 def draw_finished(listed: Reply) -> None:
     """A table of the last runs, and a comparison of two of them."""
     names = [str(run["name"]) for run in listed.body.get("runs", ()) if isinstance(run, dict)][:SHOWN]
-    found = {}
-    for name in names:
-        reply = load.call(proxy, settings, "GET", f"/runs/{name}", key=load_key())
-        if not isinstance(reply, Fault) and (run := load.read_finished(reply.body)):
-            found[name] = run
+    key = load_key()
+    kept: dict[str, load.Finished | None] = st.session_state.setdefault(
+        "load_runs", {}
+    )  # a finished run stays as it is
+    missing = [name for name in names if name not in kept]
+
+    def read(place: int) -> Reply | Fault:
+        return load.call(proxy, settings, "GET", f"/runs/{quote(missing[place], safe='')}", key=key)
+
+    for name, reply in zip(missing, proxy.calls(len(missing), 8, read), strict=True):
+        if not isinstance(reply, Fault):
+            kept[name] = load.read_finished(reply.body)
+    found = {name: run for name in names if (run := kept.get(name)) is not None}
     st.subheader(texts("load.finished"), anchor=False)
     if not found:
         st.caption(texts("load.none"))
@@ -125,8 +140,8 @@ def draw_finished(listed: Reply) -> None:
     if len(found) < 2:
         return
     left, right = st.columns(2)
-    a = left.selectbox(texts("load.a"), list(found), index=1, key="load_a")
-    b = right.selectbox(texts("load.b"), list(found), index=0, key="load_b")
+    a = left.selectbox(texts("load.a"), list(found), index=1, key="load_a", persist_state="session")
+    b = right.selectbox(texts("load.b"), list(found), index=0, key="load_b", persist_state="session")
     if found[a].sha256 != found[b].sha256:
         st.info(texts("load.different"), icon=":material/info:")
         return

@@ -42,16 +42,16 @@ def main() -> None:
         return
     view = st.segmented_control(
         texts("next_token.views"), VIEWS, format_func=lambda code: texts(f"next_token.view.{code}"),
-        key=link.key("view"), required=True, label_visibility="collapsed",
+        key=link.key("view"), persist_state="session", required=True, label_visibility="collapsed",
     )  # fmt: skip
     model = local[0]
     if len(local) > 1:  # on a change of the model the chosen tokens are dropped: models have different token ids
-        model = st.selectbox(texts("settings.model"), local, key="next-model", on_change=begin)
+        model = st.selectbox(texts("settings.model"), local, key="next-model", persist_state="session", on_change=begin)
     with st.container(horizontal=True):
         for place, prompt in enumerate(next_token.PROMPTS):
             st.button(prompt, key=f"prompt-{place}", on_click=take, args=(prompt,))
-    st.text_area(texts("next_token.prompt"), key=link.key("q"), max_chars=next_token.MAX_PROMPT, height=80,
-                 on_change=begin)  # fmt: skip
+    st.text_area(texts("next_token.prompt"), key=link.key("q"), persist_state="session", height=80,
+                 max_chars=next_token.MAX_PROMPT, on_change=begin)  # fmt: skip
     text = state[link.key("q")]
     if not text:
         st.info(texts("next_token.empty"))
@@ -68,10 +68,12 @@ def sampling() -> dict[str, Any]:
 def draw_sliders() -> None:
     one, two, three, four = st.columns(4)
     one.slider(texts("settings.temperature"), 0.0, 2.0, step=0.1, key=link.key("temperature"),
-               help=texts("next_token.temperature_help"))  # fmt: skip
-    two.slider("top_k", 0, 100, key=link.key("top_k"), help=texts("next_token.top_k_help"))
-    three.slider("top_p", 0.05, 1.0, step=0.05, key=link.key("top_p"), help=texts("next_token.top_p_help"))
-    four.slider("min_p", 0.0, 0.5, step=0.01, key=link.key("min_p"), help=texts("next_token.min_p_help"))
+               persist_state="session", help=texts("next_token.temperature_help"))  # fmt: skip
+    two.slider("top_k", 0, 100, key=link.key("top_k"), persist_state="session", help=texts("next_token.top_k_help"))
+    three.slider("top_p", 0.05, 1.0, step=0.05, key=link.key("top_p"), persist_state="session",
+                 help=texts("next_token.top_p_help"))  # fmt: skip
+    four.slider("min_p", 0.0, 0.5, step=0.01, key=link.key("min_p"), persist_state="session",
+                help=texts("next_token.min_p_help"))  # fmt: skip
 
 
 # ---- guess, then the bars
@@ -219,10 +221,11 @@ def draw_lens(model: str, text: str) -> None:
     draw_chart(chart, texts, "lens-chart")
     st.subheader(texts("next_token.pin"), anchor=False)
     place = st.selectbox(texts("next_token.place"), range(len(tokens)), index=len(tokens) - 1,
-                         format_func=lambda at: f"{at + 1} {tokens[at].label}", key="lens-place")  # fmt: skip
+                         format_func=lambda at: f"{at + 1} {tokens[at].label}", key="lens-place",
+                         persist_state="session")  # fmt: skip
     choices = [token for token, _ in found[-1][place]]
     token = st.selectbox(texts("next_token.pinned"), choices, format_func=lambda each: each.label,
-                         key=f"lens-token-{place}")  # fmt: skip
+                         key=f"lens-token-{place}", persist_state="session")  # fmt: skip
     if token is not None:
         rows = layers.pinned(found, place, token)
         words = texts("next_token.pin_alt", token=token.label, layers=", ".join(f"{n}: {t}" for n, _, t in rows[-6:]))
@@ -233,7 +236,8 @@ def draw_lens(model: str, text: str) -> None:
 def draw_attention(model: str, text: str) -> None:
     st.markdown(texts("next_token.attention_about", most=str(layers.MOST_TOKENS)))
     count = int(state.get("attention_layers", 1))
-    layer = st.number_input(texts("next_token.layer"), 0, max(count - 1, 0), key="attention-layer", width=200)
+    layer = st.number_input(texts("next_token.layer"), 0, max(count - 1, 0), key="attention-layer",
+                            persist_state="session", width=200)  # fmt: skip
     if st.button(texts("next_token.look_inside"), type="primary", icon=":material/layers:", key="attention-go"):
         state.attention_asked = True
     if not state.get("attention_asked"):
@@ -248,7 +252,7 @@ def draw_attention(model: str, text: str) -> None:
         st.rerun()
     if not heads:
         return
-    head = st.selectbox(texts("next_token.head"), range(-1, len(heads)), key="attention-head",
+    head = st.selectbox(texts("next_token.head"), range(-1, len(heads)), key="attention-head", persist_state="session",
                         format_func=lambda at: texts("next_token.all_heads") if at < 0 else str(at))  # fmt: skip
     rows = layers.mean(heads) if head is None or head < 0 else heads[head]
     chart = grid(layers.attended(tokens, rows), words=texts("next_token.attention_alt", tokens=str(len(tokens))),

@@ -53,8 +53,10 @@ def draw_services() -> None:
     if report.fault and report.fault.kind != "proxy_down":
         draw_fault(session, report.fault, "start")
         return
-    for finding in start.findings(report, texts):
+    found, line = start.doctors_findings(settings.findings_file, texts)
+    for finding in [*start.findings(report, texts), *found]:
         st.warning(finding, icon=":material/build:")
+    st.caption(line)
 
 
 main()

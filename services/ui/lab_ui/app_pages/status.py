@@ -72,23 +72,36 @@ def draw_model(model: Model) -> None:
     with st.container(border=True, gap="xsmall"):
         draw_name(model.name, model.state)
         st.caption(model.line)
-        if model.facts:
-            st.caption(model.facts)
+        for line in filter(None, (model.queue, model.facts)):
+            st.caption(line)
         draw_progress(model)
         draw_detail(model.detail, model.state)
-        if model.action and st.button(texts(f"status.action.{model.action}"), key=f"{model.action}-{model.id}"):
-            operate(model.action, model.id)
+        if model.action:
+            st.button(texts(f"status.action.{model.action}"), key=f"{model.action}-{model.id}", on_click=operate,
+                      args=(model.action, model.id))  # fmt: skip
+        draw_refusal(model.id)
 
 
 def operate(action: str, name: str) -> None:
-    """Let the model service `load`, `unload` or `add` a model. Needs the admin key, if the lab has one."""
+    """Let the model service `load`, `unload` or `add` a model. Needs the admin key, if the lab has one.
+
+    A callback: the page is drawn after it, with the model's new state.
+    """
     reply = session.proxy.call(
         "POST", f"/admin/models/{action}", session.key, body={"model": name}, seconds=settings.status_timeout_seconds
     )
+    st.session_state.refused = {}
     if isinstance(reply, Fault):
-        draw_fault(session, reply, f"{action}-{name}")
+        st.session_state.refused = {"" if action == "add" else name: reply}
     else:
         st.toast(texts(f"status.begun.{action}", name=span(name)), icon=":material/check:")
+
+
+def draw_refusal(name: str) -> None:
+    """Why the last button pressed did nothing, if it was this model's. `name`: empty for the form."""
+    fault = st.session_state.get("refused", {}).get(name)
+    if fault is not None:
+        draw_fault(session, fault, f"refused-{name}")
 
 
 def draw_progress(model: Model) -> None:
@@ -111,11 +124,15 @@ def draw_form() -> None:
     """A form that downloads a model and adds it to the catalogue."""
     with st.form("add", border=False, clear_on_submit=True):
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            name = st.text_input(texts("status.add.label"), max_chars=200, placeholder="korean")
-            sent = st.form_submit_button(texts("status.add.button"), icon=":material/add:")
+            st.text_input(texts("status.add.label"), max_chars=200, placeholder="korean", key="added")
+            st.form_submit_button(texts("status.add.button"), icon=":material/add:", on_click=add)
         st.caption(texts("status.add.about"))
-    if sent and name.strip():
-        operate("add", name.strip())
+    draw_refusal("")
+
+
+def add() -> None:
+    if name := str(st.session_state.added).strip():
+        operate("add", name)
 
 
 def draw_name(name: str, state: State) -> None:

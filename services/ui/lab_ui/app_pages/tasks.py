@@ -36,7 +36,7 @@ def main() -> None:
         return
     lesson = st.segmented_control(
         texts("tasks.lessons"), [*tasks.LESSONS], format_func=lambda code: texts(f"tasks.lesson.{code}"),
-        key=link.key("lesson"), required=True, label_visibility="collapsed",
+        key=link.key("lesson"), persist_state="session", required=True, label_visibility="collapsed",
     ) or "generation"  # fmt: skip
     # 1. The code, then and now.
     then = tasks.LESSONS[lesson]
@@ -82,7 +82,8 @@ def draw_source(reply: Reply) -> None:
 
 
 def draw_generation(prompt: str) -> None:
-    text = st.text_area(texts("tasks.text"), prompt, max_chars=tasks.MAX_TEXT, height=68, key=f"text-{prompt}")
+    text = st.text_area(texts("tasks.text"), prompt, max_chars=tasks.MAX_TEXT, height=68, key=f"text-{prompt}",
+                        persist_state="session")  # fmt: skip
     reply = run("text-generation", {"inputs": text or prompt, "parameters": {"max_new_tokens": 20}}, "generation")
     if reply:
         st.markdown(quote(tasks.generated(reply.body)[:4000]))
@@ -92,7 +93,7 @@ def draw_generation(prompt: str) -> None:
 def draw_language() -> str:
     return st.segmented_control(
         texts("tasks.language"), ["en", "ko"], format_func=lambda code: texts(f"tasks.languages.{code}"),
-        key=link.key("text"), required=True,
+        key=link.key("text"), persist_state="session", required=True,
     ) or "en"  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def draw_sentiment() -> None:
     language = draw_language()
     known = dict(tasks.SENTENCES[language])
     text = st.text_area(texts("tasks.batch"), "\n".join(known), max_chars=tasks.MAX_TEXT, height=220,
-                        key=f"batch-{language}")  # fmt: skip
+                        key=f"batch-{language}", persist_state="session")  # fmt: skip
     inputs = tasks.lines(text)
     if not inputs:
         st.info(texts("tasks.empty"))
@@ -141,9 +142,11 @@ def draw_sentiment() -> None:
 def draw_question() -> None:
     language = draw_language()
     context, question = tasks.CONTEXTS[language]
-    context = st.text_area(texts("tasks.context"), context, max_chars=tasks.MAX_TEXT, key=f"context-{language}")
-    question = st.text_input(texts("cache.question"), question, max_chars=2000, key=f"question-{language}")
-    force = st.toggle(texts("tasks.force"), key="force", help=texts("tasks.force_help"))
+    context = st.text_area(texts("tasks.context"), context, max_chars=tasks.MAX_TEXT, key=f"context-{language}",
+                           persist_state="session")  # fmt: skip
+    question = st.text_input(texts("cache.question"), question, max_chars=2000, key=f"question-{language}",
+                             persist_state="session")  # fmt: skip
+    force = st.toggle(texts("tasks.force"), key="force", persist_state="session", help=texts("tasks.force_help"))
     if not context or not question:
         st.info(texts("tasks.empty"))
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import streamlit as st
 
 from lab_ui import links, tokens
@@ -19,6 +17,7 @@ from lab_ui.untrusted import span
 session: Session = st.session_state.session
 settings, proxy, texts = session.settings, session.proxy, session.texts
 state = st.session_state
+KEPT = 64  # cuts of a session, each of at most 5,000 characters
 KOREAN, ENGLISH = tokens.PAIRS["model"]
 link = links.Link(
     "tokens", {"ko": links.Text(KOREAN), "en": links.Text(ENGLISH), "price": links.Number(2.5, 0.0, 1000.0)}
@@ -38,8 +37,10 @@ def main() -> None:
         for name in tokens.PAIRS:
             st.button(texts(f"tokens.pair.{name}"), key=f"pair-{name}", on_click=take, args=(name,))
     left, right = st.columns(2)
-    korean = left.text_area(texts("tokens.korean"), key=link.key("ko"), max_chars=tokens.MAX_TEXT)
-    english = right.text_area(texts("tokens.english"), key=link.key("en"), max_chars=tokens.MAX_TEXT)
+    korean = left.text_area(texts("tokens.korean"), key=link.key("ko"), persist_state="session",
+                            max_chars=tokens.MAX_TEXT)  # fmt: skip
+    english = right.text_area(texts("tokens.english"), key=link.key("en"), persist_state="session",
+                              max_chars=tokens.MAX_TEXT)  # fmt: skip
     link.write(st.query_params, state)
     if not korean or not english:
         st.info(texts("tokens.empty"))
@@ -48,15 +49,11 @@ def main() -> None:
     names = tokens.tokenizers(listing)
     cuts: dict[str, tuple[tokens.Cut, tokens.Cut]] = {}
     faults: dict[str, Fault] = {}
-    with ThreadPoolExecutor(8) as pool:
-        for name, one, other in zip(
-            names, pool.map(lambda name: cut(name, korean), names), pool.map(lambda name: cut(name, english), names),
-            strict=True,
-        ):  # fmt: skip
-            if isinstance(one, Fault) or isinstance(other, Fault):
-                faults[name] = one if isinstance(one, Fault) else other  # type: ignore[assignment] # one of them is
-            else:
-                cuts[name] = one, other
+    for name, (one, other) in cut_all(names, (korean, english)).items():
+        if isinstance(one, Fault) or isinstance(other, Fault):
+            faults[name] = one if isinstance(one, Fault) else other  # type: ignore[assignment] # one of them is
+        else:
+            cuts[name] = one, other
     if not cuts:
         draw_fault(session, next(iter(faults.values())), "tokenize", lambda: None)
         return
@@ -92,7 +89,8 @@ def draw_comparison(cuts: dict[str, tuple[tokens.Cut, tokens.Cut]]) -> None:
                   series=texts("tokens.language"), value=texts("tokens.count"), format=",d",
                   colours=(SECOND, PRIMARY))  # fmt: skip
     draw_chart(chart, texts, "tokens-chart")
-    price = st.number_input(texts("tokens.price"), 0.0, 1000.0, step=0.5, key=link.key("price"), width=320)
+    price = st.number_input(texts("tokens.price"), 0.0, 1000.0, step=0.5, key=link.key("price"),
+                            persist_state="session", width=320)  # fmt: skip
     head = ("tokenizer", "korean", "english", "ratio", "per_token", "cost_korean", "cost_english")
     table = []
     for name, (one, other) in cuts.items():
@@ -103,6 +101,17 @@ def draw_comparison(cuts: dict[str, tuple[tokens.Cut, tokens.Cut]]) -> None:
             f"${dollars(one.count * price / 1000)}", f"${dollars(other.count * price / 1000)}",
         ))  # fmt: skip
     draw_table([texts(f"tokens.{name}") for name in head], table, range(1, len(head)), texts("tokens.title"))
+
+
+def cut_all(names: list[str], both: tuple[str, str]) -> dict[str, list[tokens.Cut | Fault]]:
+    """Both texts by each tokenizer. What was cut before in this session is not asked for again."""
+    kept: dict[tuple[str, str], tokens.Cut] = state.setdefault("cuts", {})
+    if len(kept) > KEPT:
+        kept.clear()
+    missing = [(name, text) for name in names for text in dict.fromkeys(both) if (name, text) not in kept]
+    made = dict(zip(missing, proxy.calls(len(missing), 8, lambda place: cut(*missing[place])), strict=True))
+    kept |= {place: each for place, each in made.items() if not isinstance(each, Fault)}
+    return {name: [kept.get((name, text)) or made[name, text] for text in both] for name in names}
 
 
 def cut(name: str, text: str) -> tokens.Cut | Fault:

@@ -36,23 +36,23 @@ def main() -> None:
     st.subheader(texts("tools.step.function"), anchor=False)
     name = st.segmented_control(
         texts("tools.example"), [*tools.EXAMPLES], format_func=lambda code: texts(f"tools.examples.{code}"),
-        key=link.key("example"), required=True, on_change=begin,
+        key=link.key("example"), persist_state="session", required=True, on_change=begin,
     )  # fmt: skip
     example = tools.EXAMPLES[name or "weather"]
     schema = tools.parse_schema(
         st.text_area(texts("tools.schema"), json.dumps(example.schema, indent=2), height=230,
-                     max_chars=tools.MAX_TEXT, key=f"schema-{name}")
+                     max_chars=tools.MAX_TEXT, key=f"schema-{name}", persist_state="session")
     )  # fmt: skip
     if schema is None:
         st.error(texts("tools.not_json"), icon=":material/error:")
         return
-    model = st.selectbox(texts("settings.model"), list(models), key="tools-model",
+    model = st.selectbox(texts("settings.model"), list(models), key="tools-model", persist_state="session",
                          format_func=lambda id_: chat.model_label(id_, models, texts))  # fmt: skip
     question = st.text_input(texts("cache.question"), placeholder=example.question, key=link.key("q"),
-                             max_chars=links.MAX_TEXT) or example.question  # fmt: skip
+                             persist_state="session", max_chars=links.MAX_TEXT) or example.question  # fmt: skip
     choice = st.segmented_control(
         texts("tools.choice"), tools.CHOICES, format_func=lambda code: texts(f"tools.choices.{code}"),
-        key=link.key("choice"), required=True, help=texts("tools.choice_help"),
+        key=link.key("choice"), persist_state="session", required=True, help=texts("tools.choice_help"),
     )  # fmt: skip
     link.write(st.query_params, state)
     request = tools.request(model or next(iter(models)), question, schema, choice or "auto")
@@ -89,7 +89,7 @@ def draw_call(example: tools.Example) -> None:
     st.caption(texts("tools.run_about"))
     result = example.run(call.arguments or {})
     result = st.text_area(texts("tools.result"), result, max_chars=tools.MAX_TEXT, height=68,
-                          key=f"result-{call.id}")  # fmt: skip
+                          key=f"result-{call.id}", persist_state="session")  # fmt: skip
     second_request = tools.with_result(request, message, call, result)
     if st.button(texts("tools.send"), type="primary", icon=":material/send:"):
         with st.spinner(texts("cache.waiting")):

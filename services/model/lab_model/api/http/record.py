@@ -13,6 +13,7 @@ from typing import Protocol
 
 from prometheus_client import Counter, Histogram
 
+from .timing import Timeline, TimingRing
 from .usage import TokenUsage, UsageRing
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ TTFT = Histogram(
 PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens computed or found in cache.", ["model_name", "engine"])
 GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", ["model_name", "engine"])
 USAGE = UsageRing()
+TIMINGS = TimingRing()
 
 
 class Work(Protocol):
@@ -63,10 +65,13 @@ class Record:
     cached_tokens: int = 0
     outcome: str = "gone"  # the client disconnected; else done, error, forwarded
     work: Work | None = None
+    timeline: Timeline | None = None  # of a request to the engine
 
 
 def finish_request(method: str, record: Record) -> None:
     """Write the log line, metrics and usage of a request that has ended."""
+    if record.timeline is not None:
+        record.timeline.mark("end")
     if record.outcome == "forwarded" or (method == "GET" and record.status in (200, 503)):
         return  # the model's own process records it; health checks and scrapes come several times a second
     seconds = time.monotonic() - record.started

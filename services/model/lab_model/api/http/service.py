@@ -59,7 +59,7 @@ class HttpService:
         self._about += [(b"x-model-replica", secrets.token_hex(4).encode())] if name else []
 
     def set_endpoints(self, posts: Mapping[str, Endpoint], gets: Mapping[str, Endpoint]) -> None:
-        """Replace all endpoints, by path."""
+        """Replace all endpoints, by path; one that ends with `/` takes every path that begins so."""
         self._endpoints = {("POST", path): endpoint for path, endpoint in posts.items()}
         self._endpoints |= {("GET", path): endpoint for path, endpoint in gets.items()}
 
@@ -143,7 +143,7 @@ class HttpService:
             if path not in ("/health", "/ready"):
                 self._check_host(http.headers.get("host", ""))
             method = "GET" if http.method == "HEAD" else http.method
-            if endpoint := self._endpoints.get((method, path)):
+            if endpoint := self._endpoints.get((method, path)) or self._prefixed(method, path):
                 return await endpoint(http)
             methods = {method for method, known in self._endpoints if known == path}
             if path.startswith("/v1/models/") and method == "GET":
@@ -162,6 +162,14 @@ class HttpService:
             log.exception("a request failed unexpectedly")
             fault = errors.ServerError("The model service failed on this request; its log has the trace.")
             return Json(fault.body(), fault.status)
+
+    def _prefixed(self, method: str, path: str) -> Endpoint | None:
+        found = (
+            endpoint
+            for (verb, begin), endpoint in self._endpoints.items()
+            if verb == method and begin.endswith("/") and path.startswith(begin)
+        )
+        return next(found, None)
 
 
 class ClientGoneError(Exception):

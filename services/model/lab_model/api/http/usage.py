@@ -74,6 +74,9 @@ def forget_dead(folder: Path) -> None:
     for path in folder.glob("gauge_live*_*.db"):
         if not _alive(path.stem.rpartition("_")[2]):
             path.unlink(missing_ok=True)
+    for path in folder.glob("*.timing"):  # its requests have no end
+        if not _alive(path.name.partition("-")[0]):
+            path.unlink(missing_ok=True)
     for path in folder.glob("*.tally"):
         with contextlib.suppress(OSError):
             if _alive(path.name.partition("-")[0]):
