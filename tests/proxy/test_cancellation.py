@@ -102,14 +102,23 @@ async def counted(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     loop.set_task_factory(None)
 
 
-async def cut_off(work: Callable[[], Coroutine[Any, Any, None]], cut: Cut) -> bool:
-    """Run `work`, cancelled by `cut`. Whether it was."""
+async def cut_off(
+    work: Callable[[], Coroutine[Any, Any, None]], cut: Cut, at_last: Callable[[], object] | None = None
+) -> bool:
+    """Run `work`, cancelled by `cut`. Whether it was. Work that does not end is cancelled when `at_last` is true."""
     token = watched.set(cut)
     try:
         cut.victim = asyncio.create_task(work())
     finally:
         watched.reset(token)
     try:
+        if at_last is not None:
+            victim = cut.victim
+            await eventually_async(lambda: victim.done() or at_last())
+            if not victim.done():
+                victim.cancel()
+                await asyncio.wait({victim})
+                return False
         async with asyncio.timeout(GENEROUS_SECONDS):
             await asyncio.wait({cut.victim})
     finally:
@@ -189,6 +198,12 @@ async def batch_line(proxy: Inside, body: dict[str, Any], secret: str) -> None:
     await proxy.app._executor.answer(request, BufferedResponse())
 
 
+def upstream(proxy: Inside) -> dict[str, Any]:
+    """What the upstream has been asked so far."""
+    told: dict[str, Any] = control_client().get(f"{proxy.paid.url}/calls").json()
+    return told
+
+
 async def cut_at(proxy: Inside, kind: str, secret: str, key_id: str, cut: Cut) -> bool:
     """One request, cancelled by `cut`. Whether it was."""
     path, body = await asked_before(proxy, kind, secret)
@@ -202,7 +217,12 @@ async def cut_at(proxy: Inside, kind: str, secret: str, key_id: str, cut: Cut) -
         else:
             await proxy.app(caller.scope, caller.receive, caller.send)
 
-    if not shared:
+    if kind == "no answer":
+        control_client().post(f"{proxy.paid.url}/reset")
+        control_client().post(f"{proxy.paid.url}/control", json={"closed": True})
+        was_cut = await cut_off(ask, cut, lambda: upstream(proxy)["total"])
+        await eventually_async(lambda: upstream(proxy)["under_way"] == 0, what="the upstream is let go")
+    elif not shared:
         was_cut = await cut_off(ask, cut)
     else:
         control_client().post(f"{proxy.paid.url}/control", json={"closed": True})
@@ -231,7 +251,7 @@ async def _open(proxy: Inside) -> None:
     await asyncio.to_thread(control_client().post, f"{proxy.paid.url}/control", json={"closed": False})
 
 
-KINDS = ["hit", "stored hit", "miss", "stream", "follower", "leader", "partial", "vectors", "batch line"]
+KINDS = ["hit", "stored hit", "miss", "stream", "follower", "leader", "partial", "vectors", "batch line", "no answer"]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at the await", "as it is answered"])
@@ -243,5 +263,4 @@ async def test_a_request_cancelled_at_any_await_gives_everything_back(counted: I
         cut_short += 1
         assert cut_short < MOST
     assert cut_short >= (1 if kind == "hit" else 3)
-    calls = f"{counted.paid.url}/calls"
-    await eventually_async(lambda: control_client().get(calls).json()["under_way"] == 0, what="the upstream is let go")
+    await eventually_async(lambda: upstream(counted)["under_way"] == 0, what="the upstream is let go")
