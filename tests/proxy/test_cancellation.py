@@ -118,7 +118,7 @@ async def cut_off(
             if not victim.done():
                 victim.cancel()
                 await asyncio.wait({victim})
-                return False
+                return cut.count >= cut.at
         async with asyncio.timeout(GENEROUS_SECONDS):
             await asyncio.wait({cut.victim})
     finally:
