@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import socket
@@ -24,6 +25,7 @@ from lab_load.commands.faults import Container, recovery, service_of
 from lab_load.commands.knee import Step, rises, stop_reason
 from lab_load.generator.target import TargetError, examine
 from lab_load.measures.histogram import Times
+from lab_load.measures.sums import Sum
 from lab_load.reports.compare import bootstrap, differences
 from lab_load.settings import Settings
 from processes import SHOWN_ON_FAILURE, Process, eventually, free_port, process, python
@@ -147,6 +149,18 @@ def test_recovery_is_from_the_first_failure_to_the_success_after_the_last() -> N
 
 
 # -- faults
+
+
+def test_a_restarted_proxy_does_not_look_like_a_lost_charge(tmp_path: Path) -> None:
+    """Its counters begin again at 0; the ledger lacks nothing. Less in the ledger than the client received is a loss."""
+    (tmp_path / "records.jsonl").write_text(json.dumps({"started": 0, "ended": 1, "error": ""}) + "\n")
+    figures = {"answers": 3, "failed": 1, "errors": {"reset": 1}}
+    for ledger, holds in ((21, True), (20, False)):
+        reset = {"client": 21.0, "proxy": -7.0, "ledger": ledger}
+        rows = [Sum("prompt tokens: upstream", reset, 21, math.inf), Sum("requests", {"client": 3, "proxy": -3}, 3, 4)]
+        written = json.loads(json.dumps({"rows": [row.as_dict() for row in rows]}, allow_nan=False))
+        done = runs.Run(1, "", {"results": {"caching": figures}, "sums": written}, tmp_path)
+        assert faults.outcome("proxy restarted", done).ledger_holds is holds
 
 
 @pytest.mark.parametrize("argument", ["redis", "redis=", "redis=container:", "redis=x", "ui=3", "model=docker:3"])

@@ -55,7 +55,8 @@ class Sum:
         return all(self.low <= value <= self.high for value in others)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "values": self.values, "low": self.low, "high": self.high, "known": self.known,
+        high = None if math.isinf(self.high) else self.high  # JSON has no infinity
+        return {"name": self.name, "values": self.values, "low": self.low, "high": high, "known": self.known,
                 "holds": self.holds, "detail": self.detail}  # fmt: skip
 
 
