@@ -238,8 +238,8 @@ class HaproxyFront:
             time.sleep(0.05)
 
     def set_replicas(self, ports: Mapping[str, Sequence[int]]) -> None:
-        """Set the replicas of each application, by their ports on loopback. While HAProxy does not answer, the next
-        call sets them. Raises FrontError after MOST_SILENCES of those, and when HAProxy has ended."""
+        """Set the replicas of each application, by their ports on loopback. If HAProxy does not answer, the next call
+        tries again. Raises FrontError after MOST_SILENCES failures in a row, or if HAProxy has ended."""
         if not self.alive:
             raise FrontError(f"HAProxy has ended: {self._log()}")
         self._earlier = [each for each in self._earlier if each.poll() is None]
