@@ -287,7 +287,7 @@ def load(lab: Lab, command: str, arguments: Sequence[str]) -> int:
 
 
 def container(root: Path, service: str) -> str | None:
-    """Id of a running container of `make up`; None where there is none, or no Docker."""
+    """Id of a running container of `make up`, None if there is none or no Docker."""
     try:
         done = subprocess.run(
             ["docker", "compose", "ps", "--quiet", service], cwd=root, capture_output=True, text=True, check=False

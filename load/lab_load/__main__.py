@@ -35,7 +35,7 @@ COMMANDS = {
 # Locust's run time starts before its first user, so a scheduled workload gets this many seconds more. It ends with its
 # last answer.
 SPARE_SECONDS = 5
-INTERRUPTED_SECONDS = 60  # for a run that is interrupted to end
+INTERRUPTED_SECONDS = 60  # for an interrupted run to end
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     except RunError as error:
         return _stop(str(error), error.code)
     except KeyboardInterrupt:
-        # A run that a command has started ends by the same Ctrl-C, and writes its report.
+        # The same Ctrl-C also ends the run that the command has started; that run still writes its report.
         psutil.wait_procs(psutil.Process().children(), timeout=INTERRUPTED_SECONDS)
         return _stop("interrupted", 130)
 

@@ -86,10 +86,10 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, description="Key for the API that starts runs. Default: none; then only callers on loopback are answered."
     )
-    admin_key_file: Path | None = Field(None, description="File with that key. An empty file is no key.")
+    admin_key_file: Path | None = Field(None, description="File with that key. An empty file sets no key.")
     allow_anonymous: bool = Field(
         False,
-        description="Allows the API to listen beyond loopback without a key.",
+        description="Allows the API to listen on other addresses than loopback without a key.",
     )
     api_port: int = Field(8090, ge=1, le=65535, description="Port of the API that starts runs.")
     port: int = Field(8089, ge=1, le=65535, description="Port of the web page.")

@@ -31,27 +31,27 @@ from . import runs
 PAUSE_SECONDS = 5.0
 BEFORE_SECONDS = 8.0
 LEAST_SECONDS = 20
-FAULTS = {  # service -> fault, seconds of its run. A replica reads its weights again.
+FAULTS = {  # service -> fault, seconds of its run (a new replica first loads its weights)
     "redis": ("redis paused", 30), "proxy": ("proxy restarted", 40), "model": ("replica killed", 60),
 }  # fmt: skip
 
 
 class Service(Protocol):
-    """Where one service runs, and the faults that it can be given."""
+    """One running service, and the faults that can be caused in it."""
 
     def pause(self, seconds: float) -> None: ...
 
     def restart(self) -> None: ...
 
     def replica(self, model: str) -> int | None:
-        """Process id of one of the model's replicas, None where there is none."""
+        """Process id of one of the model's replicas, None if there is none."""
 
     def kill(self, pid: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Process:
-    """A service as a process of this machine, such as `make lab` starts."""
+    """A service that runs as a process on this machine (`make lab`)."""
 
     pid: int
 
@@ -75,7 +75,7 @@ class Process:
         os.kill(pid, signal.SIGKILL)
 
 
-# Prints id and title of each process; a container has no `ps`.
+# Prints id and title of each process, because a container has no `ps`.
 PROCESSES = """
 import pathlib
 for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
@@ -89,7 +89,7 @@ KILL = "import os, sys; os.kill(int(sys.argv[1]), 9)"
 
 @dataclass(frozen=True)
 class Container:
-    """A service as a container of Docker, such as `make up` starts."""
+    """A service that runs in a Docker container (`make up`)."""
 
     id: str
 
@@ -114,7 +114,7 @@ class Container:
         self._docker("exec", self.id, "python", "-c", KILL, str(pid))
 
     def _docker(self, *arguments: str) -> str:
-        """Raises ValueError with what Docker answers."""
+        """Run a docker command. Raises ValueError with Docker's error message."""
         try:
             done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
         except OSError as error:
@@ -125,12 +125,12 @@ class Container:
 
 
 def is_replica(title: str, model: str) -> bool:
-    """By Ray Serve's title of the process, `ray::ServeReplica:<application>:<deployment>`."""
+    """Whether a process title is that of a replica: Ray Serve sets `ray::ServeReplica:<application>:<deployment>`."""
     return title.startswith("ray::") and f"ServeReplica:{model}" in title
 
 
 def service_of(argument: str) -> tuple[str, Service]:
-    """Name and place in NAME=PID or NAME=container:ID. Raises ValueError."""
+    """Parse NAME=PID or NAME=container:ID into the name and the service. Raises ValueError."""
     name, _, place = argument.partition("=")
     kind, _, found = place.rpartition(":")
     if name in FAULTS and kind == "container" and found:

@@ -17,8 +17,8 @@ from . import runs
 
 EXPONENTS = (0.6, 0.9, 1.2)
 REPEATS = 3
-SECONDS = 60  # of each run, where none are given: 18 runs and their starts take 20 minutes
-PROMPTS = 1000  # so many that a run does not ask for all of them, whatever the exponent
+SECONDS = 60  # of each run by default: 18 runs and their starts take 20 minutes
+PROMPTS = 1000  # more than any run requests, at every exponent
 HEAD = ("Zipf s", "cache", "requests/s", "tokens/s", "hit ratio", "expected", "TTFT p50 of hits, ms",
         "TTFT p50 of the others, ms", "E2E mean, ms")  # fmt: skip
 

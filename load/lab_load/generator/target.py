@@ -13,7 +13,7 @@ from ..settings import Settings
 from ..workloads.workload import Workload
 
 SECONDS = 10  # timeout of each request here
-MOST_GROUPS = 64  # whose shared tokens are counted, by two requests each
+MOST_GROUPS = 64  # at most this many groups have their shared tokens counted, with two requests each
 
 
 class TargetError(Exception):
@@ -60,7 +60,7 @@ def examine(settings: Settings, kind: str = "chat") -> Target:
 
 
 def shared_prefix(settings: Settings, target: Target, workload: Workload, salt: str) -> SharedPrefix | None:
-    """How many tokens the prompts of each group share, by the target's own tokenizer; None where it cannot tell."""
+    """Number of tokens that the prompts of each group share, by the target's tokenizer; None if it cannot be asked."""
     groups = workload.prefix_groups
     if not groups or groups > MOST_GROUPS or target.page_tokens is None:
         return None
@@ -92,7 +92,7 @@ def _status(settings: Settings) -> dict[str, Any]:
 
 
 def _get(settings: Settings, path: str, body: bytes | None = None) -> tuple[Any, str]:
-    """JSON of the answer, and who answered. `body`: JSON to POST. Raises OSError, ValueError."""
+    """JSON of the answer, and its server. `body`: JSON to POST, GET if None. Raises OSError, ValueError."""
     request = urllib.request.Request(settings.host + path, body)  # noqa: S310 Settings take http(s) only
     if body is not None:
         request.add_header("content-type", "application/json")

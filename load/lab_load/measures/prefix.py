@@ -1,4 +1,4 @@
-"""Expected prompt tokens from the model's prefix cache, for prompts that begin alike. Knows records, no HTTP."""
+"""Expected prompt tokens from the model's prefix cache, for prompts with a common beginning. Knows records, no HTTP."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .record import Record
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """`tokens`: group -> tokens at the beginning of all its prompts. A prefix is shared in whole pages of `page`
+    """`tokens`: group -> number of tokens that all its prompts begin with. A prefix is shared in whole pages of `page`
     tokens."""
 
     tokens: Mapping[int, int]
     page: int
 
     def cached(self, group: int) -> int:
-        """Tokens that a later request of the group need not compute."""
+        """Number of tokens that a later request of the group takes from the cache."""
         return self.tokens.get(group, 0) // self.page * self.page
 
 
 def expected_cached(
     records: Sequence[Record], shared: SharedPrefix, group_of: Callable[[Record], int]
 ) -> tuple[int, int]:
-    """Least and most cached tokens, in a cache that is cold before the run and evicts nothing during it.
+    """Lower and upper bound of the cached tokens, if the cache is empty before the run and evicts nothing during it.
 
-    Each replica has a cache of its own. A request surely finds the group's prefix if it started after another one of
-    its group and replica had its first token: all pages of that prompt were then computed. It may find it if another
-    one started before it.
+    Each replica has its own cache. A request finds the group's prefix for certain if it started after the first token
+    of another request of the same group and replica, because all pages of that prompt had been computed by then. It may
+    find the prefix if another such request started before it.
     """
     least = most = 0
     computed: dict[tuple[int, str], float] = {}  # group, replica -> first token of any of their requests

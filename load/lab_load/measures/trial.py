@@ -26,7 +26,7 @@ class Target:
     model: str | None  # None: the endpoints choose a model
     server: str = ""
     status: dict[str, Any] = field(default_factory=dict)
-    page_tokens: int | None = None  # of the model's prefix cache; None: it does not say
+    page_tokens: int | None = None  # of the model's prefix cache; None if the model does not report it
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Trial:
     sent: int = 0
     sent_by: dict[str, int] = field(default_factory=dict)  # worker process -> requests
     records: list[Record] = field(default_factory=list)
-    shared: SharedPrefix | None = None  # of a workload with shared beginnings, where the target can count tokens
+    shared: SharedPrefix | None = None  # of a workload with shared prefixes, if the target can count tokens
     cpu_began: float = field(default_factory=time.process_time)
     cpu_most: float = 0.0  # percent of a core: highest value over 5 s of any process
 

@@ -101,7 +101,7 @@ def chart(title: str, unit: str, lines: Mapping[str, Points], *, x_unit: str = "
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """An SVG picture that can stand alone: a group of bars for each label, series -> value, each with its number."""
+    """A self-contained SVG picture: a group of bars per label (series -> value), each bar with its value."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     top = max((value for values in groups.values() for value in values.values()), default=0.0) or 1.0
     base, wide = HEIGHT - BOTTOM, (WIDTH - 40) / max(len(groups), 1)

@@ -299,7 +299,7 @@ def _figures(figures: dict[str, Any]) -> list[str]:
 
 
 def facts(figures: dict[str, Any]) -> list[str]:
-    """What a run shows beside its times, a sentence each: prefix cache, replicas, hit ratio."""
+    """Facts about a run beside its times, one sentence each: prefix cache, replicas, hit ratio."""
     found = []
     if prefix := figures.get("prefix"):
         found.append(f"{prefix['cached_tokens']} prompt tokens from the prefix cache, expected "
@@ -315,7 +315,7 @@ def facts(figures: dict[str, Any]) -> list[str]:
 
 
 def _judged(prefix: dict[str, int]) -> str:
-    """Of a `prefix` run: why its cached tokens may be others than expected; empty where they are not."""
+    """For a `prefix` run: why its cached tokens differ from the expected ones, empty if they do not."""
     if prefix["cached_tokens"] > prefix["expected_most"]:
         return ": more, so prompts were in the cache before the run"
     if prefix["cached_tokens"] < prefix["expected_least"]:

@@ -68,7 +68,7 @@ class Workload:
     once: bool = False
     zipf: Zipf | None = None
     kind: str = "chat"  # of the model that answers
-    prefix_groups: int = 0  # item n begins like all items of group n mod prefix_groups; 0: no shared beginnings
+    prefix_groups: int = 0  # item n has the prefix of group n mod prefix_groups; 0: no shared prefixes
 
     @cached_property
     def sha256(self) -> str:

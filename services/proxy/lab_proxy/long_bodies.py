@@ -1,6 +1,6 @@
-"""Work whose time grows with a body, so that a long one holds up no other request of this process.
+"""Work whose time grows with the size of a body: a long body must not delay other requests of this process.
 
-Knows sizes and JSON; not what a body means.
+Knows sizes and JSON. Does not know what a body means.
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from typing import Any, NoReturn, TypeVar
 import orjson
 
 LONG_BODY = 64 * 1024  # bytes; work on a longer one goes to a thread: 8 MB took 4.5 s of the event loop
-ORJSON_BYTES = 1024 * 1024  # orjson takes 1 to 10 ms for so many, in which no other thread runs, whichever calls it
+ORJSON_BYTES = 1024 * 1024  # orjson parses these in 1 to 10 ms, in which no other thread of the process runs
 MAX_VALUES = 8_000_000  # of one body: 256 MB of `[],` took 5 GB. 2,048 vectors of 3,072 numbers are 6.3 million
-SLICE = 1024 * 1024  # bytes that are decoded and searched without a pause
+SLICE = 1024 * 1024  # bytes that are decoded and searched in one step
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)")
 _MAY_BE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -23,13 +23,13 @@ Result = TypeVar("Result")
 
 
 async def off_loop(size: int, work: Callable[..., Result], *args: Any) -> Result:
-    """`work(*args)`, in a thread if its input has over LONG_BODY bytes: for a short one that would take longer."""
+    """`work(*args)`, in a thread if its input has over LONG_BODY bytes; a thread would only delay a short one."""
     return await asyncio.to_thread(work, *args) if size > LONG_BODY else work(*args)
 
 
 def loads(raw: bytes) -> Any:
-    """The value of a JSON text, as orjson reads it. A long text is read by Python's parser, which is slower but lets
-    other threads run. Raises ValueError for what is no JSON, and for more than MAX_VALUES values."""
+    """The value of a JSON text, with the result of orjson. A long text is parsed by Python's parser, which is slower
+    but lets other threads run. Raises ValueError for malformed JSON and for more than MAX_VALUES values."""
     if len(raw) <= ORJSON_BYTES:
         return orjson.loads(raw)
     ends = sum(raw.count(b",", at, at + SLICE) for at in range(0, len(raw), SLICE))
@@ -50,7 +50,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    """As orjson: beyond 64 bits a float."""
+    """An integer, or a float beyond 64 bits, as in orjson."""
     value = int(text) if len(text) <= 20 else None
     return value if value is not None and -(2**63) <= value < 2**64 else _number(text)
 
@@ -66,14 +66,14 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-# Written in Python, each of these hooks is where another thread may take over.
+# These hooks are written in Python: at each call another thread may run.
 _decoder = json.JSONDecoder(
     object_pairs_hook=_object, parse_float=_number, parse_int=_integer, parse_constant=_no_constant
 )
 
 
 def _refuse_lone_surrogates(text: str) -> None:
-    """Raises ValueError for an escape of one half of a pair alone: such a text cannot be written as UTF-8."""
+    """Raises ValueError for a lone surrogate in an escape: such a text cannot be written as UTF-8."""
     expected = -1  # where the second half of a pair has to begin
     for escape in _ESCAPE.finditer(text):
         unit = int(escape[1], 16) if escape[1] else 0

@@ -1,6 +1,6 @@
-"""GET /openapi.json: the OpenAPI 3.1 document of the endpoints, made from the shapes that check their requests.
+"""GET /openapi.json: the OpenAPI 3.1 document of the endpoints, made from the schemas that validate their requests.
 
-Knows paths and shapes. Imports no torch.
+Knows paths and schemas. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ERROR: Object = {
             "properties": {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
-                "param": TEXT_OR_NULL | {"description": "The field at fault."},
+                "param": TEXT_OR_NULL | {"description": "The field with the error."},
                 "code": TEXT_OR_NULL,
             },
         }
@@ -37,7 +37,7 @@ ERROR: Object = {
 
 @cache
 def document(version: str) -> Object:
-    """The document. version: of the service."""
+    """The OpenAPI document. version: of the service."""
     kinds, found = models_json_schema(
         [(shape, "validation") for shape in dict.fromkeys(REQUESTS.values())], ref_template=TEMPLATE
     )

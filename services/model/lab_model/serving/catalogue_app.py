@@ -259,7 +259,7 @@ class CatalogueApp(AsgiDeployment):
         try:
             await until_disconnect(http.receive, ready)
         except UnavailableError:
-            # No look at the clock: a timer may end a little early.
+            # The clock is not compared with the deadline, because a timer may fire slightly early.
             if caller <= longest and self._lifecycle.models[name].state in ("loading", "unloaded"):
                 raise deadline_exceeded() from None
             raise

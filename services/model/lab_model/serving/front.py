@@ -25,7 +25,7 @@ import orjson
 SPARE = 1
 START_SECONDS = 30
 COMMAND_SECONDS = 5
-MOST_SILENCES = 6  # commands in a row without an answer: on an overloaded machine one or two are no fault
+MOST_SILENCES = 6  # commands in a row without an answer: on an overloaded machine one or two are normal
 BODY_SECONDS = 30  # as in a replica
 LONGEST_HEAD = 64 * 1024  # bytes: request line and headers, as in the proxy
 FLUSH_SECONDS = 2  # for bytes still on their way to slow readers when the replicas have ended

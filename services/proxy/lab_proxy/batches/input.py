@@ -31,7 +31,7 @@ def read_lines(file: BinaryIO) -> Iterator[InputLine]:
 
 
 def _numbered(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines from number 1, without a byte order mark before the first: editors and PowerShell write one."""
+    """The lines, numbered from 1. A byte order mark at the beginning is removed: editors and PowerShell write one."""
     for number, raw in enumerate(file, 1):
         yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
 

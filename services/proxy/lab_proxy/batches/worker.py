@@ -233,7 +233,7 @@ class BatchWorker:
 
     async def _run_lines(self, job: Job, lines: Iterator[InputLine], turn: asyncio.Lock) -> None:
         while True:
-            async with turn:  # a line may have 8 MB, and a generator serves one thread at a time
+            async with turn:  # a line may have 8 MB, so a thread reads it; a generator allows one thread at a time
                 line = await asyncio.to_thread(next, lines, None)
             if line is None:
                 return

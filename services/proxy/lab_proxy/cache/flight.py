@@ -20,7 +20,7 @@ from .entry import Entry
 
 LEASE = "lab:flight:"
 LEASE_SECONDS = 2.5  # a lease's lifetime; after it, followers of a killed leader continue
-PIECE_BYTES = 256 * 1024  # of a whole answer, so that it fits into messages between processes
+PIECE_BYTES = 256 * 1024  # a whole answer is split into pieces of this size, which fit into messages between processes
 
 # KEYS: the lease, then the names of the entries. ARGV: own token, milliseconds, token of a dead leader.
 # '' if all entries exist by now; otherwise the leader's token, which is the own one if the lease was free.
@@ -106,7 +106,7 @@ OnFlight = Callable[["Flight"], None]
 
 @dataclass(slots=True)
 class Spare:
-    """Bytes that the flights of one process may keep beyond their limits, together."""
+    """Bytes that all flights of one process together may keep in addition to their own limits."""
 
     left: int
 
@@ -136,8 +136,10 @@ class Flight:
     renewed: float = 0.0  # monotonic: last renewal of the lease
     resync: bool = True  # of a follower: the leader must send again, from `count` on
     unknown_to_leader: bool = False  # of a follower
-    unconfirmed: int = 0  # bytes; of a follower: received since it last told the leader
-    derived: dict[str, Any] = field(default_factory=dict)  # what subscribers make of the answer once for all
+    unconfirmed: int = 0  # of a follower: bytes received since its last confirmation to the leader
+    derived: dict[str, Any] = field(
+        default_factory=dict
+    )  # results that the first subscriber computes from the answer for all others
     count: int = 0  # parts so far
     task: asyncio.Task[None] | None = None
     _parts: list[bytes | memoryview] = field(default_factory=list)  # from `_dropped_parts` on
@@ -160,7 +162,7 @@ class Flight:
 
     @property
     def _keeps_all(self) -> bool:
-        """The answer comes as a whole: it is in memory anyway, and its subscribers need all of it."""
+        """Whether all parts are kept: a whole answer is in memory anyway, and its subscribers need all of it."""
         return self.head is not None and self.head.get("streams") is False
 
     def __del__(self) -> None:
@@ -180,7 +182,7 @@ class Flight:
             await self._changed.wait()
 
     def add_whole(self, answer: bytes) -> None:
-        """All of an answer that does not stream."""
+        """Add all of an answer that is not streamed."""
         self._whole = answer
         view = memoryview(answer)
         for at in range(0, len(answer), PIECE_BYTES):
@@ -198,7 +200,7 @@ class Flight:
         self.notify()
 
     def _may_keep(self) -> bool:
-        """All parts so far may be kept, and so be given to a subscriber that comes now."""
+        """Whether all parts so far may be kept, so that a new subscriber can still get them."""
         if self._keeps_all:
             return True
         more = self._bytes - self._dropped_bytes - self.limit - self._borrowed
@@ -235,7 +237,7 @@ class Flight:
         return self._end_of(max(self._positions(), default=0))
 
     def _end_of(self, parts: int) -> int:
-        """Bytes up to the end of so many parts."""
+        """Bytes up to the end of the first `parts` parts."""
         at = min(parts, self.count) - self._dropped_parts
         return self._part_ends[at - 1] if at > 0 else self._dropped_bytes
 
@@ -266,11 +268,11 @@ class Flight:
         """The answer of a flight that has ended, one object for all subscribers."""
         if self._whole is None:
             self._whole = b"".join(self._parts)
-            self._parts.clear()  # subscribers that still count them come here at last
+            self._parts.clear()  # subscribers that still count them read the whole answer here
         return self._whole
 
     def size_of(self, begin: int, end: int) -> int:
-        """Bytes of the parts from `begin` to `end`; of those that were dropped none."""
+        """Bytes of the parts from `begin` to `end`, without dropped parts."""
         return self._end_of(end) - self._end_of(begin)
 
     def parts_after(self, taken: int) -> list[Any]:
@@ -348,7 +350,7 @@ class Subscriber:
         return self.flight.head
 
     async def whole(self) -> bytes:
-        """The answer of a flight that does not stream. Raises like `parts`."""
+        """The answer of a flight that is not streamed. Raises the same as `parts`."""
         async for _ in self.parts():
             pass
         return self.flight.whole

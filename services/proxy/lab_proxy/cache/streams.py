@@ -101,11 +101,11 @@ class RewrittenEvents:
 
 
 class _Text(list[str]):
-    """A text in pieces: adding to a string would copy all of it for each event."""
+    """A text as a list of pieces: appending to a string would copy all of it at each event."""
 
 
 def _joined(value: Any) -> Any:
-    """The value with each _Text in it as a string."""
+    """The value with each _Text replaced by its string."""
     if isinstance(value, _Text):
         return "".join(value)
     if isinstance(value, dict):

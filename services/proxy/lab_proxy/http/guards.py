@@ -75,7 +75,7 @@ class BodyReader:
         codings = headers.get("content-encoding")
         if not codings:
             return raw
-        return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)  # few bytes may stand for many
+        return await asyncio.to_thread(decode_content, raw, codings, self._max_bytes)  # few bytes may decode to many
 
     async def _receive(self, headers: Mapping[str, str], receive: Receive, deadline: float | None) -> bytes:
         parts: list[bytes] = []

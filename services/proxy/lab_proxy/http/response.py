@@ -20,7 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 WATCH_AFTER_SECONDS = 0.05
 PRIVATE = {"cache-control": "no-store"}
-# Headers of a request's own whose values are known to be clean.
+# Headers that differ between requests and whose values need no check.
 AT_ONCE = {"x-request-id"} | {
     f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
 }
@@ -100,7 +100,9 @@ class PageRequest:
 
 
 Page = Callable[[PageRequest, Response], Awaitable[None]]
-Pages = Mapping[tuple[str, str], Page]  # (method, path) -> page; a path with `{id}` gets all paths that begin like it
+Pages = Mapping[
+    tuple[str, str], Page
+]  # (method, path) -> page; a path with `{id}` matches all paths with the same beginning
 
 
 class DisconnectWatch:
@@ -145,7 +147,7 @@ def read_limit(query: Mapping[str, str], default: int, most: int) -> int:
 
 
 def list_page(found: list[dict[str, Any]], query: Mapping[str, str], default: int, most: int) -> bytes:
-    """One page of a list, with the SDK's cursor: `after` names the last object of the page before."""
+    """One page of a list, with the SDK's cursor: `after` names the last object of the previous page."""
     limit = read_limit(query, default, most)
     after = query.get("after")
     ids = [each["id"] for each in found]

@@ -61,7 +61,7 @@ class Connection(HttpToolsProtocol):
         self._chunk = len(data)
         self._at_most += self._chunk
         super().data_received(data)
-        if self._in_head and not self._refused:  # most heads come whole and need no timer
+        if self._in_head and not self._refused:  # most heads arrive in one piece and need no timer
             if self._timer is None:
                 self._timer = self.loop.call_later(self._head_seconds, self._too_slow)
             if self._received > MAX_HEAD_BYTES:

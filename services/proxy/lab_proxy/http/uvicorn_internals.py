@@ -1,7 +1,7 @@
-"""uvicorn's private state, in one place: a body that is already here, and a response that is written at once.
+"""All uses of uvicorn's private state: reading a body that has arrived, and writing a response at once.
 
-Through uvicorn's own `receive` and `send` a hit takes a quarter longer: they wait for events that have happened, and
-check each header of an answer that was checked before. A test compares the installed version with CHECKED_UVICORN.
+With uvicorn's own `receive` and `send` a hit takes a quarter longer: they wait for events that have already happened,
+and check each header again. A test compares the installed version with CHECKED_UVICORN.
 """
 
 from collections.abc import Awaitable, Callable
@@ -10,11 +10,11 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 CHECKED_UVICORN = "0.54"
-WRITE_BYTES = 65_536  # of a body that is copied behind its head: a larger one is not
+WRITE_BYTES = 65_536  # a body up to this size is copied behind its head and written at once
 
 
 def received_body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
-    """The whole body, if it has arrived; it is handed out once. None: ask `receive`."""
+    """The whole body if it has arrived, once per request. None: call `receive`."""
     cycle = getattr(receive, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle) or cycle.more_body or cycle.disconnected:
         return None
@@ -27,8 +27,8 @@ def received_body(receive: Callable[[], Awaitable[Any]]) -> bytes | None:
 
 
 def write_at_once(send: Callable[[Any], Awaitable[None]], head: bytes, body: bytes) -> bool:
-    """Write a 200 with its body. head: header lines, each with its line end, `content-length` among them; they are not
-    checked. False: nothing was written, use `send`."""
+    """Write a response of status 200. head: header lines with their line ends, including `content-length`; not checked.
+    Returns False if nothing was written: use `send`."""
     cycle = getattr(send, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle) or not cycle.keep_alive or len(body) > WRITE_BYTES:
         return False

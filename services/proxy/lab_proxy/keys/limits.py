@@ -278,7 +278,7 @@ class Limits:
         """Finished requests of this key, to be sent with the next command."""
         taken = self._finished.pop(who, [])
         self._unsent -= len(taken)
-        # Those on their way come by another connection, and so perhaps after this command. Sent twice they count once.
+        # Those being sent use another connection and may arrive after this command. If sent twice, they count once.
         sending = self._sending.get(who, ()) if who.concurrency is not None else ()
         return [each for each in sending if each[0]] + taken
 

@@ -18,7 +18,7 @@ DAYS = "lab:ledger:keys:"  # + day: set of the keys with a row on it
 ROWS = "lab:ledger:day:"  # + day:key: hash, [owner, upstream, model, metric] -> number
 NOBODY = "-"  # key id of charges where no key is required
 MAX_DAYS = 366
-AT_ONCE = 64  # keys of a day that are read in one round trip, and so held in memory
+AT_ONCE = 64  # keys of a day that are read in one round trip and held in memory
 
 METRICS = (
     "requests",
@@ -33,18 +33,18 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class UsagePage:
-    """Some rows, and the sums of all."""
+    """One page of rows, and the sums of all rows."""
 
     total: dict[str, Any]
     rows: list[dict[str, Any]]
-    has_more: bool  # rows after the last one
+    has_more: bool  # there are rows after the last one
 
 
 async def parts(
     client: Client, first: date, last: date, *, key_id: str | None = None, **equal: str | None
 ) -> AsyncIterator[list[dict[str, Any]]]:
-    """Rows from `first` to `last`, both included, sorted, a few at a time. `equal`: owner and model; None: any. Raises
-    RedisError."""
+    """The rows of the days `first` to `last`, both included, in sorted batches. `equal`: owner and model; None: any.
+    Raises RedisError."""
     days = [(first + timedelta(days=n)).isoformat() for n in range((last - first).days + 1)]
     keys: list[tuple[str, str]] = [(day, key_id) for day in days] if key_id is not None else []
     for day in days if key_id is None else ["all"]:
@@ -58,15 +58,15 @@ async def parts(
 
 
 async def usage(client: Client, first: date, last: date, **filters: str | None) -> list[dict[str, Any]]:
-    """All rows: see `parts`."""
+    """All rows, see `parts`."""
     return [row async for rows in parts(client, first, last, **filters) for row in rows]
 
 
 async def usage_page(
     client: Client, first: date, last: date, *, limit: int, after: str | None = None, **filters: str | None
 ) -> UsagePage:
-    """At most `limit` of the rows, those after the row of the id `after`, and the sums of all rows. Holds no more of
-    them in memory. Raises ValueError for a malformed `after`, and RedisError."""
+    """At most `limit` rows after the row with the id `after`, and the sums of all rows. Holds only the rows of the page
+    in memory. Raises ValueError for a malformed `after`, and RedisError."""
     sums, kept, has_more = dict.fromkeys(METRICS, 0), list[dict[str, Any]](), False
     start = () if after is None else _place_of(after)
     async for rows in parts(client, first, last, **filters):
@@ -78,12 +78,12 @@ async def usage_page(
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Rows are sorted by it."""
+    """The sort key of a row."""
     return (row["day"], row["key_id"] or NOBODY, row["owner"], row["upstream"], row["model"])
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """For `after`. It stays the same while rows before it are added."""
+    """The id of a row for `after`. It does not change when rows before it are added."""
     return urlsafe_b64encode(orjson.dumps(_place(row))).decode().rstrip("=")
 
 

@@ -31,7 +31,7 @@ from .context import Plan
 from .delivery import STREAM_ERROR
 from .planner import Planner
 
-MOST_FRAME = 64  # size of an event in sizes of its content
+MOST_FRAME = 64  # largest size of a stream, as a multiple of the size of its content
 
 
 class CompletionFetch:

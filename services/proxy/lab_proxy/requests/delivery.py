@@ -32,7 +32,7 @@ class ResponseWriter(Protocol):
         """A whole answer."""
 
     async def send_prepared(self, body: bytes, headers: Mapping[str, str], head: bytes) -> None:
-        """A whole answer of status 200. headers: all of it but `self.headers`; head: the same as lines of HTTP."""
+        """Send a whole answer with status 200. headers: all except `self.headers`; head: the same as lines of HTTP."""
 
     async def start_stream(self, headers: Mapping[str, str]) -> None: ...
 
@@ -88,7 +88,7 @@ async def _deliver_json(
         record.set_usage(usage)
         return await writer.send(raw, headers)
     shared = subscriber.flight.derived
-    if "answer" not in shared:  # once for all requests of the flight
+    if "answer" not in shared:  # computed once for all requests of the flight
         shared["answer"] = asyncio.ensure_future(off_loop(len(raw), _without_identity, raw))
     body, usage = await asyncio.shield(shared["answer"])
     record.set_usage(usage)

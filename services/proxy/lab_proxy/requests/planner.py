@@ -95,7 +95,7 @@ class Planner:
             await self._models.refresh(target.model)  # it never was in memory, so there are no cached answers either
             generation, plan = self._generation, await self._make(request)
         if plan.bypass is None and not ENDPOINTS[request.endpoint].per_input:
-            size = len(request.raw) or LONG_BODY + 1  # a preview has no bytes of its own
+            size = len(request.raw) or LONG_BODY + 1  # a preview has no raw body; treat it as long
             plan.canonical_form = await off_loop(size, self.canonical_form, plan, target.revision)
             plan.key = key_of(self._cache.secret, plan.canonical_form)
         self._keep(plan, generation)

@@ -42,7 +42,7 @@ from .routes import Target, UpstreamConfig
 KEEPALIVE_SECONDS = 4.0  # below the 5 s after which uvicorn and others close idle connections
 LONGEST_WAIT_SECONDS = 2.0  # a longer Retry-After is passed on to the caller
 BACKOFF_SECONDS = 0.1  # before the first retry, doubled for each further one; half of it is jitter
-MAX_PAGE_BYTES = 8 * 1024 * 1024  # of a page about the upstream itself, as its list of models
+MAX_PAGE_BYTES = 8 * 1024 * 1024  # of a page about the upstream itself, such as its list of models
 MAX_LINE_BYTES = 65_536  # status line or one header of an answer
 CALLERS_FAULT = frozenset({400, 413, 422})  # not 404, which can also mean a wrong base URL
 PASSING = frozenset({502, 503, 504})  # temporary errors of gateways: nothing was generated, so a retry is safe

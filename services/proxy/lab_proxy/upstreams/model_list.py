@@ -101,7 +101,7 @@ class ModelList:
         return answer
 
     async def openapi(self) -> dict[str, Any]:
-        """The model service's OpenAPI document, read once between two polls; empty where it has none to give."""
+        """The model service's OpenAPI document, read once between two polls; empty if there is none."""
         if self._described is None:
             found: Any = None
             with suppress(ProxyError):

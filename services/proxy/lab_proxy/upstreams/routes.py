@@ -77,7 +77,7 @@ class AliasRow(BaseModel, extra="forbid"):
     unless: str | None = None
 
 
-MAX_PARTS = 10_000  # of one content that are looked at; further ones count as a character each
+MAX_PARTS = 10_000  # of one content are read; each further one counts as one character
 
 
 class AutoRow(BaseModel, extra="forbid"):

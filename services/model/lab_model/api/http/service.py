@@ -291,7 +291,7 @@ async def read_json(http: HttpRequest, limit: int) -> Any:
     def read() -> Any:
         return parse_json(decode_content(b"".join(parts), coding, limit))
 
-    return await asyncio.to_thread(read) if size > LONG_BODY or coding else read()  # few bytes may stand for many
+    return await asyncio.to_thread(read) if size > LONG_BODY or coding else read()  # few bytes may decode to many
 
 
 def new_id(prefix: str) -> str:

@@ -1,6 +1,6 @@
-"""The shape of each endpoint's request: what checks a request, and what the OpenAPI document is made from.
+"""The schema of each endpoint's request: it validates requests, and the OpenAPI document is made from it.
 
-Knows paths and shapes. Imports no torch.
+Knows paths and schemas. Imports no torch.
 """
 
 from __future__ import annotations

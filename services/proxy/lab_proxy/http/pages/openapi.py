@@ -17,8 +17,8 @@ from .files import PATH as FILES
 Object = dict[str, Any]
 PATH = "/openapi.json"
 ABOUT = (
-    "The fields are those of the local models, which refuse any other field by its name. What goes to another upstream "
-    "may have fields of that upstream. docs/api.md says more."
+    "The fields are those of the local models, which refuse any other field by its name. A request to another "
+    "upstream may have fields of that upstream, see docs/api.md."
 )
 ANY_OBJECT: Object = {"content": {"application/json": {"schema": {"type": "object"}}}}
 UPLOAD: Object = {"content": {"multipart/form-data": {"schema": {"type": "object"}}}}
@@ -55,7 +55,7 @@ class OpenApiPages:
 
 
 def document(model: Mapping[str, Any], places: Iterable[tuple[str, str]]) -> Object:
-    """`model`: the model service's document; without one (`{}`) an endpoint takes any object. `places`: as above."""
+    """`model`: the model service's document; if it is empty, every endpoint accepts any object. `places`: as above."""
     paths: dict[str, Object] = {}
     for path in ENDPOINTS:
         known = model.get("paths", {}).get(path, {}).get("post", {})

@@ -15,7 +15,7 @@ from ..guards import read_query
 from ..response import PRIVATE, PageRequest, Pages, Response, read_limit
 
 DEFAULT_DAYS = 30
-DEFAULT_ROWS, MAX_ROWS = 1000, 10_000  # of a page; a row has about 600 bytes
+DEFAULT_ROWS, MAX_ROWS = 1000, 10_000  # rows per page; a row has about 600 bytes
 _FILTERS = frozenset({"from", "to", "owner", "model", "key_id", "format", "limit", "after"})
 
 
@@ -55,11 +55,11 @@ class UsagePages:
         try:
             page = await self._ledger.usage(first, last, limit=limit, after=filters.get("after"), **chosen)
         except ValueError:
-            raise InvalidRequest("`after` is the `last_id` of the page before.", param="after") from None
+            raise InvalidRequest("`after` must be the `last_id` of the previous page.", param="after") from None
         last_id = row_id(page.rows[-1]) if page.rows else None
         if form == "csv":
-            if page.has_more and "limit" not in filters:  # a file that is cut off looks whole
-                why = f"There are more than {MAX_ROWS} rows: ask for fewer days, or by pages with `limit` and `after`."
+            if page.has_more and "limit" not in filters:  # a truncated file would look complete
+                why = f"There are more than {MAX_ROWS} rows: ask for fewer days, or for pages with `limit` and `after`."
                 raise InvalidRequest(why, param="limit")
             headers = PRIVATE | {"content-disposition": 'attachment; filename="usage.csv"'}
             headers |= {"x-has-more": str(page.has_more).lower()} | ({"x-last-id": last_id} if last_id else {})
