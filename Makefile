@@ -71,7 +71,7 @@ load-stampede: ## send identical requests at once and count the calls of the mod
 load-knee: ## find the highest request rate that the lab keeps up with
 	@sh lab/run.sh load knee
 
-load-faults: ## pause redis, kill the proxy and a replica under load; report which requests fail, and for how long
+load-faults: ## pause redis, restart the proxy and kill a replica under load; report which requests fail, and for how long
 	@sh lab/run.sh load faults
 
 load-table: ## measure the effect of the cache as a table; takes 20 minutes (shorter: SECONDS=5 make load-table)
