@@ -39,9 +39,9 @@ static void turn_row(const Model *m, const Step *s, int layer, int row) {
     }
 }
 
-/* What `count` (a constant where it is inlined) query heads see of `tokens` tokens through one key head, page by page
- * with a running maximum (https://arxiv.org/abs/1805.02867). `later` of them, the last ones, see one token more, in the
- * same page. queries: the heads'; seen: (count, MOST_HEAD), of which head_dim are filled */
+/* Attention of `count` query heads (a constant where this is inlined) to `tokens` tokens through one key head, page by
+ * page with a running maximum (https://arxiv.org/abs/1805.02867). The last `later` heads attend to one more token, in
+ * the same page. queries: of the heads; seen: the results, (count, MOST_HEAD), of which head_dim are filled */
 INLINE void look(
     const Model *m, int layer, int head, const int32_t *pages, const float *const *queries, int count, int tokens,
     int later, float (*seen)[MOST_HEAD]) {
@@ -69,12 +69,12 @@ INLINE void look(
                 for (int j = 0; j < SIDES; j++) score[g][side + j] = sum[g][j];
         }
         for (int g = 0; g < count; g++) {
-            const Floats never = same(-INFINITY), none = same(0); /* the rest of the page is not the row's */
+            const Floats never = same(-INFINITY), none = same(0); /* the rest of the page does not belong to the row */
             int own = g < count - later ? here : there;
             Floats a = first_of(own, score[g][0], never), b = first_of(own - LANES, score[g][1], never);
             float high = largest(larger(a, b));
             if (!(high > most[g])) high = most[g];
-            /* exp(-inf) is not zero here; the first page has nothing to fade. */
+            /* exp(-inf) is not 0 here; at the first page there is nothing to scale down. */
             fade[g] = first ? leading(exponential(same(most[g] - high))) : 0.0f;
             most[g] = high;
             a = first_of(own, exponential(minus(a, same(high))), none);
@@ -83,7 +83,7 @@ INLINE void look(
             store(part[g] + LANES, b);
             mass[g] = mass[g] * fade[g] + sum_of(plus(a, b));
         }
-        /* A few heads take twice as much at once: additions that wait for each other are slow. */
+        /* Few heads: two sums at once, because additions that depend on each other are slow. */
         int vectors = count > 3 ? 1 : 2;
         for (int i = 0; i < dim; i += vectors * LANES) {
             Floats sum[MOST_GROUP][2];
@@ -96,7 +96,7 @@ INLINE void look(
                     for (int g = 0; g < count; g++) sum[g][j] = times_plus(same(part[g][t]), v, sum[g][j]);
                 }
             }
-            /* Not for all, though the others' part is 0: a value may be no number. */
+            /* Only these heads, although the others' weight is 0: the value may be NaN. */
             for (int j = 0; j < vectors && there > here; j++) {
                 Floats v = load_halves(value + j * LANES);
                 for (int g = count - later; g < count; g++) sum[g][j] = times_plus(same(part[g][here]), v, sum[g][j]);
@@ -111,7 +111,7 @@ INLINE void look(
     }
 }
 
-/* Values `at` and on: what `rows` of these rows, 1 or 2, see through one key head. */
+/* Writes from value `at` on: the attention of `rows` of these rows, 1 or 2, through one key head. */
 static void attend(const Model *m, const Step *s, int layer, const int32_t *which, int at, int rows, int head) {
     int dim = m->head_dim, group = m->heads / m->kv_heads, all = m->heads + 2 * m->kv_heads;
     const int32_t *pages = s->pages + (int64_t)s->owners[which[at]] * s->columns;
@@ -133,8 +133,8 @@ static void attend(const Model *m, const Step *s, int layer, const int32_t *whic
     }
 }
 
-/* The same for two rows, or the one that is left of `rows`. Those that follow each other in a text and a page read its
- * keys and values together, if their heads fit AVX2's registers. */
+/* The same for two rows, or for the last one of `rows`. Two rows that are neighbours in one text and page read its keys
+ * and values together, if their heads fit into AVX2's registers. */
 static void attend_two(const Model *m, const Step *s, int layer, const int32_t *which, int at, int rows, int head) {
     int two = at + 1 < rows, row = which[at], next = two ? which[at + 1] : row, position = s->positions[row] + 1;
     if (s->positions[next] == position && s->owners[next] == s->owners[row] && position % PAGE &&

@@ -2,11 +2,11 @@
  * call.
  *
  * Weights are blocks of 32 along the input, 4 or 8 bits a weight, with a scale and a minimum, as a GGUF file holds
- * them; activations are rounded to 8 bits with a scale for each block of 32 in a row (llama.cpp's Q8_1), but for the
- * peaks: the few values that are far larger than their row and would bring most of the error are multiplied as they
- * are. Sums within a block are integers that a float represents exactly; sums of blocks are added in one order, the
- * peaks after all blocks. So a row's result depends neither on its neighbours nor on their number, the number of threads
- * or the processor: a step of 1 row and a prefill of 256 are computed alike.
+ * them; activations are rounded to 8 bits with a scale for each block of 32 in a row (llama.cpp's Q8_1), except the
+ * peaks: the few values that are far larger than the rest of their row and would cause most of the error are multiplied
+ * without rounding. Sums within a block are integers that a float represents exactly; sums of blocks are added in one
+ * order, the peaks after all blocks. So a row's result depends neither on its neighbours nor on their number, the
+ * number of threads or the processor: a step of 1 row and a prefill of 256 are computed alike.
  *
  * This file is the step over all layers; step.h has the structures and threads, products.h the matrix products,
  * attention.h the attention, vectors.h the instructions of each kind of processor. cpu.py packs the weights, fills the

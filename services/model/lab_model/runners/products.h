@@ -10,7 +10,7 @@
 /* ---- numbers */
 
 INLINE Floats exponential(Floats x) {
-    x = larger(same(-87.0f), smaller(same(88.0f), x)); /* NaN stays: the second operand */
+    x = larger(same(-87.0f), smaller(same(88.0f), x)); /* NaN is kept, because it is the second operand */
     Floats n = nearest(times(x, same(1.44269504f)));
     Floats r = times_plus(n, same(-0.693359375f), x);
     r = times_plus(n, same(2.12194440e-4f), r);
@@ -47,7 +47,7 @@ static void round_row(float *values, int width, const Rounded *to, int64_t row) 
     for (int i = 0; i < width; i += LANES) {
         for (unsigned left = above(limit, magnitude(load(values + i))); left; left &= left - 1) {
             int place = i + __builtin_ctz(left);
-            if (count == MOST_PEAKS(width)) break; /* by a hair, or squares too small for a float */
+            if (count == MOST_PEAKS(width)) break; /* by rounding, or because squares are too small for a float */
             peaks[count++] = (Peak){values[place], place};
             values[place] = 0;
         }
@@ -98,7 +98,7 @@ INLINE void dots(const uint8_t *face, int bits, const int8_t *digits, int64_t wi
         for (int i = 0; i < SIDES; i++) x[r][i] = dotted(x[r][i], bits);
 }
 
-/* a += a block's sums x, one of which is worth `worth`, and its minima times `whole`. */
+/* a += a block's sums x, scaled by `worth`, and its minima times `whole`. */
 INLINE void weigh(const uint8_t *face, int bits, const Ints *x, float worth, float whole, Floats *a) {
     for (int i = 0; i < SIDES; i++) {
         const uint16_t *facts = (const uint16_t *)(face + i * FACE(bits) + bits * 64);
@@ -147,7 +147,7 @@ INLINE void all_peaks(const uint8_t *tile, int bits, const Peak *peak, int count
     }
 }
 
-/* ROWS rows of a tile, from `first` on, or those that are left of `all`; how many there are changes no row. */
+/* ROWS rows of a tile, from `first` on, or fewer at the end of `all`; their number does not change a row's result. */
 static int tile_some(const Matrix *m, int index, const Rounded *from, int first, int all, Floats (*sum)[2]) {
     int rows = all - first < ROWS ? all - first : ROWS, blocks = m->in / BLOCK;
     int64_t bytes = tile_bytes(m), at = (int64_t)first * blocks;

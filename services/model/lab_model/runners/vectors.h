@@ -1,6 +1,6 @@
 /* Vectors of 16 numbers on x86-64 processors.
  *
- * Three implementations, by the compiler's flags: AVX-512 VNNI; AVX2 with AVX-VNNI; AVX2 alone (each with FMA and F16C).
+ * Three implementations, by the compiler's flags: AVX-512 VNNI; AVX2 with AVX-VNNI; only AVX2 (each with FMA and F16C).
  * All round alike and sum a vector in one order, so that they give the same bits.
  */
 #pragma once
@@ -39,7 +39,7 @@ INLINE Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 /* x * 2^n, n whole and from -126 to 127 */
 INLINE Floats scaled(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 INLINE int unordered(Floats x, Floats y) { return _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q) != 0; }
-/* Which of the 16 are above the limit, a bit for each. */
+/* A bit for each of the 16 that is above the limit. */
 INLINE unsigned above(float limit, Floats x) { return _mm512_cmp_ps_mask(x, same(limit), _CMP_GT_OQ); }
 /* The first `count` of x, then those of y; below 0 is as 0, above 16 as 16. */
 INLINE Floats first_of(int count, Floats x, Floats y) {

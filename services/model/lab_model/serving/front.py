@@ -34,27 +34,27 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CONFIGURATION = """\
 global
     nbthread 1
-    # It bounds the connections, two descriptors each; the default is the system's limit, which may be a million.
+    # Limits the connections, which take two descriptors each. The default is the system's limit, often a million.
     fd-hard-limit 16384
     # Otherwise a second service that starts at the same moment would listen here too and get part of the requests.
     noreuseport
-    # A head may have {head} bytes; the buffer holds more, so that a larger one can be named.
+    # A head may have {head} bytes; the buffer is larger, so that a larger head gets a 431.
     tune.bufsize {buffer}
     tune.http.maxhdr 256
     stats socket unix@front.sock mode 600 level admin expose-fd listeners
 defaults
     mode http
-    # Not needed, and one HTTP/2 connection carries many streams.
+    # HTTP/2 is not needed, and one HTTP/2 connection carries many streams.
     option disable-h2-upgrade
     timeout connect 5s
     timeout http-request 30s
     timeout http-keep-alive 75s
-    # Minutes for a request that waits behind a full queue of long answers, but bounded.
+    # A request behind a full queue of long answers may wait for minutes, but not forever.
     timeout client 900s
     timeout server 900s
-    # To what is not HTTP at all, or has a transfer coding other than chunked, HAProxy's only answers are a page of HTML
-    # or, so, the end of the connection: its parser (mux_h1.c, h1_send_error) takes no other text from here. Characters
-    # that no path or name may have are accepted here, to be refused below as the API does.
+    # For bytes that are not HTTP, and transfer codings other than chunked, HAProxy's parser (mux_h1.c, h1_send_error)
+    # sends a page of HTML or, with /dev/null, closes the connection; it sends no other text. Characters that are not
+    # allowed in a path or a name are accepted here and refused below in the API's format.
     errorfile 400 /dev/null
     errorfile 422 /dev/null
     option accept-invalid-http-request
@@ -76,9 +76,9 @@ frontend front
     acl malformed req.hdr_names -m reg '{no_name}'
     http-request return status 400 content-type application/json file front-400.json if malformed
     http-request return status 200 if METH_OPTIONS {{ url -m str * }}
-    # A handshake becomes a plain request; its path decides.
+    # A WebSocket handshake becomes a plain request, which is answered according to its path.
     http-request del-header upgrade
-    # A request that names its model in the body goes straight to it, unless the body exceeds the buffer.
+    # A request that names its model in the body goes directly to that model, unless the body exceeds the buffer.
     http-request wait-for-body time {body}s if METH_POST {{ path_beg /v1/ }}
     http-request set-var(txn.model) req.body,json_query('$.model') if METH_POST {{ path_beg /v1/ }}
 {rules}
@@ -87,7 +87,7 @@ frontend front
 BACKEND = """\
 backend {name}
     server-template r 1-{count} 127.0.0.1:9 disabled
-    # Without a replica: Serve's own HTTP process, which waits for one and knows the applications that load.
+    # If there is no replica: Serve's own HTTP process, which waits for one and knows the loading applications.
     server serve 127.0.0.1:{serve_port} backup
 """
 # Errors that HAProxy answers itself, in the API's format: status -> reason, code, message.

@@ -1,5 +1,5 @@
--- Admit one request of a key, or one call of an upstream with a cap that all keys share, or report which limit refuses it
--- and for how long. One script, because several processes call it concurrently.
+-- Admits one request of a key, or one call of an upstream with a cap that all keys share; otherwise reports which limit
+-- refuses it and for how long. It is one script because several processes call it concurrently.
 --
 -- KEYS 1  hash: r, t   the theoretical arrival times (GCRA) of requests and of tokens, microseconds
 --               full   when the bucket of tokens was last seen full
@@ -10,7 +10,7 @@
 --      4  hash: for each active key `…:r` and `…:t`, its use of requests and of tokens, and `…:at`, the time of both.
 --         A use is in microseconds in which the whole cap refills it; it shrinks by the key's share of that.
 --      5  sorted set of the active keys, scored by the time of their last call
--- ARGV 1-5  rpm, tpm, concurrency, budget of a day, budget in all; '' for none
+-- ARGV 1-5  rpm, tpm, concurrency, budget of a day, total budget; '' for none
 --      6    tokens reserved      7  pico-dollars reserved      9  seconds of a slot
 --      8    the request's member; '' for a local hit, which ends as soon as it is admitted, or for no request
 --      10   the ledger's field for today      11  pico-dollars that the ledger does not have yet
@@ -18,10 +18,10 @@
 --      13…  finished requests, four values each: member, tokens used, tokens reserved, time of admission;
 --           without a member a correction: `reserved` is then the number of tokens that was sent before
 --
--- Answers {verdict, now, wait, requests left, until requests are full, tokens left, until tokens are full}, times in
--- microseconds. Verdicts: 0 admitted, 1 budget of the day, 2 budget in all, 3 concurrency, 4 rpm, 5 tpm, 6 too large,
+-- Returns {verdict, now, wait, requests left, until requests are full, tokens left, until tokens are full}, times in
+-- microseconds. Verdicts: 0 admitted, 1 budget of the day, 2 total budget, 3 concurrency, 4 rpm, 5 tpm, 6 too large,
 -- and of a cap that has room, but not for a key beyond its share: 7 requests, 8 tokens, 9 budget of the day.
--- For a refused request only the finished ones are written, and that its key is active.
+-- A refused request writes only the finished ones and that its key is active.
 
 local MINUTE = 60000000
 local KEPT = 0.25 -- of a cap: this last part of it is for keys within their share
