@@ -152,7 +152,7 @@ def test_recovery_is_from_the_first_failure_to_the_success_after_the_last() -> N
 
 
 def test_a_restarted_proxy_does_not_look_like_a_lost_charge(tmp_path: Path) -> None:
-    """Its counters begin again at 0; the ledger lacks nothing. Less in the ledger than the client received is a loss."""
+    """Its counters begin again at 0; the ledger lacks nothing. Less in the ledger than at the client is a loss."""
     (tmp_path / "records.jsonl").write_text(json.dumps({"started": 0, "ended": 1, "error": ""}) + "\n")
     figures = {"answers": 3, "failed": 1, "errors": {"reset": 1}}
     for ledger, holds in ((21, True), (20, False)):

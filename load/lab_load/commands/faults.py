@@ -169,7 +169,7 @@ def recovery(records: list[dict[str, Any]]) -> tuple[float, bool]:
 
 
 def ledger_holds(row: dict[str, Any]) -> bool:
-    """Whether the ledger agrees with the client. The other sides do not count: a restarted proxy's counters begin at 0."""
+    """Whether the ledger agrees with the client. Other sides do not count: a restarted proxy's counters begin at 0."""
     high = math.inf if row["high"] is None else row["high"]
     return bool(row["low"] <= row["values"]["ledger"] <= high)
 
