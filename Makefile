@@ -1,5 +1,9 @@
 # Each target is one call of `lab/run.sh`: it finds a Python, makes .venv if the command needs it, and runs `python -m lab`.
-.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack load load-cache load-stampede load-knee load-faults load-table load-compare load-report load-calibrate load-ui bench-engine bench-proxy bench-ui bench-tasks train-probe sbom k8s-render k8s-check
+.PHONY: help lab start stop status logs models doctor keys usage test test-all check constraints clean up down test-stack test-cluster drill load load-cache load-stampede load-knee load-faults load-table load-compare load-report load-calibrate load-ui bench-engine bench-proxy bench-ui bench-tasks train-probe sbom k8s-render k8s-check
+
+# On with 1 or yes, on make's command line or in the environment.
+ON_GPU = $(filter-out 0 no off false,$(GPU))
+ON_CLUSTER = $(filter-out 0 no off false,$(CLUSTER))
 
 help: ## list these commands
 	@echo "LLM Lab:"; awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,8 +50,8 @@ constraints: ## write the package versions of .venv to constraints.txt
 clean: ## stop the lab and remove .venv, .state and caches; runs/ stays
 	@sh lab/run.sh clean
 
-up: ## start the lab in containers; returns when all are healthy (with a GPU: GPU=1 make up)
-	@$(COMPOSE) up --build --wait --wait-timeout 900 || { $(COMPOSE) logs --tail=20; exit 1; }
+up: $(if $(ON_CLUSTER),secrets/ray_auth_token) ## start the lab in containers; returns when all are healthy (with a GPU: GPU=1 make up; several Ray nodes: CLUSTER=1 make up)
+	@$(COMPOSE) up --build $(if $(WORKERS),--scale worker=$(WORKERS)) --wait --wait-timeout 900 || { $(COMPOSE) logs --tail=20; exit 1; }
 	@echo "lab: ui http://127.0.0.1:$${UI_PORT:-8501}, proxy http://127.0.0.1:$${PROXY_PORT:-8080}; make down stops it"
 
 down: ## stop and remove the containers (with their stored data: make down ARGS=-v)
@@ -55,6 +59,12 @@ down: ## stop and remove the containers (with their stored data: make down ARGS=
 
 test-stack: ## run the tests against containers; needs a Docker engine
 	@sh lab/run.sh test --lane stack
+
+test-cluster: ## run the tests of several Ray nodes and the upgrade drill; needs a Docker engine
+	@sh lab/run.sh test --lane cluster
+
+drill: ## replace a revision, a worker and each proxy of CLUSTER=1 make up under streams of 30 seconds; count the streams that are cut
+	@sh lab/run.sh install && .venv/bin/python -m bench.drill $(ARGS)
 
 sbom: ## write the packages of the images (CycloneDX) and their digests to dist/ (another tag: LAB_TAG=0.1.0 make sbom)
 	@sh lab/run.sh install && .venv/bin/python -m lab.sbom $${LAB_TAG:-dev}
@@ -112,8 +122,10 @@ k8s-check: ## check every overlay and combination of k8s/: schemas, KubeRay's ru
 	@sh lab/run.sh test tests/k8s/test_k8s.py
 
 # Without GPU=1 the model image is built for the CPU, which is gigabytes smaller. Key files in secrets/ are used if they exist.
-ON_GPU = $(filter-out 0 no off false,$(GPU))
-COMPOSE = docker compose $(if $(ON_GPU),-f compose.yaml -f compose.gpu.yaml)
+COMPOSE = docker compose $(if $(ON_GPU)$(ON_CLUSTER),-f compose.yaml) $(if $(ON_GPU),-f compose.gpu.yaml) $(if $(ON_CLUSTER),-f compose.scale.yaml -f compose.cluster.yaml)
+ifneq ($(and $(ON_GPU),$(ON_CLUSTER)),)
+$(error GPU=1 and CLUSTER=1 exclude each other: several nodes with GPUs are for Kubernetes, see docs/kubernetes.md)
+endif
 ifeq ($(ON_GPU),)
 up: export MODEL_BASE_IMAGE ?= python:3.11-slim-bookworm
 up: export TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
@@ -127,3 +139,9 @@ endif
 ifneq ($(wildcard secrets/load_admin_key),)
 up: export LOAD_ADMIN_KEY_FILE ?= ./secrets/load_admin_key
 endif
+ifneq ($(ON_CLUSTER),)
+up: export RAY_AUTH_TOKEN ?= $(shell cat secrets/ray_auth_token)
+endif
+
+secrets/ray_auth_token: # of all Ray nodes; another one would be another cluster
+	@mkdir -p -m 700 secrets && umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >$@

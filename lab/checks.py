@@ -50,14 +50,15 @@ LANES = {
     "quick": "everything that needs no container, with few generated cases",
     "all": "the same with all generated cases",
     "stack": "against containers of their own",
+    "cluster": "against several Ray nodes in containers, with the upgrade drill",
 }
 
 
 def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
     """Run one lane of the tests; print one closing line for all calls of pytest. Returns pytest's exit code."""
     arguments = [*given_arguments(os.environ), *arguments]
-    if lane == "stack":
-        return _pytest(root, ["-m", "stack", *arguments])
+    if lane in ("stack", "cluster"):
+        return _pytest(root, ["-m", lane, *arguments])
     need_chromium()
     environ = {"LAB_TEST_FULL": "1"} if lane == "all" else {}
     # 1. Tests that run in parallel, one worker for each core. 2. Tests marked `alone`, which stop shared services or
@@ -68,8 +69,8 @@ def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
         counts = Path(folder) / "counts"
         environ["LAB_TEST_COUNTS"] = str(counts)
         codes = [
-            _pytest(root, ["-m", "not alone and not stack and not gpu", *parallel, *arguments], environ),
-            _pytest(root, ["-m", "alone and not stack and not gpu", *arguments], environ),
+            _pytest(root, ["-m", "not alone and not stack and not cluster and not gpu", *parallel, *arguments], environ),
+            _pytest(root, ["-m", "alone and not stack and not cluster and not gpu", *arguments], environ),
         ]
         say(closing_line(counts.read_text().splitlines() if counts.exists() else [], time.monotonic() - began))
     # 3. With a selection (ARGS="-k cache") one of the two calls may find no test.

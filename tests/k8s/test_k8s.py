@@ -7,6 +7,7 @@ rules.py; each kind of mistake that a rule is for is planted once, and must be f
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import edges
 import mistakes
@@ -14,11 +15,15 @@ import pytest
 import rules
 import schemas
 import yaml
-from lab_model.models.catalogue import load_catalogue
+from lab_model.models.catalogue import AppArgs, load_catalogue
+from lab_model.serving.cluster_app import ClusterArgs
+from lab_model.serving.deploy import serve_config
 from lab_model.serving.ray_internals import prepare_environment
+from lab_model.settings import Settings as ModelSettings
 from lab_proxy.settings import Settings as ProxySettings
 from lab_proxy.upstreams.routes import Routes
 from manifests import COMPOSE, K8S, ROOT, combinations, kubectl, of_kind, parts, rendered
+from ray.serve.schema import ServeDeploySchema
 
 needs_kubectl = pytest.mark.skipif(
     kubectl() is None, reason="kubectl from 1.27 on is not here: it renders k8s/ (Debian 13 has 1.32)"
@@ -160,6 +165,26 @@ def test_rays_variables_are_those_of_one_machine(monkeypatch: pytest.MonkeyPatch
     assert {name: value for name, value in given.items() if name not in own} == {
         name: environ.get(name) for name in given if name not in own
     }
+
+
+def test_the_config_of_a_catalogue_is_one_that_serve_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m lab_model.serving.deploy`: of the entries of serve.yaml it makes the applications of serve.yaml."""
+    manifest = yaml.safe_load((K8S / "model/rayservice/serve.yaml").read_text())
+    wanted = manifest["applications"]
+    lines = [*wanted[0]["args"]["entries"], {"id": "later", "kind": "chat", "source": "file:/x", "load": "demand"}]
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(lines))
+    for name, value in {"HOST": "0.0.0.0", "DEVICE": "cpu", "DRAIN_TIMEOUT_SECONDS": "600", "KV_TOKENS": "4096"}.items():
+        monkeypatch.setenv(f"MODEL_{name}", value)
+    made = serve_config(ModelSettings(), load_catalogue(tmp_path / "models.yaml"))
+    assert list(rules.unknown_keys(made, ServeDeploySchema)) == []
+    ServeDeploySchema.model_validate(made)
+    assert made["http_options"] == manifest["http_options"]
+    assert made["logging_config"] == manifest["logging_config"]
+    for own, theirs in zip(made["applications"], wanted, strict=True):
+        assert {key: own[key] for key in own if key != "args"} == {key: theirs[key] for key in theirs if key != "args"}
+    assert ClusterArgs.model_validate(made["applications"][0]["args"]) == ClusterArgs.model_validate(wanted[0]["args"])
+    chat = AppArgs.model_validate(wanted[1]["args"]).model_copy(update={"kv_tokens": 4096})
+    assert AppArgs.model_validate(made["applications"][1]["args"]) == chat
 
 
 @needs_kubectl

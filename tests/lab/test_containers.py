@@ -88,6 +88,21 @@ def test_behind_the_gate_no_caller_goes_past_it() -> None:
     assert {name for name in layer if "gate" in layer[name].get("depends_on", {})} == {"ui", "load"}
 
 
+def test_the_nodes_of_a_cluster_have_what_kubernetes_gives_them() -> None:
+    """compose.cluster.yaml: Ray's variables are those of the ConfigMap `ray`, and no node may write to the weights."""
+    manifest = yaml.safe_load((ROOT / "k8s/model/rayservice/kustomization.yaml").read_text())
+    (ray,) = (each["literals"] for each in manifest["configMapGenerator"] if each["name"] == "ray")
+    image = {"HF_HUB_OFFLINE", "HOME"}  # set by the image
+    wanted = {name: value for name, _, value in (each.partition("=") for each in ray) if name not in image}
+    layer = services("compose.cluster.yaml")
+    for node in ("model", "worker"):
+        given = layer[node]["environment"]
+        assert given | wanted == given
+        assert given["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
+        assert [volume["read_only"] for volume in layer[node]["volumes"]] == [True]
+    assert "--num-cpus=0" in layer["model"]["command"][0]
+
+
 def test_selinux_lets_containers_read_what_is_mounted() -> None:
     binds = [
         volume
@@ -144,11 +159,14 @@ def test_a_health_check_asks_the_service_itself(dockerfile: Path) -> None:
 # -- the Makefile, with a program in docker's place that shows what it is given
 
 
+NOT_OURS = ("GPU", "CLUSTER", "WORKERS", "RAY_", "ARGS", "MAKE", "MFLAGS")
+
+
 def made(folder: Path, *arguments: str, **environ: str) -> list[str]:
     docker = folder / "docker"
     docker.write_text('#!/bin/sh\necho "base=$MODEL_BASE_IMAGE"\nfor each; do echo "argument=$each"; done\n')
     docker.chmod(0o755)
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("GPU", "ARGS", "MAKE", "MFLAGS"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     own |= {"PATH": f"{folder}:{os.environ['PATH']}"} | environ
     done = subprocess.run(["make", *arguments], cwd=ROOT, env=own, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
@@ -161,6 +179,18 @@ def test_only_gpu_1_takes_the_gpu(tmp_path: Path, gpu: str | None, on: bool) -> 
     for lines in ways or [made(tmp_path, "up")]:
         assert ("argument=compose.gpu.yaml" in lines) == on
         assert ("base=python:3.11-slim-bookworm" in lines) != on
+
+
+def test_cluster_1_adds_its_layers_and_a_token(tmp_path: Path) -> None:
+    """The token is in the environment of compose; another number of workers is its option."""
+    lines = made(tmp_path, "up", CLUSTER="1", WORKERS="3", RAY_AUTH_TOKEN="t")
+    files = [lines[at + 1] for at, line in enumerate(lines[:-1]) if line == "argument=-f"]
+    assert files == [f"argument={name}" for name in ("compose.yaml", "compose.scale.yaml", "compose.cluster.yaml")]
+    assert "argument=worker=3" in lines
+    assert "argument=compose.cluster.yaml" not in made(tmp_path, "up", CLUSTER="0")
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        made(tmp_path, "up", CLUSTER="1", GPU="1")
+    assert "exclude each other" in caught.value.stderr
 
 
 def test_quotes_in_args_are_the_shell_s(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ Check against the new version, then set CHECKED_RAY:
 6. Serve adds 5 s to RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S (tests/model/test_front.py measures the drain).
 7. Serve calls what RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names, and decodes the headers of DECODED_HEADERS alone.
 8. `ray drain-node` still calls GcsClient.drain_node with node id, reason, message and deadline.
-9. An idle service takes no more of a core than with {CHECKED_RAY}."""
+9. ray.serve.context._get_global_client() has deploy_apps, which takes a ServeDeploySchema.
+10. An idle service takes no more of a core than with {CHECKED_RAY}."""
 
 
 def ray_source(path: str) -> str:
@@ -43,6 +44,7 @@ def test_the_private_names_exist() -> None:
         ("_private/node.py", "def kill_log_monitor(self, check_alive"),
         ("_private/node.py", "def kill_monitor(self, check_alive"),
         ("serve/context.py", "def _get_global_client("),
+        ("serve/_private/client.py", "def deploy_apps("),
         ("serve/_private/controller.py", "def get_target_groups("),
         ("serve/api.py", "__serve_build_asgi_app__"),
         ("scripts/scripts.py", "gcs_client = ray._raylet.GcsClient(address=address)"),

@@ -83,9 +83,9 @@ def tokenizer() -> Any:
     return fast
 
 
-def write(folder: Path, architecture: str = "llama") -> Path:
+def write(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
     """A Hugging Face folder that `from_pretrained` reads."""
-    model(architecture).save_pretrained(folder)
+    model(architecture, seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -173,18 +173,31 @@ class Stack:
 @contextmanager
 def stack_in(folder: Path) -> Iterator[Stack]:
     """A clone with a tiny model beside the embedded ones; not started. Nothing of it is left afterwards."""
+    with cloned(folder) as stack:
+        write_tiny(stack.root / "tiny")
+        entries = yaml.safe_load((stack.root / "services/model/lab_model/models/models.yaml").read_text())
+        entries += [{"id": "tiny", "kind": "chat", "source": "file:/tiny", "dtype": "float32"}]
+        (stack.root / "catalogue.yaml").write_text(yaml.safe_dump(entries))
+        (stack.root / "compose.override.yaml").write_text(yaml.safe_dump(TINY_LAYER))
+        yield stack
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    """A tiny model that a container's user can read."""
+    for file in tiny.write(folder, seed=seed).iterdir():
+        file.chmod(0o644)  # safetensors writes 0600
+    return folder
+
+
+@contextmanager
+def cloned(folder: Path) -> Iterator[Stack]:
+    """A clone, not started, whose catalogue is ./catalogue.yaml. Nothing of it is left afterwards."""
     engine = docker.from_env(timeout=120)
     try:
         engine.ping()
         root = folder / "lab"
         root.mkdir(mode=0o755)
         clone(root)
-        for file in tiny.write(root / "tiny").iterdir():
-            file.chmod(0o644)  # safetensors writes 0600, and the container has another user
-        entries = yaml.safe_load((root / "services/model/lab_model/models/models.yaml").read_text())
-        entries += [{"id": "tiny", "kind": "chat", "source": "file:/tiny", "dtype": "float32"}]
-        (root / "catalogue.yaml").write_text(yaml.safe_dump(entries))
-        (root / "compose.override.yaml").write_text(yaml.safe_dump(TINY_LAYER))
         stack = Stack(root, engine, f"labtest{os.getpid()}", variables={"MODEL_CATALOGUE": "./catalogue.yaml"})
         try:
             with stack.http:

@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     threads: int = Field(
         0, ge=0, le=1024, description="torch's threads in each replica; 0: one per core of the cgroup."
     )
+    replica_cpus: float = Field(
+        1, gt=0, le=1024, description="CPUs that Ray reserves for each replica in a cluster (`serving.deploy`)."
+    )
     kv_tokens: int = Field(
         16384, ge=256, description="KV cache of each chat model in tokens, shared by all its running requests."
     )

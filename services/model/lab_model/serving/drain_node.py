@@ -1,4 +1,4 @@
-"""Before a pod of Ray ends: `python -m lab_model.serving.drain_node`, the preStop of k8s/model/rayservice.
+"""Before a Ray node ends: `python -m lab_model.serving.drain_node`, the preStop of k8s/model/rayservice.
 
 Serve starts new replicas on other nodes and lets running answers finish; then the Ray node ends by itself, and the
 container with it. Exit code 1 if Ray does not answer: then there is nothing to wait for.
@@ -7,6 +7,7 @@ container with it. Exit code 1 if Ray does not answer: then there is nothing to 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 
@@ -17,9 +18,14 @@ LOOK_SECONDS = 1.0
 
 
 def main() -> int:
+<<<<<<< HEAD
     """Drain the node of this pod, whose address is MY_POD_IP. Returns the exit code."""
     address = os.environ["MY_POD_IP"]
+=======
+    """MY_POD_IP is this node's address; left out: what the host's name resolves to. The exit code."""
+>>>>>>> 287fe3d (Run the model service on several Ray nodes in containers; count the streams that an upgrade cuts)
     try:
+        address = os.environ.get("MY_POD_IP") or socket.gethostbyname(socket.gethostname())
         node = next((id_ for id_, at in living_nodes().items() if at == address), None)
         if node is None:
             return _say(f"{address} is not a node of the cluster", 1)

@@ -19,8 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHECKED_RAY = "2.60"
 ABSENT = Path(__file__).parents[1] / "absent"  # stand-ins for packages that the service's processes must not import
+<<<<<<< HEAD
 OFFLINE = "LAB_HF_HUB_OFFLINE"  # value of HF_HUB_OFFLINE before `prepare_environment`
 CONTROLLER_SECONDS = 30  # timeout of an answer of Serve's controller, which may have to wait for a core
+=======
+OFFLINE = "LAB_HF_HUB_OFFLINE"  # what HF_HUB_OFFLINE was before `prepare_environment`
+CONNECT_SECONDS = 120  # for Ray to start on this machine
+CONTROLLER_SECONDS = 30  # bound on an answer of Serve's controller, which may have to wait for a core
+>>>>>>> 287fe3d (Run the model service on several Ray nodes in containers; count the streams that an upgrade cuts)
 
 
 # Headers that Serve decodes as UTF-8; if they are not UTF-8, it answers a plain 500.
@@ -172,6 +178,37 @@ def begin_delete(application: str) -> None:
     from ray import serve  # noqa: PLC0415
 
     serve.delete(application, _blocking=False)
+
+
+def connect() -> None:
+    """Make this process a driver of the cluster whose node this machine is; wait for Ray to start. Raises
+    ConnectionError after CONNECT_SECONDS."""
+    import ray  # noqa: PLC0415
+
+    until = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            ray.init(address="auto", namespace="serve", logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+        else:
+            return
+
+
+def deploy(config: dict[str, Any]) -> None:
+    """Give Serve a config (ServeDeploySchema), as `serve deploy` does by way of Ray's dashboard, which need not run.
+    Applications that it does not name are deleted, those that it does not change go on."""
+    from ray import serve  # noqa: PLC0415
+    from ray.serve.config import HTTPOptions  # noqa: PLC0415
+    from ray.serve.context import _get_global_client  # noqa: PLC0415
+    from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415
+
+    schema = ServeDeploySchema.model_validate(config)
+    serve.start(proxy_location=config["proxy_location"], http_options=HTTPOptions(**config["http_options"]))
+    client: Any = _get_global_client()
+    client.deploy_apps(schema)
 
 
 def replica_environment(metrics_dir: Path | None) -> dict[str, dict[str, str]]:
