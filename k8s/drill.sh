@@ -13,8 +13,8 @@ export K="kubectl -n ${NAMESPACE:-llm-lab}"
 
 # serveConfigV2 with another value: Serve replaces the replicas in place. The operator sends it within seconds; then all
 # applications are RUNNING again.
-revision='$K get rayservice model -o yaml | sed "s/drain_timeout_seconds: 600/drain_timeout_seconds: 601/; t; \
-    s/drain_timeout_seconds: 601/drain_timeout_seconds: 600/" | $K apply -f - &&
+revision='$K get rayservice model -o yaml | sed -e "s/drain_timeout_seconds: 600/drain_timeout_seconds: 601/" -e t \
+    -e "s/drain_timeout_seconds: 601/drain_timeout_seconds: 600/" | $K apply -f - &&
     sleep 20 && until $K get rayservice model -o jsonpath="{.status.activeServiceStatus.applicationStatuses.*.status}" |
     grep -qE "^RUNNING( RUNNING)*$"; do sleep 2; done'
 # preStop drains the Ray node; the command returns when the pod is gone. KubeRay starts another.
