@@ -36,7 +36,8 @@ STREAMS, SECONDS = 4, 30
 PROBE_TOKENS = 100  # of the streams that find how many tokens take so many seconds
 FIRST_TOKEN_SECONDS, STREAM_SECONDS, STEP_SECONDS = 120, 600, 1800
 AGAIN_SECONDS = 0.5  # after a refusal
-ONE = "docker ps -q --filter label=com.docker.compose.project=${COMPOSE_PROJECT_NAME:-llm-lab} --filter label=com.docker.compose.service="
+PROJECT = "docker ps -q --filter label=com.docker.compose.project=${COMPOSE_PROJECT_NAME:-llm-lab}"
+ONE = f"{PROJECT} --filter label=com.docker.compose.service="
 HEALTHY = 'until [ "$(docker inspect -f "{{.State.Health.Status}}" $one)" = healthy ]; do sleep 1; done'
 CLUSTER_STEPS = {  # of compose.cluster.yaml
     # A changed setting replaces each replica of each model; the second step gives the old one back.
@@ -208,7 +209,7 @@ class Outcome:
     def line(self) -> str:
         found = (
             f"{self.step:14} {self.seconds:5.0f} s  {self.during:2} streams ran across it, {self.whole:3} whole "
-            f"(longest {self.longest:.0f} s), {self.cut} cut, {self.failed} failed, {self.refused} refused and asked again"
+            f"(longest {self.longest:.0f} s), {self.cut} cut, {self.failed} failed, {self.refused} asked again"
         )
         return "\n".join([found, *(f"    {each}" for each in self.why)])
 
@@ -258,9 +259,9 @@ async def tokens_in(seconds: float, target: Target, count: int) -> int:
 
 
 async def first_chat_model(proxy: str, key: str) -> str:
-    async with aiohttp.ClientSession() as http:
-        async with http.get(f"{proxy}/v1/models", headers={"authorization": f"Bearer {key}"}) as answer:
-            listed = (await answer.json()).get("data", [])
+    headers = {"authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession() as http, http.get(f"{proxy}/v1/models", headers=headers) as answer:
+        listed = (await answer.json()).get("data", [])
     for each in listed:
         if each.get("kind") == "chat":
             return str(each["id"])

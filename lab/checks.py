@@ -61,6 +61,7 @@ def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
         return _pytest(root, ["-m", lane, *arguments])
     need_chromium()
     environ = {"LAB_TEST_FULL": "1"} if lane == "all" else {}
+    here = "not stack and not cluster and not gpu"
     # 1. Tests that run in parallel, one worker for each core. 2. Tests marked `alone`, which stop shared services or
     #    need the whole machine.
     parallel = ["-n", str(cores()), "--dist", "loadgroup", "--no-loadscope-reorder"]
@@ -69,8 +70,8 @@ def test(root: Path, lane: str, arguments: Sequence[str]) -> int:
         counts = Path(folder) / "counts"
         environ["LAB_TEST_COUNTS"] = str(counts)
         codes = [
-            _pytest(root, ["-m", "not alone and not stack and not cluster and not gpu", *parallel, *arguments], environ),
-            _pytest(root, ["-m", "alone and not stack and not cluster and not gpu", *arguments], environ),
+            _pytest(root, ["-m", f"not alone and {here}", *parallel, *arguments], environ),
+            _pytest(root, ["-m", f"alone and {here}", *arguments], environ),
         ]
         say(closing_line(counts.read_text().splitlines() if counts.exists() else [], time.monotonic() - began))
     # 3. With a selection (ARGS="-k cache") one of the two calls may find no test.

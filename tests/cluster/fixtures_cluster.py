@@ -72,8 +72,8 @@ class Cluster:
 
     def replicas(self) -> int:
         """Replicas that answered when the model was asked last."""
-        models = self.stack.http.get(f"{self.stack.proxy_url}/ready").json().get("models", [])
-        return sum(int(each.get("replicas", 0)) for each in models)
+        status = self.stack.http.get(f"{self.stack.proxy_url}/status").json()
+        return sum(int(each.get("replicas", 0)) for each in status["model"].get("models", []))
 
     def ask(self, text: str, **more: Any) -> httpx2.Response:
         body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24}

@@ -173,7 +173,8 @@ def test_the_config_of_a_catalogue_is_one_that_serve_takes(tmp_path: Path, monke
     wanted = manifest["applications"]
     lines = [*wanted[0]["args"]["entries"], {"id": "later", "kind": "chat", "source": "file:/x", "load": "demand"}]
     (tmp_path / "models.yaml").write_text(yaml.safe_dump(lines))
-    for name, value in {"HOST": "0.0.0.0", "DEVICE": "cpu", "DRAIN_TIMEOUT_SECONDS": "600", "KV_TOKENS": "4096"}.items():
+    given = {"HOST": "0.0.0.0", "DEVICE": "cpu", "DRAIN_TIMEOUT_SECONDS": "600", "KV_TOKENS": "4096"}
+    for name, value in given.items():
         monkeypatch.setenv(f"MODEL_{name}", value)
     made = serve_config(ModelSettings(), load_catalogue(tmp_path / "models.yaml"))
     assert list(rules.unknown_keys(made, ServeDeploySchema)) == []

@@ -33,7 +33,7 @@ BROKEN = {"DEPLOY_FAILED", "UNHEALTHY"}
 def serve_config(settings: Settings, entries: Iterable[Entry]) -> dict[str, Any]:
     """Ray Serve's config of these models. Those that load on demand are left out: in a cluster nothing loads them."""
     kept = [entry for entry in entries if entry.load == "start"]
-    shared = settings.model_dump(mode="json", include=AppArgs.model_fields.keys(), exclude_none=True)
+    shared = settings.model_dump(mode="json", include=set(AppArgs.model_fields), exclude_none=True)
     shared |= {"log_format": "text" if settings.log_format == "text" else "json"}
     applications = [
         {

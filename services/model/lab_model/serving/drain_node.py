@@ -18,12 +18,7 @@ LOOK_SECONDS = 1.0
 
 
 def main() -> int:
-<<<<<<< HEAD
-    """Drain the node of this pod, whose address is MY_POD_IP. Returns the exit code."""
-    address = os.environ["MY_POD_IP"]
-=======
-    """MY_POD_IP is this node's address; left out: what the host's name resolves to. The exit code."""
->>>>>>> 287fe3d (Run the model service on several Ray nodes in containers; count the streams that an upgrade cuts)
+    """Drain the node whose address is MY_POD_IP; left out: the address of this host's name. Returns the exit code."""
     try:
         address = os.environ.get("MY_POD_IP") or socket.gethostbyname(socket.gethostname())
         node = next((id_ for id_, at in living_nodes().items() if at == address), None)

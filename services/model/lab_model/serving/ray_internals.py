@@ -19,14 +19,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHECKED_RAY = "2.60"
 ABSENT = Path(__file__).parents[1] / "absent"  # stand-ins for packages that the service's processes must not import
-<<<<<<< HEAD
 OFFLINE = "LAB_HF_HUB_OFFLINE"  # value of HF_HUB_OFFLINE before `prepare_environment`
-CONTROLLER_SECONDS = 30  # timeout of an answer of Serve's controller, which may have to wait for a core
-=======
-OFFLINE = "LAB_HF_HUB_OFFLINE"  # what HF_HUB_OFFLINE was before `prepare_environment`
 CONNECT_SECONDS = 120  # for Ray to start on this machine
-CONTROLLER_SECONDS = 30  # bound on an answer of Serve's controller, which may have to wait for a core
->>>>>>> 287fe3d (Run the model service on several Ray nodes in containers; count the streams that an upgrade cuts)
+CONTROLLER_SECONDS = 30  # timeout of an answer of Serve's controller, which may have to wait for a core
 
 
 # Headers that Serve decodes as UTF-8; if they are not UTF-8, it answers a plain 500.
