@@ -33,7 +33,7 @@ from bench.report import BenchError
 
 PROXY = "http://127.0.0.1:8080"
 STREAMS, SECONDS = 4, 30
-PROBE_TOKENS = 100  # of the streams that find how many tokens take so many seconds
+PROBE_TOKENS = 400  # of the streams that find how many tokens take so many seconds
 FIRST_TOKEN_SECONDS, STREAM_SECONDS, STEP_SECONDS = 120, 600, 1800
 AGAIN_SECONDS = 0.5  # after a refusal
 PROJECT = "docker ps -q --filter label=com.docker.compose.project=${COMPOSE_PROJECT_NAME:-llm-lab}"
@@ -55,7 +55,7 @@ State = Literal["running", "whole", "cut", "failed", "refused"]
 @dataclass
 class Stream:
     """One request. began, ended: seconds of a monotonic clock. id: of the request, as the services' logs have it.
-    why: what was wrong. events: those with text."""
+    why: what was wrong. events: those with text. first: when the first of them came."""
 
     began: float
     id: str = ""
@@ -63,6 +63,7 @@ class Stream:
     state: State = "running"
     why: str = ""
     events: int = 0
+    first: float = 0.0
     usage: dict[str, int] = field(default_factory=dict)
     ended: float = 0.0
 
@@ -169,6 +170,7 @@ class Streams:
         if "error" in event:
             stream.why = f"error event {event['error'].get('code')}: {event['error'].get('message')}"
         elif event.get("choices") and event["choices"][0]["delta"].get("content"):
+            stream.first = stream.first or time.monotonic()
             stream.events += 1
         if event.get("usage"):
             stream.usage = event["usage"]
@@ -243,19 +245,19 @@ async def step(name: str, command: str, target: Target, count: int, max_tokens: 
         longest=max((each.ended - each.began for each in whole), default=0.0),
         revisions=sorted({each.revision for each in whole}),
         completion_tokens=sum(each.usage.get("completion_tokens", 0) for each in whole),
-        why=sorted({each.why for each in made.all if each.state in ("cut", "failed")}),
+        why=sorted({each.why for each in made.all if each.why}),
     )
 
 
 async def tokens_in(seconds: float, target: Target, count: int) -> int:
-    """So many tokens take so long when `count` streams run at once."""
+    """As many tokens as take so long, at least, when `count` streams run at once."""
     async with streams(target, count, PROBE_TOKENS) as made:
         await made.finish()
     whole = [each for each in made.all if each.state == "whole" and each.events > 1]
     if not whole:
         raise BenchError(f"no stream was whole: {'; '.join({each.why for each in made.all})}")
-    slowest = max((each.ended - each.began) / each.events for each in whole)
-    return max(PROBE_TOKENS, math.ceil(seconds / slowest))
+    quickest = min((each.ended - each.first) / each.events for each in whole)
+    return max(PROBE_TOKENS, math.ceil(seconds / quickest))
 
 
 async def first_chat_model(proxy: str, key: str) -> str:

@@ -27,7 +27,7 @@ from .. import __version__
 from ..api.http import timing
 from ..api.http.logs import start_logging
 from ..api.http.service import HttpService
-from ..errors import NotFoundError
+from ..errors import NotFoundError, UnavailableError
 from ..models.catalogue import Entry
 from ..models.kinds import PATHS
 from .metrics_sum import MetricsSum
@@ -35,6 +35,7 @@ from .ray_internals import AsgiDeployment
 
 ANSWER_SECONDS = 5.0  # timeout for the answers of all replicas of a model
 SILENT_SECONDS = 30.0  # busy replicas may not answer for this time before their model counts as not answering
+BUSY_SECONDS = 0.5  # less than the second after which a proxy gives up
 STATES = {"RUNNING": "ready", "DEPLOY_FAILED": "failed", "UNHEALTHY": "failed"}  # Serve's state -> ours; else `loading`
 MOST_IDS = 256  # in one request for usage
 
@@ -69,6 +70,7 @@ class ClusterApp(AsgiDeployment):
         self._started = int(time.time())
         self._infos: dict[str, tuple[dict[str, Any], float]] = {}  # each model's last info, and when it came
         self._states: tuple[float, dict[str, dict[str, Any]]] = (0.0, {})
+        self._look: asyncio.Task[None] | None = None
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._sum = MetricsSum()
         self._versions = {
@@ -89,26 +91,38 @@ class ClusterApp(AsgiDeployment):
         return HttpService(dict.fromkeys(PATHS, self.refuse), gets, hosts=self._hosts)
 
     async def states(self) -> dict[str, dict[str, Any]]:
-        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. Asked at most once a second."""
+        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. Asked at most once a second; while
+        busy replicas let that wait, the last ones."""
         asked, found = self._states
         if time.monotonic() - asked < 1 and found:
             return found
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self._ask_all())  # it goes on when the caller leaves
+        await asyncio.wait({self._look}, timeout=BUSY_SECONDS if found else None)
+        if self._look.done():
+            self._look.result()  # raises what it raised
+        return self._states[1]
+
+    async def _ask_all(self) -> None:
         applications = (await asyncio.to_thread(serve.status)).applications
         found = {}
         for id_, entry in self._entries.items():
             status = applications.get(id_)
+            word = STATES.get(str(status.status.value) if status else "", "loading")
+            if status and (infos := await self._ask(id_, "info")):
+                self._infos[id_] = infos[0] | {"replicas": len(infos)}, time.monotonic()
+            info, received = self._infos.get(id_, ({}, -math.inf))
             found[id_] = {"id": id_, "kind": entry.kind}
-            found[id_]["state"] = STATES.get(str(status.status.value) if status else "", "loading")
-            if found[id_]["state"] == "ready":
-                if infos := await self._ask(id_, "info"):
-                    self._infos[id_] = infos[0] | {"replicas": len(infos)}, time.monotonic()
-                info, received = self._infos.get(id_, ({}, -math.inf))
-                silent = time.monotonic() - received > SILENT_SECONDS
-                found[id_] |= {"state": "loading", "detail": "not answering"} if silent else info
-            elif status and status.message:
+            # Replicas answer also while others are replaced, or cannot be started.
+            if status and time.monotonic() - received < SILENT_SECONDS:
+                found[id_] |= {"state": "ready"} | info
+            else:
+                found[id_]["state"] = "loading" if word == "ready" else word
+            if word == "ready" != found[id_]["state"]:
+                found[id_]["detail"] = "not answering"
+            elif word != "ready" and status and status.message:
                 found[id_]["detail"] = status.message.strip().splitlines()[-1][:500]
         self._states = time.monotonic(), found
-        return found
 
     async def health(self, _: HttpRequest) -> Response:
         return _json({"status": "ok"})
@@ -122,8 +136,12 @@ class ClusterApp(AsgiDeployment):
         return _json(body, 200 if status == "ready" else 503)
 
     async def models(self, _: HttpRequest) -> Response:
+        models = list((await self.states()).values())
+        if any(model["state"] == "loading" for model in models) and time.time() - self._started < SILENT_SECONDS:
+            # This process has just replaced another, perhaps: the proxies keep the list that they have.
+            raise UnavailableError("Not every model has answered yet.")
         common = {"object": "model", "created": self._started, "owned_by": "llm-lab"}
-        ready = [model for model in (await self.states()).values() if model["state"] == "ready"]
+        ready = [model for model in models if model["state"] == "ready"]
         data = [
             {"id": model["id"], **common, **{key: model[key] for key in ("kind", "revision", "context")}}
             for model in ready
