@@ -190,7 +190,8 @@ async def streams(target: Target, count: int, max_tokens: int) -> AsyncIterator[
 @dataclass
 class Outcome:
     """Of one step. during: streams that had sent a token when its command began, and ended after that. whole, cut,
-    failed, refused: of all streams of the step. longest: seconds of a whole stream."""
+    failed, refused: of all streams of the step. longest: seconds of a whole stream. token_seconds: of a token of the
+    quickest."""
 
     step: str
     seconds: float
@@ -200,6 +201,7 @@ class Outcome:
     failed: int
     refused: int
     longest: float
+    token_seconds: float
     revisions: list[str]
     completion_tokens: int
     why: list[str]
@@ -243,21 +245,11 @@ async def step(name: str, command: str, target: Target, count: int, max_tokens: 
         failed=states.count("failed"),
         refused=states.count("refused"),
         longest=max((each.ended - each.began for each in whole), default=0.0),
+        token_seconds=min(((each.ended - each.first) / each.events for each in whole), default=0.0),
         revisions=sorted({each.revision for each in whole}),
         completion_tokens=sum(each.usage.get("completion_tokens", 0) for each in whole),
         why=sorted({each.why for each in made.all if each.why}),
     )
-
-
-async def tokens_in(seconds: float, target: Target, count: int) -> int:
-    """As many tokens as take so long, at least, when `count` streams run at once."""
-    async with streams(target, count, PROBE_TOKENS) as made:
-        await made.finish()
-    whole = [each for each in made.all if each.state == "whole" and each.events > 1]
-    if not whole:
-        raise BenchError(f"no stream was whole: {'; '.join({each.why for each in made.all})}")
-    quickest = min((each.ended - each.first) / each.events for each in whole)
-    return max(PROBE_TOKENS, math.ceil(seconds / quickest))
 
 
 async def first_chat_model(proxy: str, key: str) -> str:
@@ -277,9 +269,13 @@ async def drill(options: argparse.Namespace) -> list[Outcome]:
     model = options.model or await first_chat_model(options.proxy, options.key)
     more = json.loads(options.body) if options.body else SMOLLM2_END if own and "smollm2" in model else {}
     target = Target(options.proxy, model, more, options.key)
-    tokens = options.tokens or await tokens_in(options.seconds, target, options.streams)
+    found, tokens = [], options.tokens
+    if not tokens:
+        found = [await step("probe", "true", target, options.streams, PROBE_TOKENS)]
+        if not found[0].passed:
+            raise BenchError(f"streams fail before any step: {'; '.join(found[0].why)}")
+        tokens = math.ceil(options.seconds / found[0].token_seconds)
     say(f"{options.streams} streams of {tokens} tokens at a time, from {model} at {options.proxy}")
-    found = []
     for name, command in steps.items():
         found.append(await step(name, command, target, options.streams, tokens))
         say(found[-1].line())
@@ -308,7 +304,7 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps([asdict(each) for each in found], indent=1))
     cut = sum(each.cut for each in found)
-    say(f"{cut} streams cut in {len(found)} steps")
+    say(f"{cut} streams cut")
     return 0 if all(each.passed for each in found) else 1
 
 

@@ -91,8 +91,8 @@ class ClusterApp(AsgiDeployment):
         return HttpService(dict.fromkeys(PATHS, self.refuse), gets, hosts=self._hosts)
 
     async def states(self) -> dict[str, dict[str, Any]]:
-        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. Asked at most once a second; while
-        busy replicas let that wait, the last ones."""
+        """Each model's state (`ready`, `loading`, `failed`) and, when ready, its info. Asked at most once a second; the
+        last ones while busy replicas let that wait."""
         asked, found = self._states
         if time.monotonic() - asked < 1 and found:
             return found
