@@ -33,7 +33,7 @@ from bench.report import BenchError
 
 PROXY = "http://127.0.0.1:8080"
 STREAMS, SECONDS = 4, 30
-PROBE_TOKENS = 400  # of the streams that find how many tokens take so many seconds
+PROBE_TOKENS = 1000  # of the streams that find how many tokens take so many seconds
 FIRST_TOKEN_SECONDS, STREAM_SECONDS, STEP_SECONDS = 120, 600, 1800
 AGAIN_SECONDS = 0.5  # after a refusal
 PROJECT = "docker ps -q --filter label=com.docker.compose.project=${COMPOSE_PROJECT_NAME:-llm-lab}"
@@ -55,7 +55,7 @@ State = Literal["running", "whole", "cut", "failed", "refused"]
 @dataclass
 class Stream:
     """One request. began, ended: seconds of a monotonic clock. id: of the request, as the services' logs have it.
-    why: what was wrong. events: those with text. first: when the first of them came."""
+    why: what was wrong. events: those with text."""
 
     began: float
     id: str = ""
@@ -63,7 +63,6 @@ class Stream:
     state: State = "running"
     why: str = ""
     events: int = 0
-    first: float = 0.0
     usage: dict[str, int] = field(default_factory=dict)
     ended: float = 0.0
 
@@ -170,7 +169,6 @@ class Streams:
         if "error" in event:
             stream.why = f"error event {event['error'].get('code')}: {event['error'].get('message')}"
         elif event.get("choices") and event["choices"][0]["delta"].get("content"):
-            stream.first = stream.first or time.monotonic()
             stream.events += 1
         if event.get("usage"):
             stream.usage = event["usage"]
@@ -245,7 +243,7 @@ async def step(name: str, command: str, target: Target, count: int, max_tokens: 
         failed=states.count("failed"),
         refused=states.count("refused"),
         longest=max((each.ended - each.began for each in whole), default=0.0),
-        token_seconds=min(((each.ended - each.first) / each.events for each in whole), default=0.0),
+        token_seconds=min(((each.ended - each.began) / each.events for each in whole), default=0.0),
         revisions=sorted({each.revision for each in whole}),
         completion_tokens=sum(each.usage.get("completion_tokens", 0) for each in whole),
         why=sorted({each.why for each in made.all if each.why}),
