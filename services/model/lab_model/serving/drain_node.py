@@ -1,7 +1,8 @@
 """Before a Ray node ends: `python -m lab_model.serving.drain_node`, the preStop of k8s/model/rayservice.
 
-Serve starts new replicas on other nodes and lets running answers finish; then the Ray node ends by itself, and the
-container with it. Exit code 1 if Ray does not answer: then there is nothing to wait for.
+Serve starts new replicas on other nodes and lets running answers finish; then the Ray node ends by itself, while
+`ray start --block` waits for a SIGTERM. A SIGTERM alone drains for RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, 30 seconds.
+Exit code 1 if Ray does not answer: then there is nothing to wait for.
 """
 
 from __future__ import annotations
