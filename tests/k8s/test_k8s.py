@@ -154,14 +154,14 @@ def test_the_cluster_serves_the_packaged_catalogue() -> None:
 
 @needs_kubectl
 def test_rays_variables_are_those_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Except the log's, which goes to a pipe on one machine."""
+    """Except those of the log, which goes to a pipe on one machine."""
     given = mistakes.data(list(rendered(*COMBINATIONS["rayservice+files"])), "ray")
     for name in given:
         monkeypatch.delenv(name, raising=False)
     environ: dict[str, str] = {}
     monkeypatch.setattr("os.environ", environ)
     prepare_environment(direct=False)
-    own = {"RAY_LOG_TO_STDERR", "HOME"}
+    own = {"RAY_LOG_TO_STDERR", "RAY_BACKEND_LOG_LEVEL", "HOME"}
     assert {name: value for name, value in given.items() if name not in own} == {
         name: environ.get(name) for name in given if name not in own
     }
