@@ -68,6 +68,9 @@ DASHBOARDS: dict[str, tuple[str, tuple[Panel, ...]]] = {
             }),
             ("Time to the first token", "s", _quantiles("vllm:time_to_first_token_seconds")),
             ("Time to the end of a generation", "s", _quantiles("vllm:e2e_request_latency_seconds")),
+            ("Time in the queue", "s", _quantiles("vllm:request_queue_time_seconds")),
+            ("Time in prefill", "s", _quantiles("vllm:request_prefill_time_seconds")),
+            ("Time in decode", "s", _quantiles("vllm:request_decode_time_seconds")),
             ("Requests", "reqps", {
                 "{{model_name}} {{endpoint}}": _rate("lab_model_requests_total", "model_name, endpoint"),
             }),

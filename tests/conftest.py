@@ -17,6 +17,7 @@ import openai
 import pytest
 import tiny
 import yaml
+from collector import Collector, collecting
 from fixtures_proxy import PATIENT_MS, bench, running  # noqa: F401 - fixtures of the proxy's tests
 from processes import (
     ANSWERS,
@@ -149,12 +150,20 @@ def redis(logs: Path) -> Iterator[Process]:
 
 
 @pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Takes the spans of the model service, which has traces on in all tests."""
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def model_process(logs: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
     """A real Ray Serve of its own, beside whatever else runs on this machine."""
     if os.environ.get("LAB_TEST_MODEL_URL"):
         pytest.skip("the model service runs elsewhere: its process and its log are not here")
     port = free_port()
     env = {"MODEL_PORT": str(port), "MODEL_CATALOGUE_FILE": str(request.getfixturevalue("catalogue"))}
+    env["OTEL_EXPORTER_OTLP_ENDPOINT"] = request.getfixturevalue("collector").url
     with process(
         "model", python("lab_model"), port=port, log_dir=logs, env=env, ready="/ready", timeout=MODEL_START_SECONDS
     ) as started:

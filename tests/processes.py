@@ -23,6 +23,8 @@ import httpx2
 
 # Waits for a state are bounded so that a test ends, not so that it measures: slow machines need the room.
 GENEROUS_SECONDS = 60.0
+# Variables of a developer's own lab, which the tests' processes do not get.
+OWN = ("UI_", "PROXY_", "MODEL_", "LOAD_", "LAB_", "OTEL_")
 # Every process that runs, for the report of a test that fails (conftest.py).
 RUNNING: list[Process] = []
 # The last ones that ended since the test began: an exception ends them before the report is made.
@@ -122,7 +124,7 @@ def process(
     Fails at once, with the end of the log, when the process dies; after `timeout` seconds when it does not get ready.
     """
     log = log_dir / f"{name}-{port}.log"
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("UI_", "PROXY_", "MODEL_", "LOAD_", "LAB_"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(OWN)}
     with log.open("wb") as out:
         popen = subprocess.Popen(
             [str(part) for part in argv],

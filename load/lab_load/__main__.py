@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", metavar="COMMAND")
     parser.add_argument("arguments", nargs="*", help="arguments of the command")
     options = parser.parse_args(argv)
-    known = [*WORKLOADS, "web", *COMMANDS]
+    known = [*WORKLOADS, "web", "worker", *COMMANDS]
     try:
         if options.command not in known:
             raise ValueError(f"there is no workload or command {options.command}: {', '.join(known)}")
@@ -73,7 +73,10 @@ def main(argv: list[str]) -> int:
 
 
 def run(what: str, settings: Settings) -> int:
-    """Start a run by Locust, or its web page, and end with Locust's exit code. Raises TargetError, ValueError."""
+    """Start a run by Locust, its web page, or a worker of either, and end with Locust's exit code. Raises TargetError,
+    ValueError."""
+    if what == "worker" and settings.master_host is None:
+        raise ValueError("LOAD_MASTER_HOST: a worker needs the address of its master")
     # Importing locust patches sockets and time (gevent), so it happens only here, before other code has used them.
     import locust  # noqa: PLC0415
     import locust.main  # noqa: PLC0415
@@ -81,7 +84,7 @@ def run(what: str, settings: Settings) -> int:
     from .generator.hooks import Hooks  # noqa: PLC0415
 
     hooks = Hooks(settings)
-    if what != "web":
+    if what not in {"web", "worker"}:
         hooks.prepare([what], settings)
     hooks.attach(locust.events)
     gc.freeze()  # the workload and the libraries stay in memory, so collections during the run need not scan them
@@ -93,10 +96,14 @@ def run(what: str, settings: Settings) -> int:
 
 def locust_arguments(what: str, settings: Settings) -> list[str]:
     """Arguments for Locust's command line. They override its LOCUST_* variables and its configuration files."""
+    users_file = str(Path(__file__).parent / "generator" / "users.py")
+    if what == "worker":
+        master = ["--master-host", str(settings.master_host), "--master-port", str(settings.master_port)]
+        return ["--locustfile", users_file, "--worker", *master, "--loglevel", "WARNING"]
     scheduled = what != "web" and (settings.rate is not None or what in {"stampede", "herd"})
-    users = settings.processes if scheduled else settings.users
+    users = settings.generators if scheduled else settings.users
     common = [
-        "--locustfile", str(Path(__file__).parent / "generator" / "users.py"),
+        "--locustfile", users_file,
         "--host", settings.host,
         "--users", str(users),
         "--spawn-rate", str(settings.spawn_rate or max(users / 2, 8)),
@@ -104,6 +111,11 @@ def locust_arguments(what: str, settings: Settings) -> list[str]:
         "--stop-timeout", str(settings.drain_seconds),
         "--exit-code-on-error", "1",
     ]  # fmt: skip
+    if settings.workers:
+        common += [
+            "--master", "--master-bind-host", settings.web_host, "--master-bind-port", str(settings.master_port),
+            "--expect-workers", str(settings.workers),
+        ]  # fmt: skip
     if what == "web":
         return [*common, "--class-picker", "--web-host", settings.web_host, "--web-port", str(settings.port)]
     several = ["--processes", str(settings.processes)] if settings.processes > 1 else []

@@ -39,6 +39,15 @@ class Settings(BaseSettings):
         "constant", description="Open loop: how the rate changes over the run."
     )
     processes: int = Field(1, ge=1, le=64, description="Generator processes; their records are merged.")
+    workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Generators elsewhere (`python -m lab_load worker`) that this process, the master, waits for; they "
+        "send, it merges. 0: none.",
+    )
+    master_host: str | None = Field(None, description="Of a worker: name or address of its master.")
+    master_port: int = Field(5557, ge=1, le=65535, description="Port at which the master listens for its workers.")
     cache: bool = Field(
         True, description="`false` sends `Cache-Control: no-store`: answers neither come from the cache nor are stored."
     )
@@ -123,6 +132,8 @@ class Settings(BaseSettings):
             raise ValueError(f"LOAD_USERS={self.users} is more than LOAD_MAX_USERS={self.max_users}")
         if self.seconds > self.max_seconds:
             raise ValueError(f"LOAD_SECONDS={self.seconds} is more than LOAD_MAX_SECONDS={self.max_seconds}")
+        if self.workers and self.processes > 1:
+            raise ValueError("LOAD_WORKERS and LOAD_PROCESSES are both set: a master sends nothing itself")
         if self.requests * self.prompt_words > MAX_WORDS:
             raise ValueError(f"LOAD_REQUESTS x LOAD_PROMPT_WORDS is more than {MAX_WORDS:,} words, too many for memory")
         return self
@@ -141,6 +152,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def generators(self) -> int:
+        """Processes that send."""
+        return self.workers or self.processes
+
+    @property
     def longest_schedule(self) -> int:
         """Longest duration of a run's schedule in seconds; `herd` waits for the TTL twice."""
         return self.seconds + math.ceil(2 * ((self.ttl_seconds or 0) + 2) if self.rate is None else 0)
@@ -151,6 +167,11 @@ class Settings(BaseSettings):
                      self.prompts, self.zipf_exponent, self.prefix_groups, self.ttl_seconds)  # fmt: skip
 
 
+# Of each process of a distributed run its own; the master's others are its workers', too.
+OWN = frozenset(
+    {"api_key", "admin_key", "admin_key_file", "runs_dir", "web_host", "port", "api_port", "allowed_hosts",
+     "master_host", "master_port"}
+)  # fmt: skip
 # Settings that the web page offers in addition to Locust's own fields (users, spawn rate, host, run time).
 EDITABLE = ("model", "prompt_words", "max_tokens", "prompts", "zipf_exponent", "think_seconds", "seed", "salt")
 

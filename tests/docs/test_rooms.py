@@ -89,6 +89,7 @@ HOUSES = {
             "links",
             "pages",
             "settings",
+            "traces",
             "",
         ),
         scripts=(

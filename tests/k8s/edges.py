@@ -11,7 +11,7 @@ from manifests import SERVICE, Manifest, of_kind, pods, selects
 
 NAMESPACE = "llm-lab"
 ANY = 40_000  # stands for a port that no table names
-PORTS = (22, 53, 443, 3000, 5353, 6379, 6443, 8000, 8080, 8089, 8265, 8501, 9090, 10001, ANY)
+PORTS = (22, 53, 443, 3000, 4318, 5353, 5557, 6379, 6443, 8000, 8080, 8089, 8265, 8501, 9090, 10001, ANY)
 
 Edge = tuple[str, str, int]  # from, to, port
 
@@ -36,13 +36,14 @@ OUTSIDE = (
     Peer("keda", "10.1.0.2", "keda", {"app": "keda-operator"}),
     Peer("kuberay", "10.1.0.3", "kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"}),
     Peer("vllm", "10.1.0.4", "vllm", {"app": "vllm"}),
+    Peer("collector", "10.1.0.6", "observability", {"app": "collector"}),
     Peer("stranger", "10.1.0.5", "default", {SERVICE: "proxy"}),  # with our label, elsewhere
 )
 _RAY = ("ray-head", "ray-worker")
 
 # The table. A service that resolves names also has the edges to any resolver (`RESOLVING`).
 BASE: set[Edge] = {("ui", "proxy", 8080), ("proxy", "redis", 6379)}
-RESOLVING = {"ui", "proxy", "load", "weights", "prometheus", "grafana", *_RAY}
+RESOLVING = {"ui", "proxy", "load", "load-worker", "weights", "prometheus", "grafana", *_RAY}
 DEPLOYMENT: set[Edge] = {("proxy", "model", 8000)}
 RAYSERVICE: set[Edge] = {
     *((a, b, port) for a in _RAY for b in _RAY for port in PORTS),
@@ -51,7 +52,7 @@ RAYSERVICE: set[Edge] = {
     ("kuberay", "ray-head", 8000),
     # Policies see the API server's endpoint, whose address differs: its ports, on all private networks.
     *(("ray-head", to, port) for port in (443, 6443)
-      for to in ("api-server", "dns", "ingress", "keda", "kuberay", "vllm", "stranger")),
+      for to in ("api-server", "dns", "ingress", "keda", "kuberay", "vllm", "collector", "stranger")),
 }  # fmt: skip
 COMPONENT: dict[str, set[Edge]] = {
     "external-model": {("proxy", "vllm", 8000)},
@@ -59,10 +60,11 @@ COMPONENT: dict[str, set[Edge]] = {
     "gpu": set(),
     "ingress": {("ingress", "proxy", 8080), ("ingress", "ui", 8501)},
     "keda": {("keda", "prometheus", 9090)},
-    "load": {("load", "proxy", 8080)},
+    "load": {("load", "proxy", 8080), ("load-worker", "proxy", 8080), ("load-worker", "load", 5557)},
     "monitoring": {("prometheus", "proxy", 8080), ("prometheus", "model", 8000), ("grafana", "prometheus", 9090)},
     "openai-key": {("proxy", "internet", 443)},
     "redis-gcs": {("ray-head", "redis-gcs", 6379)},
+    "traces": {(each, "collector", 4318) for each in ("ui", "proxy", "model", *_RAY)},
     "weights": {("weights", "internet", 443)},
 }
 
@@ -79,7 +81,8 @@ def wanted(parts: Iterable[str], manifests: tuple[Manifest, ...]) -> set[Edge]:
         found |= {("prometheus", node, 8000) for node in _RAY}
         found |= {("prometheus", "vllm", 8000)} if "external-model" in parts else set()
     everyone = [peer.name for peer in OUTSIDE]
-    found |= {(name, to, port) for name in RESOLVING for to in everyone for port in (53, 5353)}
+    resolving = RESOLVING | {"model"} if "traces" in parts else RESOLVING
+    found |= {(name, to, port) for name in resolving for to in everyone for port in (53, 5353)}
     return {edge for edge in found if edge[0] in there and edge[1] in there}
 
 

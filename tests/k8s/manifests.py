@@ -24,7 +24,7 @@ KUBECTL_VERSION = (1, 27)  # the first whose kustomize is 5: `replacements` and 
 Manifest = dict[str, Any]
 
 # What goes with which model. keda reads the Prometheus of monitoring; redis-gcs is Ray's.
-ANY = ("files", "ingress", "load", "monitoring", "openai-key")
+ANY = ("files", "ingress", "load", "monitoring", "openai-key", "traces")
 COMPONENTS = {
     "model/deployment": (*ANY, "gpu", "weights"),
     "model/rayservice": (*ANY, "gpu", "weights", "redis-gcs"),

@@ -115,6 +115,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "unused ConfigMap": (lambda m: container(m, "ui").pop("envFrom"), "is used by nothing"),
     "no volume": (lambda m: pod(m, "Deployment", "proxy")["volumes"].pop(), "does not exist"),
+    "no label": (lambda m: find(m, "Deployment", "load")["metadata"]["labels"].clear(), "by which all of the lab is found"),
     "elsewhere": (lambda m: find(m, "Service", "ui")["metadata"].update(namespace="default"), "lab's namespace"),
     # Services
     "selects nothing": (lambda m: find(m, "Service", "ui")["spec"]["selector"].update({SERVICE: "iu"}), "no pod"),
@@ -243,6 +244,15 @@ POLICIES: dict[str, tuple[Mistake, edges.Edge]] = {
         ("kuberay", "ray-head", edges.ANY),
     ),
     "no way to DNS": (lambda m: find(m, "NetworkPolicy", "proxy")["spec"]["egress"].pop(), ("proxy", "dns", 53)),
+    "Locust's port": (
+        lambda m: find(m, "NetworkPolicy", "load")["spec"]["ingress"][0].pop("from"), ("internet", "load", 5557),
+    ),
+    "no way to the master": (
+        lambda m: find(m, "NetworkPolicy", "load-worker")["spec"]["egress"].pop(0), ("load-worker", "load", 5557),
+    ),
+    "any collector": (
+        lambda m: find(m, "NetworkPolicy", "traces")["spec"]["egress"][0].pop("to"), ("proxy", "internet", 4318),
+    ),
     "no way to redis": (
         lambda m: find(m, "NetworkPolicy", "redis")["spec"]["ingress"].pop(), ("proxy", "redis", 6379),
     ),

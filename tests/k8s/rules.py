@@ -112,7 +112,7 @@ def probes(manifests: Manifests) -> Iterator[str]:
             where = f"{pod.name}/{container['name']}"
             named = {port["name"] for port in container.get("ports", [])}
             kinds = [kind for kind in ("startup", "readiness", "liveness") if f"{kind}Probe" in container]
-            if pod.name.startswith("Job/"):
+            if pod.name.startswith("Job/") or not named:  # what listens to nothing has nothing to ask
                 continue
             if len(kinds) < 3:
                 yield f"{where}: has {', '.join(kinds) or 'no'} probes, not startup, readiness and liveness"
@@ -146,6 +146,8 @@ def references(manifests: Manifests) -> Iterator[str]:
     for made in manifests:
         if made["metadata"].get("namespace") not in ({None} if made["kind"] == "Namespace" else {COMPOSE["name"]}):
             yield f"{made['kind']} {made['metadata']['name']}: not in the lab's namespace"
+        if made["metadata"].get("labels", {}).get("app.kubernetes.io/part-of") != COMPOSE["name"]:
+            yield f"{made['kind']} {made['metadata']['name']}: without the label by which all of the lab is found"
     for place, value in _fields(list(manifests)):
         key = place.rpartition(".")[2]
         if key == "secretKeyRef":
@@ -283,18 +285,19 @@ def variables(manifests: Manifests) -> Iterator[str]:
              "PROXY_ROUTES_FILE", "PROXY_PRICES_FILE", "MODEL_CATALOGUE_FILE", "UI_PUBLIC_PROXY_URL",
              "MODEL_DEVICE", "UI_LOAD_URL", "LOAD_ALLOW_ANONYMOUS", "LOAD_ADMIN_KEY_FILE"}  # fmt: skip
     for pod in pods(manifests):
-        if pod.service not in SETTINGS or pod.name.startswith(("ray-", "Job/")):
+        service = pod.service.removesuffix("-worker")
+        if service not in SETTINGS or pod.name.startswith(("ray-", "Job/")):
             continue
-        prefix = f"{pod.service.upper()}_"
+        prefix = f"{service.upper()}_"
         given = {key: value for key, value in environment(pod, manifests).items() if key.startswith(prefix)}
-        fields = {f"{prefix}{field.upper()}" for field in SETTINGS[pod.service].model_fields}
+        fields = {f"{prefix}{field.upper()}" for field in SETTINGS[service].model_fields}
         yield from (f"{pod.name}: {name} is no setting" for name in sorted(set(given) - fields))
         known = {key: value for key, value in given.items() if key in fields and value is not None}
         try:
-            SETTINGS[pod.service](**{key.removeprefix(prefix).lower(): value for key, value in known.items()})
+            SETTINGS[service](**{key.removeprefix(prefix).lower(): value for key, value in known.items()})
         except ValidationError as error:
             yield f"{pod.name}: {prefix}{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-        for key, value in COMPOSE["services"][pod.service]["environment"].items():
+        for key, value in COMPOSE["services"][service]["environment"].items():
             fixed = unset(value or "")
             if fixed and key not in other and given.get(key) != fixed:
                 yield f"{pod.name}: {key} is {given.get(key)}, and in compose.yaml {fixed}"

@@ -522,6 +522,51 @@ def test_several_processes_share_the_workload_and_merge_their_records(serve: Any
     assert run.summary["unfinished"] == 0
 
 
+def test_workers_elsewhere_send_what_the_master_says(serve: Any, tmp_path: Path) -> None:
+    """The page's run goes to the workers with its settings and its one salt; each request is sent by one of them, and
+    the master reports all records."""
+    server, port, own = serve(caches=True), free_port(), free_port()
+    env = {"LOAD_HOST": server.url, "LOAD_PORT": str(port), "LOAD_RUNS_DIR": str(tmp_path / "runs"),
+           "LOAD_WORKERS": "2", "LOAD_MASTER_PORT": str(own)}  # fmt: skip
+    with (
+        process("load", python("lab_load", "web"), port=port, log_dir=tmp_path, env=env, ready="/") as page,
+        httpx2.Client(event_hooks=SHOWN_ON_FAILURE, timeout=60, base_url=page.url) as http,
+    ):
+        workers = [begin("worker", server.url, tmp_path, master_host="127.0.0.1", master_port=own) for _ in range(2)]
+        try:
+            eventually(lambda: len(http.get("/stats/requests").json().get("workers", [])) == 2, what="both workers")
+            form = {"user_count": "2", "spawn_rate": "10", "run_time": "1h", "host": server.url}
+            asked = {"user_classes": "Throughput", "prompt_words": "7", "max_tokens": "3"}
+            assert http.post("/swarm", data=form | asked).json()["success"]
+            eventually(lambda: len(server.asked) >= 40, what="enough requests")
+            http.get("/stop")
+            eventually(lambda: list((tmp_path / "runs").glob("throughput-*/report.html")), what="the run's report")
+        finally:
+            for worker in workers:
+                worker.terminate()
+                worker.communicate(timeout=60)
+    run = Run(0, "", next((tmp_path / "runs").glob("*-*")))
+    told = run.summary
+    assert (told["users"], told["generator"]["processes"], told["settings"]["prompt_words"]) == (2, 2, 7)
+    assert len(run.records) + told["unfinished"] == len(server.asked)
+    numbers = [each["number"] for each in run.records]
+    assert len(set(numbers)) == len(numbers), "each request by one worker"
+    assert {number % 2 for number in numbers} == {0, 1}, "both sent"
+    assert {text.partition("-")[0] for text in server.asked} == {told["settings"]["salt"]}
+
+
+def test_times_of_another_machine_become_the_masters() -> None:
+    """By the difference of both clocks; latencies stay. Two readings of one clock change nothing."""
+    theirs = record(100.0, 102.0, 100.5, 101.0)
+    for shift, began in ((60.0, 160.0), (-0.0005, 100.0)):
+        merged = trial()
+        merged.merge("w", {"records": [theirs.to_wire()], "sent": 3, "cpu": 5.0, "clock": 1000.0 + shift}, 1000.0)
+        (one,) = merged.records
+        assert one.started == one.intended == began
+        assert (one.ttft, one.gaps, one.seconds) == (theirs.ttft, theirs.gaps, theirs.seconds)
+        assert (merged.sent, merged.cpu_most) == (3, 5.0)
+
+
 def test_an_open_loop_counts_from_the_intended_start(serve: Any, tmp_path: Path) -> None:
     """All requests of the schedule are sent, answers or none, and lag is the difference of both starts."""
     server = serve(tokens=1)

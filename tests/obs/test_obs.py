@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import jsonschema
 import lab_proxy.telemetry.metrics as proxy_metrics
 import openai
 import prometheus_client
@@ -22,6 +25,7 @@ from processes import Process, eventually, free_port, process
 
 ROOT = Path(__file__).parents[2]
 OBS = ROOT / "obs"
+SCHEMA = json.loads(Path(__file__).with_name("dashboard_schema.json").read_text())
 RULES = yaml.safe_load((OBS / "alerts.yml").read_text())["groups"][0]["rules"]
 RUNBOOK = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
 NAME = re.compile(r"\b((?:lab_proxy|lab_model|vllm:)[a-z0-9_:]*\w|up)\b(?!=)")
@@ -95,18 +99,80 @@ def test_dashboards_are_what_the_tables_say() -> None:
         assert (OBS / f"dashboards/{name}.json").read_text() == module.text(name)
 
 
-def test_dashboards_are_complete() -> None:
-    """What Grafana needs of each: ids of its own, a data source that is provisioned, panels that do not overlap."""
+def faults(boards: Sequence[dict[str, Any]]) -> list[str]:
+    """What Grafana would refuse or draw wrong: against the schema, then what a schema cannot say."""
     (source,) = yaml.safe_load((OBS / "grafana/datasources.yaml").read_text())["datasources"]
-    assert len({board["uid"] for board in BOARDS.values()}) == len(BOARDS)
-    for board in BOARDS.values():
-        assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
-        places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
-        assert len(set(places)) == len(places)
-        for panel in board["panels"]:
-            assert panel["datasource"] == {"type": "prometheus", "uid": source["uid"]}
-            refs = [target["refId"] for target in panel["targets"]]
-            assert len(set(refs)) == len(refs) > 0
+    found = [
+        f"{board.get('uid')}: {error.json_path}: {error.message}"
+        for board in boards
+        for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(board)
+    ]
+    if found:
+        return found
+    found += [f"the uid {uid} is there twice" for uid in _twice(board["uid"] for board in boards)]
+    for board in boards:
+        panels = board["panels"]
+        found += [f"{board['uid']}: the id {each} is there twice" for each in _twice(panel["id"] for panel in panels)]
+        places = [
+            (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+            for panel in panels
+            for x in range(panel["gridPos"]["w"])
+            for y in range(panel["gridPos"]["h"])
+        ]
+        found += [f"{board['uid']}: panels overlap at {place}" for place in _twice(places)[:1]]
+        found += [f"{board['uid']}: a panel ends at column {x + 1} of 24" for x, _ in sorted(places)[-1:] if x > 23]
+        for panel in panels:
+            where = f"{board['uid']}: {panel['title']}"
+            found += [
+                f"{where}: the refId {each} is there twice" for each in _twice(t["refId"] for t in panel["targets"])
+            ]
+            uids = {panel["datasource"]["uid"], *(target["datasource"]["uid"] for target in panel["targets"])}
+            found += [f"{where}: no data source {uid} is provisioned" for uid in uids - {source["uid"]}]
+    return found
+
+
+def _twice(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def test_dashboards_are_complete() -> None:
+    assert faults(list(BOARDS.values())) == []
+
+
+def _panel(change: Callable[[dict[str, Any]], object]) -> Callable[[list[dict[str, Any]]], object]:
+    """A change of the overview's second panel."""
+    return lambda boards: change(boards[0]["panels"][1])
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (_panel(lambda p: p.update(type="timeserie")), "'timeserie' is not one of"),
+        (_panel(lambda p: p["datasource"].pop("uid")), "'uid' is a required property"),
+        (_panel(lambda p: p["targets"][0].pop("datasource")), "'datasource' is a required property"),
+        (_panel(lambda p: p["datasource"].update(uid="prom")), "no data source prom"),
+        (_panel(lambda p: p.pop("gridPos")), "'gridPos' is a required property"),
+        (_panel(lambda p: p["gridPos"].update(w=25)), "25 is greater than the maximum"),
+        (_panel(lambda p: p["gridPos"].update(w=17)), "ends at column 25"),
+        (_panel(lambda p: p["gridPos"].update(x=4)), "overlap"),
+        (_panel(lambda p: p.update(id=1)), "the id 1 is there twice"),
+        (_panel(lambda p: p["targets"].append(dict(p["targets"][0]))), "the refId A is there twice"),
+        (_panel(lambda p: p["targets"][0].update(expr="")), "should be non-empty"),
+        (_panel(lambda p: p["targets"].clear()), "should be non-empty"),
+        (_panel(lambda p: p["targets"][0].update(format="table")), "Additional properties"),
+        (_panel(lambda p: p["fieldConfig"]["defaults"].update(unit="request")), "'request' is not one of"),
+        (lambda boards: boards[0].pop("schemaVersion"), "'schemaVersion' is a required property"),
+        (lambda boards: boards[0].update(id=7), "Additional properties"),
+        (lambda boards: boards[0].update(uid=boards[1]["uid"]), "is there twice"),
+    ],
+    ids=["type", "no uid", "target", "unknown uid", "no place", "wide", "off the grid", "overlap", "id", "refId",
+         "no query", "no queries", "field", "unit", "version", "board's field", "board's uid"],
+)  # fmt: skip
+def test_a_planted_mistake_in_a_dashboard_is_found(plant: Callable[[list[dict[str, Any]]], object], words: str) -> None:
+    boards = copy.deepcopy([BOARDS[name] for name in ("overview", "model")])
+    plant(boards)
+    found = faults(boards)
+    assert any(words in line for line in found), found
 
 
 def known() -> dict[str, set[str]]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
-import http.server
 import json
 import os
 import shutil
 import signal
 import socket
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +18,10 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
+from collector import attributes, collecting
 from fixtures_proxy import CHAT_MODEL, UPSTREAM_KEY, Bench, events, eventually, new, second, state
 from lab_proxy import reload, tasks
 from lab_proxy.http.pages.health import HealthPages
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from processes import eventually_async
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from test_upstream import PACKAGED, routes_file
@@ -458,52 +455,20 @@ def test_exemplars_carry_request_ids(bench: Bench) -> None:
 # ---- spans
 
 
-@contextlib.contextmanager
-def collector() -> Iterator[tuple[str, list[Any]]]:
-    """An OTLP/HTTP receiver: its URL, and the spans that came in."""
-    got: list[Any] = []
-
-    class Receiver(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            raw = self.rfile.read(int(self.headers["content-length"]))
-            raw = gzip.decompress(raw) if self.headers.get("content-encoding") == "gzip" else raw
-            asked = ExportTraceServiceRequest.FromString(raw)
-            for resource in asked.resource_spans:
-                got.extend(span for scope in resource.scope_spans for span in scope.spans)
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", got
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def said(span: Any) -> dict[str, Any]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in span.attributes}
-
-
 def test_spans_tell_of_a_request_and_its_calls(bench: Bench, tmp_path: Path) -> None:
     """GenAI attributes; a retry is a span of its own below the request's; nothing that was asked, answered or a key."""
     secret = new()
-    with collector() as (url, spans):
-        with second(bench, tmp_path, otlp_endpoint=url) as other:
+    with collecting() as collector:
+        with second(bench, tmp_path, otlp_endpoint=collector.url) as other:
             bench.control(bench.paid, script=[503])
             request_id = other.chat(secret).headers["x-request-id"]
             other.chat(secret)
             other.chat(model="gpt-mock-401")
-        eventually(lambda: len(spans) == 6)  # at the end, at the latest, all are sent
+        eventually(lambda: len(collector.spans) == 6)  # at the end, at the latest, all are sent
+        spans = collector.of("proxy")
         roots = [span for span in spans if not span.parent_span_id]
         miss, hit, refused = sorted(roots, key=lambda span: span.start_time_unix_nano)
-        told = said(miss)
+        told = attributes(miss)
         assert miss.name == "chat gpt-mock"
         assert told["gen_ai.operation.name"] == "chat"
         assert told["gen_ai.provider.name"] == "openai"
@@ -511,10 +476,29 @@ def test_spans_tell_of_a_request_and_its_calls(bench: Bench, tmp_path: Path) -> 
         assert told["gen_ai.usage.input_tokens"] == 2
         assert told["gen_ai.usage.output_tokens"] > 0
         assert told["lab.request_id"] == request_id
-        below = [said(span) for span in spans if span.parent_span_id == miss.span_id]
+        below = [attributes(span) for span in spans if span.parent_span_id == miss.span_id]
         assert sorted(each["lab.outcome"] for each in below) == ["failed", "ok"]
-        assert (said(hit)["lab.cache"], [s for s in spans if s.parent_span_id == hit.span_id]) == ("hit", [])
-        assert said(refused)["error.type"] == "upstream_key_refused"
+        assert (attributes(hit)["lab.cache"], [s for s in spans if s.parent_span_id == hit.span_id]) == ("hit", [])
+        assert attributes(refused)["error.type"] == "upstream_key_refused"
         everything = str(spans)
         for hidden in (secret, UPSTREAM_KEY, "You said"):
             assert hidden not in everything
+
+
+def test_a_trace_goes_through_to_the_model_and_to_no_paid_upstream(bench: Bench, tmp_path: Path) -> None:
+    """The caller's traceparent is continued: the model's is that of the call's span. A malformed one is ignored."""
+    trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with collecting() as collector:
+        with second(bench, tmp_path, otlp_endpoint=collector.url) as other:
+            for header in (f"00-{trace}-{caller}-01", f"00-{'0' * 32}-{caller}-01"):
+                other.chat(model=CHAT_MODEL, headers={"traceparent": header})
+            other.chat(headers={"traceparent": f"00-{trace}-{caller}-01"})
+            assert "traceparent" not in bench.calls(bench.paid)["last"]["headers"]
+            _, malformed, span, _ = bench.calls(bench.model)["last"]["headers"]["traceparent"].split("-")
+        eventually(lambda: len(collector.spans) == 6)
+        spans = collector.of("proxy")
+    assert {each.trace_id.hex() for each in spans} == {trace, malformed}
+    assert malformed != trace
+    (call,) = [each for each in spans if each.span_id.hex() == span]
+    assert call.trace_id.hex() == malformed
+    assert [each.parent_span_id.hex() for each in spans].count(caller) == 2

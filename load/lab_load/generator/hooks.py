@@ -16,17 +16,16 @@ import gevent  # type: ignore[import-untyped] # it ships no types
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.html import get_html_report
-from locust.runners import WorkerRunner
+from locust.runners import MasterRunner, WorkerRunner
 from locust.stats import PERCENTILES_TO_REPORT, StatsCSV
 from locust.util.timespan import parse_timespan
 from pydantic import ValidationError
 
 from ..measures.counters import Counters, Source
-from ..measures.record import Record
 from ..measures.sums import Expected, Table, compare
-from ..measures.trial import Target, Trial, make_workloads, new_salt
+from ..measures.trial import Target, Trial, clock, make_workloads, new_salt
 from ..reports import html, summary
-from ..settings import EDITABLE, Settings, complaint
+from ..settings import EDITABLE, OWN, Settings, complaint
 from ..workloads.workload import Workload
 from .client import Client
 from .target import TargetError, examine, shared_prefix
@@ -36,6 +35,8 @@ PROGRESS_SECONDS = 5
 SETTLE_SECONDS = 10  # after the last answer, for the servers' counters and for requests that still run
 STILL_SECONDS = 2
 LOOK_SECONDS = 0.1
+# Messages between master and workers: the run that begins, and a worker's last records.
+RUN, RECORDS = "lab_run", "lab_records"
 # Exit codes of a run. 2 and 3: see __main__.
 FAILED, SUMS_DIFFER, NOT_TRUSTED = 1, 4, 5
 
@@ -55,6 +56,7 @@ class Hooks:
         self._page = ""
         self._watches: list[gevent.Greenlet] = []
         self._reported = 0  # records of this process that were sent to the master
+        self._index = 0  # of this worker
 
     def attach(self, events: Any) -> None:
         """Add the hooks to Locust's events."""
@@ -97,6 +99,10 @@ class Hooks:
 
     def _init(self, environment: Environment, web_ui: Any, **_: Any) -> None:
         self._environment = environment
+        if isinstance(environment.runner, WorkerRunner):
+            environment.runner.register_message(RUN, self._receive_run)
+        elif isinstance(environment.runner, MasterRunner):
+            environment.runner.register_message(RECORDS, self._receive_records)
         if web_ui:
             web_ui.app.before_request(self._guard)
 
@@ -136,8 +142,10 @@ class Hooks:
     # -- a run
 
     def _start(self, environment: Environment, **_: Any) -> None:
-        assert self._target is not None  # noqa: S101 prepare() comes first
-        names = sorted(user.scenario for user in environment.user_classes if issubclass(user, Client))
+        assert self._target is not None  # noqa: S101 prepare() or the master's message comes first
+        if isinstance(environment.runner, MasterRunner):
+            self._send_run(environment.runner)
+        names = sorted(self._workloads)
         trial = Trial("-".join(names), self._settings, self._target, self._workloads, self._salt)
         for user in environment.user_classes:
             if issubclass(user, Client):
@@ -145,7 +153,7 @@ class Hooks:
         self._trial, self._reported = trial, 0
         self._watches = [gevent.spawn(self._end_in_time, environment, trial)]
         if isinstance(environment.runner, WorkerRunner):
-            trial.index = environment.runner.worker_index
+            trial.index = self._index
             return
         trial.name += f"-{trial.started:%Y%m%d-%H%M%S}"
         self._folder = self._settings.runs_dir / trial.name
@@ -215,12 +223,37 @@ class Hooks:
         if self._trial:
             self._trial.stopped = time.perf_counter()
 
-    # -- several processes: the workers' records go to the master
+    # -- several processes: the run goes to the workers, and their records to the master
+
+    def _send_run(self, runner: MasterRunner) -> None:
+        """Locust calls this before it tells the workers to start. Those on this machine have most of it already; others
+        have the same variables at most."""
+        assert self._target is not None  # noqa: S101
+        workers = list(runner.clients.ready)
+        count = {"workers": len(workers)} if self._settings.workers else {}
+        self._settings = self._settings.model_copy(update=count)
+        target = {"host": self._target.host, "model": self._target.model, "server": self._target.server}
+        run = {"names": sorted(self._workloads), "salt": self._salt, "target": target}
+        run["settings"] = self._settings.model_dump(mode="json", exclude=set(OWN))
+        for index, worker in enumerate(workers):
+            runner.send_message(RUN, {**run, "index": index}, client_id=worker.id)
+
+    def _receive_run(self, msg: Any, **_: Any) -> None:
+        run = msg.data
+        settings = Settings(**run["settings"], **{name: getattr(self._defaults, name) for name in OWN})
+        if run["names"] != sorted(self._workloads) or settings.workload_shape != self._settings.workload_shape:
+            self._workloads = make_workloads(run["names"], settings)
+        self._settings, self._target, self._salt = settings, Target(**run["target"]), run["salt"]
+        self._index = run["index"]
+
+    def _receive_records(self, msg: Any, **_: Any) -> None:
+        self._reported_by(msg.node_id, msg.data)
 
     def _report(self, client_id: str, data: dict[str, Any], **_: Any) -> None:
         trial = self._trial
         if trial is None:
             return
+        data["clock"] = clock()
         data["records"] = [record.to_wire() for record in trial.records[self._reported :]]
         data["sent"], data["cpu"] = trial.sent, trial.cpu_most
         self._reported = len(trial.records)
@@ -229,10 +262,7 @@ class Hooks:
         trial = self._trial
         if trial is None or "records" not in data:
             return
-        trial.records += [Record.from_wire(fields) for fields in data["records"]]
-        trial.sent_by[client_id] = data["sent"]
-        trial.sent = sum(trial.sent_by.values())
-        trial.cpu_most = max(trial.cpu_most, data["cpu"])
+        trial.merge(client_id, data, clock())
 
     def _stop(self, environment: Environment, **_: Any) -> None:
         trial = self._trial
@@ -240,7 +270,11 @@ class Hooks:
             return
         gevent.killall(self._watches, block=False)
         if isinstance(environment.runner, WorkerRunner):
-            return  # a worker's last report comes after this event
+            last: dict[str, Any] = {}  # the master stops waiting before Locust's own next report
+            self._report(environment.runner.client_id, last)
+            environment.runner.send_message(RECORDS, last)
+            self._trial = None
+            return
         self._trial = None
         table = self._sums(trial)
         result = summary.summarize(trial, table)

@@ -85,6 +85,15 @@ class Record:
         """The cache state without its reason: hit, miss, collapsed, bypass, …, none."""
         return self.cache.partition(":")[0]
 
+    def shift(self, seconds: float) -> None:
+        """Turn its times into those of another machine's clock."""
+        self.intended += seconds
+        self.started += seconds
+        self.ended += seconds
+        self.events = array("d", (moment + seconds for moment in self.events))
+        if self.first_visible is not None:
+            self.first_visible += seconds
+
     def to_wire(self) -> dict[str, Any]:
         """The record as a message between Locust's processes."""
         return {name: list(self.events) if name == "events" else getattr(self, name) for name in self.__slots__}

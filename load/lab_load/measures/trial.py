@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +14,9 @@ from ..workloads.arrivals import arrivals
 from ..workloads.workload import WORKLOADS, Item, Workload
 from .prefix import SharedPrefix
 from .record import Record
+
+# Two readings on one machine differ by less: its times are not touched.
+SAME_CLOCK_SECONDS = 0.001
 
 Timed = list[tuple[float, Item]]  # seconds after the start of the run, request
 
@@ -33,7 +36,7 @@ class Target:
 class Trial:
     """Times are seconds of `time.perf_counter`, which all processes of a machine share; `started` is UTC.
 
-    The process with number `index` sends every `processes`-th group of the workload.
+    The generator with number `index` of N sends every N-th group of the workload.
     """
 
     name: str
@@ -61,7 +64,7 @@ class Trial:
     def next_group(self, scenario: str) -> list[Item] | None:
         """The requests that a user sends next, in order; None when the workload is used up."""
         if scenario not in self._groups:
-            self._groups[scenario] = iter(self.workloads[scenario].groups[self.index :: self.settings.processes])
+            self._groups[scenario] = iter(self.workloads[scenario].groups[self.index :: self.settings.generators])
         return next(self._groups[scenario], None)
 
     def timed(self, scenario: str) -> Timed | None:
@@ -75,7 +78,20 @@ class Trial:
             timed = list(zip(times, workload.items, strict=False))
         else:
             return None
-        return timed[self.index :: settings.processes]
+        return timed[self.index :: settings.generators]
+
+    def merge(self, worker: str, report: Mapping[str, Any], own_clock: float) -> None:
+        """Add what a worker reports: its new records, what it has sent so far, its CPU, and its `clock`."""
+        records = [Record.from_wire(fields) for fields in report["records"]]
+        # Another machine's times have another beginning. The time of day is what both have in common, as exact as NTP.
+        ahead = report["clock"] - own_clock
+        if abs(ahead) > SAME_CLOCK_SECONDS:
+            for record in records:
+                record.shift(ahead)
+        self.records += records
+        self.sent_by[worker] = report["sent"]
+        self.sent = sum(self.sent_by.values())
+        self.cpu_most = max(self.cpu_most, report["cpu"])
 
     def open_loop(self, scenario: str) -> bool:
         return self.settings.rate is not None or self.workloads[scenario].scheduled
@@ -101,6 +117,11 @@ class Trial:
     def unfinished(self) -> int:
         """Number of requests that were cut off when the drain timeout was over."""
         return self.sent - len(self.records)
+
+
+def clock() -> float:
+    """The time of day at which `time.perf_counter` of this machine was 0."""
+    return time.time() - time.perf_counter()
 
 
 def new_salt(settings: Settings) -> str:

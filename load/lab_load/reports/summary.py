@@ -164,7 +164,7 @@ def summarize(trial: Trial, table: Table) -> dict[str, Any]:
     settings = trial.settings
     open_loop = all(trial.open_loop(name) for name in trial.workloads)
     lag = Times(record.lag for record in trial.records)
-    wanted = settings.processes if open_loop else settings.users
+    wanted = settings.generators if open_loop else settings.users
     # Users stop when the workload is used up; users that the run did not reach were never started.
     conduct = trust.Conduct(
         users_wanted=wanted, users_most=trial.users, all_spawned=trial.full is not None,
@@ -187,7 +187,7 @@ def summarize(trial: Trial, table: Table) -> dict[str, Any]:
             "versions": {"lab_load": __version__, "python": platform.python_version()}
             | {name: version(name) for name in ("locust", "gevent", "geventhttpclient", "hdrhistogram")},
             "machine": machine(), "cpu_percent_mean": cpu, "cpu_percent_most": trial.cpu_most,
-            "processes": settings.processes,
+            "processes": settings.generators,
         },
         "sent": trial.sent, "unfinished": trial.unfinished,
         "trusted": not reasons, "reasons": reasons,

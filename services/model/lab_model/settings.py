@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,12 +78,43 @@ class Settings(BaseSettings):
         "auto", description="Format of the log on stderr; `auto`: text on a terminal, else JSON."
     )
 
+    otlp_endpoint: str | None = Field(
+        None,
+        validate_default=True,
+        description="OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-model[otel]`. "
+        "Default: `OTEL_EXPORTER_OTLP_ENDPOINT`.",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _traced(cls, value: str | None) -> str | None:
+        value = value or otlp_endpoint()
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must be an http:// or https:// URL")
+        if not _has_opentelemetry():
+            raise ValueError("needs the OpenTelemetry packages: pip install 'lab-model[otel]'")
+        return value.rstrip("/")
+
     @field_validator("allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
         return tuple(part.strip().lower() for part in value.split(",") if part.strip())
+
+
+def _has_opentelemetry() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def otlp_endpoint() -> str | None:
+    """The standard variable of OpenTelemetry; None where it is not set."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").rstrip("/") or None
 
 
 def wrong_settings(error: ValidationError) -> list[str]:

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] = ()) -> int:
         Address(settings.redis_url)
         secret = load_secret(settings.cache_secret_file) if settings.cache_enabled else bytes(32)
         if settings.otlp_endpoint and not installed():
-            raise ValueError("PROXY_OTLP_ENDPOINT needs the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
+            variable = "PROXY_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT"
+            raise ValueError(f"{variable} needs the OpenTelemetry packages: pip install 'lab-proxy[otel]'")
     except ValueError as error:
         why = _first_error(error) if isinstance(error, ValidationError) else error
         print(f"proxy: {why}", file=sys.stderr)  # noqa: T201 - before the log starts
@@ -127,7 +128,7 @@ def build(settings: Settings, routes: Routes, prices: Prices, secret: bytes) -> 
         on_error=on_redis_error,
     )
     # 3. upstreams
-    upstreams = UpstreamPool(routes, settings, metrics)
+    upstreams = UpstreamPool(routes, settings, metrics, traces)
     models = ModelList(upstreams, settings.model_poll_seconds)
 
     reconciliation = Reconciliation(upstreams.ask_model, lambda outcome: metrics.count("reconciled", outcome))

@@ -126,8 +126,9 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     """Retries of an upstream call that failed before its first byte."""
     drain_timeout_seconds: int = Field(30, ge=0)
     """Graceful drain after SIGTERM: time for running answers to finish."""
-    otlp_endpoint: str | None = None
-    """OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`."""
+    otlp_endpoint: str | None = Field(None, validate_default=True)
+    """OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`. Default:
+    `OTEL_EXPORTER_OTLP_ENDPOINT`."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """Log format on stderr; `auto`: text on a terminal, JSON otherwise."""
 
@@ -145,6 +146,7 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
                 raise ValueError("must be a redis://, rediss:// or unix:// URL")
             return value
         if info.field_name == "otlp_endpoint":
+            value = value or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
             if value is not None and not value.startswith(("http://", "https://")):
                 raise ValueError("must be an http:// or https:// URL")
         elif not is_http(str(value)) or "@" in str(value) or "?" in str(value):

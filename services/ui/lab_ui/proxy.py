@@ -25,6 +25,7 @@ import openai
 from .answer import Alternative, Answer, Fault, Token
 from .settings import Settings
 from .surprise import text_of
+from .traces import Span, Traces
 
 # Error code of the proxy, or HTTP status -> kind of fault. The code is looked up first.
 KINDS: dict[str | int | None, str] = {
@@ -70,6 +71,7 @@ class Proxy:
         self._phases: httpx2.AsyncClient | None = None
         self._http = httpx2.Client(trust_env=False, limits=httpx2.Limits(max_connections=200))
         self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._traces = Traces(settings.otlp_endpoint) if settings.otlp_endpoint else None
 
     def ask(
         self,
@@ -116,6 +118,25 @@ class Proxy:
     ) -> Reply | Fault:
         """One request and its JSON answer. `seconds`: longest silence, by default `answer_timeout_seconds`. `base`:
         base URL of another service than the proxy."""
+        if self._traces is None or method != "POST" or base is not None:
+            return self._call(method, path, key, body=body, headers=headers, seconds=seconds, base=base)
+        with self._traces.request(path, (body or {}).get("model")) as span:
+            sent = {**(headers or {}), **span.headers}
+            reply = self._call(method, path, key, body=body, headers=sent, seconds=seconds)
+            span.status, span.error = reply.status, reply.kind if isinstance(reply, Fault) else None
+        return reply
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        key: str | None,
+        *,
+        body: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
+        seconds: float | None,
+        base: str | None = None,
+    ) -> Reply | Fault:
         settings = self._settings
         silence = settings.answer_timeout_seconds if seconds is None else seconds
         timeout = httpx2.Timeout(silence, connect=settings.connect_timeout_seconds)
@@ -161,6 +182,8 @@ class Proxy:
             self._thread.join(5)
         self._loop.close()
         self._http.close()
+        if self._traces is not None:
+            self._traces.close()
 
     def _body(self, path: str, key: str | None) -> dict[str, Any] | Fault:
         reply = self.call("GET", path, key, seconds=self._settings.status_timeout_seconds)
@@ -172,7 +195,12 @@ class Proxy:
     async def _receive(self, answer: Answer, key: str | None, headers: Mapping[str, str]) -> None:
         watch = asyncio.create_task(self._watch_phase(answer, key))
         try:
-            await self._stream(answer, key, headers)
+            if self._traces is None:
+                await self._stream(answer, key, headers)
+            else:
+                path = "/v1/completions" if "prompt" in answer.request else "/v1/chat/completions"
+                with self._traces.request(path, answer.request.get("model")) as span:
+                    await self._stream(answer, key, {**headers, **span.headers}, span)
             answer.state = "done" if answer.finish_reason else "failed"
             if not answer.finish_reason:  # the connection ended between two events
                 answer.fault = Fault("interrupted")
@@ -193,7 +221,7 @@ class Proxy:
                 reply = await self._phases.get(url, headers=_authorization(key))
                 answer.phase = str(reply.json()["phases"][-1]["name"])
 
-    async def _stream(self, answer: Answer, key: str | None, sent: Mapping[str, str]) -> None:
+    async def _stream(self, answer: Answer, key: str | None, sent: Mapping[str, str], span: Span | None = None) -> None:
         client = self._openai()
         create: Any = client.completions.create if "prompt" in answer.request else client.chat.completions.create
         stream = await create(
@@ -205,6 +233,8 @@ class Proxy:
         async with stream:
             headers = stream.response.headers
             answer.headers = dict(headers)
+            if span is not None:
+                span.status = stream.response.status_code
             answer.request_id = headers.get("x-request-id", answer.request_id)
             answer.cache = cache_state(headers.get("cache-status"))
             async for chunk in stream:

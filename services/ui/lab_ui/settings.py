@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .traces import installed
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -53,6 +56,25 @@ class Settings(BaseSettings):
         default=None, description="The doctor's findings, which `make lab` writes. In containers there is none."
     )
     refresh_seconds: float = Field(default=5, ge=1, le=3600, description="How often the status page asks again.")
+
+    otlp_endpoint: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-ui[otel]`. "
+        "Default: `OTEL_EXPORTER_OTLP_ENDPOINT`.",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _traced(cls, value: str | None) -> str | None:
+        value = value or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        if not value:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must be an http:// or https:// URL")
+        if not installed():
+            raise ValueError("needs the OpenTelemetry packages: pip install 'lab-ui[otel]'")
+        return value.rstrip("/")
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ..errors import CatalogueError
+from ..settings import otlp_endpoint
 from .kinds import Kind
 
 SCHEMES = ("wheel", "file", "hub")
@@ -82,6 +83,7 @@ class Entry(BaseModel):
 class AppArgs(BaseModel):
     """Arguments of one model's application: its catalogue entry and the service's settings.
 
+    otlp_endpoint: where spans are sent; by default that of the environment of the process that builds the application.
     progress_file: where its load is reported. copy_bytes: of the process of its second copy. cpus: reserved for each
     replica. log_pipe, metrics_dir: of the one machine that all replicas share. None in a cluster: there the log goes to
     stderr, and `cluster_app` asks each replica for its metrics and usage."""
@@ -99,6 +101,7 @@ class AppArgs(BaseModel):
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 1024 * 1024
     drain_timeout_seconds: float = 30
+    otlp_endpoint: str | None = Field(default_factory=otlp_endpoint)
     log_format: Literal["json", "text"] = "json"
     log_pipe: Path | None = None
     metrics_dir: Path | None = None

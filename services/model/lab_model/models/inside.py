@@ -30,7 +30,9 @@ class Inside:
         if source.gguf_file:
             arguments["quantization_config"] = GgufConfig(gguf_file=source.gguf_file, dequantize=True)
         model: Any = AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
-        self._model = model.to(pick_device(args.entry.device or args.device)).eval()
+        # No GPU is reserved for the copy: it takes one that it sees, and else the CPU.
+        wanted = args.entry.device or args.device
+        self._model = model.to(pick_device("auto" if wanted == "cuda" else wanted)).eval()
         self._norm: Any = next(
             (getattr(model.base_model, name) for name in NORMS if hasattr(model.base_model, name)), torch.nn.Identity()
         )

@@ -52,6 +52,7 @@ MISSING = ("absent", "start")  # state and load of a model whose files should be
 UNLISTED = {"pid", "progress", "max_running", "max_queued", "weights_bytes", "kv_bytes", "kv_tokens"}
 LONGEST_NAME = 300  # characters
 MOST_IDS = 256  # in one request for usage
+TRACE = ("traceparent", "tracestate")  # W3C Trace Context: the model's process continues the caller's trace
 # Headers of a model's answer that are forwarded. The request id is there already.
 FORWARDED = (
     "content-type", "retry-after", "x-should-retry", "x-model-revision", "x-model-replica", "cache-control",
@@ -269,6 +270,7 @@ class CatalogueApp(AsgiDeployment):
             self._session = aiohttp.ClientSession(timeout=FORWARD_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
         headers = {"content-type": "application/json", "x-request-id": record.request_id, FORWARDED_ONCE: "1"}
         headers["x-call-id"] = record.call_id  # the id by which its usage is queried
+        headers |= {name: http.headers[name] for name in TRACE if name in http.headers}
         if caller < math.inf:
             headers["x-request-timeout-ms"] = str(max(1, int((caller - time.monotonic()) * 1000)))
         try:

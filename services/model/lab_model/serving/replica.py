@@ -57,9 +57,9 @@ class ModelReplica(AsgiDeployment):
 
     def __init__(self, args: AppArgs, inspector: Any = None) -> None:
         """inspector: a handle to the model's second copy, see `inspector`."""
-        # Serve pickles this class by value, with copies of the globals that it uses: the rings have to be those of this
-        # process. And the processes that only route import this module and must not import torch.
-        from ..api.http.record import TIMINGS, USAGE  # noqa: PLC0415
+        # Serve pickles this class by value, with copies of the globals that it uses: the rings and the traces have to be
+        # those of this process. And the processes that only route import this module and must not import torch.
+        from ..api.http.record import TIMINGS, TRACES, USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415
         from .activity import ObservedApp  # noqa: PLC0415
         from .copies import check_room  # noqa: PLC0415
@@ -68,6 +68,7 @@ class ModelReplica(AsgiDeployment):
         self._folder = args.metrics_dir or Path(tempfile.mkdtemp(prefix="lab-replica-"))
         USAGE.open(self._folder)
         TIMINGS.open(self._folder)
+        TRACES.open(args.otlp_endpoint)
         app, self._info, self._is_alive = load(args)
         observed = ObservedApp(app, self._folder, args.entry.id)
 

@@ -108,6 +108,8 @@ class App:
         response = Response(send, always, chunks=scope.get("http_version") != "1.0")
         record = response.record
         path: str = scope["path"]
+        if self._observer.traces is not None and path in ENDPOINTS:
+            record.span = self._observer.traces.begin(headers)
         status = 0
         try:
             if draining and path not in ALWAYS_SERVED:

@@ -66,8 +66,10 @@ class CompletionFetch:
                 call.count_tokens = claim.count
 
         about = (request.endpoint, request.request_id, plan.stream, deadline)
-        begin = request.record.begin_call
-        return UpstreamRequest(*about, body, on_call, own, admit, len(request.raw), on_begin=begin)
+        record = request.record
+        return UpstreamRequest(
+            *about, body, on_call, own, admit, len(request.raw), on_begin=record.begin_call, span=record.span
+        )
 
     def renamed_body(self, plan: Plan) -> Callable[[Target], bytes]:
         """The body as received, or with the target's model."""

@@ -26,15 +26,15 @@ class Observer:
     """Records finished requests, whether they came by HTTP or as a line of a batch."""
 
     def __init__(self, metrics: Metrics, traces: Traces | None = None) -> None:
-        self._metrics, self._traces = metrics, traces
+        self._metrics, self.traces = metrics, traces
         self.timings = Timings()
         self._lines: list[Line] = []
 
     def observe(self, path: str, request_id: str, record: RequestRecord, status: int, seconds: float) -> None:
         route = path if path in ENDPOINTS or path in QUIET or path in OTHER_ROUTES else "other"
         self._metrics.record(route, record, status, seconds, request_id)
-        if self._traces is not None and path in ENDPOINTS:
-            self._traces.record(route, record, status, seconds, request_id)
+        if record.span is not None and self.traces is not None:
+            self.traces.end(record.span, route, record, status, request_id)
         if path in ENDPOINTS:
             self.timings.end(request_id, record, status, seconds)
         if route in QUIET and status < 400:

@@ -26,6 +26,7 @@ class UpstreamCall:
     answered: bool = False  # a 2xx: its content is the caller's answer
     id: str = ""  # by which the model service reports the call's usage; empty for other upstreams
     count_tokens: Callable[[int], None] = lambda _: None  # at its end, and when its real usage is known: for the cap
+    span: Any = None  # of OpenTelemetry, where the request has one
 
     @property
     def possibly_processed(self) -> bool:
@@ -52,6 +53,7 @@ class RequestRecord:
     upstream_seconds: float = 0.0  # waited for upstreams
     calls: list[UpstreamCall] = field(default_factory=list)
     tenant: str = ""
+    span: Any = None  # of OpenTelemetry, where traces are on
     # Start and ends of the phases before the answer, as time.perf_counter(); 0: not reached.
     began_at: float = 0.0
     read_at: float = 0.0  # headers checked, key verified, body read

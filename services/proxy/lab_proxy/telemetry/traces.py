@@ -1,14 +1,15 @@
 """OpenTelemetry traces over OTLP/HTTP: a span for each request and one below it for each upstream call.
 
-Follows the GenAI semantic conventions: names, counts, times and outcomes; no prompts or answers. The opentelemetry
-packages are an extra (`lab-proxy[otel]`) and are imported only if PROXY_OTLP_ENDPOINT is set.
+Follows the GenAI semantic conventions: names, counts, times and outcomes; no prompts or answers. A request's
+`traceparent` (W3C Trace Context) makes its span a part of the caller's trace; the model service gets one and continues
+it. The opentelemetry packages are an extra (`lab-proxy[otel]`) and are imported only if PROXY_OTLP_ENDPOINT is set.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
-import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -37,9 +38,11 @@ class Traces:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
         self._kinds, self._within = SpanKind, set_span_in_context
         self._failed = Status(StatusCode.ERROR)
+        self._wire = TraceContextTextMapPropagator()
         resource = Resource.create({"service.name": "proxy", "service.version": __version__})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         out = exporter or OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces", timeout=SEND_SECONDS)
@@ -51,9 +54,12 @@ class Traces:
     async def stop(self) -> None:
         await asyncio.to_thread(self._provider.shutdown)
 
-    def record(self, route: str, record: RequestRecord, status: int, seconds: float, request_id: str) -> None:
-        """One request has ended: a span for it, and one below it for each upstream call."""
-        now = time.time()
+    def begin(self, headers: Mapping[str, str]) -> Any:
+        """The span of a request with these headers (names in lower case). A malformed `traceparent` is ignored."""
+        return self._tracer.start_span("request", self._wire.extract(headers), self._kinds.SERVER)
+
+    def end(self, span: Any, route: str, record: RequestRecord, status: int, request_id: str) -> None:
+        """The request has ended."""
         operation = ENDPOINTS[route].operation
         model = record.model if record.model_known else "other"
         attributes: dict[str, Any] = {
@@ -75,35 +81,37 @@ class Traces:
             attributes["gen_ai.response.time_to_first_chunk"] = record.ttft
         if record.error:
             attributes["error.type"] = record.error
-        failed = bool(record.error) or status >= 500
-        name, began = f"{operation} {model}".strip(), now - seconds
-        span = self._span(name, self._kinds.SERVER, attributes, began=began, ended=now, failed=failed)
-        for call in record.calls:
-            self._record_call(self._within(span), operation, call)
+        self._end(span, f"{operation} {model}".strip(), attributes, failed=bool(record.error) or status >= 500)
 
-    def _record_call(self, context: Any, operation: str, call: UpstreamCall) -> None:
-        failed = call.outcome != "ok"
-        attributes: dict[str, Any] = {
-            "gen_ai.operation.name": operation,
+    def begin_call(self, parent: Any, route: str, call: UpstreamCall) -> dict[str, str]:
+        """Begin the span of an upstream call, below its request's. The headers that continue the trace upstream."""
+        attributes = {
+            "gen_ai.operation.name": ENDPOINTS[route].operation,
             "gen_ai.request.model": call.model,
             "gen_ai.provider.name": _provider(call.upstream),
-            "lab.outcome": call.outcome,
         }
+        name = f"{attributes['gen_ai.operation.name']} {call.model}"
+        call.span = self._tracer.start_span(name, self._within(parent), self._kinds.CLIENT, attributes)
+        headers: dict[str, str] = {}
+        self._wire.inject(headers, self._within(call.span))
+        return headers
+
+    def end_call(self, call: UpstreamCall) -> None:
+        failed = call.outcome != "ok"
+        attributes: dict[str, Any] = {"lab.outcome": call.outcome}
         if call.status:
             attributes["http.response.status_code"] = call.status
         if failed:
             attributes["error.type"] = str(call.status) if call.status >= 400 else call.outcome
-        name, ended = f"{operation} {call.model}", call.began + call.seconds
-        self._span(name, self._kinds.CLIENT, attributes, context, began=call.began, ended=ended, failed=failed)
+        self._end(call.span, None, attributes, failed=failed)
 
-    def _span(
-        self, name: str, kind: Any, attributes: Any, context: Any = None, *, began: float, ended: float, failed: bool
-    ) -> Any:
-        span = self._tracer.start_span(name, context, kind, attributes, start_time=int(began * 1e9))
+    def _end(self, span: Any, name: str | None, attributes: Mapping[str, Any], *, failed: bool) -> None:
+        if name:
+            span.update_name(name)
+        span.set_attributes(attributes)
         if failed:
             span.set_status(self._failed)
-        span.end(int(ended * 1e9))
-        return span
+        span.end()
 
 
 def _provider(upstream: str) -> str:

@@ -26,6 +26,7 @@ from ..long_bodies import loads, off_loop
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from ..telemetry.record import UpstreamCall
+from ..telemetry.traces import Traces
 from .breaker import CircuitBreaker
 from .reply import (
     FAILURES,
@@ -60,6 +61,7 @@ class UpstreamRequest:
     admit: Callable[[UpstreamCall, UpstreamConfig], Awaitable[None]] | None = None  # before each call; may raise
     size: int = 0  # bytes of the caller's body
     on_begin: Callable[[UpstreamCall], None] = lambda _: None  # called at the beginning of each call
+    span: Any = None  # the request's, of OpenTelemetry
 
 
 class UpstreamFault(Exception):  # noqa: N818 - it never leaves this room
@@ -86,8 +88,11 @@ class _Request(aiohttp.ClientRequest):
 class UpstreamClient:
     """One OpenAI-compatible API. Needs a running event loop; its connections are kept and reused."""
 
-    def __init__(self, config: UpstreamConfig, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, config: UpstreamConfig, settings: Settings, metrics: Metrics, traces: Traces | None = None
+    ) -> None:
         self.config = config
+        self._traces = traces
         self._settings = settings
         self._metrics = metrics
         self._key = (config.key or "").encode()
@@ -223,6 +228,10 @@ class UpstreamClient:
             own = left if request.caller_deadline is None else min(left, request.caller_deadline - since)
             headers["x-request-timeout-ms"] = str(max(1, int(own * 1000)))
             headers["x-call-id"] = call.id
+        if request.span is not None and self._traces is not None:
+            trace = self._traces.begin_call(request.span, request.endpoint, call)
+            if config.kind == "model":  # a paid upstream is not told
+                headers |= trace
         # JSON arrives when it is complete: the total time bounds it.
         limit = min(left, settings.first_byte_timeout_seconds) if request.stream else left
         try:
@@ -307,6 +316,8 @@ class UpstreamClient:
 
     def _finish_call(self, request: UpstreamRequest, call: UpstreamCall) -> None:
         self._metrics.count("upstream_calls", call.upstream, call.outcome)
+        if call.span is not None and self._traces is not None:
+            self._traces.end_call(call)
         request.on_call(call)
 
 

@@ -9,6 +9,7 @@ from ..endpoints import ENDPOINTS
 from ..errors import UpstreamDown
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
+from ..telemetry.traces import Traces
 from .client import UpstreamClient, UpstreamFault, UpstreamRequest
 from .reply import UpstreamResponse
 from .routes import Routes, Target, UpstreamConfig
@@ -17,8 +18,9 @@ from .routes import Routes, Target, UpstreamConfig
 class UpstreamPool:
     """A client for each upstream of the routes file. Requests in flight keep the client they began with. A part."""
 
-    def __init__(self, routes: Routes, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, routes: Routes, settings: Settings, metrics: Metrics, traces: Traces | None = None) -> None:
         self._routes = routes
+        self._traces = traces
         self._settings = settings
         self._metrics = metrics
         self._clients: dict[UpstreamConfig, UpstreamClient] = {}
@@ -90,7 +92,7 @@ class UpstreamPool:
     def _client(self, config: UpstreamConfig) -> UpstreamClient:
         found = self._clients.get(config)
         if found is None:
-            found = self._clients[config] = UpstreamClient(config, self._settings, self._metrics)
+            found = self._clients[config] = UpstreamClient(config, self._settings, self._metrics, self._traces)
         return found
 
 

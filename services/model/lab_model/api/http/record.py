@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import Counter, Histogram
 
 from .timing import Timeline, TimingRing
+from .traces import Phase, Traces
 from .usage import TokenUsage, UsageRing
 
 log = logging.getLogger(__name__)
@@ -34,10 +36,22 @@ TTFT = Histogram(
     "vllm:time_to_first_token_seconds", "Seconds from request to its first token.", ["model_name", "engine"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )  # fmt: skip
+PHASES = {
+    name: Histogram(
+        f"vllm:request_{name}_time_seconds", meaning, ["model_name", "engine"],
+        buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+    )
+    for name, meaning in (
+        ("queue", "Seconds from the queue to the batch."),
+        ("prefill", "Seconds from the batch to the first token."),
+        ("decode", "Seconds from the first token to the end."),
+    )
+}  # fmt: skip
 PROMPT_TOKENS = Counter("vllm:prompt_tokens", "Prompt tokens computed or found in cache.", ["model_name", "engine"])
 GENERATION_TOKENS = Counter("vllm:generation_tokens", "Tokens generated.", ["model_name", "engine"])
 USAGE = UsageRing()
 TIMINGS = TimingRing()
+TRACES = Traces()
 
 
 class Work(Protocol):
@@ -66,6 +80,14 @@ class Record:
     outcome: str = "gone"  # the client disconnected; else done, error, forwarded
     work: Work | None = None
     timeline: Timeline | None = None  # of a request to the engine
+    span: Any = None  # of OpenTelemetry, where traces are on
+
+    def phases(self, ended: float) -> Iterator[Phase]:
+        """The phases of the engine that were reached, the last one until `ended`, time.monotonic()."""
+        _, *begins, _ = self.timeline.moments() if self.timeline is not None else (0.0, 0.0)
+        reached = [(name, began) for name, began in zip(PHASES, begins, strict=False) if began]
+        for place, (name, began) in enumerate(reached):
+            yield Phase(name, began, reached[place + 1][1] if place + 1 < len(reached) else ended)
 
 
 def finish_request(method: str, record: Record) -> None:
@@ -86,6 +108,8 @@ def finish_request(method: str, record: Record) -> None:
     if record.ttft is not None:
         TTFT.labels(model, ENGINE).observe(record.ttft)
         LATENCY.labels(model, ENGINE).observe(seconds)
+        for phase in record.phases(time.monotonic()):
+            PHASES[phase.name].labels(model, ENGINE).observe(phase.ended - phase.began)
     fields = {
         "request_id": record.request_id,
         "model": record.model,
@@ -98,3 +122,15 @@ def finish_request(method: str, record: Record) -> None:
         "seconds": round(seconds, 4),
     }
     log.info("request", extra={"fields": fields})
+    if record.span is not None:
+        attributes = {
+            "gen_ai.request.model": model,
+            "gen_ai.usage.input_tokens": record.prompt_tokens,
+            "gen_ai.usage.output_tokens": record.completion_tokens,
+            "http.response.status_code": status,
+            "lab.request_id": record.request_id,
+            "lab.cached_tokens": record.cached_tokens,
+            "lab.outcome": record.outcome,
+        }
+        failed = record.outcome == "error" or status >= 500
+        TRACES.end(record.span, record.endpoint, attributes, record.phases(time.monotonic()), failed=failed)

@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ... import errors
 from .body import decode_content, parse_json
-from .record import Record, Work, finish_request
+from .record import TRACES, Record, Work, finish_request
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ class HttpService:
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or new_id("req")
         call_id = headers.get(b"x-call-id", b"").decode("latin-1")[:128] or request_id
         record = Record(request_id, call_id, path.removeprefix("/v1/"), time.monotonic(), self._name)
+        if TRACES.on and scope["method"] == "POST":
+            record.span = TRACES.begin(scope["headers"])
         scope["record"] = record
         started = complete = False
 

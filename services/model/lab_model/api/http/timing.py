@@ -47,6 +47,14 @@ class Timeline:
             _TIME.pack_into(memory, place, time.monotonic())
 
 
+    def moments(self) -> tuple[float, ...]:
+        """Each of MOMENTS as time.monotonic(), 0: not reached. All 0 where the slot is another request's by now."""
+        memory, at = self._memory, self._at
+        if memory is None or memory[at : at + 16] != self._digest:
+            return (0.0,) * len(MOMENTS)
+        return _TIMES.unpack_from(memory, at + 16)
+
+
 class TimingRing:
     """This process's ring; until it is opened nothing is recorded."""
 
