@@ -69,14 +69,15 @@ def test_mean_surprise_and_perplexity_belong_together() -> None:
 # ---- tokens as the model service gives them
 
 ENTRIES = [{"id": 5, "text": "a\n", "bytes": [97, 10]}, {"id": 6, "text": None, "bytes": [237]},
-           {"id": 7, "text": None, "bytes": [149]}, {"id": 8, "text": "", "bytes": []}]  # fmt: skip
+           {"id": 7, "text": None, "bytes": [149]}, {"id": 8, "text": "", "bytes": []},
+           {"id": 9, "text": "b", "bytes": [98]}]  # fmt: skip
 
 
 def test_a_cut_counts_tokens_bytes_and_parts_of_characters() -> None:
     found = tokens.cut("m", "가a", {"tokens": ENTRIES})
-    assert (found.count, found.characters, found.bytes, found.split) == (4, 2, 4, 2)
-    assert [each.label for each in found.pieces] == ["a↵", "ed", "95", "∅"]
-    assert tokens.ratio(found, tokens.cut("m", "", {"tokens": ENTRIES[:2]})) == 2
+    assert (found.count, found.characters, found.bytes, found.split) == (5, 2, 4, 2)
+    assert [each.label for each in found.pieces] == ["a↵", "ed", "95", "∅", "b"]
+    assert tokens.ratio(found, tokens.cut("m", "", {"tokens": ENTRIES[:2]})) == 2.5
 
 
 def test_tokenizers_are_those_of_models_in_memory_and_openais() -> None:
