@@ -185,7 +185,7 @@ def test_a_hub_says_no(hub: Mirror, tmp_path: Path) -> None:
         ("somebody/pickled", "has no .safetensors file"),
         (f"{REPOSITORY}/x.gguf", "has no file x.gguf"),
         ("modelscope:somebody/tiny", "modelscope: is not supported"),
-        ("nonsense", "hub:<owner>/<name>"),
+        ("nonsense", r"no short name \(.*korean.*\) and no local folder; .* hub:<owner>/<name>"),
     ):
         with pytest.raises(CatalogueError, match=said):
             fetching.add(name, tmp_path / "folder", lambda *_: None)

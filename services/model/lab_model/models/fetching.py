@@ -128,6 +128,12 @@ def _unknown_entry(name: str, folder: Path, report: Report, kind: str | None) ->
     if path.exists() and not name.startswith("hub:"):
         source, id_ = f"file:{path.resolve()}", path.stem if path.suffix == ".gguf" else path.resolve().name
     else:
+        if "/" not in name and not name.startswith("hub:"):
+            table = known()
+            short = ", ".join([*table.sets, *table.models])
+            raise CatalogueError(
+                f"{name} is no short name ({short}) and no local folder; a hub's model is hub:<owner>/<name>"
+            )
         wanted = hub_name(f"hub:{name.removeprefix('hub:')}")
         source = f"hub:{name.removeprefix('hub:')}"
         id_ = Path(wanted.file).stem if wanted.file else wanted.repository.partition("/")[2]
