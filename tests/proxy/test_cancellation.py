@@ -75,7 +75,9 @@ def factory(loop: asyncio.AbstractEventLoop, work: Any, **more: Any) -> asyncio.
     async def run() -> Any:
         return await _counted(work, cut)
 
-    return asyncio.Task(run(), loop=loop, **more)
+    task = asyncio.Task(run(), loop=loop, **more)
+    task.add_done_callback(lambda _: work.close())  # one that is cancelled before its first step never awaits it
+    return task
 
 
 @pytest.fixture(scope="module")
