@@ -115,7 +115,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "unused ConfigMap": (lambda m: container(m, "ui").pop("envFrom"), "is used by nothing"),
     "no volume": (lambda m: pod(m, "Deployment", "proxy")["volumes"].pop(), "does not exist"),
-    "no label": (lambda m: find(m, "Deployment", "load")["metadata"]["labels"].clear(), "by which all of the lab is found"),
+    "no label": (
+        lambda m: find(m, "Deployment", "load")["metadata"]["labels"].clear(),
+        "by which all of the lab is found",
+    ),
     "elsewhere": (lambda m: find(m, "Service", "ui")["metadata"].update(namespace="default"), "lab's namespace"),
     # Services
     "selects nothing": (lambda m: find(m, "Service", "ui")["spec"]["selector"].update({SERVICE: "iu"}), "no pod"),

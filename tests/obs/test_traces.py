@@ -56,7 +56,9 @@ def trace_of(collector: Collector, request_id: str) -> bytes:
 
 
 def chat(client: Proxy, text: str) -> Any:
-    answer = client.ask({"model": TINY, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0})
+    answer = client.ask(
+        {"model": TINY, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
+    )
     assert answer.wait(60)
     assert answer.fault is None, answer.fault
     return answer

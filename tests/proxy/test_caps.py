@@ -204,7 +204,7 @@ def test_a_days_money_is_of_all_keys(school: School) -> None:
     assert school.db.hget(spent, one.id) == school.db.hget(spent, "total")
     refused = ask(school.at_two(other), "purse")
     assert code(refused) == (429, "insufficient_quota")
-    assert "0.5 USD a day" in refused.json()["error"]["message"]
+    assert "0.5 USD per day" in refused.json()["error"]["message"]
     assert 0 < int(refused.headers["retry-after"]) <= 86400
 
 

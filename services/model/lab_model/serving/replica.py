@@ -57,7 +57,7 @@ class ModelReplica(AsgiDeployment):
 
     def __init__(self, args: AppArgs, inspector: Any = None) -> None:
         """inspector: a handle to the model's second copy, see `inspector`."""
-        # Serve pickles this class by value, with copies of the globals that it uses: the rings and the traces have to be
+        # Serve pickles this class by value, with copies of the globals that it uses: rings and traces have to be
         # those of this process. And the processes that only route import this module and must not import torch.
         from ..api.http.record import TIMINGS, TRACES, USAGE  # noqa: PLC0415
         from ..models.loading import load  # noqa: PLC0415

@@ -46,7 +46,6 @@ class Timeline:
         if not _TIME.unpack_from(memory, place)[0]:
             _TIME.pack_into(memory, place, time.monotonic())
 
-
     def moments(self) -> tuple[float, ...]:
         """Each of MOMENTS as time.monotonic(), 0: not reached. All 0 where the slot is another request's by now."""
         memory, at = self._memory, self._at
