@@ -70,13 +70,12 @@ def draw_live() -> None:
 
 def draw_xray(model: str, question: str) -> None:
     st.markdown(texts("cache.xray.about"))
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        modes = ("normal", "no-cache", "no-store")
-        mode = st.segmented_control(
-            texts("cache.mode"), modes, format_func=lambda code: texts(f"cache.modes.{code.replace('-', '_')}"),
-            key="cache_mode", persist_state="session", required=True, default="normal",
-        )  # fmt: skip
-        send = st.button(texts("cache.send"), type="primary", icon=":material/send:")
+    modes = ("normal", "no-cache", "no-store")
+    mode = st.segmented_control(
+        texts("cache.mode"), modes, format_func=lambda code: texts(f"cache.modes.{code.replace('-', '_')}"),
+        key="cache_mode", persist_state="session", required=True, default="normal",
+    )  # fmt: skip
+    send = st.button(texts("cache.send"), type="primary", icon=":material/send:")
     body = cache.chat_body(model, question)
     if send:
         headers = {} if mode == "normal" else {"cache-control": mode}
