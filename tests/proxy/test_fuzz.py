@@ -318,7 +318,7 @@ def answered(target: Target, upstreams: tuple[Process, Process], example: Any) -
             for choice in json.loads(said)["choices"]:
                 text = choice["message"]["content"] if path == CHAT else choice["text"]
                 assert isinstance(text, str | None), shown
-            for count in (json.loads(said)["usage"] or {}).values():
+            for count in (json.loads(said).get("usage") or {}).values():
                 assert isinstance(count, int | dict | None), shown
         target.sent += 1
 
