@@ -659,6 +659,7 @@ def test_another_apis_4xx_of_the_callers_fault_is_passed_on(bench: Bench, status
     ("path", "answer"),
     [
         *[("chat/completions", {"choices": choices}) for choices in (None, 5, [1])],
+        *[("stream", {"choices": [{"index": 0, **choice}]}) for choice in ({}, {"message": None}, {"message": 5})],
         *[
             ("embeddings", {"data": [{"index": 0, "embedding": vector}]})
             for vector in (None, 5, [], ["a"], [True], {"a": 1})
@@ -668,10 +669,12 @@ def test_another_apis_4xx_of_the_callers_fault_is_passed_on(bench: Bench, status
 def test_an_answer_of_wrong_types_is_a_502_and_not_stored(bench: Bench, path: str, answer: dict[str, Any]) -> None:
     bench.control(bench.paid, script=[{"status": 200, "body": answer}])
     chat = {"model": "gpt-mock", "messages": [{"role": "user", "content": new()}], "temperature": 0}
-    body = chat if path == "chat/completions" else {"model": "text-embedding-mock", "input": new()}
-    refused = bench.post(path, body)
+    body = {"model": "text-embedding-mock", "input": new()} if path == "embeddings" else chat
+    refused = bench.post(
+        path.replace("stream", "chat/completions"), body | ({"stream": True} if path == "stream" else {})
+    )
     assert (refused.status_code, refused.json()["error"]["code"]) == (502, "upstream_error")
-    assert state(bench.post(path, body)) == "miss stored"
+    assert state(bench.post(path.replace("stream", "chat/completions"), body)) == "miss stored"
 
 
 def test_a_list_of_models_of_another_shape_changes_nothing(bench: Bench) -> None:

@@ -17,6 +17,7 @@ from ..cache.entry import Entry
 from ..cache.flight import Flight
 from ..cache.key import key_of, sample_key
 from ..cache.store import Cache
+from ..endpoints import CHAT
 from ..errors import UpstreamBroken
 from ..keys.limits import Limits
 from ..long_bodies import loads, off_loop
@@ -117,7 +118,7 @@ class CompletionFetch:
             if response.is_stream:
                 raise UpstreamBroken(f"The upstream `{name}` streams an answer that was not requested as a stream.")
             raw, answer = await response.json()
-            await off_loop(len(raw), _check, answer, name, plan.stream)
+            await off_loop(len(raw), _check, answer, name, request.endpoint if plan.stream else "")
             accumulator.usage = answer.get("usage")
             record.set_usage(accumulator.usage)
             # Stored before its end is delivered, so that the next request finds it. The call is closed, and so billed,
@@ -200,9 +201,11 @@ class CompletionFetch:
         return {sample_key(key, plan.slot): kept}
 
 
-def _check(answer: Any, name: str, stream: bool) -> None:
-    """Raises UpstreamBroken for an answer that is not OpenAI's. `name`: of the upstream."""
+def _check(answer: Any, name: str, streamed: str) -> None:
+    """Raises UpstreamBroken for an answer that is not OpenAI's. `name`: of the upstream. `streamed`: the endpoint of a
+    request for a stream, which the answer becomes; else empty."""
     if not policy.has_choices(answer) or canonical.too_deep(answer):
         raise UpstreamBroken(f"The upstream `{name}` answered without OpenAI's choices.")
-    if stream and not policy.is_well_formed(answer):
+    whole = streamed != CHAT or all(isinstance(choice.get("message"), dict) for choice in answer["choices"])
+    if streamed and not (whole and policy.is_well_formed(answer)):
         raise UpstreamBroken(f"The upstream `{name}` answered with fields of wrong types.")
