@@ -227,14 +227,8 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
 
 def _without_default(manifests: list[Manifest]) -> None:
     """The default is for a pod without a policy of its own: here Ray's workers lose theirs, too."""
-    for name in ("default-deny", "model", "traces"):
+    for name in ("default-deny", "model", "traces", "traces-dns"):
         drop(manifests, "NetworkPolicy", name)
-
-
-def _without_dns(manifests: list[Manifest]) -> None:
-    """Where traces are sent, their policy is a second way."""
-    drop(manifests, "NetworkPolicy", "traces")
-    find(manifests, "NetworkPolicy", "proxy")["spec"]["egress"].pop()
 
 
 POLICIES: dict[str, tuple[Mistake, edges.Edge]] = {
@@ -252,7 +246,7 @@ POLICIES: dict[str, tuple[Mistake, edges.Edge]] = {
         lambda m: find(m, "NetworkPolicy", "ray-head")["spec"]["ingress"][0].pop("ports"),
         ("kuberay", "ray-head", edges.ANY),
     ),
-    "no way to DNS": (_without_dns, ("proxy", "dns", 53)),
+    "no way to DNS": (lambda m: find(m, "NetworkPolicy", "proxy")["spec"]["egress"].pop(), ("proxy", "dns", 53)),
     "Locust's port": (
         lambda m: find(m, "NetworkPolicy", "load")["spec"]["ingress"][0].pop("from"), ("internet", "load", 5557),
     ),

@@ -126,9 +126,12 @@ class Settings(BaseSettings, env_prefix="PROXY_", env_ignore_empty=True, extra="
     """Retries of an upstream call that failed before its first byte."""
     drain_timeout_seconds: int = Field(30, ge=0)
     """Graceful drain after SIGTERM: time for running answers to finish."""
-    otlp_endpoint: str | None = Field(None, validate_default=True)
-    """OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`. Default:
-    `OTEL_EXPORTER_OTLP_ENDPOINT`."""
+    otlp_endpoint: str | None = Field(
+        None,
+        validate_default=True,
+        description="OTLP/HTTP endpoint for OpenTelemetry traces (`http://127.0.0.1:4318`); needs `lab-proxy[otel]`. "
+        "Default: `OTEL_EXPORTER_OTLP_ENDPOINT`.",
+    )
     log_format: Literal["auto", "json", "text"] = "auto"
     """Log format on stderr; `auto`: text on a terminal, JSON otherwise."""
 
