@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import yaml
 
-from bench.processes import free_port, server
+from bench.processes import command, free_port, server
 from bench.report import ROOT, BenchError
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ def three(bench: Bench) -> None:
             for row in rows:
                 body = {"model": row["id"], "prompt": bench.tokenizer.decode(bench.prompt(300)), "max_tokens": 32}
                 _post(f"{service.url}/v1/completions", body)
-            processes = service.processes()
-            used = sum(int(each.memory_full_info().pss) for each in processes) / 1e9
-    note = (
-        f"{len(processes)} processes; {'Gemma 3 270M among them' if GEMMA.exists() else 'three of the embedded model'}"
-    )
-    bench.row("three", "PSS of a service with three models", used, "GB", aim=("≤ 3.5", used <= 3.5), note=note)
+            found = [(command(each), int(each.memory_full_info().pss) / 1e9) for each in service.processes()]
+    for row in rows:
+        own = next(used for title, used in found if f"ServeReplica:{row['id']}:" in title)
+        bench.row("three", f"PSS of the replica of {row['id']}, {row['kind']}", own, "GB", note=row["source"][-40:])
+    used = sum(each for _, each in found)
+    bench.row("three", f"PSS of all {len(found)} processes", used, "GB", aim=("≤ 3.5", used <= 3.5))
 
 
 def scoring(bench: Bench) -> None:
