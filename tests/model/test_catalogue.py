@@ -345,7 +345,7 @@ async def test_a_busy_model_is_not_unloaded(made: tuple[Lifecycle, Applications,
 
 async def test_what_can_never_fit_is_refused_before_loading(made: tuple[Lifecycle, Applications, Path]) -> None:
     one, serve, _ = made
-    with pytest.raises(UnavailableError, match=r"needs at least 9216 MiB of memory, .* may take 2560 MiB"):
+    with pytest.raises(UnavailableError, match=r"needs at least 9216 MiB of memory, .* may take only 2560 MiB"):
         await one.ensure_ready("huge", soon())
     assert one.models["one"].state == "ready"
     assert "huge" not in serve.deployed
