@@ -22,6 +22,7 @@ from ..weights import llama
 from ..weights.gguf import GGUFFile, Tensor
 from . import kernels
 from .kernels import Layer, Matrix, Model, Step
+from .pool import pool_zeros
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,8 @@ class CpuRunner:
         angles = torch.arange(rows).float()[:, None] * self._rotations
         self._turns = torch.stack([angles.cos(), angles.sin()], -1).contiguous()
         m.turns = self._turns.data_ptr()
-        self._pool = torch.zeros(m.layers, pages, m.kv_heads * 2 * PAGE_TOKENS * m.head_dim, dtype=torch.float16)
+        shape = (m.layers, pages, m.kv_heads * 2 * PAGE_TOKENS * m.head_dim)
+        self._pool = pool_zeros(shape, torch.float16, torch.device("cpu"))
         m.pool, m.pages = self._pool.data_ptr(), pages
 
     @property

@@ -19,6 +19,7 @@ from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.runner import Span
 from ..weights.llama import LlamaWeights
 from .cuda_graphs import CudaGraphs, next_power_of_two
+from .pool import pool_zeros
 
 # From this number of rows on, matrix products of all rows are faster than torch's attention, which handles each row and
 # head separately.
@@ -64,7 +65,7 @@ class LlamaRunner:
         self._columns = torch.arange(next_power_of_two(-(-rows // PAGE_TOKENS)) * PAGE_TOKENS, device=self.device)
         # By head, keys before values: each layer needs one write and one gather, and the data of a head is contiguous.
         shape = (len(w.layers), 2 * w.kv_heads, pages * PAGE_TOKENS, w.head_dim)
-        self._pool = torch.zeros(shape, dtype=self._kv_dtype, device=self.device)
+        self._pool = pool_zeros(shape, self._kv_dtype, self.device)
         self._pages = self._pool.view(len(w.layers), 2 * w.kv_heads, pages, -1)
         self._layers = list(zip(self._pool.unbind(), self._pages.unbind(), strict=True))
 

@@ -14,6 +14,7 @@ import torch
 
 from ..engine.kv_pages import PAGE_TOKENS
 from ..engine.runner import Span
+from .pool import pool_zeros
 
 CHECKED_TOKENS = 48
 MOST_ERROR = 0.1  # relative to the logits: bfloat16 rounding gives some hundredths, a wrong position or mask about 1
@@ -32,8 +33,7 @@ class PagedCache:
         heads, dim = heads_and_dim(config)
         self.padding = pages * PAGE_TOKENS  # the place
         shape = (config.num_hidden_layers, (pages + 1) * PAGE_TOKENS, heads, dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = pool_zeros(shape, dtype, device), pool_zeros(shape, dtype, device)
         self._write = self._read = torch.empty(0, dtype=torch.long)
         self._rows = 0
 
