@@ -36,7 +36,7 @@ SETTINGS: dict[str, type[BaseSettings]] = {
 }
 # Addresses and folders, which the images set, and keys, which are files.
 NOT_GIVEN = {
-    "ui": {"UI_HOST", "UI_PORT"},
+    "ui": {"UI_HOST", "UI_PORT", "UI_FINDINGS_FILE"},
     "proxy": {"PROXY_HOST", "PROXY_PORT", "PROXY_CACHE_SECRET_FILE", "PROXY_OPENAI_API_KEY", "PROXY_ADMIN_KEY"},
     "model": {"MODEL_HOST", "MODEL_PORT"},
     "load": {"LOAD_PORT", "LOAD_API_PORT", "LOAD_WEB_HOST", "LOAD_RUNS_DIR", "LOAD_ADMIN_KEY"},

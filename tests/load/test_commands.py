@@ -331,7 +331,8 @@ def test_a_wrong_field_is_named(http: httpx2.Client, body: dict[str, Any], named
 
 def test_strangers_start_nothing(http: httpx2.Client) -> None:
     asked = {"workload": "throughput"}
-    assert http.post("/runs", json=asked, headers={"origin": "https://elsewhere.example"}).status_code == 403
+    foreign = http.post("/runs", json=asked, headers={"origin": "https://elsewhere.example"})
+    assert (foreign.status_code, foreign.headers["connection"]) == (403, "close")
     assert http.post("/runs", json=asked, headers={"host": "rebound.example"}).status_code == 403
     assert http.post("/runs", content=b"workload=throughput", headers={"content-type": "text/plain"}).status_code == 415
     assert http.delete("/runs/current").status_code == 409

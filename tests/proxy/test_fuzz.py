@@ -316,7 +316,7 @@ def answered(target: Target, upstreams: tuple[Process, Process], example: Any) -
         status, said = target.post(path, sent, {"cache-control": "only-if-cached"})
         if status == 200 and path in {CHAT, "/v1/completions"} and not body.get("stream"):
             for choice in json.loads(said)["choices"]:
-                text = choice["message"]["content"] if path == CHAT else choice["text"]
+                text = choice["message"].get("content") if path == CHAT else choice.get("text")
                 assert isinstance(text, str | None), shown
             for count in (json.loads(said).get("usage") or {}).values():
                 assert isinstance(count, int | dict | None), shown

@@ -249,6 +249,8 @@ def handler(settings: Settings, runner: Runner) -> type[BaseHTTPRequestHandler]:
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(content)))
             self.send_header("cache-control", "no-store")
+            if self.close_connection:  # otherwise the client may use it again just as it ends
+                self.send_header("connection", "close")
             self.end_headers()
             self.wfile.write(content)
 
