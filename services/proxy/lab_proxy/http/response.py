@@ -100,9 +100,8 @@ class PageRequest:
 
 
 Page = Callable[[PageRequest, Response], Awaitable[None]]
-Pages = Mapping[
-    tuple[str, str], Page
-]  # (method, path) -> page; a path with `{id}` matches all paths with the same beginning
+# (method, path) -> page; a path with `{id}` matches all paths with the same beginning
+Pages = Mapping[tuple[str, str], Page]
 
 
 class DisconnectWatch:
