@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -387,13 +386,19 @@ async def app(monkeypatch: pytest.MonkeyPatch, page: Page | None = None, **setti
         "reconciliation": Reconciliation(upstreams.ask_model),
     }
     accounts: list[RequestRecord] = []
+
+    class Watched(Observer):
+        def observe(self, path: str, request_id: str, record: RequestRecord, status: int, seconds: float) -> None:
+            accounts.append(record)
+            super().observe(path, request_id, record, status, seconds)
+
     yield (
         App(
             made,
             Executor(made, cache, upstreams, routes, ModelList(upstreams, 60), **counting),  # type: ignore[arg-type]
             keys=Authenticator(client, required=False, timeout=1),
             traffic=Traffic(),
-            observer=Observer(metrics, SimpleNamespace(record=lambda _, account, *__: accounts.append(account))),  # type: ignore[arg-type]
+            observer=Watched(metrics),
             pages={("GET", "/page"): page} if page else {},
             parts=[],
         ),
