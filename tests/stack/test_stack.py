@@ -386,7 +386,7 @@ def test_without_a_gpu_cuda_stops_the_start(stack: Stack) -> None:
 def test_the_weights_job_ends_and_says_where_they_lie(stack: Stack) -> None:
     said = stack.compose("--profile=setup", "run", "--rm", "--no-deps", "weights", timeout=180)
     for name in (CHAT, "all-minilm-l6-v2", "tiny"):
-        assert f"model: {name} lies in /" in said
+        assert f"model: {name} is in /" in said
 
 
 @pytest.mark.parametrize("scenario", ["throughput", "caching"])
