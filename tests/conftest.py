@@ -33,8 +33,8 @@ from processes import (
 from served import MODEL_START_SECONDS, PAIR, TINY
 
 if TYPE_CHECKING:
-    from collector import Collector
     from _pytest.tmpdir import TempPathFactory
+    from collector import Collector
     from lab_model.models.sources import Source
     from lab_model.weights.gguf import GGUFFile
 
@@ -152,7 +152,7 @@ def redis(logs: Path) -> Iterator[Process]:
 @pytest.fixture(scope="session")
 def collector() -> Iterator[Collector]:
     """Takes the spans of the model service, which has traces on in all tests."""
-    from collector import collecting  # noqa: PLC0415 - the contract's container has no OpenTelemetry
+    from collector import collecting  # here: the contract's container has no OpenTelemetry
 
     with collecting() as found:
         yield found
