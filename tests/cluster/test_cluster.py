@@ -81,8 +81,11 @@ def adds_up(cluster: Cluster, requests: int, tokens: int, model: int) -> bool:
 @pytest.mark.timeout(1500)
 def test_each_replica_runs_on_a_worker_of_its_own(cluster: Cluster) -> None:
     """The head, which has no CPUs, holds none. The nodes have addresses of their own and share only the weights."""
+    # Serve counts the lost replica until it has missed its health checks.
+    within(
+        "each worker has one", lambda: [holds_replica(each) for each in cluster.workers()] == [True, True], seconds=120
+    )
     within("both replicas answer", lambda: cluster.replicas() == 2, seconds=90)
-    assert [holds_replica(each) for each in cluster.workers()] == [True, True]
     assert not holds_replica(cluster.stack.container("model"))
     nodes = [cluster.stack.container("model"), *cluster.workers()]
     back = cluster.stack.network("back")
@@ -136,8 +139,11 @@ def test_a_worker_that_is_added_takes_the_lost_replica(cluster: Cluster) -> None
     dead.remove()
     assert [holds_replica(each) for each in cluster.workers()] == [True]
     cluster.scale(2)
+    # Serve counts the lost replica until it has missed its health checks.
+    within(
+        "each worker has one", lambda: [holds_replica(each) for each in cluster.workers()] == [True, True], seconds=120
+    )
     within("both replicas answer", lambda: cluster.replicas() == 2, seconds=90)
-    assert [holds_replica(each) for each in cluster.workers()] == [True, True]
 
 
 @pytest.mark.timeout(900)
