@@ -117,9 +117,12 @@ class Cache:
     ) -> list[Entry | None] | None:
         """An entry or None for each key; None as a whole if redis is unavailable. An invalid entry counts as missing.
         The keys without a local copy and the `piggyback` commands, which may raise ProxyErrors, share a round trip."""
-        now = time.time()
-        found = [self.get_local(key, epoch, now) for key in keys]
-        missing = [place for place, entry in enumerate(found) if entry is None]
+        found: list[Entry | None] = []
+        missing: list[int] = []
+        if keys:
+            now = time.time()
+            found = [self.get_local(key, epoch, now) for key in keys]
+            missing = [place for place, entry in enumerate(found) if entry is None]
         if not missing and not piggyback:
             return found
         commands: list[Command] = [command.command() for command in piggyback]
@@ -133,6 +136,8 @@ class Cache:
             return None
         if piggyback:
             deliver(piggyback, pipeline.replies, lambda: self._on_error("script"))
+        if not missing:
+            return found
         raws = self._raws(commands[len(piggyback) :], pipeline.replies[len(piggyback) :])
         now = time.time()
         # An invalidation that came in between may concern one of these entries.

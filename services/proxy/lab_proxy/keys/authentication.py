@@ -35,6 +35,7 @@ _LOOKUP = Script("""
 local id = redis.call('HGET', KEYS[1], ARGV[1])
 return {id and redis.call('HGET', KEYS[2], id), redis.call('GET', KEYS[3])}
 """)
+_SECRET = re.compile(r"[!-~]+")
 
 
 class Authenticator:
@@ -171,7 +172,7 @@ class Authenticator:
 def _bearer(headers: Mapping[str, str]) -> str | None:
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     secret = secret.strip()
-    return secret if scheme.lower() == "bearer" and re.fullmatch(r"[!-~]+", secret) else None
+    return secret if scheme.lower() == "bearer" and _SECRET.fullmatch(secret) else None
 
 
 def _identity_of(raw: bytes | None, digest: bytes | None = None) -> tuple[Identity, float]:

@@ -24,7 +24,7 @@ from ..errors import LimitsUnavailable
 from ..ledger.ledger import SUMS, UPSTREAM_SUMS, Ledger
 from ..ledger.prices import Prices
 from ..ledger.usage import NOBODY
-from ..long_bodies import off_loop
+from ..long_bodies import LONG_BODY
 from ..redis.client import Client, OnError, Script
 from ..redis.connection import Command, RedisError
 from ..tasks import end, supervise
@@ -77,18 +77,20 @@ class Admission:
     def on_reply(self, reply: Any) -> None:
         """Raises LimitReached and BudgetExceeded."""
         try:
-            verdict, now, wait, requests, requests_full, tokens, tokens_full = (int(each) for each in reply)
+            verdict, now, wait, requests, requests_full, tokens, tokens_full = map(int, reply)
         except (TypeError, ValueError):
             return self.on_failure()
         self._taken = None
         limits, who, headers = self.limits, self.identity, self.headers
         limits.mark_up(now)
-        counted = (("requests", who.rpm, requests, requests_full), ("tokens", who.tpm, tokens, tokens_full))
-        for kind, limit, remaining, full in counted:
-            if limit is not None:
-                headers[f"x-ratelimit-limit-{kind}"] = str(limit)
-                headers[f"x-ratelimit-remaining-{kind}"] = str(remaining)
-                headers[f"x-ratelimit-reset-{kind}"] = duration(full)
+        if who.rpm is not None:
+            headers["x-ratelimit-limit-requests"] = str(who.rpm)
+            headers["x-ratelimit-remaining-requests"] = str(requests)
+            headers["x-ratelimit-reset-requests"] = duration(requests_full)
+        if who.tpm is not None:
+            headers["x-ratelimit-limit-tokens"] = str(who.tpm)
+            headers["x-ratelimit-remaining-tokens"] = str(tokens)
+            headers["x-ratelimit-reset-tokens"] = duration(tokens_full)
         if verdict:
             self._over = True
             limits.on_refusal(("upstream_" if isinstance(who, CapShare) else "") + NAMES[verdict])
@@ -191,7 +193,8 @@ class Limits:
         takes no slot and no tokens, and needs no settling."""
         if not identity.limited:
             return None
-        prompt, completion = await off_loop(size_bytes, estimate, endpoint, body, size_bytes, identity.tpm)
+        what = (endpoint, body, size_bytes, identity.tpm)
+        prompt, completion = estimate(*what) if size_bytes <= LONG_BODY else await asyncio.to_thread(estimate, *what)
         reserved = min(prompt + completion, MAX_TOKENS) if identity.tpm is not None else 0
         if at_once:
             return Admission(self, identity, "", reserved, 0)

@@ -177,6 +177,8 @@ class Executor:
     async def _claim(self, request: RequestContext, target: Target, *, at_once: bool = False) -> None:
         """Check the permission and claim the limits, before an entry of the cache is served."""
         check_permission(request, target)
+        if not request.identity.limited:
+            return
         what = (request.identity, request.endpoint, target.model, request.body, len(request.raw), target.upstream)
         request.admission = await self._limits.admission(*what, at_once=at_once)
 
