@@ -162,9 +162,6 @@ class Hooks:
             workload.write(self._folder / f"workload-{name}.jsonl")
             _say(f"load: workload {name}: {workload.about}; {len(workload.items)} requests, seed "
                  f"{self._settings.seed}, SHA-256 {workload.sha256}")  # fmt: skip
-        if len(self._workloads) == 1 and self._settings.salt is None:  # another run's salt may find its pages
-            (workload,) = self._workloads.values()
-            trial.shared = shared_prefix(self._settings, self._target, workload, trial.salt)
         self._before = self._source(trial).read()
         trial.began = time.perf_counter()
         _say(f"load: {trial.name}: {trial.target.model} at {trial.target.host}, {trial.settings.users} users, "
@@ -277,6 +274,10 @@ class Hooks:
             return
         self._trial = None
         table = self._sums(trial)
+        # After the sums: the ledger has estimates of these calls until the model reports what they used.
+        if len(trial.workloads) == 1 and trial.settings.salt is None:  # another run's salt may find its pages
+            (workload,) = trial.workloads.values()
+            trial.shared = shared_prefix(trial.settings, trial.target, workload, trial.salt)
         result = summary.summarize(trial, table)
         summary.write(self._folder, trial, result)
         (self._folder / "report.html").write_text(html.page(result, self._folder), encoding="utf-8")
