@@ -10,13 +10,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fixtures_cluster import END, MODEL, WEIGHTS, Cluster, cluster_in, holds_replica, log_of
 from fixtures_proxy import key_of
-from fixtures_stack import within
+from fixtures_stack import Tell, telling, within
 
 from bench.drill import HEALTHY, Target, streams
 
@@ -30,19 +30,10 @@ STREAMS = 4
 SECONDS = 30  # of the drill's streams
 KILLED_TOKENS = 8000  # so long that streams still run when the worker dies: 1,500 were over within 2 seconds
 
-Tell = Callable[[str], None]
-
 
 @pytest.fixture(scope="module")
 def tell(request: pytest.FixtureRequest) -> Tell:
-    """A line for whoever watches: what was measured."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-
-    def line(text: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(f"\ncluster: {text}", flush=True)  # noqa: T201 that is its purpose
-
-    return line
+    return telling(request, "cluster")
 
 
 @pytest.fixture(scope="module")

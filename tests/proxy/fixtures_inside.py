@@ -125,3 +125,17 @@ async def inside_on(
             await part.start()
         parts = {type(part).__name__: part for part in app._parts}
         yield Inside(app, traffic, paid, parts, KeyStore(parts["Client"]))
+
+
+@pytest.fixture(scope="module", name="outside")
+def outside_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Process]]:
+    with upstream_and_redis(tmp_path_factory.mktemp("outside")) as made:
+        yield made
+
+
+@pytest.fixture(name="inside")
+async def inside_fixture(
+    outside: tuple[Process, Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Inside]:
+    async with inside_on(outside, tmp_path, monkeypatch) as made:
+        yield made

@@ -12,19 +12,18 @@ import contextvars
 import json
 import time
 import types
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_inside import TPM, Caller, Inside, inside_on, upstream_and_redis
+from fixtures_inside import TPM, Caller, Inside, inside_fixture, outside_fixture  # noqa: F401 - fixtures
 from fixtures_proxy import EMBEDDING_MODEL, control_client, new
 from lab_proxy.batches.worker import BufferedResponse
 from lab_proxy.cache import flight_channel
 from lab_proxy.keys.limits import PREFIX
 from lab_proxy.requests.context import RequestContext
-from processes import GENEROUS_SECONDS, Process, eventually_async
+from processes import GENEROUS_SECONDS, eventually_async
 
 MOST = 200  # suspensions of a request: more would be an endless one
 
@@ -78,20 +77,6 @@ def factory(loop: asyncio.AbstractEventLoop, work: Any, **more: Any) -> asyncio.
     task = asyncio.Task(run(), loop=loop, **more)
     task.add_done_callback(lambda _: work.close())  # one that is cancelled before its first step never awaits it
     return task
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Process]]:
-    with upstream_and_redis(tmp_path_factory.mktemp("outside")) as made:
-        yield made
-
-
-@pytest.fixture
-async def inside(
-    outside: tuple[Process, Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Inside]:
-    async with inside_on(outside, tmp_path, monkeypatch) as made:
-        yield made
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ import importlib
 import json
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 import pytest
-from fixtures_inside import Inside, inside_on, upstream_and_redis
+from fixtures_inside import Inside, inside_fixture, outside_fixture  # noqa: F401 - fixtures
 from fixtures_proxy import control_client, new
 from lab_proxy.long_bodies import LONG_BODY, MAX_VALUES, ORJSON_BYTES, loads, off_loop
-from processes import GENEROUS_SECONDS, Process, eventually_async
+from processes import GENEROUS_SECONDS, eventually_async
 
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 LONG = "word " * LONG_BODY  # five times as long as what is done on the event loop
@@ -50,20 +49,6 @@ WORK: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "cache.streams:replay_pieces": (CHAT, chat(LONG, stream=True), None),
 }
 CACHED = {"cache.entry:Entry.unpack", "cache.streams:replay_pieces"}  # of entries that are there before
-
-
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Process]]:
-    with upstream_and_redis(tmp_path_factory.mktemp("outside")) as made:
-        yield made
-
-
-@pytest.fixture
-async def inside(
-    outside: tuple[Process, Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Inside]:
-    async with inside_on(outside, tmp_path, monkeypatch) as made:
-        yield made
 
 
 class Gate:

@@ -19,6 +19,7 @@ from typing import Any
 
 import docker
 import httpx2
+import pytest
 import tiny
 import yaml
 from docker.models.containers import Container
@@ -282,3 +283,17 @@ def added(engine: docker.DockerClient, image: str, base: str = BASE) -> int:
 def published(container: Container) -> Sequence[dict[str, str]]:
     bindings = container.attrs["HostConfig"]["PortBindings"] or {}
     return [one for bound in bindings.values() for one in bound]
+
+
+Tell = Callable[[str], None]
+
+
+def telling(request: pytest.FixtureRequest, lane: str) -> Tell:
+    """Prints a line for whoever watches: what was measured."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def line(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{lane}: {text}", flush=True)  # noqa: T201 that is its purpose
+
+    return line

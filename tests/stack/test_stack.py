@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
 from fixtures_proxy import PATIENT_MS
-from fixtures_stack import BASE, Stack, added, asking, build_steps, published, stack_in, within
+from fixtures_stack import BASE, Stack, Tell, added, asking, build_steps, published, stack_in, telling, within
 
 if TYPE_CHECKING:
     from _pytest.tmpdir import TempPathFactory
@@ -38,19 +38,10 @@ BUILD_SECONDS = 600  # docs/containers.md promises it for a clean clone on two c
 # What an image may add to its base.
 LIMITS = {"ui": 600 * MB, "proxy": 150 * MB, "load": 200 * MB, "model": 2_200 * MB}
 
-Tell = Callable[[str], None]
-
 
 @pytest.fixture(scope="module")
 def tell(request: pytest.FixtureRequest) -> Tell:
-    """A line for whoever watches: what was measured."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-
-    def line(text: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(f"\nstack: {text}", flush=True)  # noqa: T201 that is its purpose
-
-    return line
+    return telling(request, "stack")
 
 
 @pytest.fixture(scope="module")
